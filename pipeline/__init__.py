@@ -1,0 +1,1 @@
+"""What disks see: the plan of a run, its directory, commits and resumption."""

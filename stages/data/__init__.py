@@ -1,0 +1,1 @@
+"""Data sets: where calibration and evaluation text comes from."""

@@ -1,0 +1,17 @@
+"""Errors that a stage raises. `lampctl/exits.py` alone says which exit code each becomes."""
+
+
+class StageError(Exception):
+    """Base of all errors raised on purpose in `stages`."""
+
+
+class UsageError(StageError):
+    """What the user asked for cannot be done; the message says what to ask for instead."""
+
+
+class ResourceError(StageError):
+    """Something outside the program is out of reach or used up: the hub, a disk, memory, a device."""
+
+
+class NumericalError(StageError):
+    """A computation on these weights and activations has no usable result (say, a Hessian without a factor)."""

@@ -1,0 +1,98 @@
+"""What a stage needs from outside, as three small Protocols, with in-memory versions of each.
+
+A stage never knows whether its activations lie in a list, on a disk or in a bucket, who watches its
+progress, or why it is asked to stop.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Stream(Protocol):
+    """A fixed number of activation samples, each (tokens, hidden), read and written one at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        """Sample `index` on the CPU, as it was written, bit for bit. The caller may change it."""
+        ...
+
+    def write(self, index: int, sample: Tensor, /) -> None:
+        """Store sample `index`, converted to the stream's own dtype."""
+        ...
+
+
+class Scratch(Protocol):
+    """Gives a stage room for intermediate results, which are gone when the stage ends."""
+
+    def stream(
+        self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Stream: ...
+
+
+class Hooks(Protocol):
+    """How a stage speaks with whoever runs it."""
+
+    def report(self, done: int, total: int, unit: str, **figures: float) -> None:
+        """Tell how far the stage is (`done` of `total` units), with figures worth showing, such as a loss."""
+        ...
+
+    def check_stop(self) -> None:
+        """Raise, if the stage should stop here. Called at every batch boundary."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """Pass on something that the user should read but that does not stop the work."""
+        ...
+
+
+class ListStream:
+    """A `Stream` in memory."""
+
+    def __init__(self, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._sample_shape = sample_shape
+        self._dtype = dtype
+        self._samples: list[Tensor | None] = [None] * num_samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        sample = self._samples[index]
+        if sample is None:
+            raise KeyError(f"sample {index} was never written")
+        return sample.clone()
+
+    def write(self, index: int, sample: Tensor, /) -> None:
+        if tuple(sample.shape) != self._sample_shape:
+            raise ValueError(f"sample {index} is {tuple(sample.shape)}, the stream holds {self._sample_shape}")
+        self._samples[index] = sample.detach().to("cpu", self._dtype, copy=True)
+
+
+class ListScratch:
+    """A `Scratch` in memory."""
+
+    def stream(
+        self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> ListStream:
+        return ListStream(num_samples, sample_shape, dtype)
+
+
+class NullHooks:
+    """`Hooks` that tell nobody, never stop, and keep the warnings for whoever asks."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def report(self, done: int, total: int, unit: str, **figures: float) -> None:
+        """Nobody listens."""
+
+    def check_stop(self) -> None:
+        """Nobody asks to stop."""
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
