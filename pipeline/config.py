@@ -1,0 +1,295 @@
+"""Everything a user may set, resolved once, with where each value came from.
+
+`gather` merges flag > environment > file > preset into raw values; `complete` fills in what is left, knowing
+the model, and gives the `RunConfig` that run.json keeps. Identity fields decide the weights: another value in
+the same run directory is refused. Free fields may change whenever the run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import ConfigError
+from stages.defaults import CompensationDefaults
+
+Method = Literal["lamp", "sparsegpt", "wanda", "magnitude"]
+ENVIRONMENT_PREFIX = "LAMPCTL_"
+# LAMPCTL_CACHE places the cache; it is no setting of a run.
+_OTHER_VARIABLES = {"LAMPCTL_CACHE"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "calibration": "pydocs",
+        "num_samples": 32,
+        "seqlen": 256,
+        "epochs": 3,
+        "evaluate": ("pydocs",),
+    },
+    "paper": {
+        "calibration": "c4",
+        "num_samples": 128,
+        "seqlen": 2048,
+        "evaluate": ("wikitext2", "ptb", "c4"),
+    },
+}
+
+
+class Settings(BaseModel):
+    """What a user may set. None means: the default, which may depend on the model and the sparsity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    sparsity: float = Field(gt=0, lt=1)
+    method: Method = "lamp"
+    revision: str | None = None
+    alpha: float | None = Field(None, gt=0, le=1)
+    beta: float | None = Field(None, ge=0, le=1)
+    calibration: str | None = None
+    calibration_sampling: Literal["contiguous", "random"] | None = None
+    calibration_skip: int = Field(0, ge=0)
+    num_samples: int | None = Field(None, ge=1)
+    seqlen: int | None = Field(None, ge=2)
+    epochs: int | None = Field(None, ge=1)
+    lr: float | None = Field(None, gt=0)
+    lr_decay: float | None = Field(None, gt=0, le=1)
+    hold_aside: bool | None = None
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    export_dtype: Literal["original", "float32", "bfloat16", "float16"] = "original"
+    ignore: tuple[str, ...] = ()
+    layer_sparsity: dict[str, float] = {}
+    damping: float = Field(0.01, gt=0)
+    column_block: int = Field(128, ge=1)
+
+    evaluate: tuple[str, ...] | None = None
+    evaluate_dense: bool = True
+    eval_seqlen: int | None = Field(None, ge=2)
+    eval_max_tokens: int | None = Field(None, ge=2)
+
+    @field_validator("ignore", "evaluate", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator("ignore")
+    @classmethod
+    def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            _check_regex(pattern)
+        return patterns
+
+    @field_validator("layer_sparsity")
+    @classmethod
+    def _check_overrides(cls, overrides: dict[str, float]) -> dict[str, float]:
+        for pattern, sparsity in overrides.items():
+            _check_regex(pattern)
+            if not 0 <= sparsity <= 1:
+                raise ValueError(f"the sparsity of {pattern} is {sparsity}; it must lie in [0, 1]")
+        return overrides
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+class RunConfig(Settings):
+    """`Settings` with every default filled in: what run.json keeps.
+
+    A field that the method does not use is None (a magnitude run has no calibration, only LAMP has epochs).
+    """
+
+    seqlen: int = Field(ge=2)
+    evaluate: tuple[str, ...] = ()
+    eval_seqlen: int = Field(ge=2)
+
+    def with_free(self, free: Mapping[str, Any]) -> RunConfig:
+        """This configuration with other free settings."""
+        return RunConfig(**{**self.model_dump(), **free})
+
+    @property
+    def free(self) -> dict[str, Any]:
+        """The settings that do not change the weights, ready for JSON."""
+        return self.model_dump(mode="json", include=set(FREE_FIELDS))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that make the weights, ready for JSON."""
+        return self.model_dump(mode="json", exclude=set(FREE_FIELDS))
+
+
+FREE_FIELDS = ("evaluate", "evaluate_dense", "eval_seqlen", "eval_max_tokens")
+COMPENSATION_FIELDS = ("epochs", "lr", "lr_decay", "hold_aside")
+CALIBRATION_FIELDS = ("calibration", "calibration_sampling", "num_samples")
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The settings somebody gave, and who: "flag", "environment LAMPCTL_X", "file PATH" or "preset NAME"."""
+
+    values: Settings
+    origins: dict[str, str]
+    preset: str | None
+
+    def given(self, field: str) -> bool:
+        """Whether the user, rather than a preset or a default, gave this field."""
+        return not self.origins.get(field, "preset").startswith("preset")
+
+
+def gather(
+    flags: Mapping[str, Any],
+    config_file: Path | None = None,
+    preset: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Gathered:
+    """Merge flag > environment > file > preset. `flags` holds those that were given (None: not given).
+
+    Raises ConfigError with every wrong value, its origin and what would be right.
+    """
+    from_file = _read_config_file(config_file) if config_file else {}
+    from_environment = {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in _OTHER_VARIABLES and value
+    }
+    preset = preset or from_environment.pop("preset", None) or from_file.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    layers = (
+        (PRESETS[preset] if preset else {}, lambda _: f"preset {preset}"),
+        (from_file, lambda _: f"file {config_file}"),
+        (from_environment, lambda field: f"environment {ENVIRONMENT_PREFIX}{field.upper()}"),
+        ({field: value for field, value in flags.items() if value is not None}, lambda _: "flag"),
+    )
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer, origin in layers:
+        for field, value in layer.items():
+            values[field], origins[field] = value, origin(field)
+    try:
+        return Gathered(Settings(**values), origins, preset)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origins)) from error
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error})") from error
+    try:
+        if path.suffix == ".toml":
+            content: Any = tomllib.loads(text)
+        elif path.suffix in {".yaml", ".yml"}:
+            content = yaml.safe_load(text)
+        else:
+            raise ConfigError(f"--config {path}: the name must end in .toml, .yaml or .yml")
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: expected settings, one `name: value` a line")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        field = str(problem["loc"][0]) if problem["loc"] else ""
+        flag = "MODEL" if field == "model" else "--" + field.replace("_", "-")
+        if problem["type"] == "missing":
+            lines.append(f"{flag} is missing")
+        elif problem["type"] == "extra_forbidden":
+            known = ", ".join(sorted(Settings.model_fields))
+            lines.append(f"{field} ({origins.get(field)}) is no setting; known: {known}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            origin = origins.get(field, "flag")
+            where = "" if origin == "flag" else f" ({origin})"
+            lines.append(f"{flag} {problem['input']}{where}: {message[0].lower()}{message[1:]}")
+    return "\n".join(lines)
+
+
+def complete(
+    gathered: Gathered, max_positions: int | None, defaults: CompensationDefaults
+) -> tuple[RunConfig, dict[str, str], list[str]]:
+    """Fill in what nobody gave. Gives the configuration, each field's origin, and notices for the user.
+
+    `defaults.alpha` and `.beta` must be feasible already. Raises ConfigError where the model cannot do what
+    was asked for.
+    """
+    settings, notices = gathered.values, []
+    values, origins = settings.model_dump(), dict(gathered.origins)
+
+    def fill(field: str, value: Any) -> None:
+        if values[field] is None:
+            values[field] = value
+
+    fill("seqlen", 2048)
+    if max_positions is not None and values["seqlen"] > max_positions:
+        if gathered.given("seqlen"):
+            raise ConfigError(
+                f"--seqlen {values['seqlen']}: {settings.model} has {max_positions} positions; "
+                f"use --seqlen {max_positions} or less"
+            )
+        notices.append(f"seqlen is {max_positions}, all the positions that {settings.model} has")
+        values["seqlen"] = max_positions
+    fill("eval_seqlen", values["seqlen"])
+    if max_positions is not None and values["eval_seqlen"] > max_positions:
+        raise ConfigError(f"--eval-seqlen {values['eval_seqlen']}: the model has {max_positions} positions")
+    if settings.eval_max_tokens is not None and settings.eval_max_tokens < values["eval_seqlen"]:
+        raise ConfigError(
+            f"--eval-max-tokens {settings.eval_max_tokens} is less than one window of {values['eval_seqlen']} tokens"
+        )
+
+    is_lamp, uses_calibration = settings.method == "lamp", settings.method != "magnitude"
+    fill("alpha", defaults.alpha if is_lamp else 1.0)
+    fill("beta", defaults.beta if is_lamp else 0.0)
+    for field in COMPENSATION_FIELDS:
+        if is_lamp:
+            fill(field, getattr(defaults, field))
+        else:
+            _drop(field, gathered, values, notices, "only --method lamp trains")
+    if uses_calibration:
+        fill("calibration", "c4")
+        fill("num_samples", 128)
+        fill("calibration_sampling", "random" if values["calibration"] == "c4" else "contiguous")
+    else:
+        for field in CALIBRATION_FIELDS:
+            _drop(field, gathered, values, notices, "magnitude pruning looks at no data")
+        values["calibration_skip"] = 0
+    fill("evaluate", ("wikitext2",))
+    for field in values:
+        origins.setdefault(field, "default")
+    return RunConfig(**values), origins, notices
+
+
+def _drop(field: str, gathered: Gathered, values: dict[str, Any], notices: list[str], reason: str) -> None:
+    if gathered.given(field):
+        notices.append(f"--{field.replace('_', '-')} has no effect: {reason}")
+    values[field] = None
+
+
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The identity fields whose values differ, as {field: (value of the run, value asked for)}."""
+    return {
+        field: (old.get(field), new.get(field))
+        for field in {**old, **new}
+        if old.get(field) != new.get(field)
+    }

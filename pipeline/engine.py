@@ -1,0 +1,178 @@
+"""Walk the plan: run a step, commit it, release what nobody will read again, go on; stop when asked to.
+
+The engine knows no maths: a `Worker` does a step's work, and a `Listener` hears about it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+from pipeline.errors import Interrupted, Preempted, StepOrderError
+from pipeline.manifest import StepCommit
+from pipeline.plan import Step, next_steps, releasable
+from pipeline.rundir import Attempt, RunDirectory
+from stages.protocols import Hooks
+
+
+class Listener(Protocol):
+    """Hears how a run goes on."""
+
+    def step_started(self, step: Step, position: int, total: int) -> None:
+        """Step number `position` of `total` (from 0) begins."""
+        ...
+
+    def step_progress(
+        self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]
+    ) -> None:
+        """The running step is at `done` of `total` units."""
+        ...
+
+    def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
+        """The step is on disk for good."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """Something the user should read."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves beside its payloads."""
+
+    figures: Mapping[str, Any]
+    peak_memory_bytes: int | None = None
+
+
+class Worker(Protocol):
+    """Does the work of steps."""
+
+    def execute(self, step: Step, attempt: Attempt, hooks: Hooks) -> StepResult:
+        """Read the step's inputs from the run, write its payloads into the attempt."""
+        ...
+
+    def refresh_views(self) -> None:
+        """Bring what lies outside the commits (the model folder, its card) up to date. May run any time."""
+        ...
+
+
+@dataclass
+class StopRequest:
+    """Set from a signal handler, read at batch boundaries. A second signal stops at once."""
+
+    signal_number: int | None = None
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            raise self._error(number)
+        self.signal_number = number
+
+    def check(self) -> None:
+        """Raise Preempted or Interrupted if a signal came."""
+        if self.signal_number is not None:
+            raise self._error(self.signal_number)
+
+    @staticmethod
+    def _error(number: int) -> Preempted | Interrupted:
+        kind = Interrupted if number == signal.SIGINT else Preempted
+        return kind(
+            f"stopped by {signal.Signals(number).name}; committed steps are safe: `lampctl resume` goes on"
+        )
+
+
+class _StepHooks:
+    """`stages.protocols.Hooks` for one step."""
+
+    def __init__(self, step: Step, listener: Listener, stop: StopRequest) -> None:
+        self._step, self._listener, self._stop = step, listener, stop
+
+    def report(self, done: int, total: int, unit: str, **figures: float) -> None:
+        self._listener.step_progress(self._step, done, total, unit, figures)
+
+    def check_stop(self) -> None:
+        self._stop.check()
+
+    def warn(self, message: str) -> None:
+        self._listener.warn(message)
+
+
+def advance(
+    run: RunDirectory,
+    steps: Sequence[Step],
+    worker: Worker,
+    free: Mapping[str, Any],
+    listener: Listener,
+    stop: StopRequest,
+    until: Callable[[Step], bool] = lambda step: False,
+) -> None:
+    """Do every step that has no commit yet, in order; stop after one for which `until` holds.
+
+    free: the free settings in force, recorded in each commit.
+    Raises Preempted or Interrupted when asked to stop, and whatever a step raises; the run stays resumable.
+    """
+    _settle(run, steps, worker)
+    for step in next_steps(steps, [commit.step for commit in run.commits]):
+        stop.check()
+        position = next(i for i, other in enumerate(steps) if other.name == step.name)
+        listener.step_started(step, position, len(steps))
+        run.event("step-started", step=step.name)
+        hooks = _StepHooks(step, listener, stop)
+        started_at, start = datetime.now(UTC), time.monotonic()
+        attempt = run.begin(step.name)
+        result = worker.execute(step, attempt, hooks)
+        commit = run.commit(
+            attempt,
+            figures=result.figures,
+            free=free,
+            started_at=started_at,
+            elapsed_s=time.monotonic() - start,
+            peak_memory_bytes=result.peak_memory_bytes,
+        )
+        run.event("step-committed", step=step.name, number=commit.number, elapsed_s=commit.elapsed_s)
+        _settle(run, steps, worker)
+        listener.step_finished(step, commit, position, len(steps))
+        if until(step):
+            return
+
+
+def require_next(run: RunDirectory, steps: Sequence[Step], wanted: Step) -> None:
+    """Raise StepOrderError unless `wanted` is what has to be done now, naming the step to do first."""
+    todo = next_steps(steps, [commit.step for commit in run.commits])
+    if not any(step.name == wanted.name for step in steps):
+        raise StepOrderError(f"this run has no step {wanted.name}; its steps: {_brief(steps)}")
+    if not any(step.name == wanted.name for step in todo):
+        raise StepOrderError(f"{wanted.name} is already done; next is {todo[0].name if todo else 'nothing'}")
+    if todo[0].name != wanted.name:
+        raise StepOrderError(f"{wanted.name} comes later: do {todo[0].name} first")
+
+
+def _brief(steps: Sequence[Step]) -> str:
+    names = [step.name for step in steps]
+    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
+
+
+def _settle(run: RunDirectory, steps: Sequence[Step], worker: Worker) -> None:
+    """What follows from the commits: payloads to release, attempts to delete, views to refresh."""
+    run.release(releasable(steps, [commit.step for commit in run.commits]))
+    run.clean()
+    worker.refresh_views()

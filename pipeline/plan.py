@@ -1,0 +1,124 @@
+"""The chain of steps as data: each step says what it reads and writes.
+
+    calibrate -> capture -> prune 0 -> compensate 1 -> prune 1 -> ... -> prune n-1 -> export -> evaluate ...
+
+Payloads are named by what they are: ``biased/i`` and ``dense/i`` are the *inputs* of block i through pruned
+and through original blocks, ``compensated/i`` and ``pruned/i`` are weights of block i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+CHAIN_KINDS = ("calibrate", "capture", "prune-block", "compensate-block", "export")
+EVALUATE = "evaluate"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work, committed as a whole."""
+
+    kind: str
+    block: int | None = None
+    subject: str | None = None  # of an evaluation: "dense/<data set>" or "pruned/<data set>"
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The step's name in commits, messages and run folders, e.g. ``prune-block/3``."""
+        if self.block is not None:
+            return f"{self.kind}/{self.block}"
+        return f"{self.kind}/{self.subject}" if self.subject else self.kind
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluate step measures."""
+
+    which: str  # "dense" or "pruned"
+    source: str
+    seqlen: int
+    max_tokens: int | None
+
+    @property
+    def subject(self) -> str:
+        """The part of the step's name after ``evaluate/``: two evaluations with one subject are the same."""
+        limit = f":{self.max_tokens}" if self.max_tokens is not None else ""
+        return f"{self.which}/{self.source}@{self.seqlen}{limit}"
+
+
+def chain(method: str, num_blocks: int) -> tuple[Step, ...]:
+    """The steps from the calibration set to the exported model, in the only order they can run."""
+    compensates, reads_data = method == "lamp", method != "magnitude"
+    steps: list[Step] = []
+    if reads_data:
+        steps.append(Step("calibrate", writes=("calibration",)))
+        captured = ("biased/0", "dense/1") if compensates and num_blocks > 1 else ("biased/0",)
+        steps.append(Step("capture", reads=("calibration",), writes=captured))
+    for block in range(num_blocks):
+        is_last = block == num_blocks - 1
+        weights: tuple[str, ...] = ()
+        if compensates and block > 0:
+            # The last block's dense output is a target and nothing else: no later step reads it.
+            dense_out = () if is_last else (f"dense/{block + 1}",)
+            steps.append(
+                Step(
+                    "compensate-block",
+                    block,
+                    reads=("calibration", f"biased/{block}", f"dense/{block}"),
+                    writes=(f"compensated/{block}", *dense_out),
+                )
+            )
+            weights = (f"compensated/{block}",)
+        data = ("calibration", f"biased/{block}") if reads_data else ()
+        biased_out = (f"biased/{block + 1}",) if reads_data and not is_last else ()
+        steps.append(
+            Step("prune-block", block, reads=(*data, *weights), writes=(f"pruned/{block}", *biased_out))
+        )
+    steps.append(Step("export", reads=tuple(f"pruned/{i}" for i in range(num_blocks)), writes=("model",)))
+    return tuple(steps)
+
+
+def evaluation_steps(
+    sources: Iterable[str], seqlen: int, max_tokens: int | None, with_dense: bool
+) -> tuple[tuple[Step, Evaluation], ...]:
+    """The evaluate steps: of the pruned model first, because that is what the user waits for."""
+    kinds = ("pruned", "dense") if with_dense else ("pruned",)
+    evaluations = [Evaluation(which, source, seqlen, max_tokens) for source in sources for which in kinds]
+    return tuple(
+        (Step(EVALUATE, subject=e.subject, reads=("model",) if e.which == "pruned" else ()), e)
+        for e in dict.fromkeys(evaluations)
+    )
+
+
+def next_steps(steps: Sequence[Step], committed: Iterable[str]) -> tuple[Step, ...]:
+    """The steps that have no commit yet, in order."""
+    done = set(committed)
+    return tuple(step for step in steps if step.name not in done)
+
+
+def releasable(steps: Sequence[Step], committed: Sequence[str]) -> tuple[str, ...]:
+    """The payloads that no step will read again.
+
+    A payload lives until the step *after* its last reader has committed, so that a run whose newest commit is
+    lost can redo that step. The calibration set, the pruned blocks and the model stay for good.
+    """
+    if not committed:
+        return ()
+    settled = set(committed[:-1])  # the newest commit does not count yet
+    released = []
+    for step in steps:
+        if step.name not in committed:
+            continue
+        for payload in step.writes:
+            # A payload without a reader served its own step only.
+            readers = [reader.name for reader in steps if payload in reader.reads] or [step.name]
+            if not _is_kept(payload) and settled.issuperset(readers):
+                released.append(payload)
+    return tuple(released)
+
+
+def _is_kept(payload: str) -> bool:
+    return payload in ("calibration", "model") or payload.startswith("pruned/")

@@ -1,0 +1,298 @@
+"""Begin a run, find one again, go on with it: what the commands share.
+
+    gathered settings --prepare--> configuration, model, budget, plan --start--> run directory --go_on--> model
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import COMPENSATION_FIELDS, Gathered, RunConfig, complete, differing_fields
+from pipeline.engine import Listener, StopRequest, advance
+from pipeline.errors import ConfigMismatch, RunNotFound
+from pipeline.manifest import RunManifest
+from pipeline.plan import Evaluation, Step, chain, evaluation_steps, next_steps
+from pipeline.rundir import RunDirectory, find_runs
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that could begin: everything is known and checked, nothing is written."""
+
+    config: RunConfig
+    origins: dict[str, str]
+    notices: tuple[str, ...]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    environment: dict[str, Any]
+    budget: tuple[Any, ...]  # stages.budget.BlockBudget, one a block
+    steps: tuple[Step, ...]
+
+    @property
+    def default_run_dir(self) -> Path:
+        """``runs/<model>-s<percent>-<method>``."""
+        name = Path(self.config.model).name.removesuffix(".gguf") if "/" in self.config.model else self.config.model
+        return RUNS / f"{name.lower()}-s{100 * self.config.sparsity:g}-{self.config.method}"
+
+
+def prepare(gathered: Gathered) -> Prepared:
+    """Find the model, fill in the defaults, compute the budget, check the sources. Writes nothing to the run.
+
+    Raises what the stages raise for an unknown model, a hub out of reach, an infeasible budget, a text that is
+    not there.
+    """
+    from stages.budget import feasible_alpha, feasible_beta
+    from stages.defaults import measured, published
+    from stages.device import choose
+    from stages.models.decoder import open_model
+    from stages.models.source import resolve
+
+    settings = _with_absolute_paths(gathered)
+    gathered = Gathered(settings, gathered.origins, gathered.preset)
+    choices = choose(settings.device, settings.dtype)
+    folder = resolve(settings.model, settings.revision)
+    model = open_model(folder)
+    shapes = _prunable_layers(model, settings.ignore)
+    fixed = _fixed_sparsities(shapes, settings.layer_sparsity)
+
+    table = published if gathered.preset == "paper" else measured
+    defaults = table(model.name, settings.sparsity)
+    notices = []
+    if settings.method == "lamp":
+        free_shapes = [[layer for layer in block if layer.name not in fixed] for block in shapes]
+        beta = settings.beta if settings.beta is not None else defaults.beta
+        if settings.beta is None:
+            wanted_alpha = settings.alpha if settings.alpha is not None else 1.0
+            beta = feasible_beta(free_shapes, settings.sparsity, wanted_alpha, defaults.beta)
+        alpha = settings.alpha if settings.alpha is not None else defaults.alpha
+        if settings.alpha is None:
+            alpha = feasible_alpha(free_shapes, settings.sparsity, defaults.alpha, beta)
+        for name, value, default in (("alpha", alpha, defaults.alpha), ("beta", beta, defaults.beta)):
+            if getattr(settings, name) is None and value != default:
+                notices.append(f"{name} is {value:.4g} instead of {default:.4g}: no layer can be pruned above 100%")
+        defaults = type(defaults)(**{**asdict(defaults), "alpha": alpha, "beta": beta})
+    config, origins, more_notices = complete(gathered, model.max_positions, defaults)
+    budget = _allocate(shapes, config, fixed)
+    return Prepared(
+        config=config,
+        origins=origins,
+        notices=(*notices, *more_notices),
+        model=_model_record(model, folder),
+        data=_check_sources(config),
+        environment=environment_record(asdict(choices)),
+        budget=budget,
+        steps=chain(config.method, model.num_blocks),
+    )
+
+
+def sibling(gathered: Gathered, method: str) -> Gathered:
+    """The same settings for another method, to be compared with: what only the first method has is dropped."""
+    dropped = {"alpha", "beta", *COMPENSATION_FIELDS}
+    changes: dict[str, Any] = {name: None for name in dropped}
+    values = gathered.values.model_copy(update={**changes, "method": method, "evaluate_dense": False})
+    origins = {name: origin for name, origin in gathered.origins.items() if name not in dropped}
+    return Gathered(values, origins, gathered.preset)
+
+
+def _with_absolute_paths(gathered: Gathered) -> Any:
+    """The settings with local paths made absolute: a run can be resumed from another folder."""
+    from stages.data.sources import parse_source
+
+    settings, changes = gathered.values, {}
+    if Path(settings.model).exists():
+        changes["model"] = str(Path(settings.model).resolve())
+    if settings.calibration is not None:
+        changes["calibration"] = parse_source(settings.calibration).name
+    if settings.evaluate is not None:
+        changes["evaluate"] = tuple(parse_source(source).name for source in settings.evaluate)
+    return settings.model_copy(update=changes)
+
+
+def _prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
+    import re
+
+    from pipeline.errors import ConfigError
+    from stages.budget import LayerShape
+
+    patterns = [re.compile(pattern) for pattern in ignore]
+    unused = set(ignore)
+    blocks = []
+    for index in range(model.num_blocks):
+        kept = []
+        for layer in model.layers(index):
+            matching = [p.pattern for p in patterns if p.search(layer.name)]
+            unused.difference_update(matching)
+            if not matching:
+                kept.append(LayerShape(layer.name, layer.role, layer.rows, layer.cols))
+        blocks.append(kept)
+    if unused:
+        example = model.layers(0)[0].name
+        raise ConfigError(f"--ignore {sorted(unused)[0]}: no layer has such a name (they look like {example})")
+    if not any(blocks):
+        raise ConfigError("--ignore leaves no layer to prune")
+    return blocks
+
+
+def _fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, float]) -> dict[str, float]:
+    import re
+
+    from pipeline.errors import ConfigError
+
+    fixed: dict[str, float] = {}
+    for pattern, sparsity in overrides.items():
+        names = [layer.name for block in blocks for layer in block if re.search(pattern, layer.name)]
+        if not names:
+            raise ConfigError(f"layer_sparsity {pattern}: no prunable layer has such a name")
+        fixed.update(dict.fromkeys(names, sparsity))
+    return fixed
+
+
+def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping[str, float]) -> tuple[Any, ...]:
+    from stages.budget import allocate
+
+    assert config.alpha is not None and config.beta is not None
+    return allocate(blocks, config.sparsity, config.alpha, config.beta, fixed)
+
+
+def _check_sources(config: RunConfig) -> dict[str, Any]:
+    """The digest of each local source, after making sure that each can be read at all."""
+    from stages.data.sources import parse_source
+
+    digests: dict[str, Any] = {}
+    wanted = [*([config.calibration] if config.calibration else []), *config.evaluate]
+    for name in dict.fromkeys(wanted):
+        source = parse_source(name)
+        source.check()
+        digests[name] = source.digest()
+    return digests
+
+
+def _model_record(model: Any, folder: Any) -> dict[str, Any]:
+    return {
+        "name": folder.name,
+        "source": folder.source,
+        "revision": folder.revision,
+        "files": {name: {"size": d.size, "sha256": d.sha256} for name, d in folder.files.items()},
+        "model_type": model.name,
+        "num_blocks": model.num_blocks,
+        "hidden_size": model.hidden_size,
+    }
+
+
+def environment_record(device: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and device choices that decide the last bits."""
+    packages = {name: importlib.metadata.version(name) for name in ("lampctl", "torch", "transformers", "zarr")}
+    return {"python": platform.python_version(), "packages": packages, "device": dict(device)}
+
+
+def start(prepared: Prepared, path: Path) -> RunDirectory:
+    """The run at `path`: a new one, or the one that is there if it is the same run.
+
+    Raises ConfigMismatch, with the fields that differ, if another run lies there.
+    """
+    if (path / "run.json").exists():
+        run = RunDirectory.open(path)
+        require_same(run, prepared)
+        return run
+    manifest = RunManifest.new(
+        created_at=datetime.now(UTC),
+        config=prepared.config.model_dump(mode="json"),
+        provenance=prepared.origins,
+        identity={"settings": prepared.config.identity, "model": prepared.model["files"], "data": prepared.data},
+        model=prepared.model,
+        environment=prepared.environment,
+        budget=[asdict(block) for block in prepared.budget],
+        plan=[step.name for step in prepared.steps],
+    )
+    return RunDirectory.create(path, manifest)
+
+
+def require_same(run: RunDirectory, prepared: Prepared) -> None:
+    """Raise ConfigMismatch if the run's identity differs from what is asked for now."""
+    differing = differing_fields(run.manifest.identity["settings"], prepared.config.identity)
+    if run.manifest.identity["model"] != prepared.model["files"]:
+        differing["model files"] = ("as they were", "changed since")
+    calibration = prepared.config.calibration
+    if calibration and run.manifest.identity["data"].get(calibration) != prepared.data.get(calibration):
+        differing["calibration text"] = ("as it was", "changed since")
+    if differing:
+        lines = [f"  {field}: {old!r} there, {new!r} asked for" for field, (old, new) in differing.items()]
+        raise ConfigMismatch(
+            f"{run.path} holds another run:\n" + "\n".join(lines) + "\n"
+            "use another --run-dir, or the same settings to go on with that run"
+        )
+
+
+def reopen(path: Path) -> tuple[RunDirectory, RunConfig]:
+    """A run and its configuration, with the free settings that were last in force."""
+    run = RunDirectory.open(path)
+    config = RunConfig(**run.manifest.config)
+    return run, config.with_free(run.commits[-1].free) if run.commits else config
+
+
+def steps_of(run: RunDirectory, config: RunConfig) -> tuple[tuple[Step, ...], dict[str, Evaluation]]:
+    """All steps of a run under `config`, and what each evaluate step measures, by step name."""
+    evaluations = evaluation_steps(
+        config.evaluate, config.eval_seqlen, config.eval_max_tokens, config.evaluate_dense
+    )
+    steps = chain(config.method, run.manifest.model["num_blocks"])
+    return (*steps, *(step for step, _ in evaluations)), {step.name: what for step, what in evaluations}
+
+
+def is_finished(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether nothing is left to do."""
+    return not next_steps(steps_of(run, config)[0], [commit.step for commit in run.commits])
+
+
+def go_on(
+    run: RunDirectory,
+    config: RunConfig,
+    listener: Listener,
+    stop: StopRequest,
+    *,
+    until: Callable[[Step], bool] = lambda step: False,
+    shared_with: RunDirectory | None = None,
+) -> None:
+    """Do what is left of a run, up to and with a step for which `until` holds."""
+    steps, evaluations = steps_of(run, config)
+    if not next_steps(steps, [commit.step for commit in run.commits]) and (run.path / "model").is_dir():
+        return
+    from pipeline.work import StageWorker
+    from stages import device
+
+    worker = StageWorker(run, config, evaluations, shared_with)
+    for change in environment_changes(run):
+        listener.warn(change)
+    device.apply(worker.choices)
+    advance(run, steps, worker, config.free, listener, stop, until)
+
+
+def environment_changes(run: RunDirectory) -> list[str]:
+    """How this machine differs from the one that the run began on, one sentence each."""
+    began, now = run.manifest.environment, environment_record({})
+    changes = [
+        f"{name} is {now['packages'][name]} here, the run began with {version}: "
+        "the result may differ in its last bits"
+        for name, version in began["packages"].items()
+        if now["packages"].get(name) != version
+    ]
+    return changes
+
+
+def newest_unfinished(root: Path = RUNS) -> Path:
+    """The run under `root` that was begun last and is not finished. Raises RunNotFound if there is none."""
+    found = find_runs(root)
+    for path in found:
+        run, config = reopen(path)
+        if not is_finished(run, config):
+            return path
+    what = f"all {len(found)} runs there are finished" if found else "there are no runs there"
+    raise RunNotFound(f"no unfinished run under {root}/: {what}. Name one: lampctl resume RUN")

@@ -1,0 +1,212 @@
+"""What a run's commits tell: its state, its figures, how long the rest will take. Reads, never writes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import RunConfig
+from pipeline.manifest import StepCommit
+from pipeline.plan import CHAIN_KINDS, Step
+from pipeline.rundir import RunDirectory
+from pipeline.session import steps_of
+
+
+@dataclass(frozen=True)
+class StepState:
+    """One step of the plan, done or not."""
+
+    name: str
+    kind: str
+    block: int | None
+    is_done: bool
+    elapsed_s: float | None
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One layer's budget, and how its pruning went (None: not pruned yet)."""
+
+    name: str
+    role: str | None
+    size: int
+    num_masked: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """One block's budget, compensation and pruning."""
+
+    block: int
+    state: str  # "waiting", "compensated", "pruned"
+    size: int
+    num_masked: int
+    num_other_zeros: int | None
+    loss_before: float | None
+    loss_after: float | None
+    loss_before_aside: float | None
+    loss_after_aside: float | None
+    layers: tuple[LayerState, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One perplexity."""
+
+    which: str  # "dense" or "pruned"
+    source: str
+    perplexity: float
+    num_tokens: int
+    seqlen: int
+    is_partial: bool
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at a glance."""
+
+    path: Path
+    config: RunConfig
+    is_finished: bool
+    next_step: str | None
+    num_done: int
+    elapsed_s: float
+    remaining_s: float | None  # estimated; None while nothing comparable has run
+    pruning_s: float  # calibrate to export, without evaluations
+    peak_memory_bytes: int | None
+    steps: tuple[StepState, ...]
+    blocks: tuple[BlockState, ...]
+    evaluations: tuple[EvaluationResult, ...]
+    num_prunable: int
+    num_masked: int | None  # in the exported model; None before export
+    num_other_zeros: int | None
+    model_path: Path | None
+
+    @property
+    def sparsity(self) -> float | None:
+        """Masked weights over prunable weights in the exported model."""
+        return None if self.num_masked is None else self.num_masked / self.num_prunable
+
+
+def status(run: RunDirectory, config: RunConfig) -> RunStatus:
+    """The state of a run, from its manifest and commits alone."""
+    steps, _ = steps_of(run, config)
+    by_name = {commit.step: commit for commit in run.commits}
+    states = tuple(_step_state(step, by_name.get(step.name)) for step in steps)
+    todo = [state for state in states if not state.is_done]
+    exported = by_name.get("export")
+    peaks = [c.peak_memory_bytes for c in run.commits if c.peak_memory_bytes is not None]
+    pruning = [c for c in run.commits if c.step.partition("/")[0] in CHAIN_KINDS]
+    return RunStatus(
+        path=run.path,
+        config=config,
+        is_finished=not todo,
+        next_step=todo[0].name if todo else None,
+        num_done=len(states) - len(todo),
+        elapsed_s=sum(commit.elapsed_s for commit in run.commits),
+        remaining_s=_remaining_s(states),
+        pruning_s=sum(commit.elapsed_s for commit in pruning),
+        peak_memory_bytes=max((c.peak_memory_bytes or 0 for c in pruning), default=0) or max(peaks, default=None),
+        steps=states,
+        blocks=tuple(_block_state(i, b, by_name) for i, b in enumerate(run.manifest.budget)),
+        evaluations=evaluations_of(run),
+        num_prunable=sum(layer["size"] for block in run.manifest.budget for layer in block["layers"]),
+        num_masked=exported.figures["num_masked"] if exported else None,
+        num_other_zeros=exported.figures["num_other_zeros"] if exported else None,
+        model_path=run.path / "model" if exported else None,
+    )
+
+
+def evaluations_of(run: RunDirectory) -> tuple[EvaluationResult, ...]:
+    """All perplexities that the run has measured, in the order of their commits."""
+    fields = EvaluationResult.__dataclass_fields__
+    return tuple(
+        EvaluationResult(**{name: commit.figures[name] for name in fields})
+        for commit in run.commits
+        if commit.step.startswith("evaluate/")
+    )
+
+
+def _step_state(step: Step, commit: StepCommit | None) -> StepState:
+    if commit is None:
+        return StepState(step.name, step.kind, step.block, False, None, None)
+    return StepState(step.name, step.kind, step.block, True, commit.elapsed_s, commit.peak_memory_bytes)
+
+
+def _remaining_s(states: Sequence[StepState]) -> float | None:
+    """Each step to come takes as long as the median of its kind so far; unknown kinds are left out."""
+    seconds: dict[str, list[float]] = {}
+    for state in states:
+        if state.elapsed_s is not None:
+            seconds.setdefault(state.kind, []).append(state.elapsed_s)
+    todo = [state for state in states if not state.is_done]
+    if not todo:
+        return 0.0
+    known = [statistics.median(seconds[state.kind]) for state in todo if state.kind in seconds]
+    return sum(known) if known else None
+
+
+def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepCommit]) -> BlockState:
+    pruned, compensated = by_name.get(f"prune-block/{index}"), by_name.get(f"compensate-block/{index}")
+    losses = compensated.figures if compensated else {}
+    outcome = pruned.figures["layers"] if pruned else {}
+    layers = tuple(
+        LayerState(
+            layer["name"],
+            layer["role"],
+            layer["size"],
+            layer["num_masked"],
+            outcome.get(layer["name"], {}).get("relative_error"),
+        )
+        for layer in budget["layers"]
+    )
+    return BlockState(
+        block=index,
+        state="pruned" if pruned else "compensated" if compensated else "waiting",
+        size=sum(layer.size for layer in layers),
+        num_masked=sum(layer.num_masked for layer in layers),
+        num_other_zeros=pruned.figures["num_other_zeros"] if pruned else None,
+        loss_before=losses.get("loss_before"),
+        loss_after=losses.get("loss_after"),
+        loss_before_aside=losses.get("loss_before_aside"),
+        loss_after_aside=losses.get("loss_after_aside"),
+        layers=layers,
+    )
+
+
+def card_facts(run: RunDirectory, config: RunConfig) -> Any:
+    """What the exported model's card tells (`stages.export.CardFacts`)."""
+    from stages.export import CardFacts, CardFigure
+
+    state = status(run, config)
+    rows: dict[tuple[str, int, bool], dict[str, EvaluationResult]] = {}
+    for result in state.evaluations:
+        rows.setdefault((result.source, result.seqlen, result.is_partial), {})[result.which] = result
+    figures = []
+    for (source, seqlen, is_partial), pair in rows.items():
+        some = next(iter(pair.values()))
+        note = f"{seqlen} tokens a window" + (f", partial: first {some.num_tokens} tokens" if is_partial else "")
+        dense, pruned = pair.get("dense"), pair.get("pruned")
+        figures.append(
+            CardFigure(source, dense.perplexity if dense else None, pruned.perplexity if pruned else None, note)
+        )
+    settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision", "method", "sparsity")}
+    assert state.num_masked is not None and state.num_other_zeros is not None
+    return CardFacts(
+        base_model=run.manifest.model["name"],
+        revision=run.manifest.model["revision"],
+        method=config.method,
+        target_sparsity=config.sparsity,
+        num_masked=state.num_masked,
+        num_prunable=state.num_prunable,
+        num_other_zeros=state.num_other_zeros,
+        settings=settings,
+        figures=tuple(figures),
+        version=importlib.metadata.version("lampctl"),
+    )

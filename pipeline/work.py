@@ -1,0 +1,265 @@
+"""Steps as work: opens what a step reads, calls its stage, and puts what it gives into the attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import safetensors.torch
+
+from pipeline.config import RunConfig
+from pipeline.engine import StepResult
+from pipeline.errors import ConfigMismatch
+from pipeline.plan import Evaluation, Step
+from pipeline.rundir import Attempt, RunDirectory
+from pipeline.summary import card_facts
+from stages import export
+from stages.budget import BlockBudget, LayerBudget
+from stages.calibrate import calibrate
+from stages.capture import capture
+from stages.compensate_block import CompensationSettings, compensate_block
+from stages.data.sources import parse_source
+from stages.device import DeviceChoices, PeakMemory
+from stages.evaluate import evaluate_perplexity
+from stages.models.base import BlockModel
+from stages.models.decoder import open_model
+from stages.models.source import resolve
+from stages.protocols import Hooks
+from stages.prune_block import PruneSettings, prune_block
+
+
+class StageWorker:
+    """Does the steps of one run with the real stages (`pipeline.engine.Worker`)."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: RunConfig,
+        evaluations: Mapping[str, Evaluation],
+        shared_with: RunDirectory | None = None,
+    ) -> None:
+        """evaluations: by step name. shared_with: a run whose calibration set is taken over, if it has one."""
+        self.run, self.config, self.evaluations, self.shared_with = run, config, evaluations, shared_with
+        self.choices = DeviceChoices(**run.manifest.environment["device"])
+        self._views_of: int | None = None
+
+    @cached_property
+    def model(self) -> BlockModel:
+        """The original model, checked to be the very one that the run began with."""
+        recorded = self.run.manifest.model
+        folder = resolve(self.config.model, recorded["revision"])
+        found = {name: digest.sha256 for name, digest in folder.files.items()}
+        expected = {name: digest["sha256"] for name, digest in recorded["files"].items()}
+        if found != expected:
+            changed = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+            raise ConfigMismatch(
+                f"{self.config.model} is no longer the model that this run began with "
+                f"(changed: {', '.join(changed)}); put the old files back or start a new run"
+            )
+        return open_model(folder)
+
+    def execute(self, step: Step, attempt: Attempt, hooks: Hooks) -> StepResult:
+        """Do one step."""
+        peak = PeakMemory(self.choices.torch_device)
+        work = {
+            "calibrate": self._calibrate,
+            "capture": self._capture,
+            "prune-block": self._prune,
+            "compensate-block": self._compensate,
+            "export": self._export,
+            "evaluate": self._evaluate,
+        }[step.kind]
+        figures = work(step, attempt, hooks)
+        return StepResult(figures, peak.bytes())
+
+    def _calibrate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        shared = self.shared_with.commit_for("calibrate") if self.shared_with is not None else None
+        if self.shared_with is not None and shared is not None:
+            attempt.adopt("calibration", self.shared_with, shared.payloads["calibration"])
+            return {**shared.figures, "shared_with": self.shared_with.manifest.digest}
+        config = self.config
+        assert config.calibration is not None and config.num_samples is not None
+        tokens = calibrate(
+            parse_source(config.calibration),
+            self.model.source.path,
+            num_samples=config.num_samples,
+            seqlen=config.seqlen,
+            sampling=config.calibration_sampling,
+            skip=config.calibration_skip,
+            seed=config.seed,
+        )
+        stream = attempt.stream("calibration", len(tokens), tuple(tokens.shape[1:]), tokens.dtype)
+        for index, sample in enumerate(tokens):
+            hooks.check_stop()
+            stream.write(index, sample)
+            hooks.report(index + 1, len(tokens), "samples")
+        return {"source": config.calibration, "num_tokens": tokens.numel()}
+
+    def _activations(self, attempt: Attempt, name: str) -> Any:
+        return attempt.stream(
+            name,
+            len(self.run.open_stream("calibration")),
+            (self.config.seqlen, self.model.hidden_size),
+            self.choices.torch_dtype,
+        )
+
+    def _capture(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        dense = self._activations(attempt, "dense/1") if "dense/1" in step.writes else None
+        biased = self._activations(attempt, "biased/0")
+        capture(self.model, self.run.open_stream("calibration"), biased, dense, self.choices, hooks)
+        return {}
+
+    def _prune(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        block, config = step.block, self.config
+        assert block is not None
+        state = None
+        if f"compensated/{block}" in step.reads:
+            state = _read_state(self.run.open_file(f"compensated/{block}"))
+        uses_data = f"biased/{block}" in step.reads
+        next_biased = f"biased/{block + 1}"
+        result = prune_block(
+            self.model,
+            block,
+            _budget_of(self.run.manifest.budget[block]),
+            PruneSettings(config.method, config.damping, config.column_block),
+            self.choices,
+            hooks,
+            state=state,
+            export_dtypes=export.block_dtypes(self.model, block, config.export_dtype),
+            inputs=self.run.open_stream("calibration") if uses_data else None,
+            biased=self.run.open_stream(f"biased/{block}") if uses_data else None,
+            biased_out=self._activations(attempt, next_biased) if next_biased in step.writes else None,
+        )
+        shard = export.block_shard(self.model, block, result.state)
+        attempt.write_file(f"pruned/{block}", f"block-{block:05d}.safetensors", shard)
+        return {
+            "num_masked": sum(layer.num_masked for layer in result.layers),
+            "num_other_zeros": sum(layer.num_other_zeros for layer in result.layers),
+            "layers": {
+                layer.name: {
+                    "num_masked": layer.num_masked,
+                    "num_other_zeros": layer.num_other_zeros,
+                    "relative_error": layer.relative_error,
+                    "damping": layer.damping,
+                }
+                for layer in result.layers
+            },
+        }
+
+    def _compensate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        block, config = step.block, self.config
+        assert block is not None and config.epochs and config.lr and config.lr_decay
+        biased = self.run.open_stream(f"biased/{block}")
+        dense_name = f"dense/{block + 1}"
+        dense_out: Any
+        if dense_name in step.writes:
+            dense_out = self._activations(attempt, dense_name)
+        else:
+            shape = (config.seqlen, self.model.hidden_size)
+            dense_out = attempt.scratch().stream("targets", len(biased), shape, self.choices.torch_dtype)
+        result = compensate_block(
+            self.model,
+            block,
+            self.run.open_stream("calibration"),
+            biased,
+            self.run.open_stream(f"dense/{block}"),
+            dense_out,
+            CompensationSettings(
+                config.epochs, config.lr, config.lr_decay, bool(config.hold_aside), config.seed
+            ),
+            self.choices,
+            hooks,
+        )
+        contents = safetensors.torch.save({k: v.contiguous() for k, v in result.state.items()})
+        attempt.write_file(f"compensated/{block}", "block.safetensors", contents)
+        return {
+            "loss_before": result.before.trained,
+            "loss_after": result.after.trained,
+            "loss_before_aside": result.before.aside,
+            "loss_after_aside": result.after.aside,
+            "epoch_losses": [{"trained": e.trained, "aside": e.aside} for e in result.epoch_losses],
+            "kept_epoch": result.kept_epoch,
+            "num_steps": result.num_steps,
+        }
+
+    def _export(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        folder = attempt.folder("model")
+        files: dict[str, list[str]] = {}
+        total_size, num_masked, num_other_zeros = 0, 0, 0
+        for block in range(self.model.num_blocks):
+            hooks.check_stop()
+            payload = self.run.payload(f"pruned/{block}")
+            path = self.run.open_file(f"pruned/{block}")
+            folder.link(path.name, payload.files[0])
+            with safetensors.safe_open(path, framework="pt") as shard:
+                files[path.name] = list(shard.keys())
+            total_size += payload.files[0].size
+            commit = self.run.commit_for(f"prune-block/{block}")
+            assert commit is not None
+            num_masked += commit.figures["num_masked"]
+            num_other_zeros += commit.figures["num_other_zeros"]
+            hooks.report(block + 1, self.model.num_blocks + 1, "blocks")
+        for name, contents, keys in export.outside_shards(self.model, self.config.export_dtype):
+            folder.write(name, contents)
+            files[name] = keys
+            total_size += len(contents)
+        folder.write("model.safetensors.index.json", export.index_json(files, total_size))
+        for name, contents in self.model.export_extras(self.config.export_dtype):
+            folder.write(name, contents)
+        budget = [_budget_of(block) for block in self.run.manifest.budget]
+        if num_masked != sum(block.num_masked for block in budget):
+            raise AssertionError("the masks do not add up to the budget")
+        num_prunable = sum(block.size for block in budget)
+        return {
+            "num_masked": num_masked,
+            "num_prunable": num_prunable,
+            "num_other_zeros": num_other_zeros,
+            "sparsity": num_masked / num_prunable,
+            "size_bytes": total_size,
+        }
+
+    def _evaluate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        from stages.data.text import evaluation_tokens, load_tokenizer
+        from stages.metrics.perplexity import windows
+
+        what = self.evaluations[step.name]
+        model = (
+            self.model if what.which == "dense" else open_model(resolve(str(self._published_model()), None))
+        )
+        tokenizer = load_tokenizer(self.model.source.path)
+        source = parse_source(what.source)
+        tokens = evaluation_tokens(source, tokenizer)
+        cut = windows(tokens, what.seqlen, what.max_tokens)
+        result = evaluate_perplexity(model, cut, attempt.scratch(), self.choices, hooks)
+        return {
+            "which": what.which,
+            "source": what.source,
+            "perplexity": result.perplexity,
+            "num_windows": result.num_windows,
+            "num_tokens": result.num_tokens,
+            "num_tokens_available": tokens.numel(),
+            "seqlen": result.seqlen,
+            "is_partial": what.max_tokens is not None and tokens.numel() - result.num_tokens >= what.seqlen,
+        }
+
+    def _published_model(self) -> Any:
+        self.run.publish("model")
+        return self.run.path / "model"
+
+    def refresh_views(self) -> None:
+        """Publish the exported model and write its card, if there is something new to say."""
+        exported = self.run.commit_for("export")
+        if exported is None or self._views_of == len(self.run.commits):
+            return
+        self.run.publish("model")
+        self.run.write_view("model/README.md", export.model_card(card_facts(self.run, self.config)))
+        self._views_of = len(self.run.commits)
+
+
+def _read_state(path: Any) -> dict[str, Any]:
+    return safetensors.torch.load_file(path)
+
+
+def _budget_of(record: Mapping[str, Any]) -> BlockBudget:
+    return BlockBudget(tuple(LayerBudget(**layer) for layer in record["layers"]))

@@ -1,0 +1,28 @@
+"""The calibration set: token ids drawn from a source, as the run will see them to its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from stages.data.sources import Source
+from stages.data.text import calibration_tokens, load_tokenizer
+
+
+def calibrate(
+    source: Source,
+    model_folder: Path,
+    *,
+    num_samples: int,
+    seqlen: int,
+    sampling: str | None,
+    skip: int,
+    seed: int,
+) -> Tensor:
+    """Token ids (num_samples, seqlen) from `source`, by the tokenizer that the model ships with.
+
+    Raises UsageError if the source holds too few tokens, ResourceError if it is out of reach.
+    """
+    tokenizer = load_tokenizer(model_folder)
+    return calibration_tokens(source, tokenizer, num_samples, seqlen, sampling, skip, seed)

@@ -1,0 +1,121 @@
+"""The exported model: pruned blocks as they were committed, everything else as it was, and a model card.
+
+A pruned block's safetensors already carries the model's own key names and dtypes: it *is* a shard, so only
+the weights outside the blocks, the index and the configuration are written here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from stages.device import DTYPES
+from stages.models.base import BlockModel
+
+_SHARD_BYTES = 2_000_000_000
+
+
+def export_dtype(requested: str, original: torch.dtype) -> torch.dtype:
+    """The dtype of one exported tensor: its own ("original") or, for floating point, the one asked for."""
+    return original if requested == "original" or not original.is_floating_point else DTYPES[requested]
+
+
+def block_dtypes(model: BlockModel, block_index: int, requested: str) -> dict[str, torch.dtype]:
+    """The dtype of each entry of a block's state in the exported model."""
+    return {name: export_dtype(requested, d) for name, d in model.original_dtypes(block_index).items()}
+
+
+def block_shard(model: BlockModel, block_index: int, state: Mapping[str, Tensor]) -> bytes:
+    """A pruned block as one safetensors file, under the names the whole model has for them."""
+    prefix = model.block_prefix(block_index)
+    return save({prefix + name: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"})
+
+
+def outside_shards(model: BlockModel, requested: str) -> Iterator[tuple[str, bytes, list[str]]]:
+    """The untouched weights as (file name, safetensors bytes, key names), about 2 GB a file."""
+    shard: dict[str, Tensor] = {}
+    size = number = 0
+    for name, tensor in model.outside_state():
+        tensor = tensor.to(export_dtype(requested, tensor.dtype)).contiguous()
+        if shard and size + tensor.nbytes > _SHARD_BYTES:
+            yield f"outside-{number:05d}.safetensors", save(shard, {"format": "pt"}), list(shard)
+            shard, size, number = {}, 0, number + 1
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield f"outside-{number:05d}.safetensors", save(shard, {"format": "pt"}), list(shard)
+
+
+def index_json(files: Mapping[str, Iterable[str]], total_size: int) -> bytes:
+    """model.safetensors.index.json: which file holds which key."""
+    weight_map = {key: name for name, keys in files.items() for key in keys}
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class CardFigure:
+    """One line of the model card's table of results."""
+
+    source: str
+    dense: float | None
+    pruned: float | None
+    note: str  # "partial: first 10240 tokens", or ""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the model card tells."""
+
+    base_model: str
+    revision: str | None
+    method: str
+    target_sparsity: float
+    num_masked: int
+    num_prunable: int
+    num_other_zeros: int
+    settings: Mapping[str, object]
+    figures: tuple[CardFigure, ...]
+    version: str
+
+
+_METHOD_NAMES = {"lamp": "LAMP", "sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude pruning"}
+
+
+def model_card(facts: CardFacts) -> bytes:
+    """README.md of the exported folder: what was done to which model, how, and what came of it."""
+    is_path = facts.base_model.startswith("/")
+    front = ["---", "library_name: transformers", "tags: [pruning, sparsity, lampctl]"]
+    if not is_path:
+        front.append(f"base_model: {facts.base_model}")
+    front += ["---", ""]
+    revision = f" (revision {facts.revision})" if facts.revision else ""
+    achieved = facts.num_masked / facts.num_prunable
+    lines = [
+        *front,
+        f"# {facts.base_model.rsplit('/', 1)[-1]}, {100 * facts.target_sparsity:g}% pruned with "
+        f"{_METHOD_NAMES[facts.method]}",
+        "",
+        f"Made from `{facts.base_model}`{revision} by lampctl {facts.version}. Of the {facts.num_prunable:,} prunable "
+        f"weights (those of the linear layers inside the blocks), {facts.num_masked:,} ({100 * achieved:.4f}%) are "
+        f"masked: exactly zero. A further {facts.num_other_zeros:,} weights are zero without being masked.",
+        "",
+    ]
+    if facts.figures:
+        lines += ["| perplexity on | original | pruned | |", "|---|---|---|---|"]
+        lines += [f"| {f.source} | {_cell(f.dense)} | {_cell(f.pruned)} | {f.note} |" for f in facts.figures]
+        lines.append("")
+    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += ['model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER", dtype="auto")']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")', "```", "", "## Settings", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.settings.items() if value not in (None, (), [], {})]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
