@@ -1,0 +1,43 @@
+# Everything a clone needs is made here: `make test` and `make demo` set up their own environment.
+# A second call finds the environment as it is and starts at once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SMOL_ARGS := --sparsity 0.6 --preset quick --baseline sparsegpt
+
+.PHONY: help setup test lint demo bench soak clean
+
+help: ## Show what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY) ## Make .venv with lampctl and its development tools
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("lampctl needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+lint: $(READY) ## Format, lint and type checks, and who may import whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint ## Lint, then the default tests
+	$(BIN)/python -m pytest -m 'not slow and not smollm2'
+
+demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (under 15 minutes on 2 cores)
+	$(BIN)/lampctl run smollm2-135m $(SMOL_ARGS)
+
+bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines (hours)
+	$(BIN)/python benchmarks/quality.py
+
+soak: $(READY) ## The long tests: real models, many kills
+	$(BIN)/python -m pytest -m 'slow or smollm2'
+
+clean: ## Remove the environment and caches, never runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info build dist
