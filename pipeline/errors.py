@@ -1,0 +1,67 @@
+"""Errors that the pipeline raises. `lampctl/exits.py` alone says which exit code each becomes."""
+
+# ruff: noqa: N818 - these names say what happened, as a reader of a traceback wants it
+
+
+class PipelineError(Exception):
+    """Base of all errors raised on purpose in `pipeline`."""
+
+
+class ConfigError(PipelineError):
+    """A setting is wrong, or two contradict each other; the message names them as the user knows them."""
+
+
+class RunNotFound(PipelineError):
+    """There is no run where one was expected."""
+
+
+class NotARun(PipelineError):
+    """A folder that holds something, but no run: it is left alone."""
+
+
+class StepOrderError(PipelineError):
+    """A step was asked for before what it needs, or a second time."""
+
+
+class ConfigMismatch(PipelineError):
+    """The run directory holds another configuration or environment, or was written by a newer lampctl."""
+
+
+class DamagedData(PipelineError):
+    """Something stored is not what was committed. The message names the file."""
+
+
+class MissingChunk(DamagedData):
+    """A sample of an activation stream is not there. It is never read as zeros or a fill value."""
+
+
+class ResourceExhausted(PipelineError):
+    """Something outside the program is used up or does not work."""
+
+
+class DiskError(ResourceExhausted):
+    """The disk refused an operation. The message says which, on what path, and the system's reason."""
+
+
+class FileGone(DiskError):
+    """A file or folder that was there is not there any more."""
+
+
+class OutOfDisk(DiskError):
+    """The disk, or the quota on it, is full. What was committed before is untouched."""
+
+
+class FileExists(PipelineError):
+    """A create-only write found its name taken. Read it back: it may be the caller's own."""
+
+
+class Superseded(PipelineError):
+    """Another process has committed the step this one was working on. Its data is not damaged."""
+
+
+class Preempted(PipelineError):
+    """The machine, or the allowed run time, is about to go. The run can be resumed."""
+
+
+class Interrupted(PipelineError):
+    """Somebody pressed Ctrl-C. The run can be resumed."""

@@ -1,0 +1,367 @@
+"""Activation streams on disk: one Zarr v3 array each, one chunk per sample.
+
+Zarr alone reads a missing chunk as its fill value, without a word, and does not know which chunks belong
+together. So the store under the array keeps every file's size and sha256 as it is written, raises where a
+chunk is missing, and checks what it reads against the commit. Besides, each chunk carries a crc32c, which
+guards the streams that no commit knows (scratch, and the attempt under way).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import zarr
+from torch import Tensor
+from zarr.abc.store import ByteRequest, Store
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.core.buffer.cpu import NDBuffer
+
+from pipeline import disk
+from pipeline.disk import FileDigest
+from pipeline.errors import DamagedData, DiskError, FileGone, MissingChunk
+from pipeline.manifest import Payload, PayloadFile, StreamDtype, StreamSpec
+from stages.errors import NumericalError
+
+_METADATA = "zarr.json"
+
+_DTYPES: dict[StreamDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+NO_REMEDY = (
+    "Nothing was computed with it. Put this file back from a copy of the run directory, or start over in a "
+    "new run directory: this version cannot rebuild it"
+)
+
+
+def _nothing_to_explain() -> None:
+    """A scratch stream belongs to one process: nobody else can have moved on."""
+
+
+def stream_spec(num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> StreamSpec:
+    """The description of a stream. Raises ValueError for a dtype that streams cannot hold."""
+    if dtype not in _NAMES:
+        raise ValueError(f"a stream holds {', '.join(_DTYPES)}, not {dtype}")
+    return StreamSpec(num_samples=num_samples, sample_shape=sample_shape, dtype=_NAMES[dtype])
+
+
+def write_stream(
+    folder: Path, spec: StreamSpec, explain_missing: Callable[[], None] = _nothing_to_explain
+) -> ActivationStream:
+    """An empty stream in the new folder `folder`. Call `seal` when all samples are written.
+
+    `explain_missing` is called when a file turns out to be gone, and may raise a better error for it.
+    """
+    disk.make_new_folder(folder)
+    store = _ChunkStore(folder, explain_missing)
+    fill: float | int = float("nan")
+    if spec.dtype == "bfloat16":
+        fill = 0xFFFF  # a bf16 NaN
+    elif spec.dtype.startswith("int"):
+        fill = -1
+    array = zarr.create_array(
+        store,
+        shape=(spec.num_samples, *spec.sample_shape),
+        chunks=(1, *spec.sample_shape),
+        dtype="uint16" if spec.dtype == "bfloat16" else spec.dtype,  # zarr 3 has no bfloat16
+        filters=None,
+        compressors=[Crc32cCodec()],
+        fill_value=fill,
+        # "." keeps all chunks in one folder; "/" would make, and flush, two folders per sample.
+        chunk_key_encoding={"name": "default", "separator": "."},
+        # Without it, a chunk that equals the fill value is left out, and would look lost.
+        config={"write_empty_chunks": True},
+        attributes={"logical_dtype": spec.dtype},
+    )
+    return ActivationStream(array, store, spec)
+
+
+def open_stream(
+    folder: Path,
+    payload: Payload,
+    origin: str = "",
+    explain_missing: Callable[[], None] = _nothing_to_explain,
+    checked: set[str] | None = None,
+) -> ActivationStream:
+    """The stream that a commit describes, in `folder` (the payload's root), to read.
+
+    Every file must be there with its size, or MissingChunk or DamagedData is raised now; its sha256 is
+    checked when it is first read. `origin` says in messages which payload of which step it is; `checked`
+    holds the paths that have been found good, and may be shared between streams of one run.
+    """
+    spec = payload.stream
+    if spec is None:
+        raise ValueError(f"{payload.root} is no activation stream")
+    files = {payload.inner(file): file for file in payload.files}
+    if files.keys() != _keys(spec):
+        raise DamagedData(f"the commit of {origin or payload.root} does not list one chunk per sample")
+    store = _ChunkStore(folder, explain_missing, files, origin, set() if checked is None else checked)
+    store.check_sizes()
+    with _translating(folder / _METADATA, origin):
+        array = zarr.open_array(store, mode="r", zarr_format=3)
+    if array.shape != (spec.num_samples, *spec.sample_shape) or array.chunks != (1, *spec.sample_shape):
+        raise DamagedData(f"{folder / _METADATA} describes another array than its commit. {NO_REMEDY}")
+    return ActivationStream(array, store, spec)
+
+
+class ActivationStream:
+    """A `stages.protocols.Stream` on disk. A stream under way can be read, too, where it has been written."""
+
+    def __init__(self, array: zarr.Array[Any], store: _ChunkStore, spec: StreamSpec) -> None:
+        self._array = array
+        self._store = store
+        self.spec = spec
+        self.folder = store.folder
+        self.dtype = _DTYPES[spec.dtype]
+
+    def __len__(self) -> int:
+        return self.spec.num_samples
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        """Sample `index` on the CPU, as it was written, bit for bit, in memory that torch allocated.
+
+        The memory matters: torch aligns to 64 bytes and numpy does not, and the last bits of a matrix product
+        depend on alignment. Raises IndexError, MissingChunk, DamagedData.
+        """
+        self._check_index(index)
+        sample = torch.empty((1, *self.spec.sample_shape), dtype=self.dtype)
+        out = NDBuffer.from_numpy_array(_as_stored(sample).numpy())
+        with _translating(self.folder / _chunk_key(index, self.spec), self._store.origin):
+            self._array.get_basic_selection(slice(index, index + 1), out=out)
+        return sample[0]
+
+    def write(self, index: int, sample: Tensor, /) -> None:
+        """Store sample `index`, converted to the stream's dtype. Not durable before the step commits.
+
+        Raises IndexError; ValueError for another shape; NumericalError where float16 overflows; OutOfDisk.
+        """
+        self._check_index(index)
+        if tuple(sample.shape) != self.spec.sample_shape:
+            raise ValueError(f"sample {index} is {tuple(sample.shape)}, the stream holds {self.spec.sample_shape}")
+        stored = sample.detach().to("cpu", self.dtype).contiguous()
+        # float16 ends at 65,504, and zarr would store the infinity without a word.
+        if self.dtype == torch.float16 and not bool(torch.isfinite(stored).all()):
+            raise NumericalError(
+                f"sample {index} of {self.folder.name} does not fit float16 (largest magnitude "
+                f"{sample.detach().abs().max().item():g}): keep activations in bfloat16 or float32"
+            )
+        self._array[index] = _as_stored(stored).numpy()
+
+    def seal(self, run_path: Path) -> Payload:
+        """The payload to commit, with paths relative to `run_path`. Nothing can be written after that.
+
+        Raises MissingChunk naming the first sample that was never written.
+        """
+        written = self._store.digests
+        for index in range(len(self)):
+            key = _chunk_key(index, self.spec)
+            if key not in written:
+                raise MissingChunk(f"sample {index} of {self.folder} was never written")
+        self._store.seal()
+        root = self.folder.relative_to(run_path).as_posix()
+        files = tuple(
+            PayloadFile(path=f"{root}/{key}", size=digest.size, sha256=digest.sha256)
+            for key, digest in sorted(written.items())
+        )
+        return Payload(kind="stream", root=root, files=files, stream=self.spec)
+
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a stream of {len(self)}")
+
+
+class ScratchStreams:
+    """A `stages.protocols.Scratch` in a folder of its own: never flushed, gone when closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._num_made = 0
+        disk.make_new_folder(folder)
+
+    def stream(
+        self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> ActivationStream:
+        """A new, empty stream. Names are for people: the same name again gives another stream."""
+        plain = "".join(letter if letter.isalnum() else "-" for letter in name)
+        folder = self.folder / f"{self._num_made:04d}-{plain}"
+        self._num_made += 1
+        return write_stream(folder, stream_spec(num_samples, sample_shape, dtype))
+
+    def close(self) -> None:
+        """Delete all its streams; closing twice is fine."""
+        disk.remove_tree(self.folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _ChunkStore(Store):
+    """What zarr reads and writes one array through: a folder, and the digest of every file in it.
+
+    Not a subclass of zarr's LocalStore, whose shortcuts (`get_sync`, `set_sync`) would bypass the checks.
+    """
+
+    supports_writes = True
+    supports_deletes = False
+    supports_listing = True
+
+    def __init__(
+        self,
+        folder: Path,
+        explain_missing: Callable[[], None],
+        committed: Mapping[str, PayloadFile] | None = None,
+        origin: str = "",
+        checked: set[str] | None = None,
+    ) -> None:
+        super().__init__(read_only=committed is not None)
+        self.folder = folder
+        self.origin = origin
+        self.digests: dict[str, FileDigest] = {}
+        self._explain_missing = explain_missing
+        self._committed = committed
+        self._checked: set[str] = set() if checked is None else checked
+
+    def seal(self) -> None:
+        """Refuse all writes from now on."""
+        self._read_only = True
+
+    def check_sizes(self) -> None:
+        """Raise MissingChunk or DamagedData unless every committed file is there with its size."""
+        assert self._committed is not None
+        for key, file in self._committed.items():
+            path = self.folder / key
+            try:
+                size = path.stat(follow_symlinks=False).st_size
+            except FileNotFoundError:
+                raise self._missing(path) from None
+            if size != file.size:
+                raise self._damaged(path, f"it has {size} bytes, {file.size} were committed")
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """The file's bytes, checked; None only for metadata that zarr looks for and that is not ours."""
+        assert byte_range is None, "chunks are read whole: there is no sharding"
+        # zarr asks what a new folder holds, by names of other formats too; anything else is a chunk.
+        is_probe = key not in (self._committed or ()) and not key.startswith("c.")
+        if is_probe and not (self.folder / key).exists():
+            return None
+        data = await asyncio.to_thread(self._read, key)
+        return (prototype or default_buffer_prototype()).buffer.from_bytes(data)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a file, whole, and remember its digest."""
+        self._check_writable()
+        self.digests[key] = await asyncio.to_thread(self._write, key, memoryview(value.as_buffer_like()))
+
+    async def exists(self, key: str) -> bool:
+        return (self.folder / key).exists()
+
+    async def delete(self, key: str) -> None:
+        raise NotImplementedError(f"{self.folder}: a stream never deletes a file")
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def list(self) -> AsyncIterator[str]:
+        for path in sorted(self.folder.iterdir()):
+            yield path.name
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        async for key in self.list():
+            if key.startswith(prefix):
+                yield key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        if not prefix:
+            async for key in self.list():
+                yield key
+
+    def with_read_only(self, read_only: bool = False) -> Store:
+        if read_only != self.read_only:
+            raise ValueError("a stream is opened either to write or to read")
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = Store.__hash__
+
+    def _read(self, key: str) -> bytes:
+        path = self.folder / key
+        try:
+            data = disk.read_file(path)
+        except FileGone:
+            raise self._missing(path) from None
+        if self._committed is not None and str(path) not in self._checked:
+            if hashlib.sha256(data).hexdigest() != self._committed[key].sha256:
+                raise self._damaged(path, "its sha256 is not the committed one")
+            self._checked.add(str(path))
+        return data
+
+    def _write(self, key: str, data: memoryview) -> FileDigest:
+        path = self.folder / key
+        if key in self.digests:
+            disk.remove_file(path)
+        try:
+            return disk.write_file(path, data)
+        except FileGone:
+            self._explain_missing()
+            raise
+
+    def _missing(self, path: Path) -> MissingChunk:
+        self._explain_missing()
+        if self._committed is None:
+            return MissingChunk(f"{path} was never written")
+        return MissingChunk(f"{path}{_of(self.origin)} is missing. {NO_REMEDY}")
+
+    def _damaged(self, path: Path, reason: str) -> DamagedData:
+        return DamagedData(f"{path}{_of(self.origin)} is damaged: {reason}. {NO_REMEDY}")
+
+
+def _of(origin: str) -> str:
+    return f" ({origin})" if origin else ""
+
+
+def _as_stored(sample: Tensor) -> Tensor:
+    return sample.view(torch.uint16) if sample.dtype == torch.bfloat16 else sample
+
+
+def _chunk_key(index: int, spec: StreamSpec) -> str:
+    return ".".join(["c", str(index), *("0" for _ in spec.sample_shape)])
+
+
+def _keys(spec: StreamSpec) -> set[str]:
+    return {_METADATA, *(_chunk_key(index, spec) for index in range(spec.num_samples))}
+
+
+@contextlib.contextmanager
+def _translating(path: Path, origin: str) -> Iterator[None]:
+    """DamagedData where zarr cannot make sense of the bytes."""
+    try:
+        yield
+    except (DamagedData, DiskError):
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        # crc32c and reshaping failures are both plain ValueErrors in zarr 3.1.
+        raise DamagedData(f"{path}{_of(origin)} is damaged: {error}. {NO_REMEDY}") from error
