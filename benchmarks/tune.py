@@ -1,0 +1,72 @@
+"""Find the default learning rate and alpha per sparsity: LAMP on SmolLM2-135M, on text that no result is reported on.
+
+    python benchmarks/tune.py --calibration C4.jsonl --evaluate OTHER_C4.jsonl
+
+Without files, the two disjoint parts of the embedded corpus. Writes benchmarks/results/tune.csv and tune.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cells import Cell, as_text_file, machine, run_cells
+
+RESULTS = Path(__file__).parent / "results"
+GRID = (
+    *((0.7, lr, alpha) for lr, alpha in ((1e-3, 0.7), (5e-4, 0.7), (2e-3, 0.7), (1e-3, 0.85), (1e-3, 1.0))),
+    *((0.5, lr, alpha) for lr, alpha in ((3e-4, 0.85), (5e-4, 0.85), (1e-3, 0.85), (5e-4, 0.7))),
+    *((0.6, lr, 0.7) for lr in (5e-4, 1e-3)),
+    *((0.8, lr, 0.7) for lr in (1e-3, 2e-3)),
+    (0.3, 2e-4, 0.85),
+    (0.3, 5e-4, 0.85),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", type=Path, help="text or JSON lines; default: pydocs")
+    parser.add_argument("--evaluate", type=Path, help="other text or JSON lines; default: pydocs")
+    parser.add_argument("--work", type=Path, default=Path("runs/tune"))
+    parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--eval-max-tokens", type=int, default=10240)
+    args = parser.parse_args()
+    calibration, evaluate = (
+        f"text:{as_text_file(path, args.work)}" if path else "pydocs" for path in (args.calibration, args.evaluate)
+    )
+    cells = [
+        Cell(
+            {"sparsity": f"{sparsity:g}", "lr": f"{lr:g}", "alpha": f"{alpha:g}"},
+            (
+                *("--sparsity", f"{sparsity:g}", "--lr", f"{lr:g}", "--alpha", f"{alpha:g}", "--beta", "0"),
+                *("--calibration", calibration, "--evaluate", evaluate, "--epochs", str(args.epochs)),
+                *("--num-samples", str(args.num_samples), "--seqlen", str(args.seqlen)),
+                *("--eval-max-tokens", str(args.eval_max_tokens), "--no-evaluate-dense"),
+            ),
+        )
+        for sparsity, lr, alpha in GRID
+    ]
+    rows = run_cells(args.model, cells, RESULTS / "tune.csv", args.work)
+    lines = [
+        "# Learning rate and alpha of LAMP by sparsity",
+        "",
+        f"{args.model}, {args.num_samples} x {args.seqlen} tokens, {args.epochs} epochs, beta 0; perplexity on other "
+        f"text of the same kind ({args.eval_max_tokens} tokens). Calibration: "
+        f"{args.calibration.name if args.calibration else 'pydocs'}; evaluation: "
+        f"{args.evaluate.name if args.evaluate else 'pydocs'}. {machine()}.",
+        "",
+        "Command: `python benchmarks/tune.py --calibration C4.jsonl --evaluate OTHER_C4.jsonl`",
+        "",
+        "| sparsity | lr | alpha | perplexity | seconds |",
+        "|---|---|---|---|---|",
+        *(f"| {r['sparsity']} | {r['lr']} | {r['alpha']} | {r['perplexity']} | {r['seconds']} |" for r in rows),
+    ]
+    (RESULTS / "tune.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""SIGKILL in the middle of every kind of step, then `lampctl resume`: the weights are those of a quiet run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
+FLAGS = (
+    *("--sparsity", "0.6", "--calibration", "pydocs", "--num-samples", "6", "--seqlen", "64", "--epochs", "2"),
+    *("--evaluate", "pydocs", "--eval-max-tokens", "512", "--device", "cpu"),
+)
+
+# Runs the command line with a bomb: the process kills itself when a step of kind sys.argv[1] reports progress
+# for the second time, in the middle of its work.
+BOMB = """
+import os, signal, sys
+from pipeline import engine
+
+kind, count = sys.argv[1], 0
+report = engine._StepHooks.report
+
+def explode(self, done, total, unit, **figures):
+    global count
+    report(self, done, total, unit, **figures)
+    count += self._step.kind == kind
+    if count == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+engine._StepHooks.report = explode
+sys.argv[:2] = ["lampctl"]
+from lampctl.app import main
+main()
+"""
+
+
+def lampctl(*arguments: str, bomb: str | None = None, cwd: Path) -> subprocess.CompletedProcess:
+    start = ["-c", BOMB, bomb] if bomb else ["-m", "lampctl"]
+    return subprocess.run(
+        [sys.executable, *start, *arguments], cwd=cwd, capture_output=True, text=True, env=dict(os.environ), timeout=240
+    )
+
+
+def weights(run: Path) -> dict[str, str]:
+    """SHA-256 of every file of the exported model, by name, as committed."""
+    commits = [json.loads(path.read_text()) for path in sorted((run / "commits").iterdir())]
+    export = next(commit for commit in commits if commit["step"] == "export")
+    return {Path(f["path"]).name: f["sha256"] for f in export["payloads"]["model"]["files"]}
+
+
+def attempts_per_step(run: Path) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for line in (run / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "step-started":
+            counts[event["step"]] = counts.get(event["step"], 0) + 1
+    return counts
+
+
+@pytest.fixture(scope="module")
+def quiet_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quiet")
+    finished = lampctl("run", str(TINY_OPT), *FLAGS, "--run-dir", "run", cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder / "run"
+
+
+def test_a_run_killed_once_in_every_stage_ends_with_the_same_weights(quiet_run, tmp_path):
+    first = lampctl("run", str(TINY_OPT), *FLAGS, "--run-dir", "runs/killed", bomb="calibrate", cwd=tmp_path)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    for kind in ("capture", "prune-block", "compensate-block", "export", "evaluate"):
+        killed = lampctl("resume", bomb=kind, cwd=tmp_path)
+        assert killed.returncode == -signal.SIGKILL, (kind, killed.stderr)
+    last = lampctl("resume", cwd=tmp_path)
+    assert last.returncode == 0, last.stderr
+
+    run = tmp_path / "runs" / "killed"
+    assert weights(run) == weights(quiet_run)
+    quiet, killed_counts = attempts_per_step(quiet_run), attempts_per_step(run)
+    redone = {step: n - quiet[step] for step, n in killed_counts.items() if n != quiet[step]}
+    # One step of each kind was begun twice; nothing that was committed was done again.
+    assert sorted(step.split("/")[0] for step in redone) == sorted(
+        ("calibrate", "capture", "prune-block", "compensate-block", "export", "evaluate")
+    )
+    assert set(redone.values()) == {1}
+    leftovers = {path.name.split("-")[0] for path in (run / "data").iterdir()}
+    committed = {path.stem for path in (run / "commits").iterdir()}
+    assert leftovers <= committed
+    assert len(list((run / "data").iterdir())) == len({path.name for path in (quiet_run / "data").iterdir()})
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_stops_at_a_batch_boundary_and_the_run_goes_on_later(number, code, quiet_run, tmp_path):
+    command = [sys.executable, "-m", "lampctl", "run", str(TINY_OPT), *FLAGS, "--run-dir", "run"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    events = tmp_path / "run" / "events.jsonl"
+    while running.poll() is None and not (events.exists() and "prune-block/0" in events.read_text()):
+        time.sleep(0.02)
+    running.send_signal(number)
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == code, stderr
+    assert "resume" in stderr
+    finished = lampctl("resume", "run", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert weights(tmp_path / "run") == weights(quiet_run)
