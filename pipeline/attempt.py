@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +83,7 @@ class Attempt:
         from pipeline.store import ScratchStreams
 
         if self._scratch is None:
-            self._scratch = ScratchStreams(self.path / _SCRATCH)
+            self._scratch = ScratchStreams(self.path / _SCRATCH, self.run.check_superseded)
         return self._scratch
 
     def seal(self) -> dict[str, Payload]:
@@ -102,7 +103,11 @@ class Attempt:
 
     def _require_all_there(self, payloads: dict[str, Payload]) -> None:
         expected = {file.path for payload in payloads.values() for file in payload.files}
-        there = {path.relative_to(self.run.path).as_posix() for path in self.path.rglob("*") if not path.is_dir()}
+        there = {
+            Path(parent, name).relative_to(self.run.path).as_posix()
+            for parent, _, names in os.walk(self.path)
+            for name in names
+        }
         if expected - there:
             self.run.check_superseded()
             raise MissingChunk(f"{self.run.path / min(expected - there)} was deleted before {self.step} was done")

@@ -80,11 +80,7 @@ class Settings(BaseModel):
     @field_validator("ignore", "evaluate", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
-        return (
-            tuple(part.strip() for part in value.split(",") if part.strip())
-            if isinstance(value, str)
-            else value
-        )
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("ignore")
     @classmethod
@@ -288,8 +284,4 @@ def _drop(field: str, gathered: Gathered, values: dict[str, Any], notices: list[
 
 def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The identity fields whose values differ, as {field: (value of the run, value asked for)}."""
-    return {
-        field: (old.get(field), new.get(field))
-        for field in {**old, **new}
-        if old.get(field) != new.get(field)
-    }
+    return {field: (old.get(field), new.get(field)) for field in {**old, **new} if old.get(field) != new.get(field)}

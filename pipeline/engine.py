@@ -28,9 +28,7 @@ class Listener(Protocol):
         """Step number `position` of `total` (from 0) begins."""
         ...
 
-    def step_progress(
-        self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]
-    ) -> None:
+    def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
         """The running step is at `done` of `total` units."""
         ...
 
@@ -95,9 +93,7 @@ class StopRequest:
     @staticmethod
     def _error(number: int) -> Preempted | Interrupted:
         kind = Interrupted if number == signal.SIGINT else Preempted
-        return kind(
-            f"stopped by {signal.Signals(number).name}; committed steps are safe: `lampctl resume` goes on"
-        )
+        return kind(f"stopped by {signal.Signals(number).name}; committed steps are safe: `lampctl resume` goes on")
 
 
 class _StepHooks:

@@ -24,7 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import ConfigMismatch, DamagedData, FileGone
+from pipeline import disk
+from pipeline.errors import ConfigMismatch, DamagedData
 
 StreamDtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 
@@ -117,17 +118,12 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: Path, remedy: str = "") -> Self:
-        """The record in the file `path`, checked. Raises FileGone, DamagedData, ConfigMismatch (too new).
+        """The record in the file `path`, checked.
 
+        Raises FileGone or DiskError if it cannot be read, DamagedData, ConfigMismatch if it is too new.
         `remedy` is added to the message of DamagedData: what the user can do about it.
         """
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise FileGone(f"{path} is not there") from error
-        except OSError as error:
-            raise DamagedData(f"{path} cannot be read: {error.strerror}. {remedy}".rstrip()) from error
-        return cls.from_bytes(data, path, remedy)
+        return cls.from_bytes(disk.read_file(path), path, remedy)
 
     @classmethod
     def from_bytes(cls, data: bytes, path: Path, remedy: str = "") -> Self:

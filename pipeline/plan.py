@@ -74,9 +74,7 @@ def chain(method: str, num_blocks: int) -> tuple[Step, ...]:
             weights = (f"compensated/{block}",)
         data = ("calibration", f"biased/{block}") if reads_data else ()
         biased_out = (f"biased/{block + 1}",) if reads_data and not is_last else ()
-        steps.append(
-            Step("prune-block", block, reads=(*data, *weights), writes=(f"pruned/{block}", *biased_out))
-        )
+        steps.append(Step("prune-block", block, reads=(*data, *weights), writes=(f"pruned/{block}", *biased_out)))
     steps.append(Step("export", reads=tuple(f"pruned/{i}" for i in range(num_blocks)), writes=("model",)))
     return tuple(steps)
 

@@ -80,6 +80,8 @@ class RunDirectory:
         ConfigMismatch if it was written by a newer version.
         """
         path = Path(path).absolute()
+        if path.exists() and not path.is_dir():
+            raise NotARun(f"{path} is no folder")
         try:
             manifest = RunManifest.read(path / _MANIFEST, _NO_REMEDY)
         except FileGone:
@@ -146,9 +148,9 @@ class RunDirectory:
             self.check_superseded()
             raise
         except FileExists:
-            winner = _read_commit(path, is_newest=True)
+            winner = _read_commit(path)
             if winner.attempt != attempt.id:
-                raise Superseded(_superseded_by(path, winner)) from None
+                raise _superseded_by(path) from None
             # Ours, from a first try whose answer was lost.
             commit = winner
         self.commits = (*self.commits, commit)
@@ -205,13 +207,14 @@ class RunDirectory:
         commit it; and so are temporaries of a commit to come.
         """
         kept = {commit.attempt for commit in self.commits}
+        settled = {f"{commit.number:06d}.json" for commit in self.commits}
         for path in _children(self.path / "data"):
             match = _ATTEMPT.match(path.name)
             if match and int(match[1]) < len(self.commits) and path.name not in kept:
                 disk.remove_tree(path)
         for path in _children(self.path / "commits"):
             leftover = disk.LEFTOVER.match(path.name)
-            if leftover and leftover["name"] <= f"{len(self.commits) - 1:06d}.json":
+            if leftover and leftover["name"] in settled:
                 disk.remove_file(path)
         for folder in [self.path, *(self.path / "data" / attempt for attempt in kept)]:
             for path in _children(folder):
@@ -224,6 +227,8 @@ class RunDirectory:
         It appears complete or not at all; one that shows this payload already is left as it is, another one
         is replaced.
         """
+        if "/" in target:
+            raise ValueError(f"{target} is no name of a folder in the run directory")
         payload = self.payload(name)
         view = self._view(target)
         sources = {payload.inner(file): self.inside(file.path) for file in payload.files}
@@ -257,7 +262,7 @@ class RunDirectory:
         """Raise Superseded if another process has made the commit that would be next here."""
         path = _commit_path(self.path, len(self.commits))
         if path.exists():
-            raise Superseded(_superseded_by(path, _read_commit(path, is_newest=True)))
+            raise _superseded_by(path)
 
     def inside(self, path: str) -> Path:
         """The full path of a recorded one. Raises DamagedData if a link leads it out of the run directory."""
@@ -288,51 +293,53 @@ def _replay(path: Path, manifest: RunManifest) -> tuple[StepCommit, ...]:
     """All commits from number 0 up, checked to be one unbroken chain that starts at this run.json."""
     commits: list[StepCommit] = []
     while True:
-        # What lies ahead is listed before the next one is looked for: another process may be committing, and
-        # a commit that appears in between must not look like a gap.
-        numbers = _numbers(path / "commits")
-        number, last = len(commits), max(numbers, default=-1)
+        number = len(commits)
         record = _commit_path(path, number)
         try:
-            commit = _read_commit(record, is_newest=number >= last)
+            commit = _read_commit(record)
         except FileGone:
-            if last > number:
+            last = _last_number(path / "commits")
+            if last < number:
+                return tuple(commits)
+            # Unless it has appeared since: another process may be committing, always in this order.
+            if not record.exists():
                 raise DamagedData(
                     f"{record} is missing, though commits up to {last:06d} are there. {_NO_REMEDY}"
                 ) from None
-            return tuple(commits)
+            continue
         parent = commits[-1].digest if commits else manifest.digest
         if commit.number != number or commit.parent != parent:
             raise DamagedData(f"{record} is of another run, or out of its place. {_NO_REMEDY}")
         commits.append(commit)
 
 
-def _read_commit(path: Path, *, is_newest: bool) -> StepCommit:
+def _read_commit(path: Path) -> StepCommit:
+    is_newest = not path.with_name(f"{int(path.stem) + 1:06d}.json").exists()
     # Nothing has been released on the strength of the newest commit: it may be redone.
     redo = "It is the newest commit: delete it, resume, and its step is redone with the same result"
     return StepCommit.read(path, redo if is_newest else _NO_REMEDY)
 
 
-def _numbers(folder: Path) -> list[int]:
-    """The numbers of the commits in a folder. Raises DamagedData for a name that only looks like one."""
-    numbers = []
+def _last_number(folder: Path) -> int:
+    """The highest number of a commit in a folder, or -1. Raises DamagedData for what is no commit."""
+    last = -1
     for path in _children(folder):
         if disk.LEFTOVER.match(path.name):
             continue
         if not re.fullmatch(r"[0-9]{6}\.json", path.name):
             raise DamagedData(f"{path} is no commit, and does not belong there: move it elsewhere")
-        numbers.append(int(path.stem))
-    return numbers
+        last = max(last, int(path.stem))
+    return last
 
 
 def _commit_path(run_path: Path, number: int) -> Path:
     return run_path / "commits" / f"{number:06d}.json"
 
 
-def _superseded_by(path: Path, winner: StepCommit) -> str:
-    return (
-        f"another process has committed {winner.step} ({path}): this one stops, and its work on that step is "
-        "not used. The run is not damaged"
+def _superseded_by(path: Path) -> Superseded:
+    return Superseded(
+        f"another process is ahead of this one and has committed {path}: this one stops, and its work on that "
+        "step is not used. The run is not damaged"
     )
 
 

@@ -1,6 +1,6 @@
 """Begin a run, find one again, go on with it: what the commands share.
 
-    gathered settings --prepare--> configuration, model, budget, plan --start--> run directory --go_on--> model
+gathered settings --prepare--> configuration, model, budget, plan --start--> run directory --go_on--> model
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def prepare(gathered: Gathered) -> Prepared:
     not there.
     """
     from stages.budget import feasible_alpha, feasible_beta
-    from stages.defaults import measured, published
-    from stages.device import choose
     from stages.models.decoder import open_model
     from stages.models.source import resolve
+
+    from stages.defaults import measured, published
+    from stages.device import choose
 
     settings = _with_absolute_paths(gathered)
     gathered = Gathered(settings, gathered.origins, gathered.preset)
@@ -96,7 +97,7 @@ def prepare(gathered: Gathered) -> Prepared:
 def sibling(gathered: Gathered, method: str) -> Gathered:
     """The same settings for another method, to be compared with: what only the first method has is dropped."""
     dropped = {"alpha", "beta", *COMPENSATION_FIELDS}
-    changes: dict[str, Any] = {name: None for name in dropped}
+    changes: dict[str, Any] = dict.fromkeys(dropped)
     values = gathered.values.model_copy(update={**changes, "method": method, "evaluate_dense": False})
     origins = {name: origin for name, origin in gathered.origins.items() if name not in dropped}
     return Gathered(values, origins, gathered.preset)
@@ -119,8 +120,9 @@ def _with_absolute_paths(gathered: Gathered) -> Any:
 def _prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
     import re
 
-    from pipeline.errors import ConfigError
     from stages.budget import LayerShape
+
+    from pipeline.errors import ConfigError
 
     patterns = [re.compile(pattern) for pattern in ignore]
     unused = set(ignore)
@@ -158,7 +160,8 @@ def _fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, f
 def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping[str, float]) -> tuple[Any, ...]:
     from stages.budget import allocate
 
-    assert config.alpha is not None and config.beta is not None
+    assert config.alpha is not None
+    assert config.beta is not None
     return allocate(blocks, config.sparsity, config.alpha, config.beta, fixed)
 
 
@@ -240,9 +243,7 @@ def reopen(path: Path) -> tuple[RunDirectory, RunConfig]:
 
 def steps_of(run: RunDirectory, config: RunConfig) -> tuple[tuple[Step, ...], dict[str, Evaluation]]:
     """All steps of a run under `config`, and what each evaluate step measures, by step name."""
-    evaluations = evaluation_steps(
-        config.evaluate, config.eval_seqlen, config.eval_max_tokens, config.evaluate_dense
-    )
+    evaluations = evaluation_steps(config.evaluate, config.eval_seqlen, config.eval_max_tokens, config.evaluate_dense)
     steps = chain(config.method, run.manifest.model["num_blocks"])
     return (*steps, *(step for step, _ in evaluations)), {step.name: what for step, what in evaluations}
 
@@ -278,13 +279,11 @@ def go_on(
 def environment_changes(run: RunDirectory) -> list[str]:
     """How this machine differs from the one that the run began on, one sentence each."""
     began, now = run.manifest.environment, environment_record({})
-    changes = [
-        f"{name} is {now['packages'][name]} here, the run began with {version}: "
-        "the result may differ in its last bits"
+    return [
+        f"{name} is {now['packages'][name]} here, the run began with {version}: the result may differ in its last bits"
         for name, version in began["packages"].items()
         if now["packages"].get(name) != version
     ]
-    return changes
 
 
 def newest_unfinished(root: Path = RUNS) -> Path:

@@ -65,7 +65,7 @@ def write_stream(
 
     `explain_missing` is called when a file turns out to be gone, and may raise a better error for it.
     """
-    disk.make_new_folder(folder)
+    _make_folder(folder, explain_missing)
     store = _ChunkStore(folder, explain_missing)
     fill: float | int = float("nan")
     if spec.dtype == "bfloat16":
@@ -186,10 +186,11 @@ class ActivationStream:
 class ScratchStreams:
     """A `stages.protocols.Scratch` in a folder of its own: never flushed, gone when closed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, explain_missing: Callable[[], None] = _nothing_to_explain) -> None:
         self.folder = folder
+        self._explain_missing = explain_missing
         self._num_made = 0
-        disk.make_new_folder(folder)
+        _make_folder(folder, explain_missing)
 
     def stream(
         self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype
@@ -198,7 +199,7 @@ class ScratchStreams:
         plain = "".join(letter if letter.isalnum() else "-" for letter in name)
         folder = self.folder / f"{self._num_made:04d}-{plain}"
         self._num_made += 1
-        return write_stream(folder, stream_spec(num_samples, sample_shape, dtype))
+        return write_stream(folder, stream_spec(num_samples, sample_shape, dtype), self._explain_missing)
 
     def close(self) -> None:
         """Delete all its streams; closing twice is fine."""
@@ -337,6 +338,14 @@ class _ChunkStore(Store):
 
     def _damaged(self, path: Path, reason: str) -> DamagedData:
         return DamagedData(f"{path}{_of(self.origin)} is damaged: {reason}. {NO_REMEDY}")
+
+
+def _make_folder(folder: Path, explain_missing: Callable[[], None]) -> None:
+    try:
+        disk.make_new_folder(folder)
+    except FileGone:
+        explain_missing()
+        raise
 
 
 def _of(origin: str) -> str:

@@ -197,7 +197,8 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
             CardFigure(source, dense.perplexity if dense else None, pruned.perplexity if pruned else None, note)
         )
     settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision", "method", "sparsity")}
-    assert state.num_masked is not None and state.num_other_zeros is not None
+    assert state.num_masked is not None
+    assert state.num_other_zeros is not None
     return CardFacts(
         base_model=run.manifest.model["name"],
         revision=run.manifest.model["revision"],

@@ -7,6 +7,11 @@ from functools import cached_property
 from typing import Any
 
 import safetensors.torch
+from stages.budget import BlockBudget, LayerBudget
+from stages.data.sources import parse_source
+from stages.models.base import BlockModel
+from stages.models.decoder import open_model
+from stages.models.source import resolve
 
 from pipeline.config import RunConfig
 from pipeline.engine import StepResult
@@ -15,16 +20,11 @@ from pipeline.plan import Evaluation, Step
 from pipeline.rundir import Attempt, RunDirectory
 from pipeline.summary import card_facts
 from stages import export
-from stages.budget import BlockBudget, LayerBudget
 from stages.calibrate import calibrate
 from stages.capture import capture
 from stages.compensate_block import CompensationSettings, compensate_block
-from stages.data.sources import parse_source
 from stages.device import DeviceChoices, PeakMemory
 from stages.evaluate import evaluate_perplexity
-from stages.models.base import BlockModel
-from stages.models.decoder import open_model
-from stages.models.source import resolve
 from stages.protocols import Hooks
 from stages.prune_block import PruneSettings, prune_block
 
@@ -79,7 +79,8 @@ class StageWorker:
             attempt.adopt("calibration", self.shared_with, shared.payloads["calibration"])
             return {**shared.figures, "shared_with": self.shared_with.manifest.digest}
         config = self.config
-        assert config.calibration is not None and config.num_samples is not None
+        assert config.calibration is not None
+        assert config.num_samples is not None
         tokens = calibrate(
             parse_source(config.calibration),
             self.model.source.path,
@@ -149,7 +150,10 @@ class StageWorker:
 
     def _compensate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         block, config = step.block, self.config
-        assert block is not None and config.epochs and config.lr and config.lr_decay
+        assert block is not None
+        assert config.epochs
+        assert config.lr
+        assert config.lr_decay
         biased = self.run.open_stream(f"biased/{block}")
         dense_name = f"dense/{block + 1}"
         dense_out: Any
@@ -165,9 +169,7 @@ class StageWorker:
             biased,
             self.run.open_stream(f"dense/{block}"),
             dense_out,
-            CompensationSettings(
-                config.epochs, config.lr, config.lr_decay, bool(config.hold_aside), config.seed
-            ),
+            CompensationSettings(config.epochs, config.lr, config.lr_decay, bool(config.hold_aside), config.seed),
             self.choices,
             hooks,
         )
@@ -224,9 +226,7 @@ class StageWorker:
         from stages.metrics.perplexity import windows
 
         what = self.evaluations[step.name]
-        model = (
-            self.model if what.which == "dense" else open_model(resolve(str(self._published_model()), None))
-        )
+        model = self.model if what.which == "dense" else open_model(resolve(str(self._published_model()), None))
         tokenizer = load_tokenizer(self.model.source.path)
         source = parse_source(what.source)
         tokens = evaluation_tokens(source, tokenizer)

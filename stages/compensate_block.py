@@ -1,7 +1,7 @@
 """Lines 6-8 of the paper's Algorithm 1: let the next, still dense block learn away what pruning cost.
 
-    dense_out = B_original(dense_in)                      line 7
-    B <- argmin |B(biased_in) - dense_out|^2              line 8, LAMP Eq. 9, by Adam over all of B's parameters
+dense_out = B_original(dense_in)                      line 7
+B <- argmin |B(biased_in) - dense_out|^2              line 8, LAMP Eq. 9, by Adam over all of B's parameters
 """
 
 from __future__ import annotations
@@ -145,8 +145,10 @@ class _Trainer:
                 self.block.load_state_dict(best_state)
         else:
             kept_epoch = self.settings.epochs
-        after = before if kept_epoch == 0 else Losses(
-            self._mean_loss(self.train_set), self._mean_loss(self.aside) if self.aside else None
+        after = (
+            before
+            if kept_epoch == 0
+            else Losses(self._mean_loss(self.train_set), self._mean_loss(self.aside) if self.aside else None)
         )
         self.hooks.report(self._total, self._total, "samples", loss=after.judged)
         state = {name: tensor.to("cpu", copy=True) for name, tensor in self.block.state_dict().items()}

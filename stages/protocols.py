@@ -29,9 +29,7 @@ class Stream(Protocol):
 class Scratch(Protocol):
     """Gives a stage room for intermediate results, which are gone when the stage ends."""
 
-    def stream(
-        self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> Stream: ...
+    def stream(self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> Stream: ...
 
 
 class Hooks(Protocol):
@@ -76,9 +74,7 @@ class ListStream:
 class ListScratch:
     """A `Scratch` in memory."""
 
-    def stream(
-        self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype
-    ) -> ListStream:
+    def stream(self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> ListStream:
         return ListStream(num_samples, sample_shape, dtype)
 
 

@@ -255,5 +255,3 @@ def _load_rounded(block: nn.Module, rounded: Mapping[str, Tensor]) -> None:
     """Put the values of the export dtype into the fp32 block."""
     for name, tensor in block.state_dict().items():
         tensor.copy_(rounded[name])
-
-
