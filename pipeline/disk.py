@@ -16,12 +16,12 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pipeline.errors import DiskError, FileExists, FileGone, OutOfDisk
+from stages.filedigest import FileDigest, digest_file
 
 Bytes = bytes | bytearray | memoryview
 
@@ -76,14 +76,6 @@ class Calls:
 
 
 calls = Calls()
-
-
-@dataclass(frozen=True)
-class FileDigest:
-    """What a file holds: its size in bytes and its sha256 in hexadecimal."""
-
-    size: int
-    sha256: str
 
 
 class FileWriter:
@@ -169,9 +161,12 @@ def write_new(path: Path, data: bytes) -> None:
     flush_folder(path.parent)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Make or replace the file `path`, durably; a reader sees the old bytes or the new, never a mixture."""
-    temporary = _beside(path, "tmp")
+def replace_file(path: Path, data: bytes, folder: Path | None = None) -> None:
+    """Make or replace the file `path`, durably; a reader sees the old bytes or the new, never a mixture.
+
+    folder: where a crash may leave the temporary, on the same file system; beside `path` by default.
+    """
+    temporary = _beside((folder or path.parent) / path.name, "tmp")
     _write_flushed(temporary, data)
     rename(temporary, path)
     flush_folder(path.parent)
@@ -201,9 +196,8 @@ def read_file(path: Path) -> bytes:
 
 def hash_file(path: Path) -> FileDigest:
     """Size and sha256 of a file, read from the disk."""
-    with _naming(path, "read"), open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileDigest(file.tell(), digest.hexdigest())
+    with _naming(path, "read"):
+        return digest_file(path)
 
 
 def copy_file(source: Path, target: Path) -> FileDigest:

@@ -250,7 +250,7 @@ class RunDirectory:
         """Write or replace a file that no commit vouches for, such as model/README.md."""
         view = self._view(path)
         disk.make_folder(view.parent)
-        disk.replace_file(view, contents)
+        disk.replace_file(view, contents, self.path)
         return view
 
     def event(self, kind: str, **fields: Any) -> None:

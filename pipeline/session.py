@@ -50,11 +50,10 @@ def prepare(gathered: Gathered) -> Prepared:
     not there.
     """
     from stages.budget import feasible_alpha, feasible_beta
-    from stages.models.decoder import open_model
-    from stages.models.source import resolve
-
     from stages.defaults import measured, published
     from stages.device import choose
+    from stages.models.decoder import open_model
+    from stages.models.source import resolve
 
     settings = _with_absolute_paths(gathered)
     gathered = Gathered(settings, gathered.origins, gathered.preset)
@@ -87,7 +86,7 @@ def prepare(gathered: Gathered) -> Prepared:
         origins=origins,
         notices=(*notices, *more_notices),
         model=_model_record(model, folder),
-        data=_check_sources(config),
+        data=_check_sources(config, folder.path),
         environment=environment_record(asdict(choices)),
         budget=budget,
         steps=chain(config.method, model.num_blocks),
@@ -107,7 +106,8 @@ def _with_absolute_paths(gathered: Gathered) -> Any:
     """The settings with local paths made absolute: a run can be resumed from another folder."""
     from stages.data.sources import parse_source
 
-    settings, changes = gathered.values, {}
+    settings = gathered.values
+    changes: dict[str, Any] = {}
     if Path(settings.model).exists():
         changes["model"] = str(Path(settings.model).resolve())
     if settings.calibration is not None:
@@ -120,9 +120,8 @@ def _with_absolute_paths(gathered: Gathered) -> Any:
 def _prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
     import re
 
-    from stages.budget import LayerShape
-
     from pipeline.errors import ConfigError
+    from stages.budget import LayerShape
 
     patterns = [re.compile(pattern) for pattern in ignore]
     unused = set(ignore)
@@ -165,15 +164,26 @@ def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping
     return allocate(blocks, config.sparsity, config.alpha, config.beta, fixed)
 
 
-def _check_sources(config: RunConfig) -> dict[str, Any]:
-    """The digest of each local source, after making sure that each can be read at all."""
+def _check_sources(config: RunConfig, model_path: Path) -> dict[str, Any]:
+    """The digest of each local source, after making sure that each can be read and is long enough."""
     from stages.data.sources import parse_source
+    from stages.data.text import load_tokenizer, require_length
 
+    tokenizer = load_tokenizer(model_path)
     digests: dict[str, Any] = {}
-    wanted = [*([config.calibration] if config.calibration else []), *config.evaluate]
-    for name in dict.fromkeys(wanted):
+    if config.calibration is not None:
+        assert config.num_samples is not None
+        source = parse_source(config.calibration)
+        is_random = config.calibration_sampling == "random"
+        num_windows = 1 if is_random else config.calibration_skip + config.num_samples
+        source.check()
+        remedy = "lower --num-samples, --calibration-skip or --seqlen, or use more text"
+        require_length(source, tokenizer, "calibration", num_windows * config.seqlen + is_random, remedy)
+        digests[config.calibration] = source.digest()
+    for name in config.evaluate:
         source = parse_source(name)
         source.check()
+        require_length(source, tokenizer, "evaluation", config.eval_seqlen, "lower --eval-seqlen or use more text")
         digests[name] = source.digest()
     return digests
 

@@ -7,11 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import safetensors.torch
-from stages.budget import BlockBudget, LayerBudget
-from stages.data.sources import parse_source
-from stages.models.base import BlockModel
-from stages.models.decoder import open_model
-from stages.models.source import resolve
 
 from pipeline.config import RunConfig
 from pipeline.engine import StepResult
@@ -20,11 +15,16 @@ from pipeline.plan import Evaluation, Step
 from pipeline.rundir import Attempt, RunDirectory
 from pipeline.summary import card_facts
 from stages import export
+from stages.budget import BlockBudget, LayerBudget
 from stages.calibrate import calibrate
 from stages.capture import capture
 from stages.compensate_block import CompensationSettings, compensate_block
+from stages.data.sources import parse_source
 from stages.device import DeviceChoices, PeakMemory
 from stages.evaluate import evaluate_perplexity
+from stages.models.base import BlockModel
+from stages.models.decoder import open_model
+from stages.models.source import resolve
 from stages.protocols import Hooks
 from stages.prune_block import PruneSettings, prune_block
 
@@ -230,7 +230,7 @@ class StageWorker:
         tokenizer = load_tokenizer(self.model.source.path)
         source = parse_source(what.source)
         tokens = evaluation_tokens(source, tokenizer)
-        cut = windows(tokens, what.seqlen, what.max_tokens)
+        cut = windows(tokens, what.seqlen, what.max_tokens, source.max_windows)
         result = evaluate_perplexity(model, cut, attempt.scratch(), self.choices, hooks)
         return {
             "which": what.which,

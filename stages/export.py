@@ -31,9 +31,9 @@ def block_dtypes(model: BlockModel, block_index: int, requested: str) -> dict[st
 
 
 def block_shard(model: BlockModel, block_index: int, state: Mapping[str, Tensor]) -> bytes:
-    """A pruned block as one safetensors file, under the names the whole model has for them."""
-    prefix = model.block_prefix(block_index)
-    return save({prefix + name: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"})
+    """A pruned block as one safetensors file, under the names that the model's own files have for them."""
+    names = model.stored_names(block_index)
+    return save({names[name]: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"})
 
 
 def outside_shards(model: BlockModel, requested: str) -> Iterator[tuple[str, bytes, list[str]]]:

@@ -112,9 +112,7 @@ def prune_block(
             if id(group) not in factors:
                 factors.clear()
                 where = f"block {block_index}, layer {info.path}"
-                factors[id(group)] = factorise(
-                    group.hessian.matrix(), settings.damping, on_retry=lambda m, w=where: hooks.warn(f"{w}: {m}")
-                )
+                factors[id(group)] = factorise(group.hessian.matrix(), settings.damping, on_retry=_Named(hooks, where))
             factor = factors[id(group)]
         pruned, mask = _prune_matrix(weight, num_masked, group, factor, settings)
         error = _relative_error(weight, pruned, group.hessian.matrix()) if group is not None else None
@@ -160,6 +158,17 @@ def propagate(
         if stream_out is not None:
             stream_out.write(index, hidden[0])
         progress.advance()
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Warns, saying where."""
+
+    hooks: Hooks
+    where: str
+
+    def __call__(self, message: str) -> None:
+        self.hooks.warn(f"{self.where}: {message}")
 
 
 class _Progress:

@@ -57,7 +57,7 @@ def attempts_per_step(run: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for line in (run / "events.jsonl").read_text().splitlines():
         event = json.loads(line)
-        if event["event"] == "step-started":
+        if event["kind"] == "step-started":
             counts[event["step"]] = counts.get(event["step"], 0) + 1
     return counts
 

@@ -1,0 +1,140 @@
+"""What a model family must say, so that stages can prune it one block at a time.
+
+T: tokens of a sample.    H: hidden size.    V: vocabulary.    Batches have one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stages.filedigest import FileDigest, digest_file
+
+Part = Literal["enter", "leave", "all"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder on this machine that holds a whole model, and where it came from."""
+
+    name: str  # as the user named it, or its hub name
+    path: Path
+    source: str  # "hub", "folder", "pickle", "gguf", "wheel"
+    revision: str | None  # commit of the hub
+
+    @cached_property
+    def files(self) -> dict[str, FileDigest]:
+        """Size and sha256 of every file that decides what the model computes."""
+        names = sorted(p.name for p in self.path.iterdir() if p.name in _DECIDING or p.suffix == ".safetensors")
+        return {name: digest_file(self.path / name) for name in names}
+
+
+_DECIDING = {
+    "config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+}
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A layer of a block that can be pruned."""
+
+    name: str  # in the whole model, without ".weight": "model.layers.0.self_attn.q_proj"
+    path: str  # in its block: "self_attn.q_proj"
+    role: str | None  # "q", "k", "v", "qkv", "out", "gate", "up", "fc1", "fc2"; None: not in the table
+    rows: int  # output features
+    cols: int  # input features
+    transposed: bool  # stored as (cols, rows), as GPT-2's Conv1D does
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments that a block gets beside the hidden state: masks, position embeddings and the like."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sample on its way in."""
+
+    hidden: Tensor  # (1, T, H): the input of block 0
+    calls: tuple[BlockCall, ...]  # one per block
+
+
+class Ends(Protocol):
+    """The model without its blocks: embeddings before them, final norm and head after them."""
+
+    def enter(self, inputs: Tensor) -> Entry:
+        """What the blocks get for `inputs`, token ids (1, T)."""
+        ...
+
+    def leave(self, inputs: Tensor, hidden: Tensor) -> Tensor:
+        """Logits (1, T, V) from the last block's output (1, T, H). Needs the part "leave" or "all"."""
+        ...
+
+
+class BlockModel(Protocol):
+    """A model whose weights stay on disk, except those of one block and of the ends."""
+
+    name: str  # the family: transformers' `config.model_type`
+    source: ModelFolder
+    num_blocks: int
+    hidden_size: int
+    max_positions: int | None  # None: as many as one likes
+
+    def layers(self, block_index: int) -> tuple[LayerInfo, ...]:
+        """The layers of a block that can be pruned, in the order of the module."""
+        ...
+
+    def load_block(
+        self, block_index: int, device: torch.device, dtype: torch.dtype = ..., state: Mapping[str, Tensor] | None = ...
+    ) -> nn.Module:
+        """The block with its weights from disk, or from `state` (names relative to the block), ready to run."""
+        ...
+
+    def run_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+        """The block's output (1, T, H), whatever it wraps it in."""
+        ...
+
+    def load_ends(self, device: torch.device, part: Part = ...) -> Ends:
+        """Embeddings ("enter"), or all that lies outside the blocks ("leave", "all")."""
+        ...
+
+    def weight_matrix(self, layer: nn.Module) -> Tensor:
+        """The layer's weight as (rows, cols)."""
+        ...
+
+    def set_weight_matrix(self, layer: nn.Module, weight: Tensor) -> None:
+        """Overwrite the layer's weight, given as (rows, cols)."""
+        ...
+
+    def stored_names(self, block_index: int) -> dict[str, str]:
+        """For each entry of a block's state, its name in the model's own files."""
+        ...
+
+    def original_dtypes(self, block_index: int) -> dict[str, torch.dtype]:
+        """For each entry of a block's state, its dtype in the model's own files."""
+        ...
+
+    def outside_state(self) -> Iterable[tuple[str, Tensor]]:
+        """Every weight outside the blocks, under its name and in its dtype in the model's own files."""
+        ...
+
+    def export_extras(self, requested_dtype: str) -> Iterable[tuple[str, bytes]]:
+        """What a model folder needs beside weights: configuration and tokenizer, as (file name, contents)."""
+        ...

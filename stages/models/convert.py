@@ -1,0 +1,150 @@
+"""Models that are no safetensors, converted once into the user's cache: pickles and GGUF.
+
+Pickles are read with weights_only: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stages.errors import ResourceError, UsageError
+from stages.filedigest import digest_file
+from stages.models.weights import INDEX
+
+log = logging.getLogger(__name__)
+
+PICKLES = "pytorch_model*.bin"
+_COPIED = ("*.json", "*.txt", "*.model")
+# Raised by one when a conversion changes what it writes.
+_VERSION = 1
+
+
+def cache_dir() -> Path:
+    """Where fetched and converted models are kept: $LAMPCTL_CACHE, or lampctl/ in the user's cache folder."""
+    own = os.environ.get("LAMPCTL_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lampctl"
+
+
+def from_pickles(folder: Path) -> Path:
+    """A folder in the cache with the same model as safetensors, under the same names.
+
+    Raises ResourceError for a file that is no pickle of tensors.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    files = sorted(folder.glob(PICKLES))
+    digests = [f"{path.name}:{digest_file(path).sha256}" for path in (folder / "config.json", *files)]
+    with _converted(hashlib.sha256("\n".join(digests).encode()).hexdigest()) as (target, is_new):
+        if is_new:
+            log.info("converting %s to safetensors, once", folder)
+            weight_map: dict[str, str] = {}
+            for number, path in enumerate(files):
+                try:
+                    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+                    reason = str(error).splitlines()[0]
+                    raise ResourceError(f"{path} cannot be read as a pickle of plain tensors: {reason}") from error
+                name = f"model-{number:05d}.safetensors"
+                # Copies: tied tensors share memory, which safetensors refuses.
+                whole = {k: t.clone().contiguous() for k, t in tensors.items() if isinstance(t, torch.Tensor)}
+                save_file(whole, target / name, {"format": "pt"})
+                weight_map.update(dict.fromkeys(whole, name))
+            (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+            for pattern in _COPIED:
+                for path in folder.glob(pattern):
+                    if not path.name.startswith("pytorch_model"):
+                        shutil.copyfile(path, target / path.name)
+    return _cached(target)
+
+
+def from_gguf(fetch: Callable[[], Path], sha256: str | None = None) -> Path:
+    """A folder in the cache with the model of a GGUF file, dequantized to fp32, and its tokenizer.
+
+    fetch: gives the file, and is called only if it has not been converted yet. sha256: of the file, if known.
+    Raises UsageError for an architecture that transformers does not read from GGUF.
+    """
+    digest = sha256 or digest_file(fetch()).sha256
+    with _converted(digest) as (target, is_new):
+        if is_new:
+            path = fetch()
+            log.info("converting %s to safetensors, once", path.name)
+            try:
+                _write_gguf_model(path, target)
+            except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UsageError(f"{path}: transformers cannot read this GGUF file ({reason})") from error
+    return _cached(target)
+
+
+def _write_gguf_model(path: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # transformers refuses to save a model read from GGUF: "quantized with gguf and is not serializable". A fresh
+    # model of the same configuration has nothing to do with GGUF.
+    settings = read.config.to_dict()
+    settings.pop("quantization_config", None)
+    config = type(read.config).from_dict(settings)
+    config.dtype = torch.float32
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(read.state_dict())
+    plain.generation_config = read.generation_config
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(target)
+
+
+@contextmanager
+def _converted(digest: str) -> Iterator[tuple[Path, bool]]:
+    """A folder to fill, and whether it is new; it takes its place in the cache only once it is full."""
+    final = cache_dir() / "models" / f"{digest[:24]}-v{_VERSION}"
+    if final.is_dir():
+        yield final, False
+        return
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    except OSError as error:
+        raise ResourceError(
+            f"the cache {cache_dir()} cannot be written ({error.strerror}): set LAMPCTL_CACHE to a folder that can"
+        ) from error
+    try:
+        yield temporary, True
+        _take_place(temporary, final)
+    except OSError as error:
+        raise ResourceError(f"no room to convert the model in {cache_dir()}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, final: Path) -> None:
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    try:
+        temporary.rename(final)
+    except OSError:
+        # Another process was first, with the same contents.
+        if not final.is_dir():
+            raise
+
+
+def _cached(target: Path) -> Any:
+    """The place in the cache that a folder given by `_converted` has taken."""
+    if not target.name.startswith("."):
+        return target
+    return target.parent / target.name.removeprefix(".").rpartition(".")[0]

@@ -1,0 +1,337 @@
+"""Every decoder-only language model of Hugging Face, by one code path.
+
+The model lives on `meta`; its blocks are replaced by recorders, so that the model's own forward tells what each
+block gets; a block's weights are read when it is its turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.pytorch_utils import Conv1D
+
+from stages.errors import UsageError
+from stages.hub import reason_of
+from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part
+from stages.models.recorders import Recorder, StopForward, Tape, output_of
+from stages.models.roles import role_of
+from stages.models.weights import WeightFiles, match_names
+
+# Blocks whose linear layers hold less of their matrix weights than this are refused: the rest would stay dense.
+_SMALLEST_SHARE = 0.95
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def open_model(folder: ModelFolder) -> Decoder:
+    """The model in `folder`, with no weight read yet.
+
+    Raises UsageError for what is no decoder-only language model, is quantized, or has weights in its blocks
+    that no pruner here could reach.
+    """
+    config = _read_config(folder)
+    files = WeightFiles(folder.path)
+    return Decoder(folder, config, files)
+
+
+class Decoder:
+    """A `stages.models.base.BlockModel`. Build one with `open_model`."""
+
+    def __init__(self, folder: ModelFolder, config: PreTrainedConfig, files: WeightFiles) -> None:
+        from accelerate import init_empty_weights
+
+        self.source, self.config, self._files = folder, config, files
+        # Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed; parameters are not.
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.eval().requires_grad_(False)
+        model.tie_weights()
+        self._model = model
+        self.name: str = config.model_type
+        self._list_name, blocks = _find_blocks(model, config.num_hidden_layers)
+        self._blocks = tuple(blocks)
+        self.num_blocks = len(self._blocks)
+        self.hidden_size: int = config.hidden_size
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._layers = tuple(self._find_layers(index) for index in range(self.num_blocks))
+        for index in range(self.num_blocks):
+            self._require_reachable(index)
+        self._stored = self._match_weights()
+        self._returns_tuple: bool | None = None
+        self._ends: tuple[torch.device, Part, DecoderEnds] | None = None
+
+    # -- what is in it
+
+    def layers(self, block_index: int) -> tuple[LayerInfo, ...]:
+        return self._layers[block_index]
+
+    def stored_names(self, block_index: int) -> dict[str, str]:
+        prefix = self._prefix(block_index)
+        return {name: self._stored.get(prefix + name, prefix + name) for name in self._blocks[block_index].state_dict()}
+
+    def original_dtypes(self, block_index: int) -> dict[str, torch.dtype]:
+        state = self._blocks[block_index].state_dict()
+        return {
+            name: self._files.dtype(key) if key in self._files else state[name].dtype
+            for name, key in self.stored_names(block_index).items()
+        }
+
+    # -- blocks
+
+    def load_block(
+        self,
+        block_index: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> nn.Module:
+        block = copy.deepcopy(self._blocks[block_index])
+        if state is None:
+            state = {
+                name: self._files.load(key, dtype, device)
+                for name, key in self.stored_names(block_index).items()
+                if key in self._files
+            }
+        else:
+            state = {name: _copied(tensor, dtype, device) for name, tensor in state.items()}
+        # A buffer that the files lack keeps the value that the model computed for it.
+        whole = {**{name: buffer for name, buffer in block.state_dict().items() if not buffer.is_meta}, **state}
+        block.load_state_dict(whole, strict=True, assign=True)
+        block.to(device)
+        _require_materialised(block, f"block {block_index} of {self.source.name}")
+        return block.eval().requires_grad_(False)
+
+    def run_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+        return output_of(block(hidden, *call.args, **call.kwargs))
+
+    def weight_matrix(self, layer: nn.Module) -> Tensor:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return weight.T if isinstance(layer, Conv1D) else weight
+
+    @torch.no_grad()
+    def set_weight_matrix(self, layer: nn.Module, weight: Tensor) -> None:
+        self.weight_matrix(layer).copy_(weight)
+
+    # -- what lies around the blocks
+
+    def load_ends(self, device: torch.device, part: Part = "all") -> DecoderEnds:
+        """The one instance of a device and part is kept: it holds the embeddings, which every step needs."""
+        if self._ends is not None and self._ends[0] == device and self._ends[1] in (part, "all"):
+            return self._ends[2]
+        self._ends = None
+        skeleton = copy.deepcopy(self._skeleton)
+        head = "" if part != "enter" else self._untied_head()
+        state: dict[str, Tensor] = {}
+        for names, stored in self._outside:
+            if not (head and all(name.startswith(head) for name in names)):
+                tensor = self._files.load(stored, torch.float32, device)
+                state.update(dict.fromkeys(names, tensor))
+        skeleton.load_state_dict(state, strict=False, assign=True)
+        skeleton.tie_weights()
+        ends = DecoderEnds(skeleton, self._list_name, self._blocks)
+        for name, module in skeleton.named_modules():
+            if not (head and (name + ".").startswith(head)):
+                _require_materialised(module, f"{name} of {self.source.name}", recurse=False)
+                for key, buffer in module.named_buffers(recurse=False):
+                    setattr(module, key, buffer.to(device))
+        if self._returns_tuple is None:
+            self._returns_tuple = self._probe_return(ends)
+        ends.tape.returns_tuple = self._returns_tuple
+        self._ends = (device, part, ends)
+        return ends
+
+    def outside_state(self) -> Iterator[tuple[str, Tensor]]:
+        for _, stored in self._outside:
+            yield stored, self._files.load(stored)
+
+    def export_extras(self, requested_dtype: str) -> Iterator[tuple[str, bytes]]:
+        settings = json.loads((self.source.path / "config.json").read_text())
+        if requested_dtype != "original":
+            settings["dtype"] = requested_dtype
+            settings.pop("torch_dtype", None)
+        yield "config.json", (json.dumps(settings, indent=2) + "\n").encode()
+        for name in _COPIED:
+            if (self.source.path / name).is_file():
+                yield name, (self.source.path / name).read_bytes()
+
+    # -- inside
+
+    def _prefix(self, block_index: int) -> str:
+        return f"{self._list_name}.{block_index}."
+
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        """The model on `meta` with nothing where its blocks were."""
+        blocks = self._model.get_submodule(self._list_name)
+        self._model.set_submodule(self._list_name, nn.ModuleList())
+        try:
+            return copy.deepcopy(self._model)
+        finally:
+            self._model.set_submodule(self._list_name, blocks)
+
+    @cached_property
+    def _outside(self) -> tuple[tuple[tuple[str, ...], str], ...]:
+        """Entries of the state that lie outside the blocks: (names that are tied together, name in the files)."""
+        groups: dict[int, list[str]] = {}
+        for name, tensor in self._model.state_dict(keep_vars=True).items():
+            if not name.startswith(f"{self._list_name}."):
+                groups.setdefault(id(tensor), []).append(name)
+        outside = []
+        for names in groups.values():
+            stored = next((self._stored[name] for name in names if name in self._stored), None)
+            if stored is not None:
+                outside.append((tuple(names), stored))
+        return tuple(outside)
+
+    def _match_weights(self) -> dict[str, str]:
+        state = self._model.state_dict(keep_vars=True)
+        renamings = [t for t in get_model_conversion_mapping(self._model) if isinstance(t, WeightRenaming)]
+        stored = match_names(self._files.keys, state, renamings, self._model.base_model_prefix)
+        found = {id(state[name]) for name in stored}
+        missing = [name for name, tensor in state.items() if tensor.is_meta and id(tensor) not in found]
+        if missing:
+            raise UsageError(
+                f"{self.source.path} lacks {len(missing)} weights of a {type(self._model).__name__}, {missing[0]} "
+                "among them: the files are incomplete, or stored in a form that cannot be read one block at a time"
+            )
+        for name, key in stored.items():
+            if tuple(state[name].shape) != self._files.shape(key):
+                raise UsageError(
+                    f"{self.source.path}: {key} has shape {self._files.shape(key)}, its config.json asks for "
+                    f"{tuple(state[name].shape)}"
+                )
+        return stored
+
+    def _find_layers(self, block_index: int) -> tuple[LayerInfo, ...]:
+        infos = []
+        for path, module in self._blocks[block_index].named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                rows, cols = self.weight_matrix(module).shape
+                name = self._prefix(block_index) + path
+                infos.append(LayerInfo(name, path, role_of(path), rows, cols, isinstance(module, Conv1D)))
+        return tuple(infos)
+
+    def _require_reachable(self, block_index: int) -> None:
+        block, paths = self._blocks[block_index], {layer.path for layer in self._layers[block_index]}
+        matrices = {name: p.numel() for name, p in block.named_parameters() if p.ndim >= 2}
+        others = {name: size for name, size in matrices.items() if name.rpartition(".")[0] not in paths}
+        total = sum(matrices.values())
+        if total == 0 or total - sum(others.values()) < _SMALLEST_SHARE * total:
+            share = 1 - sum(others.values()) / total if total else 0.0
+            largest = max(others, key=others.__getitem__) if others else "none"
+            raise UsageError(
+                f"{self.source.name}: only {share:.0%} of the matrix weights of block {block_index} lie in linear "
+                f"layers (the largest that does not: {largest}); such models, mixtures of experts among them, "
+                "cannot be pruned"
+            )
+
+    def _untied_head(self) -> str:
+        """The prefix of the output head's names, if entering the model does without it; else nothing."""
+        head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
+        if head is None or head.weight is embeddings.weight:
+            return ""
+        return next(name for name, module in self._model.named_modules() if module is head) + "."
+
+    def _probe_return(self, ends: DecoderEnds) -> bool:
+        """Whether blocks return a tuple, as some families still do: found out by running one, all zeros."""
+        block = copy.deepcopy(self._blocks[0])
+        zeros = {name: torch.zeros(p.shape) for name, p in block.named_parameters()}
+        block.load_state_dict(zeros, strict=False, assign=True)
+        hidden, call = ends.first_call()
+        block.to(hidden.device)
+        return not isinstance(block(hidden, *call.args, **call.kwargs), Tensor)
+
+
+class DecoderEnds:
+    """A `stages.models.base.Ends`: the model's own forward, around recorders in place of its blocks."""
+
+    def __init__(self, model: PreTrainedModel, list_name: str, blocks: tuple[nn.Module, ...]) -> None:
+        self.tape = Tape()
+        self._num_blocks = len(blocks)
+        model.set_submodule(list_name, nn.ModuleList([Recorder(block, self.tape) for block in blocks]))
+        self._model = model
+
+    def enter(self, inputs: Tensor) -> Entry:
+        self._forward_to_block(self._num_blocks - 1, inputs)
+        assert self.tape.first_hidden is not None
+        return Entry(self.tape.first_hidden, tuple(self.tape.calls))
+
+    def leave(self, inputs: Tensor, hidden: Tensor) -> Tensor:
+        self.tape.start(self._num_blocks, hidden)
+        logits: Tensor = self._model(input_ids=inputs, use_cache=False).logits
+        return logits
+
+    @torch.no_grad()
+    def first_call(self) -> tuple[Tensor, BlockCall]:
+        """What block 0 gets for two tokens; the only call that can be had before it is known what blocks return."""
+        device = next(p.device for p in self._model.parameters() if not p.is_meta)
+        self._forward_to_block(0, torch.zeros(1, 2, dtype=torch.long, device=device))
+        assert self.tape.first_hidden is not None
+        return self.tape.first_hidden, self.tape.calls[0]
+
+    def _forward_to_block(self, block_index: int, inputs: Tensor) -> None:
+        self.tape.start(block_index + 1, None)
+        try:
+            self._model(input_ids=inputs, use_cache=False)
+        except StopForward:
+            return
+        raise AssertionError(f"{type(self._model).__name__} did not call its {self._num_blocks} blocks one by one")
+
+
+def _read_config(folder: ModelFolder) -> PreTrainedConfig:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(folder.path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder.name}: transformers cannot read its config.json ({reason_of(error)})") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise UsageError(f"{folder.name} is a {config.model_type} model, no decoder-only language model")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(f"{folder.name} is quantized: name the original model")
+    return config.get_text_config()
+
+
+def _find_blocks(model: PreTrainedModel, num_blocks: int) -> tuple[str, Iterable[nn.Module]]:
+    """The name of the block list and the blocks: of the module lists of that length, the heaviest."""
+    lists = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_blocks
+    }
+    if not lists:
+        raise UsageError(f"{type(model).__name__} has no list of {num_blocks} blocks: this family cannot be pruned")
+    name = max(lists, key=lists.__getitem__)
+    return name, model.get_submodule(name)
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """In memory that torch allocated, floating point in `dtype`."""
+    wanted = dtype if tensor.is_floating_point() else tensor.dtype
+    return tensor.to(device=device, dtype=wanted, copy=True)
+
+
+def _require_materialised(module: nn.Module, what: str, recurse: bool = True) -> None:
+    tensors = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+    empty = [name for name, tensor in tensors if tensor.is_meta]
+    if empty:
+        raise UsageError(f"{what}: nothing in its files fills {', '.join(empty)}")

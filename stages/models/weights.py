@@ -1,0 +1,124 @@
+"""A model's weights on disk: read one tensor at a time from safetensors, whatever the files are called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stages.errors import ResourceError, UsageError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class WeightFiles:
+    """The tensors of one model folder, by their names in the files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ResourceError if a file that the index names is missing or is no safetensors file."""
+        self._folder = folder
+        self._file_of = _index(folder)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    @property
+    def keys(self) -> Iterable[str]:
+        """All names."""
+        return self._file_of.keys()
+
+    def dtype(self, key: str) -> torch.dtype:
+        """How the tensor is stored. Raises UsageError for a dtype that is no plain number (a quantized model)."""
+        with _opened(self._folder / self._file_of[key]) as file:
+            name = file.get_slice(key).get_dtype()
+        if name not in _DTYPES:
+            raise UsageError(f"{self._folder}: {key} is stored as {name}; load a model that is not quantized")
+        return _DTYPES[name]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading it."""
+        with _opened(self._folder / self._file_of[key]) as file:
+            return tuple(file.get_slice(key).get_shape())
+
+    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        """A copy of the tensor in memory that torch allocated.
+
+        Not a view of the mapped file: the last bits of a matrix product depend on how its operands are aligned.
+        Floating-point tensors are converted to `dtype` if one is given.
+        """
+        with _opened(self._folder / self._file_of[key]) as file:
+            tensor = file.get_tensor(key)
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device=device, dtype=wanted, copy=True)
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether the folder holds weights that `WeightFiles` can read."""
+    return (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
+
+
+def match_names(stored: Iterable[str], wanted: Iterable[str], transforms: Iterable[Any], prefix: str) -> dict[str, str]:
+    """For names of a model's state, the names in its files: {wanted: stored}.
+
+    Files may use names of older versions (`transforms`: transformers' own renamings, applied in order) and may
+    lack the prefix of the base model, or have it where the model has none.
+    """
+    targets, found = set(wanted), {}
+    renamings = list(transforms)
+    for key in stored:
+        candidates = [key]
+        renamed = key
+        for transform in renamings:
+            renamed = transform.rename_source_key(renamed)[0]
+        candidates.append(renamed)
+        for name in (key, renamed):
+            candidates += [f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
+        for candidate in candidates:
+            if candidate in targets and candidate not in found:
+                found[candidate] = key
+                break
+    return found
+
+
+def _index(folder: Path) -> dict[str, str]:
+    if (folder / INDEX).exists():
+        try:
+            weight_map: Mapping[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ResourceError(f"{folder / INDEX} is damaged: {error}") from error
+        missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+        if missing:
+            raise ResourceError(f"{folder} lacks {', '.join(missing)}, which its index names")
+        return dict(weight_map)
+    files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+    file_of: dict[str, str] = {}
+    for path in files:
+        with _opened(path) as file:
+            file_of.update(dict.fromkeys(file.keys(), path.name))
+    return file_of
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ResourceError(f"{path} cannot be read as safetensors: {error}") from error

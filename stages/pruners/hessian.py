@@ -1,0 +1,93 @@
+"""The Hessian of a layer's output error, and the factor of its inverse that SparseGPT works with.
+
+H = 2/n sum x x^T over the n calibration tokens; U upper triangular with U^T U = (H + damping I)^-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.errors import NumericalError
+
+_NUM_RETRIES = 3
+_RETRY_FACTOR = 10.0
+
+
+class HessianSum:
+    """Adds up x x^T over tokens, in fp32. Once it has been read, nothing can be added."""
+
+    def __init__(self, cols: int, device: torch.device) -> None:
+        self._sum = torch.zeros(cols, cols, device=device)
+        self._num_tokens = 0
+        self._is_scaled = False
+
+    def add(self, x: Tensor) -> None:
+        """Add the tokens of `x` (tokens, cols)."""
+        assert not self._is_scaled, "the Hessian has been read"
+        x = x.float()
+        self._sum.addmm_(x.T, x)
+        self._num_tokens += len(x)
+
+    def matrix(self) -> Tensor:
+        """H (cols, cols), fp32: the object's own memory, not to be changed."""
+        if not self._is_scaled:
+            self._sum.mul_(2.0 / self._num_tokens)
+            self._is_scaled = True
+        return self._sum
+
+    def mean_square(self) -> Tensor:
+        """The mean of x^2 per input channel, (cols,)."""
+        return self.matrix().diagonal() / 2
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What SparseGPT needs of a Hessian. Layers with the same input share one."""
+
+    upper: Tensor  # U (cols, cols)
+    dead: Tensor  # (cols,) bool: input channels that are zero on every token
+    damping: float  # as a share of the mean diagonal: what the factorisation needed in the end
+
+
+def factorise(hessian: Tensor, damping: float, on_retry: Callable[[str], None]) -> Factor:
+    """The upper Cholesky factor of the inverse of the damped Hessian, in its own dtype.
+
+    damping: share of the mean diagonal that is added to the diagonal. Where the matrix has no factor, ten times
+    as much is tried, up to three times, and `on_retry` is told.
+    Raises NumericalError if that does not help, or if the Hessian is not finite.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(hessian).all()):
+        raise NumericalError("the Hessian holds infinities or NaN: the activations overflowed before this layer")
+    dead = diagonal == 0
+    mean = diagonal.mean()
+    share = damping
+    for attempt in range(_NUM_RETRIES + 1):
+        damped = hessian.clone()
+        damped.diagonal().add_(share * mean)
+        damped.diagonal().masked_fill_(dead, 1.0)
+        upper = _inverse_factor(damped)
+        if upper is not None:
+            return Factor(upper, dead, share)
+        if attempt < _NUM_RETRIES:
+            share *= _RETRY_FACTOR
+            on_retry(f"the Hessian has no Cholesky factor; trying again with damping {share:g}")
+    raise NumericalError(
+        f"the Hessian has no Cholesky factor even with damping {share:g}: use more calibration tokens "
+        "(--num-samples) or a larger `damping` in the config file"
+    )
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    """U with U^T U = matrix^-1, or None if the matrix, in this precision, is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if int(failed) or not bool(torch.isfinite(upper).all()):
+        return None
+    return upper
