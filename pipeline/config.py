@@ -182,7 +182,7 @@ def gather(
     try:
         return Gathered(Settings(**values), origins, preset)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origins)) from error
+        raise ConfigError(explain(error, origins)) from error
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
@@ -204,7 +204,8 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
-def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+def explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """What is wrong with each setting, one a line, named as the user knows it and with where it came from."""
     lines = []
     for problem in error.errors():
         field = str(problem["loc"][0]) if problem["loc"] else ""
@@ -247,13 +248,6 @@ def complete(
         notices.append(f"seqlen is {max_positions}, all the positions that {settings.model} has")
         values["seqlen"] = max_positions
     fill("eval_seqlen", values["seqlen"])
-    if max_positions is not None and values["eval_seqlen"] > max_positions:
-        raise ConfigError(f"--eval-seqlen {values['eval_seqlen']}: the model has {max_positions} positions")
-    if settings.eval_max_tokens is not None and settings.eval_max_tokens < values["eval_seqlen"]:
-        raise ConfigError(
-            f"--eval-max-tokens {settings.eval_max_tokens} is less than one window of {values['eval_seqlen']} tokens"
-        )
-
     is_lamp, uses_calibration = settings.method == "lamp", settings.method != "magnitude"
     fill("alpha", defaults.alpha if is_lamp else 1.0)
     fill("beta", defaults.beta if is_lamp else 0.0)
@@ -273,7 +267,19 @@ def complete(
     fill("evaluate", ("wikitext2",))
     for field in values:
         origins.setdefault(field, "default")
-    return RunConfig(**values), origins, notices
+    config = RunConfig(**values)
+    check_evaluation(config, max_positions)
+    return config, origins, notices
+
+
+def check_evaluation(config: RunConfig, max_positions: int | None) -> None:
+    """Raise ConfigError where the evaluation settings do not fit the model or each other."""
+    if max_positions is not None and config.eval_seqlen > max_positions:
+        raise ConfigError(f"--eval-seqlen {config.eval_seqlen}: the model has {max_positions} positions")
+    if config.eval_max_tokens is not None and config.eval_max_tokens < config.eval_seqlen:
+        raise ConfigError(
+            f"--eval-max-tokens {config.eval_max_tokens} is less than one window of {config.eval_seqlen} tokens"
+        )
 
 
 def _drop(field: str, gathered: Gathered, values: dict[str, Any], notices: list[str], reason: str) -> None:

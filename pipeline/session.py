@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import COMPENSATION_FIELDS, Gathered, RunConfig, complete, differing_fields
+from pydantic import ValidationError
+
+from pipeline.config import (
+    COMPENSATION_FIELDS,
+    Gathered,
+    RunConfig,
+    check_evaluation,
+    complete,
+    differing_fields,
+    explain,
+)
 from pipeline.engine import Listener, StopRequest, advance
-from pipeline.errors import ConfigMismatch, RunNotFound
+from pipeline.errors import ConfigError, ConfigMismatch, FileExists, RunNotFound
 from pipeline.manifest import RunManifest
 from pipeline.plan import Evaluation, Step, chain, evaluation_steps, next_steps
 from pipeline.rundir import RunDirectory, find_runs
@@ -143,10 +154,6 @@ def _prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
 
 
 def _fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, float]) -> dict[str, float]:
-    import re
-
-    from pipeline.errors import ConfigError
-
     fixed: dict[str, float] = {}
     for pattern, sparsity in overrides.items():
         names = [layer.name for block in blocks for layer in block if re.search(pattern, layer.name)]
@@ -197,6 +204,7 @@ def _model_record(model: Any, folder: Any) -> dict[str, Any]:
         "model_type": model.name,
         "num_blocks": model.num_blocks,
         "hidden_size": model.hidden_size,
+        "max_positions": model.max_positions,
     }
 
 
@@ -225,7 +233,12 @@ def start(prepared: Prepared, path: Path) -> RunDirectory:
         budget=[asdict(block) for block in prepared.budget],
         plan=[step.name for step in prepared.steps],
     )
-    return RunDirectory.create(path, manifest)
+    try:
+        return RunDirectory.create(path, manifest)
+    except FileExists:  # another process was first
+        run = RunDirectory.open(path)
+        require_same(run, prepared)
+        return run
 
 
 def require_same(run: RunDirectory, prepared: Prepared) -> None:
@@ -249,6 +262,29 @@ def reopen(path: Path) -> tuple[RunDirectory, RunConfig]:
     run = RunDirectory.open(path)
     config = RunConfig(**run.manifest.config)
     return run, config.with_free(run.commits[-1].free) if run.commits else config
+
+
+def change_evaluation(
+    run: RunDirectory, config: RunConfig, sources: str | None, seqlen: int | None, max_tokens: int | None
+) -> RunConfig:
+    """The configuration with other evaluation settings (None: as they are). Raises ConfigError, UsageError."""
+    from stages.data.sources import parse_source
+
+    changes: dict[str, Any] = {}
+    if sources is not None:
+        changes["evaluate"] = [parse_source(name.strip()).name for name in sources.split(",") if name.strip()]
+    if seqlen is not None:
+        changes["eval_seqlen"] = seqlen
+    if max_tokens is not None:
+        changes["eval_max_tokens"] = max_tokens
+    try:
+        changed = config.with_free(changes)
+    except ValidationError as error:
+        raise ConfigError(explain(error, {})) from error
+    check_evaluation(changed, run.manifest.model["max_positions"])
+    for name in changed.evaluate:
+        parse_source(name).check()
+    return changed
 
 
 def steps_of(run: RunDirectory, config: RunConfig) -> tuple[tuple[Step, ...], dict[str, Evaluation]]:

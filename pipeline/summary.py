@@ -140,16 +140,19 @@ def _step_state(step: Step, commit: StepCommit | None) -> StepState:
 
 
 def _remaining_s(states: Sequence[StepState]) -> float | None:
-    """Each step to come takes as long as the median of its kind so far; unknown kinds are left out."""
+    """Each step to come takes as long as the median of its kind so far.
+
+    None while the work on blocks cannot be estimated; export and evaluations that nothing is known of are left out.
+    """
     seconds: dict[str, list[float]] = {}
     for state in states:
         if state.elapsed_s is not None:
             seconds.setdefault(state.kind, []).append(state.elapsed_s)
     todo = [state for state in states if not state.is_done]
-    if not todo:
-        return 0.0
+    if any(state.block is not None and state.kind not in seconds for state in todo):
+        return None
     known = [statistics.median(seconds[state.kind]) for state in todo if state.kind in seconds]
-    return sum(known) if known else None
+    return sum(known) if known or not todo else None
 
 
 def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepCommit]) -> BlockState:

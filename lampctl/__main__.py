@@ -1,0 +1,5 @@
+"""``python -m lampctl`` is ``lampctl``."""
+
+from lampctl.app import main
+
+main()

@@ -1,0 +1,88 @@
+"""The command line: registers the commands and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from lampctl.commands.resume import resume
+from lampctl.commands.run import init, run
+from lampctl.commands.status import status
+from lampctl.commands.steps import calibrate, capture, compensate_block, evaluate, export, prune_block
+from lampctl.exits import BUG, exit_code, message
+
+app = typer.Typer(
+    name="lampctl",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+for _command in (run, resume, status):
+    app.command()(_command)
+for _command in (init, calibrate, capture, prune_block, compensate_block, export, evaluate):
+    app.command(rich_help_panel="Step by step")(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        print(f"lampctl {importlib.metadata.version('lampctl')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=False)
+def lampctl(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Prune a large transformer block by block, as a job that survives its machine.
+
+    \b
+    lampctl run smollm2-135m --sparsity 0.6 --preset quick    a first result in minutes
+    lampctl run opt-2.7b --sparsity 0.8                       the real thing
+    lampctl resume                                            go on after a crash
+    lampctl status                                            how far is it?
+    """
+
+
+class _Stderr(logging.Handler):
+    """Prints to whatever stderr is now: a live display takes its place for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        print(prefix + self.format(record), file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    # Read when these libraries are imported, which is later, if at all.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lampctl", "pipeline", "stages"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(_Stderr())
+    try:
+        app(prog_name="lampctl")
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        code = exit_code(error)
+        if code == BUG:
+            print(
+                "lampctl: this is a bug of ours; please report it with the lines below. What was committed is safe.",
+                file=sys.stderr,
+            )
+            raise
+        print(f"lampctl: {message(error)}", file=sys.stderr)
+        sys.exit(code)

@@ -1,0 +1,104 @@
+"""`lampctl run` does all of a run, and of its baselines; `lampctl init` only begins it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lampctl.options import Chosen, with_settings
+
+if TYPE_CHECKING:
+    from lampctl.progress import ProgressListener
+    from pipeline.engine import StopRequest
+    from pipeline.rundir import RunDirectory
+    from pipeline.session import Prepared
+
+RunDir = Annotated[
+    Path | None,
+    typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/<model>-s<percent>-<method>]"),
+]
+
+
+@with_settings
+def run(
+    chosen: Chosen,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD", help="Also prune with METHOD, in a run of its own. May be repeated."),
+    ] = None,
+    run_dir: RunDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Prune MODEL and measure what it cost.
+
+    The same call again goes on with an unfinished run, and does nothing on a finished one.
+
+    \b
+    lampctl run smollm2-135m --sparsity 0.6 --preset quick --baseline sparsegpt
+    lampctl run facebook/opt-125m --sparsity 0.7 --calibration text:notes.txt --evaluate wikitext2,ptb
+    lampctl run ./my-model --sparsity 0.5 --method wanda --run-dir runs/mine
+    lampctl run --config settings.yaml
+    """
+    from lampctl import show
+    from lampctl.progress import listening
+    from pipeline.engine import StopRequest
+    from pipeline.errors import ConfigError
+    from pipeline.session import prepare, sibling
+
+    gathered = chosen.gather()
+    prepared = prepare(gathered)
+    others: list[Prepared] = []
+    for method in baseline or ():
+        if method in (prepared.config.method, *(other.config.method for other in others)):
+            raise ConfigError(f"--baseline {method}: this method runs already")
+        others.append(prepare(sibling(gathered, method)))
+    path = run_dir or prepared.default_run_dir
+    with listening() as listener, StopRequest() as stop:
+        main = _do(prepared, path, listener, stop)
+        rest = []
+        for other in others:
+            beside = other.default_run_dir if run_dir is None else path.with_name(f"{path.name}-{other.config.method}")
+            rest.append(_do(other, beside, listener, stop, shared_with=main))
+    configs = [prepared.config, *(other.config for other in others)]
+    show.results([main, *rest], configs, as_json)
+
+
+def _do(
+    prepared: Prepared,
+    path: Path,
+    listener: ProgressListener,
+    stop: StopRequest,
+    shared_with: RunDirectory | None = None,
+) -> RunDirectory:
+    from pipeline.session import go_on, start
+
+    run = start(prepared, path)
+    for notice in prepared.notices:
+        listener.warn(notice)
+    listener.attach(run, prepared.config)
+    go_on(run, prepared.config, listener, stop, shared_with=shared_with)
+    return run
+
+
+@with_settings
+def init(chosen: Chosen, run_dir: RunDir = None) -> None:
+    """Begin a run: write its settings, budget and plan, and stop.
+
+    Then do it step by step (calibrate, capture, prune-block, ...) or all at once (resume).
+
+    \b
+    lampctl init smollm2-135m --sparsity 0.6 --preset quick --run-dir runs/mine
+    lampctl calibrate runs/mine
+    lampctl capture runs/mine
+    lampctl prune-block runs/mine
+    lampctl compensate-block runs/mine
+    lampctl resume runs/mine
+    """
+    from lampctl import show
+    from pipeline.session import prepare, start, steps_of
+
+    prepared = prepare(chosen.gather())
+    run = start(prepared, run_dir or prepared.default_run_dir)
+    show.begun(run, prepared.config, prepared.origins, prepared.notices, steps_of(run, prepared.config)[0])

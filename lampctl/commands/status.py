@@ -1,0 +1,39 @@
+"""`lampctl status`: how far a run is, and what came of it so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def status(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A run directory. [default: the newest under runs/]")
+    ] = None,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="Show every setting, and where its value came from.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show a run's steps, its budget and losses by block, its figures, and how long the rest will take.
+
+    \b
+    lampctl status
+    lampctl status runs/opt-2.7b-s80-lamp --json
+    lampctl status --settings
+    """
+    from lampctl import show
+    from pipeline.errors import RunNotFound
+    from pipeline.rundir import find_runs
+    from pipeline.session import RUNS, reopen
+    from pipeline.summary import status as status_of
+
+    if run is None:
+        found = find_runs(RUNS)
+        if not found:
+            raise RunNotFound(f"there are no runs under {RUNS}/; begin one with lampctl run, or name one")
+        run = found[0]
+    directory, config = reopen(run)
+    show.status(status_of(directory, config), directory.manifest.provenance if settings else None, as_json)

@@ -1,0 +1,124 @@
+"""The steps of a run, one command each: the same code as `lampctl run`, one step at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory made by lampctl init or run.")]
+Block = Annotated[
+    int | None, typer.Option(metavar="I", min=0, help="Which block, from 0. [default: the one whose turn it is]")
+]
+
+
+def calibrate(run: RunPath) -> None:
+    """Draw the calibration set.
+
+    \b
+    lampctl calibrate runs/mine
+    """
+    _do(run, "calibrate")
+
+
+def capture(run: RunPath) -> None:
+    """Embed the calibration set and run the first block on it.
+
+    \b
+    lampctl capture runs/mine
+    """
+    _do(run, "capture")
+
+
+def prune_block(run: RunPath, block: Block = None) -> None:
+    """Prune one block and run the biased stream through it.
+
+    \b
+    lampctl prune-block runs/mine
+    lampctl prune-block runs/mine --block 3
+    """
+    _do(run, "prune-block", block)
+
+
+def compensate_block(run: RunPath, block: Block = None) -> None:
+    """Train one block, still dense, to make up for the error of those before it.
+
+    \b
+    lampctl compensate-block runs/mine
+    lampctl compensate-block runs/mine --block 4
+    """
+    _do(run, "compensate-block", block)
+
+
+def export(run: RunPath) -> None:
+    """Put the pruned blocks together to a model that transformers can open.
+
+    \b
+    lampctl export runs/mine
+    """
+    _do(run, "export")
+
+
+def evaluate(
+    run: RunPath,
+    sources: Annotated[
+        str | None, typer.Option("--evaluate", metavar="SRC,...", help="Other sources than the run was begun with.")
+    ] = None,
+    eval_seqlen: Annotated[int | None, typer.Option(metavar="T", help="Tokens per window.")] = None,
+    eval_max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Stop after N tokens.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure perplexity of the exported model, and of the original.
+
+    \b
+    lampctl evaluate runs/mine
+    lampctl evaluate runs/mine --evaluate pydocs,text:notes.txt --eval-seqlen 512
+    """
+    from lampctl import show
+    from lampctl.progress import listening
+    from pipeline.engine import StopRequest, require_next
+    from pipeline.plan import next_steps
+    from pipeline.session import change_evaluation, go_on, reopen, steps_of
+
+    directory, config = reopen(run)
+    config = change_evaluation(directory, config, sources, eval_seqlen, eval_max_tokens)
+    steps, evaluations = steps_of(directory, config)
+    wanted = next((step for step in steps if step.name in evaluations and not directory.commit_for(step.name)), None)
+    if wanted is not None:
+        require_next(directory, steps, wanted)
+    with listening() as listener, StopRequest() as stop:
+        listener.attach(directory, config)
+        go_on(directory, config, listener, stop)
+    assert not next_steps(steps, [commit.step for commit in directory.commits])
+    show.results([directory], [config], as_json)
+
+
+def _do(path: Path, kind: str, block: int | None = None) -> None:
+    from lampctl.progress import listening
+    from pipeline.engine import StopRequest, require_next
+    from pipeline.plan import Step, next_steps
+    from pipeline.session import go_on, reopen, steps_of
+
+    directory, config = reopen(path)
+    steps, _ = steps_of(directory, config)
+    if block is not None:
+        wanted = Step(kind, block)
+    else:
+        todo = next_steps(steps, [commit.step for commit in directory.commits])
+        wanted = _first(steps, todo, kind)
+    require_next(directory, steps, wanted)
+    with listening() as listener, StopRequest() as stop:
+        listener.attach(directory, config)
+        go_on(directory, config, listener, stop, until=lambda step: True)
+
+
+def _first(steps: Any, todo: Any, kind: str) -> Any:
+    """The step of that kind whose turn comes first; a done one, or one that never comes, if there is none."""
+    from pipeline.plan import Step
+
+    for candidates in (todo, tuple(reversed(steps))):
+        for step in candidates:
+            if step.kind == kind:
+                return step
+    return Step(kind)

@@ -1,0 +1,61 @@
+"""Which error becomes which exit code: the one place that knows."""
+
+from __future__ import annotations
+
+import errno
+
+from pipeline import errors as pipeline_errors
+from stages import errors as stage_errors
+
+BUG = 1
+USAGE = 2
+OTHER_RUN = 3
+DAMAGED = 4
+RESOURCE = 5
+SUPERSEDED = 6
+PREEMPTED = 75
+INTERRUPTED = 130
+
+# The first class that fits decides.
+EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (pipeline_errors.ConfigMismatch, OTHER_RUN),
+    (pipeline_errors.DamagedData, DAMAGED),
+    (pipeline_errors.ResourceExhausted, RESOURCE),
+    (stage_errors.ResourceError, RESOURCE),
+    (MemoryError, RESOURCE),
+    (pipeline_errors.Superseded, SUPERSEDED),
+    (pipeline_errors.Preempted, PREEMPTED),
+    (pipeline_errors.Interrupted, INTERRUPTED),
+    (KeyboardInterrupt, INTERRUPTED),
+    (pipeline_errors.ConfigError, USAGE),
+    (pipeline_errors.RunNotFound, USAGE),
+    (pipeline_errors.NotARun, USAGE),
+    (pipeline_errors.StepOrderError, USAGE),
+    (pipeline_errors.FileExists, USAGE),
+    (stage_errors.UsageError, USAGE),
+    (stage_errors.NumericalError, USAGE),
+)
+
+
+def exit_code(error: BaseException) -> int:
+    """The code for an error; 1, a bug of ours, for one that nobody raised on purpose."""
+    for kind, code in EXIT_CODES:
+        if isinstance(error, kind):
+            return code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RESOURCE
+    # By name: torch is not imported only to be asked about its errors.
+    return RESOURCE if type(error).__name__ == "OutOfMemoryError" else BUG
+
+
+def message(error: BaseException) -> str:
+    """What the user reads after ``lampctl: ``."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU has not enough memory for one block: use a smaller --seqlen, or --device cpu"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory: use a smaller --seqlen"
+    if isinstance(error, OSError):
+        return f"the disk is full: {error}"
+    return str(error)

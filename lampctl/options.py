@@ -1,0 +1,152 @@
+"""The flags that set up a run, declared once for `run` and `init`.
+
+Every default is None: only then can a flag that was given be told from one that was not.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+
+def _declared(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Alias (opt-125m, opt-1.3b, opt-2.7b, opt-6.7b, llama-2-7b, smollm2-135m), name on the Hugging Face "
+            "hub, folder, or GGUF file.",
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(metavar="S", help="Share of the prunable weights that become zero, 0 < S < 1.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="lamp, sparsegpt, wanda or magnitude. [default: lamp]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            metavar="A", help="The last block loses A times its share, the others make up for it. [lamp: by sparsity]"
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(metavar="B", help="q, k and v lose 1 - B times their share, fc2 makes up for it. [by family]"),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Leave the layers whose name matches dense. May be repeated."),
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="SRC", help="c4, wikitext2, ptb, pydocs or text:PATH. [default: c4]")
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration samples. [default: 128]")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(metavar="T", help="Tokens per sample. [default: 2048, or what the model can]")
+    ] = None,
+    calibration_sampling: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", help="contiguous or random. [default: random for c4, else contiguous]"),
+    ] = None,
+    calibration_skip: Annotated[
+        int | None, typer.Option(metavar="N", help="Leave out the first N samples. [default: 0]")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Epochs per block. [default: 5]")] = None,
+    lr: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Adam's learning rate. [default: by sparsity]")
+    ] = None,
+    lr_decay: Annotated[
+        float | None, typer.Option(metavar="F", help="The rate is multiplied by F after each epoch. [default: 0.87]")
+    ] = None,
+    hold_aside: Annotated[
+        bool | None,
+        typer.Option(
+            "--hold-aside/--no-hold-aside",
+            help="Judge each epoch on 1 sample in 16 kept aside, stop early, never keep what made it worse. "
+            "[default: on; preset paper: off]",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Random seed. [default: 0]")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEV", help="auto, cpu, cuda or cuda:N. [default: auto]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Arithmetic of forward and backward passes: auto, float32, bfloat16, float16. "
+            "[default: auto: bfloat16 on GPUs that have it]",
+        ),
+    ] = None,
+    export_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="Of the result: original, float32, bfloat16, float16. [default: original]"),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(metavar="SRC,...", help="Measure perplexity on these sources; '' for none. [default: wikitext2]"),
+    ] = None,
+    evaluate_dense: Annotated[
+        bool | None,
+        typer.Option("--evaluate-dense/--no-evaluate-dense", help="Measure the original model too. [default: on]"),
+    ] = None,
+    eval_seqlen: Annotated[
+        int | None, typer.Option(metavar="T", help="Tokens per evaluation window. [default: --seqlen]")
+    ] = None,
+    eval_max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after N tokens: a quick look, marked as partial.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings as YAML or TOML. Flags win over it.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="quick: pydocs, 32 x 256 tokens, 3 epochs, nothing from the hub; paper: as published.",
+        ),
+    ] = None,
+) -> None:
+    """Only its signature is used."""
+
+
+class Chosen:
+    """What was given on the command line to set up a run."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.config_file: Path | None = values.pop("config")
+        self.preset: str | None = values.pop("preset")
+        self.flags = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v not in (None, [])}
+
+    def gather(self) -> Any:
+        """The settings (`pipeline.config.Gathered`). Raises ConfigError."""
+        from pipeline.config import gather
+
+        return gather(self.flags, self.config_file, self.preset)
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, whose first parameter is a `Chosen`, all the flags that set up a run."""
+    declared = inspect.signature(_declared).parameters
+    own = list(inspect.signature(command).parameters.values())[1:]
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        settings = {name: arguments.pop(name) for name in declared}
+        command(Chosen(settings), **arguments)
+
+    hints = {**get_type_hints(_declared, include_extras=True), **get_type_hints(command, include_extras=True)}
+    parameters = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in (*declared.values(), *own)
+    ]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: hints[p.name] for p in parameters}
+    del wrapper.__wrapped__
+    return wrapper

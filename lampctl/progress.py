@@ -1,0 +1,201 @@
+"""Progress of a run: a live display on a terminal, plain lines anywhere else. All of it goes to stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lampctl.units import duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from pipeline.config import RunConfig
+    from pipeline.manifest import StepCommit
+    from pipeline.plan import Step
+    from pipeline.rundir import RunDirectory
+
+# In a log, a step that takes longer than this says so.
+_HEARTBEAT_S = 300.0
+
+
+class ProgressListener:
+    """What both displays share: which run it is, and how long the rest will take (`pipeline.engine.Listener`)."""
+
+    def __init__(self) -> None:
+        self._run: RunDirectory | None = None
+        self._config: RunConfig | None = None
+
+    def attach(self, run: RunDirectory, config: RunConfig) -> None:
+        """The steps to come are of this run."""
+        self._run, self._config = run, config
+        self.begin(f"{config.method} {100 * config.sparsity:g}%: {run.path}", len(run.commits))
+
+    def begin(self, title: str, num_done: int) -> None:
+        """A run begins, or goes on after `num_done` steps."""
+
+    def warn(self, message: str) -> None:
+        """Something the user should read."""
+
+    def step_started(self, step: Step, position: int, total: int) -> None: ...
+
+    def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None: ...
+
+    def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None: ...
+
+    @property
+    def _remaining(self) -> str:
+        from pipeline.summary import status
+
+        assert self._run is not None
+        assert self._config is not None
+        seconds = status(self._run, self._config).remaining_s
+        return "" if seconds is None else f"about {duration(seconds)} left"
+
+    @property
+    def _num_blocks(self) -> int:
+        assert self._run is not None
+        num_blocks: int = self._run.manifest.model["num_blocks"]
+        return num_blocks
+
+    def _outcome(self, step: Step, commit: StepCommit) -> str:
+        """What a finished step has to tell, in a few words."""
+        assert self._run is not None
+        figures = commit.figures
+        if step.kind == "prune-block":
+            assert step.block is not None
+            size = sum(layer["size"] for layer in self._run.manifest.budget[step.block]["layers"])
+            masked = figures["num_masked"] / max(1, size)
+            trained = self._run.commit_for(f"compensate-block/{step.block}")
+            return f"{100 * masked:.2f}% masked" + (f", {_losses(trained.figures)}" if trained else "")
+        if step.kind == "compensate-block":
+            return _losses(figures)
+        if step.kind == "evaluate":
+            partial = " (partial)" if figures["is_partial"] else ""
+            value = figures["perplexity"]
+            return f"perplexity {'infinite' if value is None else format(value, '.2f')}{partial}"
+        if step.kind == "calibrate":
+            return f"{figures['num_tokens']:,} tokens of {figures['source']}"
+        if step.kind == "export":
+            return f"{figures['num_masked']:,} of {figures['num_prunable']:,} weights masked"
+        return ""
+
+
+class PlainListener(ProgressListener):
+    """One line per block, and one per step that belongs to no block."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._spoke_at = 0.0
+
+    def begin(self, title: str, num_done: int) -> None:
+        self._print(title + (f" (goes on after {num_done} steps)" if num_done else ""))
+
+    def warn(self, message: str) -> None:
+        self._print(f"warning: {message}")
+
+    def step_started(self, step: Step, position: int, total: int) -> None:
+        self._spoke_at = time.monotonic()
+
+    def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
+        if time.monotonic() - self._spoke_at > _HEARTBEAT_S:
+            self._spoke_at = time.monotonic()
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            self._print(f"  {step.name}: {done}/{total} {unit}{', ' if shown else ''}{shown}")
+
+    def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
+        if step.kind == "compensate-block":
+            return  # the line comes when the block is pruned
+        elapsed_s = commit.elapsed_s
+        what = step.name
+        if step.kind == "prune-block":
+            assert self._run is not None
+            trained = self._run.commit_for(f"compensate-block/{step.block}")
+            elapsed_s += trained.elapsed_s if trained else 0.0
+            what = f"block {step.block} of {self._num_blocks}"
+        parts = [self._outcome(step, commit), duration(elapsed_s), self._remaining if position + 1 < total else ""]
+        self._print(f"[{position + 1}/{total}] {what}: " + ", ".join(part for part in parts if part))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class LiveListener(ProgressListener):
+    """Two bars: the run's steps, and the step that is running with its latest figures."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+        super().__init__()
+        self._progress: Progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._run_bar: TaskID | None = None
+        self._step_bar: TaskID | None = None
+
+    def __enter__(self) -> LiveListener:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def begin(self, title: str, num_done: int) -> None:
+        for bar in (self._run_bar, self._step_bar):
+            if bar is not None:
+                self._progress.remove_task(bar)
+        self._run_bar = self._step_bar = None
+        self._progress.console.print(title, highlight=False)
+
+    def warn(self, message: str) -> None:
+        self._progress.console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+
+    def step_started(self, step: Step, position: int, total: int) -> None:
+        if self._run_bar is None or self._step_bar is None:
+            self._run_bar = self._progress.add_task("steps", total=total, note="")
+            self._step_bar = self._progress.add_task("", total=None, note="")
+        note = "" if step.block is None else f"block {step.block} of {self._num_blocks}"
+        notes = [part for part in (note, self._remaining) if part]
+        self._progress.update(self._run_bar, completed=position, note=", ".join(notes))
+        self._progress.reset(self._step_bar, description=step.name, note="")
+
+    def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
+        assert self._step_bar is not None
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        note = f"{unit}{', ' if shown else ''}{shown}"
+        self._progress.update(self._step_bar, completed=done, total=total, note=note)
+
+    def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
+        assert self._run_bar is not None
+        self._progress.update(self._run_bar, completed=position + 1)
+        outcome = self._outcome(step, commit)
+        if outcome and step.kind != "compensate-block":
+            self._progress.console.print(f"  {step.name}: {outcome}", highlight=False, markup=False)
+
+
+@contextmanager
+def listening() -> Iterator[Any]:
+    """The display that suits where stderr goes."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with LiveListener(console) as listener:
+            yield listener
+    else:
+        yield PlainListener(console)
+
+
+def _losses(figures: Mapping[str, Any]) -> str:
+    side = "_aside" if figures["loss_before_aside"] is not None else ""
+    before, after = figures[f"loss_before{side}"], figures[f"loss_after{side}"]
+    return f"loss {before:.4g} -> {after:.4g}"

@@ -1,0 +1,235 @@
+"""Tables and JSON on stdout: what a run is, how far it is, what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lampctl.units import duration, size
+from pipeline.summary import BlockState, EvaluationResult, RunStatus
+from pipeline.summary import status as status_of
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.plan import Step
+    from pipeline.rundir import RunDirectory
+
+_METHODS = {"lamp": "LAMP", "sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude"}
+
+
+def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json: bool) -> None:
+    """The figures of a run and of its baselines side by side; where the model lies and how to open it."""
+    states = [status_of(run, config) for run, config in zip(runs, configs, strict=True)]
+    if as_json:
+        report = result_record(states[0])
+        report["baselines"] = [result_record(state) for state in states[1:]]
+        print(json.dumps(report, indent=2))
+        return
+    console = _console()
+    main = states[0]
+    measured = [s for s in states for e in s.evaluations if _is_current(s, e)]
+    if measured:
+        console.print(_results_table(states))
+        partial = [e for e in main.evaluations if _is_current(main, e) and e.is_partial]
+        if partial:
+            console.print(f"* partial: the first {partial[0].num_tokens:,} tokens only")
+    else:
+        for state in states:
+            console.print(_summary_line(state))
+    if main.model_path is not None:
+        console.print("\nThe pruned model:", str(_shown(main.model_path)), soft_wrap=True, highlight=False)
+        load = f'AutoModelForCausalLM.from_pretrained("{_shown(main.model_path)}", dtype="auto")'
+        console.print("Load it:          " + load, soft_wrap=True, highlight=False, markup=False)
+
+
+def result_record(state: RunStatus) -> dict[str, Any]:
+    """What `--json` prints of one run."""
+    return {
+        "run": str(state.path),
+        "method": state.config.method,
+        "is_finished": state.is_finished,
+        "sparsity": state.sparsity,
+        "num_masked": state.num_masked,
+        "num_prunable": state.num_prunable,
+        "num_other_zeros": state.num_other_zeros,
+        "pruning_s": state.pruning_s,
+        "elapsed_s": state.elapsed_s,
+        "peak_memory_bytes": state.peak_memory_bytes,
+        "model": None if state.model_path is None else str(state.model_path),
+        "evaluations": [asdict(result) for result in state.evaluations if _is_current(state, result)],
+        "config": state.config.model_dump(mode="json"),
+    }
+
+
+def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool) -> None:
+    """A run at a glance."""
+    if as_json:
+        record = {
+            **result_record(state),
+            "next_step": state.next_step,
+            "num_done": state.num_done,
+            "remaining_s": state.remaining_s,
+            "steps": [asdict(step) for step in state.steps],
+            "blocks": [asdict(block) for block in state.blocks],
+            "provenance": dict(provenance) if provenance is not None else None,
+        }
+        print(json.dumps(record, indent=2))
+        return
+    console = _console()
+    console.print(f"{_shown(state.path)}: {_summary_line(state)}", highlight=False, markup=False, soft_wrap=True)
+    if state.is_finished:
+        how_far = f"finished, {len(state.steps)} steps in {duration(state.elapsed_s)}"
+    else:
+        how_far = (
+            f"{state.num_done} of {len(state.steps)} steps in {duration(state.elapsed_s)}; next: {state.next_step}"
+        )
+        if state.remaining_s is not None:
+            how_far += f"; about {duration(state.remaining_s)} left"
+    console.print(how_far, highlight=False, markup=False, soft_wrap=True)
+    if provenance is not None:
+        console.print(_settings_table(state.config, provenance))
+    console.print(_blocks_table(state.blocks))
+    if state.evaluations:
+        console.print(_results_table([state]))
+    if state.model_path is not None:
+        console.print(f"The pruned model: {_shown(state.model_path)}", highlight=False, soft_wrap=True)
+
+
+def begun(
+    run: RunDirectory,
+    config: RunConfig,
+    origins: Mapping[str, str],
+    notices: Sequence[str],
+    steps: Sequence[Step],
+) -> None:
+    """What `lampctl init` has decided."""
+    console = _console()
+    state = status_of(run, config)
+    console.print(_settings_table(config, origins))
+    console.print(_blocks_table(state.blocks))
+    for notice in notices:
+        console.print(f"note: {notice}", highlight=False, markup=False, soft_wrap=True)
+    plan = [step.name for step in steps]
+    brief = plan if len(plan) <= 8 else [*plan[:5], "...", *plan[-3:]]
+    console.print(f"{len(plan)} steps: {', '.join(brief)}", highlight=False, markup=False, soft_wrap=True)
+    where = _shown(run.path)
+    if state.next_step is None:
+        console.print(f"{where} is finished")
+    else:
+        command = state.next_step.partition("/")[0]
+        console.print(
+            f"Next: lampctl {command} {where}   (or all of it: lampctl resume {where})", highlight=False, soft_wrap=True
+        )
+
+
+def _console() -> Console:
+    """stdout, as wide as the terminal; a file or pipe gets what does not need wrapping."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _shown(path: Path) -> Path:
+    """Relative to here where that is shorter."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _summary_line(state: RunStatus) -> str:
+    config = state.config
+    achieved = (
+        "" if state.sparsity is None else f", {100 * state.sparsity:.4f}% of {state.num_prunable:,} weights masked"
+    )
+    return f"{Path(config.model).name}, {_METHODS[config.method]} at {100 * config.sparsity:g}%{achieved}"
+
+
+def _is_current(state: RunStatus, result: EvaluationResult) -> bool:
+    """Whether an evaluation is one that the settings in force ask for."""
+    limit = f":{state.config.eval_max_tokens}" if state.config.eval_max_tokens is not None else ""
+    name = f"evaluate/{result.which}/{result.source}@{state.config.eval_seqlen}{limit}"
+    return any(step.name == name for step in state.steps) and result.seqlen == state.config.eval_seqlen
+
+
+def _results_table(states: Sequence[RunStatus]) -> Table:
+    """Dense first, then the baselines, then the run itself."""
+    main = states[0]
+    found = {
+        (number, result.which, result.source): result
+        for number, state in enumerate(states)
+        for result in state.evaluations
+        if _is_current(state, result)
+    }
+    sources = list(dict.fromkeys(source for _, _, source in found))
+    table = Table(title=f"{Path(main.config.model).name} at {100 * main.config.sparsity:g}%", title_justify="left")
+    table.add_column("method")
+    for source in sources:
+        table.add_column(f"perplexity\n{escape(_short(source))}", justify="right")
+    for title in ("sparsity", "pruning time", "peak memory"):
+        table.add_column(title, justify="right")
+    if any(which == "dense" for _, which, _ in found):
+        table.add_row("dense", *(_perplexity(found.get((0, "dense", s))) for s in sources), "0%", "-", "-")
+    order = [*range(1, len(states)), 0]
+    for number in order:
+        state = states[number]
+        table.add_row(
+            _METHODS[state.config.method],
+            *(_perplexity(found.get((number, "pruned", source))) for source in sources),
+            "-" if state.sparsity is None else f"{100 * state.sparsity:.4f}%",
+            duration(state.pruning_s),
+            "-" if state.peak_memory_bytes is None else size(state.peak_memory_bytes),
+        )
+    return table
+
+
+def _short(source: str) -> str:
+    return Path(source.removeprefix("text:")).name if source.startswith("text:") else source
+
+
+def _perplexity(result: EvaluationResult | None) -> str:
+    if result is None:
+        return "-"
+    value = "infinite" if result.perplexity is None else f"{result.perplexity:.2f}"
+    return value + ("*" if result.is_partial else "")
+
+
+def _settings_table(config: RunConfig, origins: Mapping[str, str]) -> Table:
+    table = Table("setting", "value", "from")
+    for name, value in config.model_dump(mode="json").items():
+        if value not in (None, [], {}):
+            table.add_row(name, escape(str(value)), escape(origins.get(name, "default")))
+    return table
+
+
+def _blocks_table(blocks: Sequence[BlockState]) -> Table:
+    """Per block: its state, its budget as a whole and by layer, the loss that compensation met and left."""
+    paths = list(dict.fromkeys(_layer_label(layer.name, block.block) for block in blocks for layer in block.layers))
+    table = Table("block", "state")
+    table.add_column("masked", justify="right")
+    for path in paths:
+        table.add_column(escape(path), justify="right", no_wrap=True)
+    has_losses = any(block.loss_before is not None for block in blocks)
+    if has_losses:
+        table.add_column("loss before", justify="right")
+        table.add_column("after", justify="right")
+    for block in blocks:
+        shares = {_layer_label(x.name, block.block): f"{100 * x.num_masked / x.size:.1f}%" for x in block.layers}
+        whole = f"{100 * block.num_masked / block.size:.2f}%" if block.size else "-"
+        row = [str(block.block), block.state, whole, *(shares.get(path, "-") for path in paths)]
+        if has_losses:
+            side = "_aside" if block.loss_before_aside is not None else ""
+            losses = (getattr(block, f"loss_before{side}"), getattr(block, f"loss_after{side}"))
+            row += ["-" if loss is None else f"{loss:.4g}" for loss in losses]
+        table.add_row(*row)
+    return table
+
+
+def _layer_label(name: str, block: int) -> str:
+    """The layer's name without what all layers of a block share: "q_proj", or "attn.c_proj" where that is not one."""
+    inside = name.partition(f".{block}.")[2] or name
+    return inside.rpartition(".")[2] if "c_proj" not in inside and "dense" not in inside else inside
