@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 Use = Literal["calibration", "evaluation"]
 EMBEDDED = "pydocs"
-# Of the embedded corpus's topics, in alphabetical order, the first 3 of every 20 (15%) are for evaluation.
-_FOLD, _EVALUATION_FOLD = 20, 3
+# How much of the embedded corpus is for evaluation, in whole topics.
+_EVALUATION_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Source:
         if self.path is not None:
             return [_read_text(self.path)]
         if self.name == EMBEDDED:
-            return [t for i, t in enumerate(_topics()) if (i % _FOLD < _EVALUATION_FOLD) == (use == "evaluation")]
+            return _embedded(use)
         return _hub_rows(self.name, use)
 
     def text(self, use: Use, num_documents: int | None = None) -> str:
@@ -162,6 +162,18 @@ def _topics() -> list[str]:
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
+
+
+def _embedded(use: Use) -> list[str]:
+    """The topics for one use: in their order, each goes to evaluation unless that makes its share too large."""
+    parts: dict[Use, list[str]] = {"calibration": [], "evaluation": []}
+    seen = kept = 0
+    for topic in _topics():
+        seen += len(topic)
+        evaluates = kept + len(topic) <= _EVALUATION_SHARE * seen
+        kept += len(topic) if evaluates else 0
+        parts["evaluation" if evaluates else "calibration"].append(topic)
+    return parts[use]
 
 
 def _check_hub(name: str) -> None:
