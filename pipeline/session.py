@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from pipeline.config import (
     COMPENSATION_FIELDS,
     Gathered,
+    Method,
     RunConfig,
     check_evaluation,
     complete,
@@ -75,7 +76,7 @@ def prepare(gathered: Gathered) -> Prepared:
     fixed = _fixed_sparsities(shapes, settings.layer_sparsity)
 
     table = published if gathered.preset == "paper" else measured
-    defaults = table(model.name, settings.sparsity)
+    defaults = table(model.name, settings.sparsity, model.num_blocks)
     notices = []
     if settings.method == "lamp":
         free_shapes = [[layer for layer in block if layer.name not in fixed] for block in shapes]
@@ -108,6 +109,8 @@ def sibling(gathered: Gathered, method: str) -> Gathered:
     """The same settings for another method, to be compared with: what only the first method has is dropped."""
     dropped = {"alpha", "beta", *COMPENSATION_FIELDS}
     changes: dict[str, Any] = dict.fromkeys(dropped)
+    if method not in get_args(Method):
+        raise ConfigError(f"--baseline {method}: choose one of {', '.join(get_args(Method))}")
     values = gathered.values.model_copy(update={**changes, "method": method, "evaluate_dense": False})
     origins = {name: origin for name, origin in gathered.origins.items() if name not in dropped}
     return Gathered(values, origins, gathered.preset)

@@ -119,7 +119,7 @@ class _Trainer:
     def run(self) -> CompensatedBlock:
         """All of it, in the order of the algorithm."""
         before = self._open()
-        best, best_state, kept_epoch = before, None, 0
+        best, best_state, kept_epoch = before.judged, None, 0
         epochs: list[Losses] = []
         self.block.requires_grad_(True)
         optimizer = torch.optim.Adam(self.block.parameters(), lr=self.settings.lr, fused=True)
@@ -128,12 +128,13 @@ class _Trainer:
         for epoch in range(1, self.settings.epochs + 1):
             trained = self._train_epoch(epoch, optimizer, scaler)
             aside = self._mean_loss(self.aside) if self.aside else None
-            losses = Losses(trained, aside)
-            epochs.append(losses)
+            epochs.append(Losses(trained, aside))
             if not self.settings.hold_aside:
                 continue
-            if losses.judged < best.judged:
-                best, best_state, kept_epoch = losses, copy.deepcopy(self.block.state_dict()), epoch
+            # `trained` is from before each of the epoch's own updates: it cannot judge them.
+            judged = aside if aside is not None else self._mean_loss(self.train_set)
+            if judged < best:
+                best, best_state, kept_epoch = judged, copy.deepcopy(self.block.state_dict()), epoch
             else:
                 break  # no longer falling
         optimizer.zero_grad(set_to_none=True)

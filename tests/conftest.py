@@ -1,0 +1,61 @@
+"""Shared by all tests: the command line, called in this process, and the trained tiny OPT."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY_OPT = Path(__file__).parents[1] / "examples" / "tiny-opt"
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_from_outside(tmp_path, monkeypatch):
+    """Each test has a folder and a cache of its own, and no setting from the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAMPCTL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def lampctl(monkeypatch, capsys) -> Callable[..., Answer]:
+    """Call lampctl in this process, as `lampctl(*arguments)`."""
+    from lampctl.app import main
+
+    def call(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["lampctl", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def words(tmp_path) -> Path:
+    """words.txt in the test's folder: some thousand characters of English."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path / "words.txt"
+    path.write_text(topics["compound"][:4000])
+    return path

@@ -1,0 +1,260 @@
+"""Wrong input gets one clear line, its exit code, and touches nothing; so do damage and a full disk."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import disk
+from tests.small_models import save
+
+DATA = (
+    *("--calibration", "text:words.txt", "--num-samples", "3", "--seqlen", "64"),
+    *("--evaluate", "text:words.txt", "--device", "cpu"),
+)
+BAD = [
+    (("--sparsity", "0"), "--sparsity 0", 2),
+    (("--sparsity", "1"), "--sparsity 1", 2),
+    (("--sparsity", "1.5"), "less than 1", 2),
+    ((), "--sparsity is missing", 2),
+    (("--sparsity", "half"), "--sparsity", 2),
+    (("--sparsity", "0.5", "--method", "lmap"), "'lamp', 'sparsegpt', 'wanda' or 'magnitude'", 2),
+    (("--sparsity", "0.5", "--preset", "slow"), "choose one of quick, paper", 2),
+    (("--sparsity", "0.5", "--device", "tpu"), "--device tpu", 2),
+    (("--sparsity", "0.5", "--device", "cuda:7"), "no such GPU", 5),
+    (("--sparsity", "0.5", "--dtype", "int8"), "--dtype int8", 2),
+    (("--sparsity", "0.5", "--calibration", "wiki"), "is no text source", 2),
+    (("--sparsity", "0.5", "--calibration", "text:gone.txt"), "no such text file", 2),
+    (("--sparsity", "0.5", "--calibration", "text:short.txt"), "tokens for calibration", 2),
+    (("--sparsity", "0.5", "--evaluate", "text:short.txt"), "tokens for evaluation", 2),
+    (("--sparsity", "0.5", "--calibration", "text:binary.txt"), "no UTF-8 text", 2),
+    (("--sparsity", "0.5", "--num-samples", "100000"), "lower --num-samples", 2),
+    (("--sparsity", "0.5", "--seqlen", "4096"), "has 128 positions", 2),
+    (("--sparsity", "0.5", "--eval-max-tokens", "10"), "less than one window", 2),
+    (("--sparsity", "0.5", "--ignore", "nosuchlayer"), "no layer has such a name", 2),
+    (("--sparsity", "0.5", "--ignore", "("), "no regular expression", 2),
+    (("--sparsity", "0.5", "--ignore", "."), "no layer to prune", 2),
+    (("--sparsity", "0.95", "--alpha", "0.5"), "use a larger alpha", 2),
+    (("--sparsity", "0.9", "--beta", "0.9"), "a smaller beta", 2),
+    (("--sparsity", "0.5", "--config", "gone.yaml"), "cannot be read", 2),
+    (("--sparsity", "0.5", "--config", "odd.yaml"), "colour (file odd.yaml) is no setting", 2),
+    (("--sparsity", "0.5", "--baseline", "lamp"), "runs already", 2),
+    (("--sparsity", "0.5", "--baseline", "best"), "--baseline best: choose one of", 2),
+    (("--sparsity", "0.5", "--revision", "main"), "only models from the hub have revisions", 2),
+    (("--sparsity", "0.5", "--colour", "red"), "--colour", 2),
+]
+
+
+@pytest.fixture(autouse=True)
+def _words(words):
+    """The file that DATA names."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("models") / "m", "llama")
+
+
+@pytest.mark.parametrize(("flags", "message", "code"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_clear_line_and_touches_nothing(lampctl, model, flags, message, code):
+    Path("short.txt").write_text("too short")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00" * 2000)
+    Path("odd.yaml").write_text("colour: red\n")
+    before = sorted(Path().iterdir())
+    answer = lampctl("run", model, *DATA, *flags)
+    assert answer.code == code, answer.err
+    assert message in answer.err
+    assert "Traceback" not in answer.err
+    assert answer.out == ""
+    assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./gone", "no such file or folder"),
+        ("a/b/c", "aliases: opt-125m"),
+        ("weights.bin", "no .gguf"),
+        ("empty", "it has no config.json"),
+        ("hollow", "holds no weights"),
+        ("broken.gguf", "cannot read this GGUF file"),
+    ],
+)
+def test_an_unknown_model_says_what_would_do(lampctl, name, message):
+    Path("weights.bin").write_text("x")
+    Path("broken.gguf").write_text("x")
+    Path("empty").mkdir()
+    Path("hollow").mkdir()
+    Path("hollow/config.json").write_text("{}")
+    answer = lampctl("run", name, "--sparsity", "0.5")
+    assert answer.code == 2
+    assert message in answer.err
+    assert not Path("runs").exists()
+
+
+def test_a_hub_out_of_reach_says_so_and_names_the_alternative(lampctl, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    answer = lampctl("run", "opt-125m", "--sparsity", "0.5")
+    assert answer.code == 5
+    assert "facebook/opt-125m comes from the Hugging Face hub, which is out of reach" in answer.err
+    assert "local folder or GGUF" in answer.err
+
+
+def hub_error(kind):
+    """An error as the hub's client raises it."""
+    import huggingface_hub.errors as errors
+
+    class Response:
+        status_code, headers, text, request = 404, {}, "", None
+
+    return getattr(errors, kind)("refused", response=Response())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "code"),
+    [
+        ("GatedRepoError", "hf auth login", 5),
+        ("RevisionNotFoundError", "--revision nosuch: meta-llama/Llama-2-7b-hf has no such", 2),
+        ("RepositoryNotFoundError", "no such folder, alias or public model", 2),
+    ],
+)
+def test_gated_models_unknown_revisions_and_unknown_repositories(lampctl, monkeypatch, kind, message, code):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise hub_error(kind)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    answer = lampctl("run", "llama-2-7b", "--sparsity", "0.5", "--revision", "nosuch")
+    assert answer.code == code
+    assert message in answer.err
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(lampctl, model):
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("years of work")
+    answer = lampctl("run", model, "--sparsity", "0.5", *DATA, "--run-dir", "mine")
+    assert answer.code == 2
+    assert "not empty and holds no run" in answer.err
+    assert [p.name for p in Path("mine").iterdir()] == ["thesis.tex"]
+
+
+def begin(lampctl, model, *steps):
+    assert lampctl("init", model, "--sparsity", "0.5", *DATA, "--epochs", "1", "--run-dir", "r").code == 0
+    for step in steps:
+        assert lampctl(step, "r").code == 0
+
+
+def payload_file(run, step, name):
+    for path in sorted((run / "commits").iterdir()):
+        commit = json.loads(path.read_text())
+        if commit["step"] == step:
+            return run / commit["payloads"][name]["files"][0]["path"]
+    raise AssertionError(step)
+
+
+@pytest.mark.parametrize(
+    ("step", "payload"), [("capture", "biased/0"), ("capture", "dense/1"), ("calibrate", "calibration")]
+)
+def test_a_corrupt_chunk_is_named_and_never_computed_with(lampctl, model, step, payload):
+    begin(lampctl, model, "calibrate", "capture")
+    path = payload_file(Path("r"), step, payload)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    answer = lampctl("resume", "r")
+    assert answer.code == 4, answer.err
+    assert str(path) in answer.err
+    assert not Path("r/model").exists()
+
+
+def test_a_missing_chunk_and_a_corrupt_weight_are_named_too(lampctl, model):
+    begin(lampctl, model, "calibrate", "capture", "prune-block")
+    pruned = payload_file(Path("r"), "prune-block/0", "pruned/0")
+    good = pruned.read_bytes()
+    pruned.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    answer = lampctl("resume", "r")
+    assert answer.code == 4
+    assert str(pruned) in answer.err
+    pruned.write_bytes(good)
+    assert lampctl("resume", "r").code == 0
+
+    begin_again = lampctl("init", model, "--sparsity", "0.6", *DATA, "--run-dir", "r2")
+    assert begin_again.code == 0
+    assert lampctl("calibrate", "r2").code == 0
+    chunk = payload_file(Path("r2"), "calibrate", "calibration")
+    chunk.unlink()
+    answer = lampctl("resume", "r2")
+    assert answer.code == 4
+    assert f"{chunk} (calibration of calibrate) is missing" in answer.err
+
+
+class FullAfter(disk.Calls):
+    """A disk with so many bytes left."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def write(self, descriptor, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(descriptor, data)
+
+
+@pytest.mark.parametrize("room", [0, 5_000, 100_000, 400_000])
+def test_a_full_disk_is_exit_5_and_the_run_goes_on_once_there_is_room(lampctl, model, monkeypatch, room):
+    call = ("run", model, "--sparsity", "0.5", *DATA, "--epochs", "1", "--run-dir", "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "calls", FullAfter(room))
+        answer = lampctl(*call)
+    assert answer.code == 5, answer.err
+    assert "full" in answer.err
+    assert lampctl(*call).code == 0
+    assert lampctl(*call[:-1], "quiet").code == 0
+    for path in Path("quiet/model").glob("*.safetensors"):
+        assert Path("r/model", path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_run_written_by_a_newer_version_is_refused_untouched(lampctl, model):
+    begin(lampctl, model)
+    record = json.loads(Path("r/run.json").read_text())
+    Path("r/run.json").write_text(json.dumps({**record, "schema_version": 99}))
+    answer = lampctl("resume", "r")
+    assert answer.code == 3
+    assert "newer lampctl" in answer.err
+
+
+def test_settings_come_from_flag_environment_file_preset_default_in_this_order(lampctl, model, monkeypatch):
+    Path("s.yaml").write_text(yaml.safe_dump({"num-samples": 5, "seqlen": 32, "seed": 7, "sparsity": 0.3}))
+    monkeypatch.setenv("LAMPCTL_SEQLEN", "48")
+    monkeypatch.setenv("LAMPCTL_SEED", "8")
+    answer = lampctl("init", model, "--preset", "quick", "--config", "s.yaml", "--seed", "9", "--run-dir", "r")
+    assert answer.code == 0, answer.err
+    manifest = json.loads(Path("r/run.json").read_text())
+    config, origins = manifest["config"], manifest["provenance"]
+    assert (config["seed"], origins["seed"]) == (9, "flag")
+    assert (config["seqlen"], origins["seqlen"]) == (48, "environment LAMPCTL_SEQLEN")
+    assert (config["num_samples"], origins["num_samples"]) == (5, "file s.yaml")
+    assert (config["epochs"], origins["epochs"]) == (3, "preset quick")
+    assert (config["damping"], origins["damping"]) == (0.01, "default")
+    assert (config["sparsity"], origins["sparsity"]) == (0.3, "file s.yaml")
+
+
+def test_an_error_nobody_raised_on_purpose_is_a_bug_of_ours(lampctl, monkeypatch):
+    import pipeline.session
+
+    def break_down(path):
+        raise RuntimeError("surprise")
+
+    monkeypatch.setattr(pipeline.session, "reopen", break_down)
+    Path("r").mkdir()
+    with pytest.raises(RuntimeError, match="surprise"):  # the interpreter then exits with 1 and the traceback
+        lampctl("status", "r")

@@ -1,0 +1,246 @@
+"""`lampctl run` from the user's side, on a small OPT that has learnt something."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import TINY_OPT
+from tests.small_models import save
+
+LEARNT = (
+    "--calibration",
+    "pydocs",
+    "--num-samples",
+    "16",
+    "--seqlen",
+    "128",
+    "--evaluate",
+    "pydocs",
+    "--device",
+    "cpu",
+)
+DATA = (
+    *("--calibration", "text:words.txt", "--num-samples", "4", "--seqlen", "64"),
+    *("--evaluate", "text:words.txt", "--device", "cpu"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _words(words):
+    """The file that DATA names."""
+
+
+def masked_counts(run: Path) -> dict[str, int]:
+    return {
+        layer["name"]: layer["num_masked"]
+        for block in json.loads((run / "run.json").read_text())["budget"]
+        for layer in block["layers"]
+    }
+
+
+def own_perplexity(folder: Path, seqlen: int, max_tokens: int) -> float:
+    """Perplexity by transformers' own loss, on the whole model at once."""
+    from stages.data.sources import parse_source
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(parse_source("pydocs").text("evaluation"))["input_ids"])
+    pieces = ids[:max_tokens].split(seqlen)
+    losses = []
+    for piece in pieces:
+        if len(piece) == seqlen:
+            with torch.no_grad():
+                losses.append(model(piece[None], labels=piece[None]).loss.double())
+    return torch.stack(losses).mean().exp().item()
+
+
+def test_lamp_beats_sparsegpt_and_sparsegpt_magnitude_on_a_trained_model(lampctl):
+    answer = lampctl(
+        *("run", TINY_OPT, "--sparsity", "0.7", *LEARNT, "--eval-max-tokens", "8192", "--run-dir", "r"),
+        *("--baseline", "sparsegpt", "--baseline", "wanda", "--baseline", "magnitude", "--json"),
+    )
+    assert answer.code == 0, answer.err
+    report = answer.json
+    found = {e["which"]: e["perplexity"] for e in report["evaluations"]}
+    pruned = {r["method"]: r["evaluations"][0]["perplexity"] for r in (report, *report["baselines"])}
+    assert found["dense"] < pruned["lamp"] < pruned["sparsegpt"] < pruned["magnitude"]
+    assert pruned["sparsegpt"] < pruned["wanda"]
+    # By a margin that noise does not bridge.
+    assert pruned["lamp"] < 0.96 * pruned["sparsegpt"]
+    # The figures are those of the files, by another way to compute them.
+    assert own_perplexity(TINY_OPT, 128, 8192) == pytest.approx(found["dense"], rel=1e-5)
+    assert own_perplexity(Path("r/model"), 128, 8192) == pytest.approx(pruned["lamp"], rel=1e-5)
+    assert own_perplexity(Path("r-wanda/model"), 128, 8192) == pytest.approx(pruned["wanda"], rel=1e-5)
+    # All share one calibration set.
+    sets = {(Path(name) / "commits" / "000000.json").read_text() for name in ("r", "r-sparsegpt", "r-wanda")}
+    digests = {json.dumps([f["sha256"] for f in json.loads(s)["payloads"]["calibration"]["files"]]) for s in sets}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("family", ["opt-350m", "llama-gqa", "gpt2", "bloom", "falcon"])
+def test_the_export_opens_and_holds_the_budget_to_the_last_weight(family, lampctl, tmp_path):
+    original = save(tmp_path / family, family, dtype=torch.float16)
+    answer = lampctl("run", original, "--sparsity", "0.55", *DATA, "--num-samples", "3", "--run-dir", "r", "--json")
+    assert answer.code == 0, answer.err
+    before = load_file(original / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained("r/model", dtype="auto")
+    assert model.dtype == torch.float16
+    assert (
+        AutoTokenizer.from_pretrained("r/model")("abc")["input_ids"]
+        == AutoTokenizer.from_pretrained(original)("abc")["input_ids"]
+    )
+    after = {}
+    for path in Path("r/model").glob("*.safetensors"):
+        after.update(load_file(path))
+    assert after.keys() == before.keys()
+    assert all(after[key].dtype == before[key].dtype and after[key].shape == before[key].shape for key in before)
+    modules = dict(model.named_modules())
+    counts = masked_counts(Path("r"))
+    zeros = {name: int((modules[name].weight == 0).sum()) for name in counts}
+    natural = answer.json["num_other_zeros"]
+    assert all(zeros[name] >= counts[name] for name in counts)
+    assert sum(zeros.values()) == sum(counts.values()) + natural
+    total = sum(modules[name].weight.numel() for name in counts)
+    assert sum(counts.values()) == round(0.55 * total) == answer.json["num_masked"]
+    # What lies outside the blocks is as it was, to the bit.
+    block_keys = {key for key in before if ".0." in key or ".1." in key or ".2." in key}
+    assert all(torch.equal(before[key], after[key]) for key in before.keys() - block_keys)
+    assert block_keys
+
+
+def test_no_warning_about_missing_or_unexpected_weights(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama-gqa")
+    assert (
+        lampctl("run", original, "--sparsity", "0.5", "--method", "magnitude", "--evaluate", "", "--run-dir", "r").code
+        == 0
+    )
+    _, info = AutoModelForCausalLM.from_pretrained("r/model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_the_same_call_again_does_nothing_and_another_setting_is_refused(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    call = ("run", original, *DATA, "--num-samples", "3", "--method", "wanda", "--eval-max-tokens", "512")
+    first = lampctl(*call, "--sparsity", "0.5")
+    assert first.code == 0, first.err
+    run = Path("runs/m-s50-wanda")
+    commits = sorted((run / "commits").iterdir())
+    again = lampctl(*call, "--sparsity", "0.5")
+    assert again.code == 0
+    assert again.out == first.out
+    assert sorted((run / "commits").iterdir()) == commits
+    before = (run / "run.json").read_bytes()
+    other = lampctl(*call, "--sparsity", "0.6", "--seed", "3", "--run-dir", run)
+    assert other.code == 3
+    assert "sparsity: 0.5 there, 0.6 asked for" in other.err
+    assert "seed: 0 there, 3 asked for" in other.err
+    assert (run / "run.json").read_bytes() == before
+    # What does not change the weights may change: one more evaluation, and nothing else is done again.
+    more = lampctl(*call, "--sparsity", "0.5", "--eval-seqlen", "32")
+    assert more.code == 0, more.err
+    assert len(list((run / "commits").iterdir())) == len(commits) + 2
+
+
+def test_a_changed_model_is_another_run(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    call = ("run", original, "--sparsity", "0.5", "--method", "magnitude", "--evaluate", "")
+    assert lampctl(*call).code == 0
+    save(tmp_path / "m", "llama", seed=1)
+    answer = lampctl(*call)
+    assert answer.code == 3
+    assert "model files" in answer.err
+
+
+def test_steps_one_by_one_give_the_weights_of_run_and_refuse_to_be_done_out_of_order(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama-gqa")
+    settings = (original, "--sparsity", "0.5", *DATA, "--num-samples", "4", "--epochs", "1", "--eval-max-tokens", "512")
+    assert lampctl("run", *settings, "--run-dir", "whole").code == 0
+    begun = lampctl("init", *settings, "--run-dir", "steps")
+    assert begun.code == 0, begun.err
+    assert "lampctl calibrate steps" in begun.out
+    assert not Path("steps/commits").exists()
+
+    for early in (("capture",), ("prune-block",), ("prune-block", "--block", "1"), ("export",), ("evaluate",)):
+        refused = lampctl(early[0], "steps", *early[1:])
+        assert refused.code == 2, early
+        assert "do calibrate first" in refused.err
+    order = [
+        "calibrate",
+        "capture",
+        "prune-block 0",
+        "compensate-block 1",
+        "prune-block 1",
+        "compensate-block",
+        "prune-block 2",
+    ]
+    for step in (*order, "export", "evaluate"):
+        name, _, block = step.partition(" ")
+        answer = lampctl(name, "steps", *(("--block", block) if block else ()))
+        assert answer.code == 0, (step, answer.err)
+    assert "already done" in lampctl("prune-block", "steps", "--block", "1").err
+    assert "no step prune-block/7" in lampctl("prune-block", "steps", "--block", "7").err
+    shards = sorted(p.name for p in Path("whole/model").glob("*.safetensors"))
+    assert shards
+    for shard in shards:
+        assert Path("steps/model", shard).read_bytes() == Path("whole/model", shard).read_bytes()
+
+
+def test_status_tells_steps_budget_losses_and_what_is_left(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    lampctl("init", original, "--sparsity", "0.5", *DATA, "--num-samples", "3", "--epochs", "1", "--run-dir", "r")
+    for step in ("calibrate", "capture", "prune-block", "compensate-block"):
+        assert lampctl(step, "r").code == 0
+    state = lampctl("status", "r", "--json").json
+    assert state["next_step"] == "prune-block/1"
+    assert [b["state"] for b in state["blocks"]] == ["pruned", "compensated", "waiting"]
+    assert state["blocks"][1]["loss_after"] <= state["blocks"][1]["loss_before"]
+    assert state["remaining_s"] > 0
+    assert sum(layer["num_masked"] for b in state["blocks"] for layer in b["layers"]) == round(
+        0.5 * sum(layer["size"] for b in state["blocks"] for layer in b["layers"])
+    )
+    shown = lampctl("status", "r", "--settings")
+    assert "next: prune-block/1" in shown.out
+    assert "down_proj" in shown.out
+    assert "preset" not in shown.out
+    assert lampctl("resume", "r").code == 0
+    assert "finished" in lampctl("status", "r").out
+
+
+def test_resume_without_an_argument_takes_the_newest_unfinished_run(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    common = (original, "--method", "magnitude", "--evaluate", "")
+    for sparsity in ("0.4", "0.5"):
+        assert lampctl("init", *common, "--sparsity", sparsity).code == 0
+    assert lampctl("run", *common, "--sparsity", "0.6").code == 0
+    assert lampctl("resume").code == 0
+    assert Path("runs/m-s50-magnitude/model").is_dir()
+    assert not Path("runs/m-s40-magnitude/model").exists()
+    assert lampctl("resume").code == 0
+    nothing = lampctl("resume")
+    assert nothing.code == 2
+    assert "all 3 runs there are finished" in nothing.err
+
+
+def test_ignored_layers_stay_dense_and_do_not_count(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    call = ("run", original, "--sparsity", "0.5", "--method", "magnitude", "--evaluate", "", "--run-dir", "r")
+    assert lampctl(*call, "--ignore", r"layers\.0\.", "--ignore", "down_proj").code == 0
+    model = AutoModelForCausalLM.from_pretrained("r/model")
+    plain = AutoModelForCausalLM.from_pretrained(original)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, plain.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(model.model.layers[2].mlp.down_proj.weight, plain.model.layers[2].mlp.down_proj.weight)
+    assert (model.model.layers[1].mlp.up_proj.weight == 0).float().mean() == 0.5
+
+
+def test_the_model_card_tells_settings_and_figures(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    answer = lampctl("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r", "--json")
+    card = Path("r/model/README.md").read_text()
+    for result in answer.json["evaluations"]:
+        assert f"{result['perplexity']:.2f}" in card
+    assert "50.0000%" in card
+    assert "- num_samples: 4" in card

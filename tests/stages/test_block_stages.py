@@ -1,0 +1,241 @@
+"""Capture, prune and compensate in memory, against the whole model run by transformers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from stages.budget import LayerShape, allocate
+from stages.capture import capture
+from stages.compensate_block import CompensationSettings, compensate_block, split_samples
+from stages.device import DeviceChoices
+from stages.errors import NumericalError
+from stages.models.decoder import open_model
+from stages.models.source import resolve
+from stages.protocols import ListStream, NullHooks
+from stages.prune_block import PruneSettings, prune_block
+from tests.small_models import VOCAB, save
+
+CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")
+N, T, H = 5, 16, 32
+FP32 = torch.float32
+
+
+@pytest.fixture(scope="module", params=["llama-gqa", "opt-350m", "bloom"])
+def folder(request, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("models") / "m", request.param)
+
+
+@pytest.fixture
+def model(folder):
+    return open_model(resolve(str(folder)))
+
+
+@pytest.fixture
+def inputs():
+    stream = ListStream(N, (T,), torch.long)
+    for i in range(N):
+        stream.write(i, torch.randint(4, VOCAB, (T,), generator=torch.Generator().manual_seed(i)))
+    return stream
+
+
+def stream():
+    return ListStream(N, (T, H), FP32)
+
+
+def budget_of(model, sparsity, alpha=1.0, beta=0.0):
+    blocks = [[LayerShape(x.name, x.role, x.rows, x.cols) for x in model.layers(i)] for i in range(model.num_blocks)]
+    return allocate(blocks, sparsity, alpha, beta)
+
+
+def settings(**changes):
+    return CompensationSettings(**{"epochs": 2, "lr": 1e-3, "lr_decay": 0.9, "hold_aside": True, "seed": 0, **changes})
+
+
+def block_inputs(whole, list_name, ids):
+    """What each block of a whole model gets, by hooks on the model's own forward."""
+    seen = []
+    handles = [
+        block.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for block in whole.get_submodule(list_name)
+    ]
+    with torch.no_grad():
+        whole(ids[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [hidden[0] for hidden in seen]
+
+
+def lamp(model, inputs, method="lamp"):
+    """All of Algorithm 1, in memory: streams by block, and the pruned states."""
+    num_blocks, dtypes = model.num_blocks, [dict.fromkeys(model.stored_names(i), FP32) for i in range(model.num_blocks)]
+    biased, dense = {0: stream()}, {1: stream()}
+    capture(model, inputs, biased[0], dense[1], CHOICES, NullHooks())
+    states, budget = {}, budget_of(model, 0.6, 0.8)
+    for i in range(num_blocks):
+        state = None
+        if i and method == "lamp":
+            dense[i + 1] = stream()
+            args = (model, i, inputs, biased[i], dense[i], dense[i + 1], settings(), CHOICES, NullHooks())
+            state = compensate_block(*args).state
+        biased[i + 1] = stream()
+        result = prune_block(
+            *(model, i, budget[i], PruneSettings(method), CHOICES, NullHooks()),
+            state=state,
+            export_dtypes=dtypes[i],
+            inputs=inputs,
+            biased=biased[i],
+            biased_out=biased[i + 1],
+        )
+        states[i] = result.state
+        assert [x.num_masked for x in result.layers] == [x.num_masked for x in budget[i].layers]
+    return biased, dense, states
+
+
+def test_both_streams_are_what_the_whole_models_compute(folder, model, inputs):
+    biased, dense, states = lamp(model, inputs)
+    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    pruned = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for i, state in states.items():
+        pruned.get_submodule(model._list_name)[i].load_state_dict(state)
+    for sample in range(N):
+        through_original = block_inputs(original, model._list_name, inputs[sample])
+        through_pruned = block_inputs(pruned, model._list_name, inputs[sample])
+        for i in range(model.num_blocks):
+            assert torch.equal(biased[i][sample], through_pruned[i])
+            if i:
+                assert torch.equal(dense[i][sample], through_original[i])
+
+
+def test_compensation_reports_the_mse_of_the_last_blocks_output(model, inputs):
+    biased, dense, _ = lamp(model, inputs, "sparsegpt")
+    target = stream()
+    result = compensate_block(
+        *(model, 1, inputs, biased[1], dense[1], target, settings(hold_aside=False), CHOICES, NullHooks())
+    )
+    with torch.no_grad():
+        ends, block = model.load_ends(torch.device("cpu")), model.load_block(1, torch.device("cpu"))
+        trained = model.load_block(1, torch.device("cpu"), state=result.state)
+        before, after = [], []
+        for i in range(N):
+            call = ends.enter(inputs[i][None]).calls[1]
+            wanted = model.run_block(block, dense[1][i][None], call)
+            assert torch.equal(target[i], wanted[0])
+            before.append(functional.mse_loss(model.run_block(block, biased[1][i][None], call), wanted).item())
+            after.append(functional.mse_loss(model.run_block(trained, biased[1][i][None], call), wanted).item())
+    assert result.before.trained == pytest.approx(sum(before) / N, rel=1e-6)
+    assert result.after.trained == pytest.approx(sum(after) / N, rel=1e-6)
+    assert result.after.trained < result.before.trained
+    assert (result.num_steps, result.kept_epoch, result.before.aside) == (2 * N, 2, None)
+
+
+def test_an_update_that_makes_it_worse_is_never_kept(model, inputs):
+    biased, dense, _ = lamp(model, inputs, "sparsegpt")
+    args = (model, 1, inputs, biased[1], dense[1], stream())
+    result = compensate_block(*args, settings(lr=3.0), CHOICES, NullHooks())
+    assert result.kept_epoch == 0
+    assert len(result.epoch_losses) == 1
+    assert result.after == result.before
+    original = model.load_block(1, torch.device("cpu")).state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in result.state.items())
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_change(model, inputs):
+    biased, dense, _ = lamp(model, inputs, "sparsegpt")
+    args = (model, 1, inputs, biased[1], dense[1], stream())
+    with pytest.raises(NumericalError, match=r"block 1: the loss became .* use a smaller --lr"):
+        compensate_block(*args, settings(lr=1e30, hold_aside=False), CHOICES, NullHooks())
+
+
+def test_wanda_masks_come_from_the_inputs_that_each_layer_really_gets(folder, model, inputs):
+    biased = stream()
+    capture(model, inputs, biased, None, CHOICES, NullHooks())
+    result = prune_block(
+        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("wanda"), CHOICES, NullHooks()),
+        export_dtypes=dict.fromkeys(model.stored_names(0), FP32),
+        inputs=inputs,
+        biased=biased,
+    )
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    block = whole.get_submodule(model._list_name)[0]
+    for layer in model.layers(0):
+        module, squares = block.get_submodule(layer.path), []
+        handle = module.register_forward_pre_hook(
+            lambda m, a, s=squares: s.append(a[0].reshape(-1, a[0].shape[-1]).square().sum(0))
+        )
+        with torch.no_grad():
+            for i in range(N):
+                whole(inputs[i][None], use_cache=False)
+        handle.remove()
+        scores = module.weight.abs() * (torch.stack(squares).sum(0) / (N * T)).sqrt()
+        pruned = result.state[f"{layer.path}.weight"] == 0
+        assert pruned.sum(1).tolist() == [layer.cols // 2] * layer.rows
+        assert scores[pruned].numel() == layer.rows * layer.cols // 2
+        for row in range(layer.rows):
+            assert scores[row][pruned[row]].max() <= scores[row][~pruned[row]].min() * (1 + 1e-5)
+
+
+def test_biased_output_is_computed_with_the_weights_as_exported(model, inputs):
+    biased, out = stream(), stream()
+    capture(model, inputs, biased, None, CHOICES, NullHooks())
+    result = prune_block(
+        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("sparsegpt"), CHOICES, NullHooks()),
+        export_dtypes=dict.fromkeys(model.stored_names(0), torch.bfloat16),
+        inputs=inputs,
+        biased=biased,
+        biased_out=out,
+    )
+    assert {t.dtype for t in result.state.values()} == {torch.bfloat16}
+    with torch.no_grad():
+        block = model.load_block(0, torch.device("cpu"), state=result.state)
+        call = model.load_ends(torch.device("cpu")).enter(inputs[0][None]).calls[0]
+        assert torch.equal(model.run_block(block, biased[0][None], call)[0], out[0])
+
+
+def test_relative_error_is_that_of_the_layers_output(model, inputs):
+    biased = stream()
+    capture(model, inputs, biased, None, CHOICES, NullHooks())
+    before = model.load_block(0, torch.device("cpu"))
+    result = prune_block(
+        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("sparsegpt"), CHOICES, NullHooks()),
+        export_dtypes=dict.fromkeys(model.stored_names(0), FP32),
+        inputs=inputs,
+        biased=biased,
+    )
+    layer, figures = model.layers(0)[0], result.layers[0]
+    xs = []
+    before.get_submodule(layer.path).register_forward_pre_hook(lambda m, a: xs.append(a[0].flatten(0, 1)))
+    with torch.no_grad():
+        ends = model.load_ends(torch.device("cpu"))
+        for i in range(N):
+            model.run_block(before, biased[i][None], ends.enter(inputs[i][None]).calls[0])
+    x, old = torch.cat(xs), before.get_submodule(layer.path).weight
+    new = result.state[f"{layer.path}.weight"]
+    expected = (x @ (new - old).T).square().sum() / (x @ old.T).square().sum()
+    assert figures.relative_error == pytest.approx(expected.item(), rel=1e-3)
+
+
+@given(st.integers(1, 200), st.booleans())
+def test_samples_kept_aside(num_samples, hold_aside):
+    train, aside = split_samples(num_samples, hold_aside)
+    assert sorted(train + aside) == list(range(num_samples))
+    expected = max(1, math.floor(num_samples / 16)) if hold_aside and num_samples > 1 else 0
+    assert len(aside) == expected
+
+
+def test_one_sample_only_is_trained_on_and_said(model, inputs):
+    one = ListStream(1, (T,), torch.long)
+    one.write(0, inputs[0])
+    biased, dense, target = (ListStream(1, (T, H), FP32) for _ in range(3))
+    capture(model, one, biased, dense, CHOICES, NullHooks())
+    biased.write(0, dense[0] + 0.3 * torch.randn(T, H, generator=torch.Generator().manual_seed(7)))
+    hooks = NullHooks()
+    result = compensate_block(model, 1, one, biased, dense, target, settings(), CHOICES, hooks)
+    assert "only one calibration sample" in hooks.warnings[0]
+    assert result.after.trained < result.before.trained
