@@ -61,7 +61,7 @@ class EvaluationResult:
 
     which: str  # "dense" or "pruned"
     source: str
-    perplexity: float
+    perplexity: float | None  # None: it overflowed
     num_tokens: int
     seqlen: int
     is_partial: bool

@@ -90,6 +90,18 @@ def from_gguf(fetch: Callable[[], Path], sha256: str | None = None) -> Path:
 
 
 def _write_gguf_model(path: Path, target: Path) -> None:
+    from transformers.utils import logging as tf_logging
+
+    bars = tf_logging.is_progress_bar_enabled()
+    tf_logging.disable_progress_bar()  # ours is the only progress that is shown
+    try:
+        _convert_gguf(path, target)
+    finally:
+        if bars:
+            tf_logging.enable_progress_bar()
+
+
+def _convert_gguf(path: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

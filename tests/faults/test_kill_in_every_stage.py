@@ -39,11 +39,10 @@ main()
 """
 
 
-def lampctl(*arguments: str, bomb: str | None = None, cwd: Path) -> subprocess.CompletedProcess:
+def lampctl(*arguments: str, bomb: str | None = None, cwd: Path, timeout: int = 240) -> subprocess.CompletedProcess:
     start = ["-c", BOMB, bomb] if bomb else ["-m", "lampctl"]
-    return subprocess.run(
-        [sys.executable, *start, *arguments], cwd=cwd, capture_output=True, text=True, env=dict(os.environ), timeout=240
-    )
+    command = [sys.executable, *start, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=dict(os.environ), timeout=timeout)
 
 
 def weights(run: Path) -> dict[str, str]:
