@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -105,13 +106,13 @@ class PlainListener(ProgressListener):
         if time.monotonic() - self._spoke_at > _HEARTBEAT_S:
             self._spoke_at = time.monotonic()
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            self._print(f"  {step.name}: {done}/{total} {unit}{', ' if shown else ''}{shown}")
+            self._print(f"  {_label(step)}: {done}/{total} {unit}{', ' if shown else ''}{shown}")
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
         if step.kind == "compensate-block":
             return  # the line comes when the block is pruned
         elapsed_s = commit.elapsed_s
-        what = step.name
+        what = _label(step)
         if step.kind == "prune-block":
             assert self._run is not None
             trained = self._run.commit_for(f"compensate-block/{step.block}")
@@ -166,7 +167,7 @@ class LiveListener(ProgressListener):
         note = "" if step.block is None else f"block {step.block} of {self._num_blocks}"
         notes = [part for part in (note, self._remaining) if part]
         self._progress.update(self._run_bar, completed=position, note=", ".join(notes))
-        self._progress.reset(self._step_bar, description=step.name, note="")
+        self._progress.reset(self._step_bar, description=_label(step), note="")
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
         assert self._step_bar is not None
@@ -176,10 +177,12 @@ class LiveListener(ProgressListener):
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
         assert self._run_bar is not None
-        self._progress.update(self._run_bar, completed=position + 1)
+        self._progress.update(
+            self._run_bar, completed=position + 1, note=self._remaining if position + 1 < total else ""
+        )
         outcome = self._outcome(step, commit)
         if outcome and step.kind != "compensate-block":
-            self._progress.console.print(f"  {step.name}: {outcome}", highlight=False, markup=False)
+            self._progress.console.print(f"  {_label(step)}: {outcome}", highlight=False, markup=False)
 
 
 @contextmanager
@@ -193,6 +196,11 @@ def listening() -> Iterator[Any]:
             yield listener
     else:
         yield PlainListener(console)
+
+
+def _label(step: Step) -> str:
+    """The step's name with local texts by their file names: their whole paths do not fit a line."""
+    return re.sub(r"text:.*/", "text:", step.name)
 
 
 def _losses(figures: Mapping[str, Any]) -> str:
