@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -62,6 +64,12 @@ class _Stderr(logging.Handler):
         print(prefix + self.format(record), file=sys.stderr, flush=True)
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    from pipeline.errors import Preempted
+
+    raise Preempted(f"stopped by {signal.Signals(number).name}; the same command goes on where it was")
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
     # Read when these libraries are imported, which is later, if at all.
@@ -72,6 +80,8 @@ def main() -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logger.addHandler(_Stderr())
+    # A command that is in the middle of a run installs a gentler one.
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app(prog_name="lampctl")
     except BaseException as error:

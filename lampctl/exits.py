@@ -37,13 +37,24 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 
+# What the system may refuse wherever a file of the user's is touched.
+_OS_ERRORS = {
+    errno.ENOSPC: RESOURCE,
+    errno.EDQUOT: RESOURCE,
+    errno.EACCES: RESOURCE,
+    errno.EPERM: RESOURCE,
+    errno.EROFS: RESOURCE,
+    errno.ENAMETOOLONG: USAGE,
+}
+
+
 def exit_code(error: BaseException) -> int:
     """The code for an error; 1, a bug of ours, for one that nobody raised on purpose."""
     for kind, code in EXIT_CODES:
         if isinstance(error, kind):
             return code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RESOURCE
+    if isinstance(error, OSError) and error.errno in _OS_ERRORS:
+        return _OS_ERRORS[error.errno]
     # By name: torch is not imported only to be asked about its errors.
     return RESOURCE if type(error).__name__ == "OutOfMemoryError" else BUG
 
@@ -57,5 +68,6 @@ def message(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "there is not enough memory: use a smaller --seqlen"
     if isinstance(error, OSError):
-        return f"the disk is full: {error}"
+        where = str(error.filename or "")
+        return f"{error.strerror}: {where if len(where) < 200 else where[:200] + '...'}"
     return str(error)

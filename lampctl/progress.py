@@ -122,7 +122,7 @@ class PlainListener(ProgressListener):
         self._print(f"[{position + 1}/{total}] {what}: " + ", ".join(part for part in parts if part))
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(line, highlight=False, soft_wrap=True)
 
 
 class LiveListener(ProgressListener):
@@ -134,10 +134,10 @@ class LiveListener(ProgressListener):
         super().__init__()
         self._progress: Progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
         )
         self._run_bar: TaskID | None = None
@@ -182,7 +182,7 @@ class LiveListener(ProgressListener):
         )
         outcome = self._outcome(step, commit)
         if outcome and step.kind != "compensate-block":
-            self._progress.console.print(f"  {_label(step)}: {outcome}", highlight=False, markup=False)
+            self._progress.console.print(f"  {_label(step)}: {outcome}", highlight=False)
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def listening() -> Iterator[Any]:
     """The display that suits where stderr goes."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)  # paths may hold brackets
     if console.is_terminal:
         with LiveListener(console) as listener:
             yield listener

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lampctl.units import duration, size
@@ -46,7 +45,7 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
     if main.model_path is not None:
         console.print("\nThe pruned model:", str(_shown(main.model_path)), soft_wrap=True, highlight=False)
         load = f'AutoModelForCausalLM.from_pretrained("{_shown(main.model_path)}", dtype="auto")'
-        console.print("Load it:          " + load, soft_wrap=True, highlight=False, markup=False)
+        console.print("Load it:          " + load, soft_wrap=True, highlight=False)
 
 
 def result_record(state: RunStatus) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
         print(json.dumps(record, indent=2))
         return
     console = _console()
-    console.print(f"{_shown(state.path)}: {_summary_line(state)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{_shown(state.path)}: {_summary_line(state)}", highlight=False, soft_wrap=True)
     if state.is_finished:
         how_far = f"finished, {len(state.steps)} steps in {duration(state.elapsed_s)}"
     else:
@@ -92,7 +91,7 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
         )
         if state.remaining_s is not None:
             how_far += f"; about {duration(state.remaining_s)} left"
-    console.print(how_far, highlight=False, markup=False, soft_wrap=True)
+    console.print(how_far, highlight=False, soft_wrap=True)
     if provenance is not None:
         console.print(_settings_table(state.config, provenance))
     console.print(_blocks_table(state.blocks))
@@ -115,10 +114,10 @@ def begun(
     console.print(_settings_table(config, origins))
     console.print(_blocks_table(state.blocks))
     for notice in notices:
-        console.print(f"note: {notice}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {notice}", highlight=False, soft_wrap=True)
     plan = [step.name for step in steps]
     brief = plan if len(plan) <= 8 else [*plan[:5], "...", *plan[-3:]]
-    console.print(f"{len(plan)} steps: {', '.join(brief)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(plan)} steps: {', '.join(brief)}", highlight=False, soft_wrap=True)
     where = _shown(run.path)
     if state.next_step is None:
         console.print(f"{where} is finished")
@@ -131,8 +130,8 @@ def begun(
 
 def _console() -> Console:
     """stdout, as wide as the terminal; a file or pipe gets what does not need wrapping."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    console = Console(markup=False)  # paths may hold brackets
+    return console if console.is_terminal else Console(width=160, markup=False)
 
 
 def _shown(path: Path) -> Path:
@@ -151,9 +150,7 @@ def _summary_line(state: RunStatus) -> str:
 
 def _is_current(state: RunStatus, result: EvaluationResult) -> bool:
     """Whether an evaluation is one that the settings in force ask for."""
-    limit = f":{state.config.eval_max_tokens}" if state.config.eval_max_tokens is not None else ""
-    name = f"evaluate/{result.which}/{result.source}@{state.config.eval_seqlen}{limit}"
-    return any(step.name == name for step in state.steps) and result.seqlen == state.config.eval_seqlen
+    return any(step.name == result.step for step in state.steps)
 
 
 def _results_table(states: Sequence[RunStatus]) -> Table:
@@ -169,7 +166,7 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
     table = Table(title=f"{Path(main.config.model).name} at {100 * main.config.sparsity:g}%", title_justify="left")
     table.add_column("method")
     for source in sources:
-        table.add_column(f"perplexity\n{escape(_short(source))}", justify="right")
+        table.add_column(f"perplexity\n{_short(source)}", justify="right")
     for title in ("sparsity", "pruning time", "peak memory"):
         table.add_column(title, justify="right")
     if any(which == "dense" for _, which, _ in found):
@@ -202,7 +199,7 @@ def _settings_table(config: RunConfig, origins: Mapping[str, str]) -> Table:
     table = Table("setting", "value", "from")
     for name, value in config.model_dump(mode="json").items():
         if value not in (None, [], {}):
-            table.add_row(name, escape(str(value)), escape(origins.get(name, "default")))
+            table.add_row(name, str(value), origins.get(name, "default"))
     return table
 
 
@@ -212,7 +209,7 @@ def _blocks_table(blocks: Sequence[BlockState]) -> Table:
     table = Table("block", "state")
     table.add_column("masked", justify="right")
     for path in paths:
-        table.add_column(escape(path), justify="right", no_wrap=True)
+        table.add_column(path, justify="right", no_wrap=True)
     has_losses = any(block.loss_before is not None for block in blocks)
     if has_losses:
         table.add_column("loss before", justify="right")

@@ -46,9 +46,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Settings(BaseModel):
     """What a user may set. None means: the default, which may depend on the model and the sparsity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: str
+    model: str = Field(min_length=1)
     sparsity: float = Field(gt=0, lt=1)
     method: Method = "lamp"
     revision: str | None = None
@@ -77,10 +77,16 @@ class Settings(BaseModel):
     eval_seqlen: int | None = Field(None, ge=2)
     eval_max_tokens: int | None = Field(None, ge=2)
 
-    @field_validator("ignore", "evaluate", mode="before")
+    @field_validator("evaluate", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        # Not split at commas: a regular expression may hold some.
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("ignore")
     @classmethod
@@ -165,8 +171,9 @@ def gather(
         for name, value in environ.items()
         if name.startswith(ENVIRONMENT_PREFIX) and name not in _OTHER_VARIABLES and value
     }
-    preset = preset or from_environment.pop("preset", None) or from_file.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
+    presets = (preset, from_environment.pop("preset", None), from_file.pop("preset", None))
+    preset = next((name for name in presets if name is not None), None)
+    if preset is not None and preset not in [*PRESETS]:
         raise ConfigError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     layers = (
         (PRESETS[preset] if preset else {}, lambda _: f"preset {preset}"),

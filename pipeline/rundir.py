@@ -13,6 +13,7 @@ its commit appears, and the commit appears whole, in one step that only one proc
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ from pipeline.attempt import Attempt, PayloadFolder
 from pipeline.disk import FileDigest
 from pipeline.errors import (
     DamagedData,
+    DiskError,
     FileExists,
     FileGone,
     NotARun,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from pipeline.store import ActivationStream
 
 __all__ = ["Attempt", "PayloadFolder", "RunDirectory", "find_runs"]
+
+log = logging.getLogger(__name__)
 
 _MANIFEST = "run.json"
 _NOT_VIEWS = {_MANIFEST, "commits", "data", "progress", "lease.json", "events.jsonl"}
@@ -64,6 +68,9 @@ class RunDirectory:
         path = Path(path).absolute()
         if (path / _MANIFEST).exists():
             raise FileExists(f"{path} holds a run already")
+        in_the_way = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
+        if in_the_way is not None:
+            raise NotARun(f"no run can be made at {path}: {in_the_way} is a file. Name a new folder by --run-dir")
         if not _is_free(path):
             raise NotARun(
                 f"{path} is not empty and holds no run: nothing was written there. Name a new folder by --run-dir"
@@ -232,7 +239,7 @@ class RunDirectory:
         payload = self.payload(name)
         view = self._view(target)
         sources = {payload.inner(file): self.inside(file.path) for file in payload.files}
-        if all(_is_same(source, view / inner) for inner, source in sources.items()):
+        if self.is_published(name, target):
             return view
         temporary = disk.temporary_folder(view)
         for inner, source in sources.items():
@@ -246,6 +253,11 @@ class RunDirectory:
             _remove(older)
         return view
 
+    def is_published(self, name: str, target: str = "model") -> bool:
+        """Whether the folder `target` shows all of a committed payload."""
+        payload, view = self.payload(name), self._view(target)
+        return all(_is_same(self.inside(file.path), view / payload.inner(file)) for file in payload.files)
+
     def write_view(self, path: str, contents: bytes) -> Path:
         """Write or replace a file that no commit vouches for, such as model/README.md."""
         view = self._view(path)
@@ -256,7 +268,11 @@ class RunDirectory:
     def event(self, kind: str, **fields: Any) -> None:
         """Add a line to events.jsonl."""
         line = {"at": datetime.now(UTC).isoformat(), "kind": kind, **finite_or_null(fields)}
-        disk.append_line(self.path / "events.jsonl", json.dumps(line))
+        try:
+            disk.append_line(self.path / "events.jsonl", json.dumps(line))
+        except DiskError as error:
+            # Losing a line loses nothing, and a disk that is full will be noticed by what counts.
+            log.warning("events.jsonl is not written: %s", error)
 
     def check_superseded(self) -> None:
         """Raise Superseded if another process has made the commit that would be next here."""

@@ -6,6 +6,7 @@ gathered settings --prepare--> configuration, model, budget, plan --start--> run
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +28,19 @@ from pipeline.config import (
     explain,
 )
 from pipeline.engine import Listener, StopRequest, advance
-from pipeline.errors import ConfigError, ConfigMismatch, FileExists, RunNotFound
+from pipeline.errors import (
+    ConfigError,
+    ConfigMismatch,
+    DamagedData,
+    FileExists,
+    RunNotFound,
+    StepOrderError,
+)
 from pipeline.manifest import RunManifest
 from pipeline.plan import Evaluation, Step, chain, evaluation_steps, next_steps
 from pipeline.rundir import RunDirectory, find_runs
+
+log = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 
@@ -98,7 +108,7 @@ def prepare(gathered: Gathered) -> Prepared:
         origins=origins,
         notices=(*notices, *more_notices),
         model=_model_record(model, folder),
-        data=_check_sources(config, folder.path),
+        data=_check_sources(config, folder.path, model.vocab_size),
         environment=environment_record(asdict(choices)),
         budget=budget,
         steps=chain(config.method, model.num_blocks),
@@ -107,7 +117,7 @@ def prepare(gathered: Gathered) -> Prepared:
 
 def sibling(gathered: Gathered, method: str) -> Gathered:
     """The same settings for another method, to be compared with: what only the first method has is dropped."""
-    dropped = {"alpha", "beta", *COMPENSATION_FIELDS}
+    dropped = {"alpha", "beta"} if method == "lamp" else {"alpha", "beta", *COMPENSATION_FIELDS}
     changes: dict[str, Any] = dict.fromkeys(dropped)
     if method not in get_args(Method):
         raise ConfigError(f"--baseline {method}: choose one of {', '.join(get_args(Method))}")
@@ -119,11 +129,13 @@ def sibling(gathered: Gathered, method: str) -> Gathered:
 def _with_absolute_paths(gathered: Gathered) -> Any:
     """The settings with local paths made absolute: a run can be resumed from another folder."""
     from stages.data.sources import parse_source
+    from stages.filedigest import local_path
 
     settings = gathered.values
     changes: dict[str, Any] = {}
-    if Path(settings.model).exists():
-        changes["model"] = str(Path(settings.model).resolve())
+    path = local_path(settings.model)
+    if path.exists():
+        changes["model"] = str(path.resolve())
     if settings.calibration is not None:
         changes["calibration"] = parse_source(settings.calibration).name
     if settings.evaluate is not None:
@@ -174,7 +186,7 @@ def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping
     return allocate(blocks, config.sparsity, config.alpha, config.beta, fixed)
 
 
-def _check_sources(config: RunConfig, model_path: Path) -> dict[str, Any]:
+def _check_sources(config: RunConfig, model_path: Path, vocab_size: int) -> dict[str, Any]:
     """The digest of each local source, after making sure that each can be read and is long enough."""
     from stages.data.sources import parse_source
     from stages.data.text import load_tokenizer, require_length
@@ -188,12 +200,13 @@ def _check_sources(config: RunConfig, model_path: Path) -> dict[str, Any]:
         num_windows = 1 if is_random else config.calibration_skip + config.num_samples
         source.check()
         remedy = "lower --num-samples, --calibration-skip or --seqlen, or use more text"
-        require_length(source, tokenizer, "calibration", num_windows * config.seqlen + is_random, remedy)
+        require_length(source, tokenizer, "calibration", num_windows * config.seqlen + is_random, vocab_size, remedy)
         digests[config.calibration] = source.digest()
     for name in config.evaluate:
         source = parse_source(name)
         source.check()
-        require_length(source, tokenizer, "evaluation", config.eval_seqlen, "lower --eval-seqlen or use more text")
+        remedy = "lower --eval-seqlen or use more text"
+        require_length(source, tokenizer, "evaluation", config.eval_seqlen, vocab_size, remedy)
         digests[name] = source.digest()
     return digests
 
@@ -252,12 +265,32 @@ def require_same(run: RunDirectory, prepared: Prepared) -> None:
     calibration = prepared.config.calibration
     if calibration and run.manifest.identity["data"].get(calibration) != prepared.data.get(calibration):
         differing["calibration text"] = ("as it was", "changed since")
+    for name in prepared.config.evaluate:
+        _require_same_text(run, name, prepared.data[name])
     if differing:
         lines = [f"  {field}: {old!r} there, {new!r} asked for" for field, (old, new) in differing.items()]
         raise ConfigMismatch(
             f"{run.path} holds another run:\n" + "\n".join(lines) + "\n"
             "use another --run-dir, or the same settings to go on with that run"
         )
+
+
+def _require_same_text(run: RunDirectory, source: str, digest: Any) -> None:
+    """Raise ConfigMismatch if the run has figures of this source that were measured on another text."""
+    for commit in run.commits:
+        measured = commit.step.startswith("evaluate/") and commit.figures["source"] == source
+        if measured and commit.figures["source_digest"] != digest:
+            raise ConfigMismatch(
+                f"{source} has changed since {run.path} was evaluated on it: give the new text another name, so "
+                "that its figures stand beside the old ones"
+            )
+
+
+def require_exported(run: RunDirectory, config: RunConfig) -> None:
+    """Raise StepOrderError, naming the step to do first, unless the run has a model to evaluate."""
+    todo = next_steps(chain(config.method, run.manifest.model["num_blocks"]), [commit.step for commit in run.commits])
+    if todo:
+        raise StepOrderError(f"evaluate comes later: do {todo[0].name} first")
 
 
 def reopen(path: Path) -> tuple[RunDirectory, RunConfig]:
@@ -286,7 +319,9 @@ def change_evaluation(
         raise ConfigError(explain(error, {})) from error
     check_evaluation(changed, run.manifest.model["max_positions"])
     for name in changed.evaluate:
-        parse_source(name).check()
+        source = parse_source(name)
+        source.check()
+        _require_same_text(run, name, source.digest())
     return changed
 
 
@@ -313,7 +348,7 @@ def go_on(
 ) -> None:
     """Do what is left of a run, up to and with a step for which `until` holds."""
     steps, evaluations = steps_of(run, config)
-    if not next_steps(steps, [commit.step for commit in run.commits]) and (run.path / "model").is_dir():
+    if not next_steps(steps, [commit.step for commit in run.commits]) and run.is_published("model"):
         return
     from pipeline.work import StageWorker
     from stages import device
@@ -328,6 +363,8 @@ def go_on(
 def environment_changes(run: RunDirectory) -> list[str]:
     """How this machine differs from the one that the run began on, one sentence each."""
     began, now = run.manifest.environment, environment_record({})
+    began = {**began, "packages": {**began["packages"], "python": began["python"]}}
+    now = {**now, "packages": {**now["packages"], "python": now["python"]}}
     return [
         f"{name} is {now['packages'][name]} here, the run began with {version}: the result may differ in its last bits"
         for name, version in began["packages"].items()
@@ -339,7 +376,11 @@ def newest_unfinished(root: Path = RUNS) -> Path:
     """The run under `root` that was begun last and is not finished. Raises RunNotFound if there is none."""
     found = find_runs(root)
     for path in found:
-        run, config = reopen(path)
+        try:
+            run, config = reopen(path)
+        except (DamagedData, ConfigMismatch) as error:
+            log.warning("passing over %s: %s", path, error)
+            continue
         if not is_finished(run, config):
             return path
     what = f"all {len(found)} runs there are finished" if found else "there are no runs there"

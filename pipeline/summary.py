@@ -59,6 +59,7 @@ class BlockState:
 class EvaluationResult:
     """One perplexity."""
 
+    step: str  # which evaluate step measured it
     which: str  # "dense" or "pruned"
     source: str
     perplexity: float | None  # None: it overflowed
@@ -125,9 +126,9 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
 
 def evaluations_of(run: RunDirectory) -> tuple[EvaluationResult, ...]:
     """All perplexities that the run has measured, in the order of their commits."""
-    fields = EvaluationResult.__dataclass_fields__
+    fields = set(EvaluationResult.__dataclass_fields__) - {"step"}
     return tuple(
-        EvaluationResult(**{name: commit.figures[name] for name in fields})
+        EvaluationResult(step=commit.step, **{name: commit.figures[name] for name in fields})
         for commit in run.commits
         if commit.step.startswith("evaluate/")
     )
@@ -188,13 +189,14 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
     from stages.export import CardFacts, CardFigure
 
     state = status(run, config)
-    rows: dict[tuple[str, int, bool], dict[str, EvaluationResult]] = {}
+    # Figures stand in one row only where they were measured on the very same tokens.
+    rows: dict[tuple[str, int, int, bool], dict[str, EvaluationResult]] = {}
     for result in state.evaluations:
-        rows.setdefault((result.source, result.seqlen, result.is_partial), {})[result.which] = result
+        key = (result.source, result.seqlen, result.num_tokens, result.is_partial)
+        rows.setdefault(key, {})[result.which] = result
     figures = []
-    for (source, seqlen, is_partial), pair in rows.items():
-        some = next(iter(pair.values()))
-        note = f"{seqlen} tokens a window" + (f", partial: first {some.num_tokens} tokens" if is_partial else "")
+    for (source, seqlen, num_tokens, is_partial), pair in rows.items():
+        note = f"{seqlen} tokens a window" + (f", partial: first {num_tokens} tokens" if is_partial else "")
         dense, pruned = pair.get("dense"), pair.get("pruned")
         figures.append(
             CardFigure(source, dense.perplexity if dense else None, pruned.perplexity if pruned else None, note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -20,8 +21,11 @@ from stages.calibrate import calibrate
 from stages.capture import capture
 from stages.compensate_block import CompensationSettings, compensate_block
 from stages.data.sources import parse_source
+from stages.data.text import evaluation_tokens, load_tokenizer, require_vocabulary
 from stages.device import DeviceChoices, PeakMemory
+from stages.errors import ResourceError
 from stages.evaluate import evaluate_perplexity
+from stages.metrics.perplexity import windows
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.source import resolve
@@ -48,6 +52,11 @@ class StageWorker:
     def model(self) -> BlockModel:
         """The original model, checked to be the very one that the run began with."""
         recorded = self.run.manifest.model
+        if recorded["source"] in ("folder", "pickle", "gguf") and not Path(self.config.model).exists():
+            raise ResourceError(
+                f"{self.config.model}, the model that this run was begun with, is gone: put it back (a symbolic link "
+                "will do)"
+            )
         folder = resolve(self.config.model, recorded["revision"])
         found = {name: digest.sha256 for name, digest in folder.files.items()}
         expected = {name: digest["sha256"] for name, digest in recorded["files"].items()}
@@ -81,8 +90,13 @@ class StageWorker:
         config = self.config
         assert config.calibration is not None
         assert config.num_samples is not None
+        source = parse_source(config.calibration)
+        if source.digest() != self.run.manifest.identity["data"][config.calibration]:
+            raise ConfigMismatch(
+                f"{config.calibration} has changed since this run began: put the old text back, or start a new run"
+            )
         tokens = calibrate(
-            parse_source(config.calibration),
+            source,
             self.model.source.path,
             num_samples=config.num_samples,
             seqlen=config.seqlen,
@@ -90,6 +104,7 @@ class StageWorker:
             skip=config.calibration_skip,
             seed=config.seed,
         )
+        require_vocabulary(tokens, self.model.vocab_size, self.config.model)
         stream = attempt.stream("calibration", len(tokens), tuple(tokens.shape[1:]), tokens.dtype)
         for index, sample in enumerate(tokens):
             hooks.check_stop()
@@ -222,15 +237,14 @@ class StageWorker:
         }
 
     def _evaluate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
-        from stages.data.text import evaluation_tokens, load_tokenizer
-        from stages.metrics.perplexity import windows
-
         what = self.evaluations[step.name]
         model = self.model if what.which == "dense" else open_model(resolve(str(self._published_model()), None))
         tokenizer = load_tokenizer(self.model.source.path)
         source = parse_source(what.source)
         tokens = evaluation_tokens(source, tokenizer)
+        require_vocabulary(tokens, self.model.vocab_size, self.config.model)
         cut = windows(tokens, what.seqlen, what.max_tokens, source.max_windows)
+        num_available = len(windows(tokens, what.seqlen, None, source.max_windows))
         result = evaluate_perplexity(model, cut, attempt.scratch(), self.choices, hooks)
         return {
             "which": what.which,
@@ -240,10 +254,15 @@ class StageWorker:
             "num_tokens": result.num_tokens,
             "num_tokens_available": tokens.numel(),
             "seqlen": result.seqlen,
-            "is_partial": what.max_tokens is not None and tokens.numel() - result.num_tokens >= what.seqlen,
+            "is_partial": result.num_windows < num_available,
+            "source_digest": source.digest(),
         }
 
     def _published_model(self) -> Any:
+        """The exported folder, after making sure that it is still what was committed."""
+        payload = self.run.payload("model")
+        for file in payload.files:
+            self.run.open_file("model", payload.inner(file))
         self.run.publish("model")
         return self.run.path / "model"
 

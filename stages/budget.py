@@ -177,9 +177,10 @@ def _require_feasible(
 ) -> None:
     for layer, target in zip(block, targets, strict=True):
         if target > layer.size:
+            remedies = ["a larger alpha"] * (alpha < 1) + ["a smaller beta"] * (beta > 0) + ["less --sparsity"]
             raise BudgetError(
                 f"block {index} would have to lose {float(100 * target / layer.size):.2f}% of {layer.name} "
-                f"with --alpha {alpha:g} --beta {beta:g}: use a larger alpha, a smaller beta or less --sparsity"
+                f"with --alpha {alpha:g} --beta {beta:g}: use {' or '.join(remedies)}"
             )
 
 

@@ -119,6 +119,11 @@ class _Trainer:
     def run(self) -> CompensatedBlock:
         """All of it, in the order of the algorithm."""
         before = self._open()
+        if not math.isfinite(before.trained):
+            raise NumericalError(
+                f"block {self.block_index}: the loss is {before.trained} before any training: the model's weights or "
+                "activations hold NaN or infinity"
+            )
         best, best_state, kept_epoch = before.judged, None, 0
         epochs: list[Losses] = []
         self.block.requires_grad_(True)

@@ -1,10 +1,20 @@
-"""Size and sha256 of a file, as records of models and data sets keep them."""
+"""Local files that a user names: where they are, and their size and sha256, as records keep them."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from stages.errors import UsageError
+
+
+def local_path(name: str) -> Path:
+    """The path that a user wrote, with ~ expanded. Raises UsageError for a ~user who is not there."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{name}: no such user") from error
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stages.budget import BlockBudget
 from stages.capture import batch_of_one
 from stages.device import DeviceChoices, computing
+from stages.errors import NumericalError
 from stages.models.base import BlockModel
 from stages.protocols import Hooks, Stream
 from stages.pruners.hessian import Factor, HessianSum, factorise
@@ -105,6 +106,8 @@ def prune_block(
     for info in sorted(infos, key=lambda i: groups.index(group_of[i.path]) if groups else 0):
         hooks.check_stop()
         weight = model.weight_matrix(modules[info.path])
+        if not bool(torch.isfinite(weight).all()):
+            raise NumericalError(f"block {block_index}, layer {info.path}: the weights hold NaN or infinity")
         num_masked = by_name[info.name].num_masked
         group = group_of.get(info.path)
         factor = None

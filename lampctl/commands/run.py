@@ -55,14 +55,26 @@ def run(
             raise ConfigError(f"--baseline {method}: this method runs already")
         others.append(prepare(sibling(gathered, method)))
     path = run_dir or prepared.default_run_dir
+    beside = [
+        other.default_run_dir if run_dir is None else _sibling_of(run_dir, other.config.method) for other in others
+    ]
     with listening() as listener, StopRequest() as stop:
         main = _do(prepared, path, listener, stop)
-        rest = []
-        for other in others:
-            beside = other.default_run_dir if run_dir is None else path.with_name(f"{path.name}-{other.config.method}")
-            rest.append(_do(other, beside, listener, stop, shared_with=main))
+        rest = [
+            _do(other, place, listener, stop, shared_with=main) for other, place in zip(others, beside, strict=True)
+        ]
     configs = [prepared.config, *(other.config for other in others)]
     show.results([main, *rest], configs, as_json)
+
+
+def _sibling_of(run_dir: Path, method: str) -> Path:
+    """Where a baseline's run lies: beside the run, with the method's name added."""
+    from pipeline.errors import ConfigError
+
+    place = run_dir.absolute() if run_dir.name else run_dir.resolve()
+    if not place.name:
+        raise ConfigError(f"--run-dir {run_dir}: a baseline's run lies beside it, and there is nothing beside {place}")
+    return place.with_name(f"{place.name}-{method}")
 
 
 def _do(

@@ -77,20 +77,15 @@ def evaluate(
     """
     from lampctl import show
     from lampctl.progress import listening
-    from pipeline.engine import StopRequest, require_next
-    from pipeline.plan import next_steps
-    from pipeline.session import change_evaluation, go_on, reopen, steps_of
+    from pipeline.engine import StopRequest
+    from pipeline.session import change_evaluation, go_on, reopen, require_exported
 
     directory, config = reopen(run)
+    require_exported(directory, config)
     config = change_evaluation(directory, config, sources, eval_seqlen, eval_max_tokens)
-    steps, evaluations = steps_of(directory, config)
-    wanted = next((step for step in steps if step.name in evaluations and not directory.commit_for(step.name)), None)
-    if wanted is not None:
-        require_next(directory, steps, wanted)
     with listening() as listener, StopRequest() as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop)
-    assert not next_steps(steps, [commit.step for commit in directory.commits])
     show.results([directory], [config], as_json)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.errors import ResourceError, UsageError
-from stages.filedigest import FileDigest, digest_file
+from stages.filedigest import FileDigest, digest_file, local_path
 
 log = logging.getLogger(__name__)
 
@@ -136,13 +136,13 @@ def parse_source(name: str) -> Source:
     """The source that `name` names. Raises UsageError for a name that is none, saying which there are."""
     kind, colon, rest = name.partition(":")
     if kind == "text" and colon:
-        path = Path(rest).expanduser().resolve()
+        path = local_path(rest).resolve()
         if not rest or not path.is_file():
             raise UsageError(f"{name}: no such text file")
         return Source(f"text:{path}", path)
     if not colon and (name in _HUB or name == EMBEDDED):
         return Source(name)
-    hint = f"; for a file, text:{name}" if Path(name).expanduser().is_file() else ""
+    hint = f"; for a file, text:{name}" if local_path(name).is_file() else ""
     raise UsageError(f"{name!r} is no text source: choose one of {', '.join(NAMES)}{hint}")
 
 

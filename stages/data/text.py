@@ -105,9 +105,22 @@ def _draw_from_documents(source: Source, tokenizer: Any, count: int, seqlen: int
     return torch.stack(samples)
 
 
-def require_length(source: Source, tokenizer: Any, use: Use, num_tokens: int, remedy: str) -> None:
-    """Raise UsageError if a local source has fewer tokens than that. One of the hub is not looked at."""
+def require_length(source: Source, tokenizer: Any, use: Use, num_tokens: int, vocab_size: int, remedy: str) -> None:
+    """Raise UsageError if a local source has fewer tokens than that, or some that the model does not know.
+
+    A source of the hub is not looked at.
+    """
     if source.is_local:
-        found = len(tokenize(tokenizer, source.text(use)))
-        if found < num_tokens:
-            raise UsageError(f"{source.name} has {found:,} tokens for {use}, {num_tokens:,} are needed: {remedy}")
+        tokens = tokenize(tokenizer, source.text(use))
+        if len(tokens) < num_tokens:
+            raise UsageError(f"{source.name} has {len(tokens):,} tokens for {use}, {num_tokens:,} are needed: {remedy}")
+        require_vocabulary(tokens, vocab_size, "the model")
+
+
+def require_vocabulary(tokens: Tensor, vocab_size: int, model: str) -> None:
+    """Raise UsageError if the tokenizer gives tokens that the model has no embedding for."""
+    if tokens.numel() and int(tokens.max()) >= vocab_size:
+        raise UsageError(
+            f"the tokenizer beside the weights gives token {int(tokens.max())}, and {model} has only {vocab_size} "
+            "embeddings: it is the tokenizer of another model"
+        )

@@ -95,6 +95,7 @@ class BlockModel(Protocol):
     source: ModelFolder
     num_blocks: int
     hidden_size: int
+    vocab_size: int  # rows of the embedding matrix
     max_positions: int | None  # None: as many as one likes
 
     def layers(self, block_index: int) -> tuple[LayerInfo, ...]:

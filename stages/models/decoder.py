@@ -71,6 +71,7 @@ class Decoder:
         self._blocks = tuple(blocks)
         self.num_blocks = len(self._blocks)
         self.hidden_size: int = config.hidden_size
+        self.vocab_size = len(model.get_input_embeddings().weight)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._layers = tuple(self._find_layers(index) for index in range(self.num_blocks))
         for index in range(self.num_blocks):
@@ -199,8 +200,19 @@ class Decoder:
         for names in groups.values():
             stored = next((self._stored[name] for name in names if name in self._stored), None)
             if stored is not None:
+                self._require_one_value([self._stored[name] for name in names if name in self._stored])
                 outside.append((tuple(names), stored))
         return tuple(outside)
+
+    def _require_one_value(self, stored: list[str]) -> None:
+        """Raise UsageError if weights that the configuration ties differ in the files: transformers unties them."""
+        first, *others = stored
+        for other in others:
+            if not torch.equal(self._files.load(first), self._files.load(other)):
+                raise UsageError(
+                    f"{self.source.name}: config.json ties {first} and {other}, but the files hold two different "
+                    "matrices: set tie_word_embeddings to false there"
+                )
 
     def _match_weights(self) -> dict[str, str]:
         state = self._model.state_dict(keep_vars=True)
@@ -313,6 +325,8 @@ def _read_config(folder: ModelFolder) -> PreTrainedConfig:
 
 def _find_blocks(model: PreTrainedModel, num_blocks: int) -> tuple[str, Iterable[nn.Module]]:
     """The name of the block list and the blocks: of the module lists of that length, the heaviest."""
+    if num_blocks < 1:
+        raise UsageError(f"this {type(model).__name__} has no blocks: its config.json says {num_blocks}")
     lists = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.errors import ResourceError, UsageError
+from stages.filedigest import digest_file, local_path
 from stages.models.base import ModelFolder
 from stages.models.convert import PICKLES, cache_dir, from_gguf, from_pickles
 from stages.models.weights import WeightFiles, has_safetensors
@@ -65,7 +66,7 @@ def resolve(model: str, revision: str | None = None) -> ModelFolder:
     revision: branch, tag or commit on the hub. Raises UsageError for a name that means nothing, ResourceError
     where the hub or the package index is out of reach; the message says what to do.
     """
-    path = Path(model).expanduser()
+    path = local_path(model)
     is_local = path.exists() or model.endswith(".gguf") or model.startswith((".", "/", "~"))
     if (is_local or model in WHEEL_ALIASES) and revision is not None:
         raise UsageError(f"--revision {revision}: only models from the hub have revisions, {model} is none")
@@ -220,8 +221,6 @@ def _unpack_wheel(wheel: WheelModel) -> Path:
 
 
 def _require_digest(path: Path, expected: str, remedy: str) -> None:
-    from stages.filedigest import digest_file
-
     found = digest_file(path).sha256
     if found != expected:
         raise ResourceError(f"{path.name} is not the file it should be (sha256 {found}, not {expected}): {remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _opened(path: Path) -> Any:
+    if path.exists() and not os.access(path, os.R_OK):
+        raise ResourceError(f"{path} must not be read by this user: change its permissions")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

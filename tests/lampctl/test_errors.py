@@ -44,6 +44,12 @@ BAD = [
     (("--sparsity", "0.5", "--baseline", "best"), "--baseline best: choose one of", 2),
     (("--sparsity", "0.5", "--revision", "main"), "only models from the hub have revisions", 2),
     (("--sparsity", "0.5", "--colour", "red"), "--colour", 2),
+    (("--sparsity", "0.5", "--lr", "inf"), "finite", 2),
+    (("--sparsity", "0.6", "--beta", "1"), "use a smaller beta or less --sparsity", 2),
+    (("--sparsity", "0.5", "--calibration", "text:~nosuchuser/x"), "no such user", 2),
+    (("--sparsity", "0.5", "--run-dir", "words.txt"), "words.txt is a file", 2),
+    (("--sparsity", "0.5", "--run-dir", "words.txt/sub"), "words.txt is a file", 2),
+    (("--sparsity", "0.5", "--run-dir", "n" * 300), "File name too long", 2),
 ]
 
 
@@ -74,6 +80,9 @@ def test_bad_input_is_one_clear_line_and_touches_nothing(lampctl, model, flags, 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("", "at least 1 character"),
+        ("~nosuchuser/m", "no such user"),
+        ("m" * 300, "File name too long"),
         ("./gone", "no such file or folder"),
         ("a/b/c", "aliases: opt-125m"),
         ("weights.bin", "no .gguf"),
@@ -258,3 +267,88 @@ def test_an_error_nobody_raised_on_purpose_is_a_bug_of_ours(lampctl, monkeypatch
     Path("r").mkdir()
     with pytest.raises(RuntimeError, match="surprise"):  # the interpreter then exits with 1 and the traceback
         lampctl("status", "r")
+
+
+def test_a_preset_may_stand_in_several_places_and_the_flag_wins(lampctl, model, monkeypatch):
+    Path("p.yaml").write_text("preset: paper\n")
+    monkeypatch.setenv("LAMPCTL_PRESET", "paper")
+    call = ("init", model, "--sparsity", "0.5", *DATA, "--config", "p.yaml", "--preset", "quick", "--run-dir", "r")
+    assert lampctl(*call).code == 0
+    assert json.loads(Path("r/run.json").read_text())["config"]["epochs"] == 3
+    Path("p.yaml").write_text("preset: [quick]\n")
+    monkeypatch.delenv("LAMPCTL_PRESET")
+    answer = lampctl("init", model, "--sparsity", "0.5", *DATA, "--config", "p.yaml")
+    assert answer.code == 2
+
+
+def test_a_comma_in_a_pattern_is_part_of_it(lampctl, model, monkeypatch):
+    monkeypatch.setenv("LAMPCTL_IGNORE", r"layers\.[0-9]{1,2}\.mlp")
+    assert lampctl("init", model, "--sparsity", "0.5", *DATA, "--run-dir", "r").code == 0
+    budget = json.loads(Path("r/run.json").read_text())["budget"]
+    assert not any("mlp" in layer["name"] for block in budget for layer in block["layers"])
+
+
+@pytest.mark.parametrize("method", ["lamp", "sparsegpt", "wanda", "magnitude"])
+def test_weights_that_are_no_numbers_are_named(lampctl, tmp_path, method):
+    from safetensors.torch import load_file, save_file
+
+    folder = save(tmp_path / "nan", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    answer = lampctl("run", folder, "--sparsity", "0.5", *DATA, "--method", method)
+    assert answer.code == 2
+    assert "block 1" in answer.err
+    assert "NaN" in answer.err
+    assert "--lr" not in answer.err
+
+
+def test_a_tokenizer_of_another_model_is_refused(lampctl, tmp_path):
+    from transformers import AutoTokenizer
+
+    from tests.conftest import TINY_OPT
+
+    folder = save(tmp_path / "m", "llama")
+    AutoTokenizer.from_pretrained(TINY_OPT).save_pretrained(folder)
+    answer = lampctl("run", folder, "--sparsity", "0.5", *DATA)
+    assert answer.code == 2
+    assert "the tokenizer of another model" in answer.err
+    assert not Path("runs").exists()
+
+
+def test_tied_weights_that_differ_in_the_files_are_refused(lampctl, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save(tmp_path / "m", "llama-gqa")
+    tensors = load_file(folder / "model.safetensors")
+    same = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(same, folder / "model.safetensors", {"format": "pt"})
+    call = ("run", folder, "--sparsity", "0.5", *DATA, "--method", "magnitude", "--run-dir")
+    assert lampctl(*call, "a").code == 0
+    same["lm_head.weight"][0, 0] += 1
+    save_file(same, folder / "model.safetensors", {"format": "pt"})
+    answer = lampctl(*call, "b")
+    assert answer.code == 2
+    assert "set tie_word_embeddings to false" in answer.err
+
+
+def test_a_model_that_is_gone_says_how_to_go_on(lampctl, tmp_path):
+    folder = save(tmp_path / "m", "llama")
+    assert lampctl("init", folder, "--sparsity", "0.5", *DATA, "--run-dir", "r").code == 0
+    folder.rename(tmp_path / "elsewhere")
+    answer = lampctl("resume", "r")
+    assert answer.code == 5
+    assert "a symbolic link will do" in answer.err
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert lampctl("resume", "r").code == 0
+
+
+def test_resume_passes_over_a_damaged_run_that_it_was_not_asked_for(lampctl, model):
+    call = ("init", model, "--sparsity", "0.5", "--method", "magnitude", "--evaluate", "", "--run-dir")
+    assert lampctl(*call, "runs/good").code == 0
+    assert lampctl(*call, "runs/bad").code == 0
+    Path("runs/bad/run.json").write_text("{")
+    answer = lampctl("resume")
+    assert answer.code == 0, answer.err
+    assert "passing over" in answer.err
+    assert Path("runs/good/model").is_dir()

@@ -244,3 +244,126 @@ def test_the_model_card_tells_settings_and_figures(lampctl, tmp_path):
         assert f"{result['perplexity']:.2f}" in card
     assert "50.0000%" in card
     assert "- num_samples: 4" in card
+
+
+def test_figures_of_other_settings_never_stand_in_for_those_asked_for(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    assert lampctl("run", original, "--sparsity", "0.5", *DATA, "--eval-max-tokens", "512", "--run-dir", "r").code == 0
+
+    def evaluate(max_tokens):
+        answer = lampctl("evaluate", "r", "--eval-max-tokens", max_tokens, "--json")
+        assert answer.code == 0, answer.err
+        return {e["which"]: (e["num_tokens"], e["perplexity"]) for e in answer.json["evaluations"]}
+
+    first, other = evaluate(512), evaluate(1024)
+    assert [n for n, _ in first.values()] == [512, 512]
+    assert [n for n, _ in other.values()] == [1024, 1024]
+    assert evaluate(512) == first
+    card = Path("r/model/README.md").read_text()
+    for tokens, figures in ((512, first), (1024, other)):
+        dense, pruned = figures["dense"][1], figures["pruned"][1]
+        assert f"| {dense:.2f} | {pruned:.2f} | 64 tokens a window, partial: first {tokens} tokens |" in card
+    # A pruned figure without a dense one gets a row of its own.
+    more = lampctl(
+        *("run", original, "--sparsity", "0.5", *DATA, "--eval-max-tokens", "256", "--run-dir", "r"),
+        "--no-evaluate-dense",
+    )
+    assert more.code == 0
+    row = next(line for line in Path("r/model/README.md").read_text().splitlines() if "first 256 tokens" in line)
+    assert row.split("|")[2].strip() == "-"
+
+
+def test_evaluate_prunes_nothing(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    assert lampctl("init", original, "--sparsity", "0.5", *DATA, "--run-dir", "r").code == 0
+    refused = lampctl("evaluate", "r", "--evaluate", "")
+    assert refused.code == 2
+    assert "do calibrate first" in refused.err
+    assert not Path("r/commits").exists()
+
+
+def test_text_that_changed_is_never_used_unnoticed(lampctl, tmp_path, words):
+    original = save(tmp_path / "m", "llama")
+    begin = ("init", original, "--sparsity", "0.5", *DATA, "--method", "wanda")
+    assert lampctl(*begin, "--run-dir", "r").code == 0
+    text = words.read_text()
+    words.write_text(text.upper())
+    refused = lampctl("resume", "r")
+    assert refused.code == 3
+    assert "has changed since this run began" in refused.err
+    words.write_text(text)
+    assert lampctl("resume", "r").code == 0
+    words.write_text(text.upper())
+    again = lampctl("evaluate", "r", "--evaluate", "text:words.txt")
+    assert again.code == 3
+    assert "give the new text another name" in again.err
+
+
+def test_damaged_weights_are_not_evaluated(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    call = ("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r")
+    assert lampctl(*call).code == 0
+    shard = Path("r/model/block-00001.safetensors")
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-64] + bytes(64))
+    answer = lampctl("evaluate", "r", "--eval-seqlen", "32")
+    assert answer.code == 4
+    assert "block-00001.safetensors" in answer.err
+
+
+def test_a_file_missing_from_the_model_folder_is_put_back(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    call = ("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r")
+    assert lampctl(*call).code == 0
+    before = {p.name: p.read_bytes() for p in Path("r/model").iterdir()}
+    Path("r/model/block-00001.safetensors").unlink()
+    Path("r/model/config.json").unlink()
+    assert lampctl(*call).code == 0
+    assert {p.name: p.read_bytes() for p in Path("r/model").iterdir()} == before
+
+
+def test_a_baseline_keeps_what_the_preset_sets_and_lies_beside_the_run(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    call = ("run", original, "--sparsity", "0.5", "--preset", "quick", *DATA)
+    assert lampctl(*call, "--method", "sparsegpt", "--baseline", "lamp", "--run-dir", "r").code == 0
+    assert json.loads(Path("r-lamp/run.json").read_text())["config"]["epochs"] == 3
+    assert lampctl(*call, "--run-dir", "r-lamp").code == 0
+    Path("here").mkdir()
+    monkey = Path.cwd()
+    import os
+
+    os.chdir("here")
+    try:
+        answer = lampctl(
+            "run",
+            original,
+            "--sparsity",
+            "0.5",
+            "--method",
+            "magnitude",
+            "--evaluate",
+            "",
+            "--run-dir",
+            ".",
+            "--baseline",
+            "wanda",
+            "--calibration",
+            f"text:{monkey}/words.txt",
+            "--num-samples",
+            "2",
+            "--seqlen",
+            "32",
+        )
+    finally:
+        os.chdir(monkey)
+    assert answer.code == 0, answer.err
+    assert Path("here-wanda/model").is_dir()
+
+
+def test_brackets_in_paths_are_shown_as_they_are(lampctl, tmp_path):
+    original = save(tmp_path / "m[bold]x", "llama")
+    answer = lampctl("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "br[/x]y")
+    assert answer.code == 0, answer.err
+    assert "br[/x]y/model" in answer.out
+    assert "m[bold]x" in answer.out
+    assert lampctl("status", "br[/x]y", "--settings").code == 0
