@@ -28,7 +28,7 @@ lint: $(READY) ## Format, lint and type checks, and who may import whom
 	$(BIN)/lint-imports
 
 test: lint ## Lint, then the default tests
-	$(BIN)/python -m pytest -m 'not slow and not smollm2'
+	$(BIN)/python -m pytest -m 'not slow and not smollm2' -n 2 --dist loadfile
 
 demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (under 15 minutes on 2 cores)
 	$(BIN)/lampctl run smollm2-135m $(SMOL_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Small models compute fastest on one thread, and tests run side by side. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY_OPT = Path(__file__).parents[1] / "examples" / "tiny-opt"
 
