@@ -29,7 +29,7 @@ class Cell:
         return "-".join(f"{k}={v}" for k, v in self.key.items()).replace("/", "_")
 
 
-FIGURES = ("perplexity", "dense_perplexity", "sparsity", "seconds", "peak_memory_mb")
+FIGURES = ("perplexity", "achieved_sparsity", "seconds", "peak_memory_mb")
 
 
 def run_cells(model: str, cells: list[Cell], table: Path, work: Path) -> list[dict[str, str]]:
@@ -60,7 +60,7 @@ def run_cells(model: str, cells: list[Cell], table: Path, work: Path) -> list[di
         rows.append(row)
         table.parent.mkdir(parents=True, exist_ok=True)
         with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=[*cell.key, *FIGURES])
+            writer = csv.DictWriter(file, fieldnames=[*cell.key, *FIGURES], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         print(f"    {row['perplexity']} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
@@ -79,8 +79,7 @@ def _figures(report: dict) -> dict[str, str]:
     perplexities = {e["which"]: e["perplexity"] for e in report["evaluations"]}
     return {
         "perplexity": f"{perplexities['pruned']:.2f}",
-        "dense_perplexity": f"{perplexities['dense']:.2f}" if "dense" in perplexities else "",
-        "sparsity": f"{report['sparsity']:.6f}",
+        "achieved_sparsity": f"{report['sparsity']:.6f}",
         "seconds": f"{report['pruning_s']:.0f}",
         "peak_memory_mb": f"{report['peak_memory_bytes'] / 1e6:.0f}",
     }
