@@ -15,9 +15,7 @@ from cells import Cell, as_text_file, machine, run_cells
 RESULTS = Path(__file__).parent / "results"
 GRID = (
     *((0.7, lr, alpha) for lr, alpha in ((1e-3, 0.7), (2e-3, 0.7), (1e-3, 0.85))),
-    *((0.5, lr, alpha) for lr, alpha in ((5e-4, 0.85), (1e-3, 0.85), (5e-4, 0.7))),
-    *((0.8, lr, 0.7) for lr in (1e-3, 2e-3)),
-    *((0.3, lr, 0.85) for lr in (2e-4, 5e-4)),
+    *((0.5, lr, 0.85) for lr in (5e-4, 1e-3)),
 )
 
 
