@@ -62,7 +62,7 @@ def exit_code(error: BaseException) -> int:
 def message(error: BaseException) -> str:
     """What the user reads after ``lampctl: ``."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return "interrupted; the same command goes on where it was"
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU has not enough memory for one block: use a smaller --seqlen, or --device cpu"
     if isinstance(error, MemoryError):

@@ -32,11 +32,19 @@ class ProgressListener:
 
     def attach(self, run: RunDirectory, config: RunConfig) -> None:
         """The steps to come are of this run."""
-        self._run, self._config = run, config
-        self.begin(f"{config.method} {100 * config.sparsity:g}%: {run.path}", len(run.commits))
+        from pipeline.summary import status
 
-    def begin(self, title: str, num_done: int) -> None:
-        """A run begins, or goes on after `num_done` steps."""
+        self._run, self._config = run, config
+        state = status(run, config)
+        title = f"{config.method} {100 * config.sparsity:g}%: {run.path}"
+        if state.is_finished:
+            title += " (is finished)"
+        elif state.num_done:
+            title += f" (goes on: {state.num_done} of {len(state.steps)} steps are done)"
+        self.begin(title)
+
+    def begin(self, title: str) -> None:
+        """A run begins, or goes on."""
 
     def warn(self, message: str) -> None:
         """Something the user should read."""
@@ -88,13 +96,14 @@ class ProgressListener:
 class PlainListener(ProgressListener):
     """One line per block, and one per step that belongs to no block."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, every_step: bool = False) -> None:
         super().__init__()
         self._console = console
+        self._every_step = every_step
         self._spoke_at = 0.0
 
-    def begin(self, title: str, num_done: int) -> None:
-        self._print(title + (f" (goes on after {num_done} steps)" if num_done else ""))
+    def begin(self, title: str) -> None:
+        self._print(title)
 
     def warn(self, message: str) -> None:
         self._print(f"warning: {message}")
@@ -109,11 +118,11 @@ class PlainListener(ProgressListener):
             self._print(f"  {_label(step)}: {done}/{total} {unit}{', ' if shown else ''}{shown}")
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
-        if step.kind == "compensate-block":
+        if step.kind == "compensate-block" and not self._every_step:
             return  # the line comes when the block is pruned
         elapsed_s = commit.elapsed_s
         what = _label(step)
-        if step.kind == "prune-block":
+        if step.kind == "prune-block" and not self._every_step:
             assert self._run is not None
             trained = self._run.commit_for(f"compensate-block/{step.block}")
             elapsed_s += trained.elapsed_s if trained else 0.0
@@ -150,7 +159,7 @@ class LiveListener(ProgressListener):
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def begin(self, title: str, num_done: int) -> None:
+    def begin(self, title: str) -> None:
         for bar in (self._run_bar, self._step_bar):
             if bar is not None:
                 self._progress.remove_task(bar)
@@ -186,8 +195,8 @@ class LiveListener(ProgressListener):
 
 
 @contextmanager
-def listening() -> Iterator[Any]:
-    """The display that suits where stderr goes."""
+def listening(every_step: bool = False) -> Iterator[Any]:
+    """The display that suits where stderr goes. every_step: a log gets a line per step, not per block."""
     from rich.console import Console
 
     console = Console(stderr=True, markup=False)  # paths may hold brackets
@@ -195,7 +204,7 @@ def listening() -> Iterator[Any]:
         with LiveListener(console) as listener:
             yield listener
     else:
-        yield PlainListener(console)
+        yield PlainListener(console, every_step)
 
 
 def _label(step: Step) -> str:

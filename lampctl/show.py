@@ -42,6 +42,9 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
     else:
         for state in states:
             console.print(_summary_line(state))
+    for state in states[1:]:
+        if state.model_path is not None:
+            console.print(f"\n{_METHODS[state.config.method]}:", str(_shown(state.model_path)), highlight=False, end="")
     if main.model_path is not None:
         console.print("\nThe pruned model:", str(_shown(main.model_path)), soft_wrap=True, highlight=False)
         load = f'AutoModelForCausalLM.from_pretrained("{_shown(main.model_path)}", dtype="auto")'
@@ -96,7 +99,7 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
         console.print(_settings_table(state.config, provenance))
     console.print(_blocks_table(state.blocks))
     if state.evaluations:
-        console.print(_results_table([state]))
+        console.print(_evaluations_table(state))
     if state.model_path is not None:
         console.print(f"The pruned model: {_shown(state.model_path)}", highlight=False, soft_wrap=True)
 
@@ -118,14 +121,18 @@ def begun(
     plan = [step.name for step in steps]
     brief = plan if len(plan) <= 8 else [*plan[:5], "...", *plan[-3:]]
     console.print(f"{len(plan)} steps: {', '.join(brief)}", highlight=False, soft_wrap=True)
-    where = _shown(run.path)
+    next_step(run, config)
+
+
+def next_step(run: RunDirectory, config: RunConfig) -> None:
+    """The command that goes on with a run."""
+    state, where = status_of(run, config), _shown(run.path)
     if state.next_step is None:
-        console.print(f"{where} is finished")
+        line = f"{where} is finished"
     else:
         command = state.next_step.partition("/")[0]
-        console.print(
-            f"Next: lampctl {command} {where}   (or all of it: lampctl resume {where})", highlight=False, soft_wrap=True
-        )
+        line = f"Next: lampctl {command} {where}   (or all that is left: lampctl resume {where})"
+    _console().print(line, highlight=False, soft_wrap=True)
 
 
 def _console() -> Console:
@@ -184,6 +191,21 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
     return table
 
 
+def _evaluations_table(state: RunStatus) -> Table:
+    """Every figure that the run has measured, on whatever settings."""
+    rows: dict[tuple[str, int, int, bool], dict[str, EvaluationResult]] = {}
+    for result in state.evaluations:
+        key = (result.source, result.seqlen, result.num_tokens, result.is_partial)
+        rows.setdefault(key, {})[result.which] = result
+    table = Table("perplexity on", "window", "tokens")
+    table.add_column("dense", justify="right")
+    table.add_column(_METHODS[state.config.method], justify="right")
+    for (source, seqlen, num_tokens, is_partial), pair in rows.items():
+        tokens = f"first {num_tokens:,} only" if is_partial else f"all ({num_tokens:,})"
+        table.add_row(_short(source), str(seqlen), tokens, *(_value(pair.get(which)) for which in ("dense", "pruned")))
+    return table
+
+
 def _short(source: str) -> str:
     return Path(source.removeprefix("text:")).name if source.startswith("text:") else source
 
@@ -191,8 +213,13 @@ def _short(source: str) -> str:
 def _perplexity(result: EvaluationResult | None) -> str:
     if result is None:
         return "-"
-    value = "infinite" if result.perplexity is None else f"{result.perplexity:.2f}"
-    return value + ("*" if result.is_partial else "")
+    return _value(result) + ("*" if result.is_partial else "")
+
+
+def _value(result: EvaluationResult | None) -> str:
+    if result is None:
+        return "-"
+    return "infinite" if result.perplexity is None else f"{result.perplexity:.2f}"
 
 
 def _settings_table(config: RunConfig, origins: Mapping[str, str]) -> Table:
@@ -207,7 +234,7 @@ def _blocks_table(blocks: Sequence[BlockState]) -> Table:
     """Per block: its state, its budget as a whole and by layer, the loss that compensation met and left."""
     paths = list(dict.fromkeys(_layer_label(layer.name, block.block) for block in blocks for layer in block.layers))
     table = Table("block", "state")
-    table.add_column("masked", justify="right")
+    table.add_column("budget", justify="right")
     for path in paths:
         table.add_column(path, justify="right", no_wrap=True)
     has_losses = any(block.loss_before is not None for block in blocks)

@@ -218,15 +218,16 @@ def explain(error: ValidationError, origins: Mapping[str, str]) -> str:
         field = str(problem["loc"][0]) if problem["loc"] else ""
         flag = "MODEL" if field == "model" else "--" + field.replace("_", "-")
         if problem["type"] == "missing":
-            lines.append(f"{flag} is missing")
+            lines.append(f"{flag} is missing (lampctl run --help has examples)")
         elif problem["type"] == "extra_forbidden":
             known = ", ".join(sorted(Settings.model_fields))
-            lines.append(f"{field} ({origins.get(field)}) is no setting; known: {known}")
+            lines.append(f"{field} ({origins.get(field)}) is no setting of a run; known: preset, {known}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             origin = origins.get(field, "flag")
             where = "" if origin == "flag" else f" ({origin})"
-            lines.append(f"{flag} {problem['input']}{where}: {message[0].lower()}{message[1:]}")
+            hint = " (a share, not a percentage: 70% is 0.7)" if problem["type"] == "less_than" else ""
+            lines.append(f"{flag} {problem['input']}{where}: {message[0].lower()}{message[1:]}{hint}")
     return "\n".join(lines)
 
 

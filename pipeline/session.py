@@ -372,8 +372,8 @@ def environment_changes(run: RunDirectory) -> list[str]:
     ]
 
 
-def newest_unfinished(root: Path = RUNS) -> Path:
-    """The run under `root` that was begun last and is not finished. Raises RunNotFound if there is none."""
+def newest_unfinished(root: Path = RUNS) -> Path | None:
+    """The run under `root` that was begun last and is not finished; None if all are. Raises RunNotFound."""
     found = find_runs(root)
     for path in found:
         try:
@@ -383,5 +383,8 @@ def newest_unfinished(root: Path = RUNS) -> Path:
             continue
         if not is_finished(run, config):
             return path
-    what = f"all {len(found)} runs there are finished" if found else "there are no runs there"
-    raise RunNotFound(f"no unfinished run under {root}/: {what}. Name one: lampctl resume RUN")
+    if not found:
+        raise RunNotFound(
+            f"there are no runs under {root}/: begin one with lampctl run, or name one that lies elsewhere"
+        )
+    return None

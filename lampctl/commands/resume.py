@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +24,13 @@ def resume(
     from lampctl import show
     from lampctl.progress import listening
     from pipeline.engine import StopRequest
-    from pipeline.session import go_on, newest_unfinished, reopen
+    from pipeline.session import RUNS, go_on, newest_unfinished, reopen
 
-    directory, config = reopen(run if run is not None else newest_unfinished())
+    run = run if run is not None else newest_unfinished()
+    if run is None:
+        print(f"nothing left to do: every run under {RUNS}/ is finished", file=sys.stderr)
+        return
+    directory, config = reopen(run)
     with listening() as listener, StopRequest() as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop)

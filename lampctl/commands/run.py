@@ -105,8 +105,8 @@ def init(chosen: Chosen, run_dir: RunDir = None) -> None:
     lampctl calibrate runs/mine
     lampctl capture runs/mine
     lampctl prune-block runs/mine
-    lampctl compensate-block runs/mine
-    lampctl resume runs/mine
+    lampctl compensate-block runs/mine     and so on, in turns, to the last block;
+    lampctl resume runs/mine               or all that is left at once
     """
     from lampctl import show
     from pipeline.session import prepare, start, steps_of

@@ -63,13 +63,20 @@ def export(run: RunPath) -> None:
 def evaluate(
     run: RunPath,
     sources: Annotated[
-        str | None, typer.Option("--evaluate", metavar="SRC,...", help="Other sources than the run was begun with.")
+        str | None,
+        typer.Option("--evaluate", metavar="SRC,...", help="Which sources. [default: as last used in this run]"),
     ] = None,
-    eval_seqlen: Annotated[int | None, typer.Option(metavar="T", help="Tokens per window.")] = None,
-    eval_max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Stop after N tokens.")] = None,
+    eval_seqlen: Annotated[
+        int | None, typer.Option(metavar="T", help="Tokens per window. [default: as last used in this run]")
+    ] = None,
+    eval_max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after N tokens. [default: as last used in this run]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure perplexity of the exported model, and of the original.
+
+    What is given is kept for the next evaluation of this run; all figures are in lampctl status.
 
     \b
     lampctl evaluate runs/mine
@@ -90,6 +97,7 @@ def evaluate(
 
 
 def _do(path: Path, kind: str, block: int | None = None) -> None:
+    from lampctl import show
     from lampctl.progress import listening
     from pipeline.engine import StopRequest, require_next
     from pipeline.plan import Step, next_steps
@@ -103,9 +111,10 @@ def _do(path: Path, kind: str, block: int | None = None) -> None:
         todo = next_steps(steps, [commit.step for commit in directory.commits])
         wanted = _first(steps, todo, kind)
     require_next(directory, steps, wanted)
-    with listening() as listener, StopRequest() as stop:
+    with listening(every_step=True) as listener, StopRequest() as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop, until=lambda step: True)
+    show.next_step(directory, config)
 
 
 def _first(steps: Any, todo: Any, kind: str) -> Any:

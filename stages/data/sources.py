@@ -220,11 +220,15 @@ def _out_of_reach(name: str, error: BaseException) -> ResourceError:
 def _cached_rows(name: str, use: Use) -> Sequence[str] | None:
     import datasets
 
+    from stages.hub import UNREACHABLE
+
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = True
     try:
         return _load(name, use)
-    except (OSError, ValueError):
+    except UNREACHABLE:
+        return None
+    except ValueError:  # what `datasets` says of a configuration that is not in its cache
         return None
     finally:
         datasets.config.HF_HUB_OFFLINE = before

@@ -139,7 +139,7 @@ def _download_snapshot(repo: str, revision: str | None) -> Path:
 
     from stages.hub import UNREACHABLE, reason_of
 
-    local = "or give a local folder or GGUF file as MODEL"
+    local = f"or give a local folder or GGUF file as MODEL (aliases: {', '.join(ALIASES)})"
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=20)
         names = [sibling.rfilename for sibling in info.siblings or []]
