@@ -73,7 +73,7 @@ def _markdown(args: argparse.Namespace, rows: list[dict[str, str]]) -> str:
         f"on 32 x 256 tokens of {args.calibration.name if args.calibration else 'pydocs'}: draws start at window "
         f"{', '.join(map(str, DRAWS))}. {machine()}.",
         "",
-        "Command: `python benchmarks/quality.py --calibration FILE --evaluate FILE`. Seconds are of a machine that did other work.",
+        "Command: `python benchmarks/quality.py --calibration FILE --evaluate FILE`",
         "",
         "| sparsity | method | draws | mean | of SparseGPT | seconds | peak MB |",
         "|---|---|---|---|---|---|---|",
