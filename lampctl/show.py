@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lampctl.units import duration, size
-from pipeline.summary import BlockState, EvaluationResult, RunStatus
+from pipeline.summary import BlockState, EvaluationResult, RunStatus, side_by_side
 from pipeline.summary import status as status_of
 
 if TYPE_CHECKING:
@@ -193,14 +193,10 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
 
 def _evaluations_table(state: RunStatus) -> Table:
     """Every figure that the run has measured, on whatever settings."""
-    rows: dict[tuple[str, int, int, bool], dict[str, EvaluationResult]] = {}
-    for result in state.evaluations:
-        key = (result.source, result.seqlen, result.num_tokens, result.is_partial)
-        rows.setdefault(key, {})[result.which] = result
     table = Table("perplexity on", "window", "tokens")
     table.add_column("dense", justify="right")
     table.add_column(_METHODS[state.config.method], justify="right")
-    for (source, seqlen, num_tokens, is_partial), pair in rows.items():
+    for (source, seqlen, num_tokens, is_partial), pair in side_by_side(state.evaluations).items():
         tokens = f"first {num_tokens:,} only" if is_partial else f"all ({num_tokens:,})"
         table.add_row(_short(source), str(seqlen), tokens, *(_value(pair.get(which)) for which in ("dense", "pruned")))
     return table

@@ -134,6 +134,20 @@ def evaluations_of(run: RunDirectory) -> tuple[EvaluationResult, ...]:
     )
 
 
+def side_by_side(
+    evaluations: Sequence[EvaluationResult],
+) -> dict[tuple[str, int, int, bool], dict[str, EvaluationResult]]:
+    """Dense and pruned results together where both were measured on the very same tokens, and only there.
+
+    {(source, window, number of tokens, is partial): {"dense" or "pruned": result}}.
+    """
+    rows: dict[tuple[str, int, int, bool], dict[str, EvaluationResult]] = {}
+    for result in evaluations:
+        key = (result.source, result.seqlen, result.num_tokens, result.is_partial)
+        rows.setdefault(key, {})[result.which] = result
+    return rows
+
+
 def _step_state(step: Step, commit: StepCommit | None) -> StepState:
     if commit is None:
         return StepState(step.name, step.kind, step.block, False, None, None)
@@ -189,13 +203,8 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
     from stages.export import CardFacts, CardFigure
 
     state = status(run, config)
-    # Figures stand in one row only where they were measured on the very same tokens.
-    rows: dict[tuple[str, int, int, bool], dict[str, EvaluationResult]] = {}
-    for result in state.evaluations:
-        key = (result.source, result.seqlen, result.num_tokens, result.is_partial)
-        rows.setdefault(key, {})[result.which] = result
     figures = []
-    for (source, seqlen, num_tokens, is_partial), pair in rows.items():
+    for (source, seqlen, num_tokens, is_partial), pair in side_by_side(state.evaluations).items():
         note = f"{seqlen} tokens a window" + (f", partial: first {num_tokens} tokens" if is_partial else "")
         dense, pruned = pair.get("dense"), pair.get("pruned")
         figures.append(
