@@ -1,12 +1,13 @@
-"""Magnitude pruning: the smallest weights of a layer go."""
+"""Magnitude pruning: the smallest weights of a layer, or of each N:M group, go."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from stages.pruners.masks import Pattern
 from stages.pruners.selection import smallest
 
 
-def magnitude_mask(weight: Tensor, num_masked: int) -> Tensor:
-    """True at the `num_masked` weights of smallest magnitude. weight: (rows, cols)."""
-    return smallest(weight.abs(), num_masked)
+def magnitude_mask(weight: Tensor, num_masked: int, pattern: Pattern | None = None) -> Tensor:
+    """True at the `num_masked` weights of smallest magnitude, or where the pattern says. weight: (rows, cols)."""
+    return smallest(weight.abs(), num_masked) if pattern is None else pattern.mask(weight.abs())

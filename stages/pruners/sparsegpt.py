@@ -9,42 +9,72 @@ import torch
 from torch import Tensor
 
 from stages.pruners.hessian import Factor
+from stages.pruners.masks import Pattern
+from stages.pruners.quantize import Grid, decode, encode
 from stages.pruners.selection import smallest
 
 
 def sparsegpt(
-    weight: Tensor, factor: Factor, num_masked: int, *, column_block: int = 128, mask: Tensor | None = None
+    weight: Tensor,
+    factor: Factor,
+    num_masked: int,
+    *,
+    pattern: Pattern | None = None,
+    grid: Grid | None = None,
+    column_block: int = 128,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """New weights (R, C) and the mask (R, C), True where pruned: exactly `num_masked` of them.
 
     weight: (R, C), left as it is; computed in the factor's dtype. Each block of `column_block` columns chooses its
     own mask over all rows, by w^2 / U_jj^2 on the weights as updated so far; its count is its share of
-    `num_masked`. mask: a mask given from outside, followed instead.
+    `num_masked`. pattern: N:M instead, each group of M columns chosen, in every row, when the sweep comes to it;
+    `num_masked` is then what the pattern says. grid: quantize the weights that are kept in the same sweep, so
+    that the later columns make up for both errors together. mask: a mask given from outside, followed instead.
     """
     upper = factor.upper
     work = weight.detach().to(upper.dtype, copy=True)
     work[:, factor.dead] = 0
     num_rows, num_cols = work.shape
     chosen = torch.empty(num_rows, num_cols, dtype=torch.bool, device=work.device)
+    if mask is not None:
+        pattern = None
+    if pattern is not None:  # a group is never split between two blocks
+        column_block = max(column_block // pattern.group, 1) * pattern.group
     for start in range(0, num_cols, column_block):
         stop = min(start + column_block, num_cols)
         corner = upper[start:stop, start:stop]
         pivots = corner.diagonal()
-        if mask is None:
+        if mask is not None:
+            chosen[:, start:stop] = mask[:, start:stop]
+        elif pattern is None:
             # Rounding down at both ends makes the counts of the blocks add up to num_masked.
             count = num_masked * stop // num_cols - num_masked * start // num_cols
             chosen[:, start:stop] = smallest((work[:, start:stop] / pivots).square(), count)
-        else:
-            chosen[:, start:stop] = mask[:, start:stop]
         # Transposed, so that a column of weights is contiguous.
         columns = work[:, start:stop].T.contiguous()  # (block, R)
         pruned = chosen[:, start:stop].T.contiguous()
         errors = torch.empty_like(columns)
         for j, pivot in enumerate(pivots.tolist()):
-            error = (columns[j] * pruned[j]).div_(pivot)
-            columns[j].masked_fill_(pruned[j], 0)
+            if pattern is not None and j % pattern.group == 0:
+                group = slice(j, j + pattern.group)
+                pruned[group] = pattern.mask((columns[group].T / pivots[group]).square()).T
+            if grid is None:
+                error = (columns[j] * pruned[j]).div_(pivot)
+                columns[j].masked_fill_(pruned[j], 0)
+            else:
+                kept = _quantized(columns[j], grid, start + j).masked_fill_(pruned[j], 0)
+                error = (columns[j] - kept).div_(pivot)
+                columns[j] = kept
             columns[j + 1 :].addr_(corner[j, j + 1 :], error, alpha=-1)
             errors[j] = error
         work[:, start:stop] = columns.T
+        chosen[:, start:stop] = pruned.T
         work[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1)
     return work.to(weight.dtype), chosen
+
+
+def _quantized(column: Tensor, grid: Grid, index: int) -> Tensor:
+    """The grid values nearest to column `index` (R,)."""
+    scale, zero = (part[:, 0].to(column.dtype) for part in grid.columns(index, index + 1))
+    return decode(encode(column, scale, zero, grid.num_levels), scale, zero)
