@@ -1,110 +1,252 @@
-"""One cell of a benchmark: a whole `lampctl run`, its figures kept in a CSV, the run itself thrown away.
+"""Cells of a benchmark: commands to run, one row of figures each, kept in a CSV; what the commands made is thrown away.
 
 A benchmark that is stopped goes on at the first cell that has no row yet; within a cell, lampctl resumes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+Row = dict[str, str]
+# Of the rows, beside a cell's own columns: how and where they were measured.
+CIRCUMSTANCES = ("threads", "jobs", "settings", "software", "machine")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What to run: a name that is unique in the table, and the flags of `lampctl run`."""
+    """What to run, and which row comes of it."""
 
-    key: dict[str, str]
-    flags: tuple[str, ...]
+    key: Row  # the columns that name the row
+    settings: str  # what else decides the figures: a row that was measured with others is measured again
+    folder: Path  # where the commands work; removed when the row is written
+    commands: tuple[tuple[str, ...], ...]  # each prints JSON
+    figures: Callable[[list[dict]], Row]  # from what they printed, in their order
+    wanted: tuple[str, ...] = ()  # figures without which a row does not count
+    resumes: bool = False  # whether the commands go on with what they find in the folder
 
     @property
     def name(self) -> str:
-        return "-".join(f"{k}={v}" for k, v in self.key.items()).replace("/", "_")
+        return " ".join(self.key.values())
 
 
-FIGURES = ("perplexity", "achieved_sparsity", "seconds", "peak_memory_mb")
+def folder_for(key: Row, settings: str, work: Path) -> Path:
+    """A folder that belongs to this key and these settings: a run begun with others is not gone on with."""
+    name = re.sub(r"[^\w.%-]+", "_", " ".join(key.values()))
+    return work / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
 
 
-def run_cells(model: str, cells: list[Cell], table: Path, work: Path) -> list[dict[str, str]]:
-    """The rows of `table`, one per cell, after running those that are missing."""
-    rows = read_rows(table)
-    done = {tuple(row[k] for k in cells[0].key) for row in rows}
-    for number, cell in enumerate(cells, 1):
-        if tuple(cell.key.values()) in done:
-            continue
-        run_dir = work / cell.name
-        command = [
-            sys.executable,
-            "-m",
-            "lampctl",
-            "run",
-            model,
-            *cell.flags,
-            "--run-dir",
-            str(run_dir),
-            "--json",
-        ]
+def run_command(model: str, flags: Sequence[str], run_dir: Path) -> tuple[str, ...]:
+    """A whole `lampctl run` of this environment's Python."""
+    return (sys.executable, "-m", "lampctl", "run", model, *flags, "--run-dir", str(run_dir), "--json")
+
+
+class Table:
+    """The rows of a benchmark, in a CSV file that is written whole or not at all."""
+
+    def __init__(self, path: Path, key_columns: Sequence[str]) -> None:
+        self.path, self._key_columns = path, tuple(key_columns)
+
+    def rows(self) -> list[Row]:
+        """All rows. Those of another benchmark's columns do not count."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if all(row.get(column) for column in self._key_columns)]
+
+    def has(self, cell: Cell, rows: Sequence[Row]) -> bool:
+        """Whether one of `rows` is this cell's, measured with these settings, and complete."""
+        return any(
+            self._names(row, cell.key)
+            and (row.get("settings") or "") == cell.settings
+            and all(row.get(name) for name in cell.wanted)
+            for row in rows
+        )
+
+    def put(self, key: Row, row: Row) -> None:
+        """Add a row, in place of an older one of the same key. Other processes may do so at the same time."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            rows = self.rows()
+            at = next((i for i, old in enumerate(rows) if self._names(old, key)), len(rows))
+            rows[at : at + 1] = [row]
+            columns = dict.fromkeys(name for each in (*rows, row) for name in each)
+            ordered = [name for name in columns if name not in CIRCUMSTANCES] + [*CIRCUMSTANCES]
+            unfinished = self.path.with_suffix(".csv.unfinished")
+            with unfinished.open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=ordered, restval="", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self.path)
+
+    def _names(self, row: Row, key: Row) -> bool:
+        return all(row.get(column) == key[column] for column in self._key_columns)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        descriptor = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def run_cells(cells: Sequence[Cell], table: Table, jobs: int = 1, threads: int = 1) -> list[str]:
+    """Run the cells that have no row yet, `jobs` side by side. Returns the names of those that failed.
+
+    A failed cell is told and passed over; what it left lies in its folder.
+    """
+    missing = [cell for cell in cells if not table.has(cell, table.rows())]
+    print(f"{len(cells) - len(missing)} of {len(cells)} cells are done", file=sys.stderr, flush=True)
+    processes = _Processes(threads)
+    failed = []
+
+    def work(number: int, cell: Cell) -> None:
+        if processes.is_stopping:
+            return
         started = time.monotonic()
-        print(f"[{number}/{len(cells)}] {cell.name}", file=sys.stderr, flush=True)
-        finished = subprocess.run(command, capture_output=True, text=True)
-        if finished.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{finished.stderr}")
-        row = {**cell.key, **_figures(json.loads(finished.stdout))}
-        rows.append(row)
-        table.parent.mkdir(parents=True, exist_ok=True)
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=[*cell.key, *FIGURES], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"    {row['perplexity']} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-        shutil.rmtree(run_dir)
-    return rows
+        print(f"[{number}/{len(missing)}] {cell.name}", file=sys.stderr, flush=True)
+        is_resumed = cell.resumes and cell.folder.exists()
+        try:
+            reports = [processes.run(command) for command in cell.commands]
+        except _CommandError as error:
+            if processes.is_stopping:
+                return
+            failed.append(cell.name)
+            print(f"[{number}/{len(missing)}] {cell.name} FAILED\n{error}", file=sys.stderr, flush=True)
+            return
+        figures = cell.figures(reports)
+        if is_resumed and "cpu_seconds" in figures:  # what went before is not counted in it
+            figures["cpu_seconds"] = "-"
+        circumstances = {"threads": str(threads), "jobs": str(jobs), "settings": cell.settings, "machine": machine()}
+        row = {**cell.key, **figures, **circumstances}
+        row["software"] = figures.get("software") or software()
+        table.put(cell.key, row)
+        shutil.rmtree(cell.folder, ignore_errors=True)
+        shown = ", ".join(f"{k} {v}" for k, v in figures.items() if k.startswith("perplexity"))
+        took = time.monotonic() - started
+        print(f"[{number}/{len(missing)}] {cell.name}: {shown} in {took:.0f} s", file=sys.stderr, flush=True)
+
+    with processes.stopped_with_us(), ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(work, number, cell) for number, cell in enumerate(missing, 1)]:
+            done.result()
+    return failed
 
 
-def read_rows(table: Path) -> list[dict[str, str]]:
-    if not table.exists():
-        return []
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
+def show_commands(cells: Sequence[Cell], table: Table) -> None:
+    """Print what `run_cells` would run."""
+    rows = table.rows()
+    for cell in cells:
+        print(f"# {cell.name}" + (": done" if table.has(cell, rows) else ""))
+        for command in () if table.has(cell, rows) else cell.commands:
+            print(shlex.join(command))
 
 
-def _figures(report: dict) -> dict[str, str]:
-    perplexities = {e["which"]: e["perplexity"] for e in report["evaluations"]}
+class _CommandError(Exception):
+    """A command failed: what it was, and the end of what it said."""
+
+
+class _Processes:
+    """Child processes with so many threads each, ended when we are."""
+
+    def __init__(self, threads: int) -> None:
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        self._environment = {**os.environ, **dict.fromkeys(names, str(threads)), "TOKENIZERS_PARALLELISM": "false"}
+        self._running: set[int] = set()
+        self._lock, self.is_stopping = threading.Lock(), False
+
+    def run(self, command: Sequence[str]) -> dict:
+        """What the command printed, and `cpu_s`, the seconds of processor time that it took."""
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            with self._lock:
+                if self.is_stopping:
+                    raise _CommandError("stopped before it began")
+                child = subprocess.Popen(command, stdout=out, stderr=err, env=self._environment)
+                self._running.add(child.pid)
+            _, status, usage = os.wait4(child.pid, 0)
+            with self._lock:
+                self._running.discard(child.pid)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            texts = [file.seek(0) or file.read() for file in (out, err)]
+        if child.returncode:
+            raise _CommandError(f"{shlex.join(command)}\nexit code {child.returncode}\n{texts[1][-4000:]}")
+        try:
+            report = json.loads(texts[0])
+        except json.JSONDecodeError:  # others' programs talk before they come to the point
+            report = json.loads(texts[0].splitlines()[-1])
+        return {**report, "cpu_s": usage.ru_utime + usage.ru_stime}
+
+    @contextlib.contextmanager
+    def stopped_with_us(self) -> Iterator[None]:
+        """Inside, SIGTERM and Ctrl-C end the children, which keep their committed steps."""
+
+        def stop(number: int, _frame: object) -> None:
+            with self._lock:
+                self.is_stopping = True
+                for pid in self._running:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+            raise SystemExit(128 + number)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def figures_of_run(report: dict) -> Row:
+    """What a `lampctl run` took: seconds and peak memory of pruning, and processor time of all of it."""
     return {
-        "perplexity": f"{perplexities['pruned']:.2f}",
-        "achieved_sparsity": f"{report['sparsity']:.6f}",
         "seconds": f"{report['pruning_s']:.0f}",
+        "cpu_seconds": f"{report['cpu_s']:.0f}",
         "peak_memory_mb": f"{report['peak_memory_bytes'] / 1e6:.0f}",
     }
 
 
-def as_text_file(path: Path, work: Path) -> Path:
-    """`path` itself, or for JSON lines a text file of their documents, joined by blank lines."""
-    if path.suffix != ".jsonl":
-        return path.resolve()
-    documents = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        documents.append(record["text"] if "text" in record else record["prefix"] + record["gold_completion"])
-    text = work / f"{path.stem}.txt"
-    work.mkdir(parents=True, exist_ok=True)
-    text.write_text("\n\n".join(documents), encoding="utf-8")
-    return text.resolve()
-
-
 def machine() -> str:
-    """One line about where the figures come from."""
-    import torch
-    import transformers
+    """The processor, in words, and how many cores of it there are."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
-    return (
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+
+def software() -> str:
+    """The versions that decide the figures of a lampctl run."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("lampctl", "torch", "transformers")]
+    commit = _git("rev-parse", "--short", "HEAD")
+    if commit:
+        is_changed = bool(_git("status", "--porcelain", "--", "lampctl", "pipeline", "stages"))
+        versions[0] += f" ({commit}{' and changes' if is_changed else ''})"
+    return ", ".join([*versions, f"Python {platform.python_version()}"])
+
+
+def _git(*words: str) -> str:
+    """What git says of this checkout; nothing where there is none."""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

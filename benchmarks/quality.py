@@ -1,104 +1,97 @@
-"""Perplexity of every method on SmolLM2-135M, over three calibration draws, in one run.
+"""Perplexity of every method and of the peers, side by side: one model, the same calibration tokens, one evaluation.
 
-    python benchmarks/quality.py --calibration wiki.valid.raw --evaluate wiki.test.raw
+    python benchmarks/peers.py                          # once: llm-compressor, in an environment of its own
+    python benchmarks/quality.py --quick --jobs 2       # 32 x 256 tokens
+    python benchmarks/quality.py --jobs 2               # 64 x 256 and 128 x 512 tokens
 
-Calibration: three draws of 32 x 256 tokens (windows 0, 32 and 64 of the text). Evaluation: the first 40 x 256
-tokens. Without files, the two disjoint parts of the embedded corpus. Writes benchmarks/results/quality.csv and
-quality.md; a second call goes on where the first one was stopped.
+Every cell has one thread, so that seconds compare. A second call goes on where the first one was stopped. Writes
+benchmarks/results/quality.csv, .md and .png; the rows of both forms stand in one table. What is compared is in plan.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import re
+import sys
 from pathlib import Path
 
-from cells import Cell, as_text_file, machine, run_cells
+import figure
+import peers
+from cells import Table, run_cells, show_commands
+from plan import FULL, KEY, PEERS, QUICK, Setup, cells_of
+from report import markdown
+from texts import default_calibration, default_evaluation, parse_text
 
-RESULTS = Path(__file__).parent / "results"
-# LAMP with a small rate and a uniform budget, and as `lampctl run` does it.
-METHODS = {
-    "magnitude": ("--method", "magnitude"),
-    "wanda": ("--method", "wanda"),
-    "sparsegpt": ("--method", "sparsegpt"),
-    "lamp lr=3e-4 alpha=1": ("--method", "lamp", "--lr", "3e-4", "--alpha", "1", "--beta", "0"),
-    "lamp defaults": ("--method", "lamp"),
-}
-SPARSITIES, DRAWS = ("0.7", "0.5"), (0, 32, 64)
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--calibration", type=Path, help="text; default: pydocs")
-    parser.add_argument("--evaluate", type=Path, help="other text; default: pydocs")
-    parser.add_argument("--work", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--methods", default=",".join(METHODS), help="of: %(default)s")
-    parser.add_argument("--sparsities", default=",".join(SPARSITIES), help="of: %(default)s")
-    parser.add_argument("--draws", type=int, default=len(DRAWS), help="calibration draws per method (1 to 3)")
-    args = parser.parse_args()
-    calibration, evaluate = (
-        f"text:{as_text_file(path, args.work)}" if path else "pydocs" for path in (args.calibration, args.evaluate)
-    )
-    cells = [
-        Cell(
-            {"sparsity": sparsity, "method": method, "draw": str(skip)},
-            (
-                *("--sparsity", sparsity, *flags, "--evaluate", evaluate, "--eval-seqlen", "256"),
-                *("--eval-max-tokens", "10240", "--no-evaluate-dense", "--seqlen", "256"),
-                *_calibration_flags(method, calibration, skip),
-            ),
-        )
-        for sparsity in args.sparsities.split(",")
-        for method, flags in ((name, METHODS[name]) for name in args.methods.split(","))
-        for skip in DRAWS[: 1 if method == "magnitude" else args.draws]
-    ]
-    rows = run_cells(args.model, cells, RESULTS / "quality.csv", args.work)
-    text = _markdown(args, rows)
-    (RESULTS / "quality.md").write_text(text)
+    args = _arguments()
+    table = Table(args.results / "quality.csv", KEY)
+    failed = []
+    if not args.report:
+        setup = _setup(args)
+        cells = cells_of(QUICK if args.quick else FULL, setup)
+        cells = [cell for cell in cells if re.search(args.only, cell.name)]
+        if args.dry_run:
+            show_commands(cells, table)
+            return
+        failed = run_cells(cells, table, args.jobs, args.threads)
+    write_report(table)
+    if failed:
+        raise SystemExit("failed:\n  " + "\n  ".join(failed))
+
+
+def write_report(table: Table) -> None:
+    """Markdown and, where matplotlib is, a picture beside the table."""
+    rows = table.rows()
+    if not rows:
+        raise SystemExit(f"{table.path} has no rows yet")
+    text = markdown(rows)
+    table.path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
+    try:
+        figure.draw(rows, table.path.with_suffix(".png"))
+    except ImportError:
+        print("no picture: matplotlib is missing (pip install -e '.[bench]')", file=sys.stderr)
 
 
-def _calibration_flags(method: str, calibration: str, skip: int) -> tuple[str, ...]:
-    if method == "magnitude":  # looks at no data
-        return ()
-    return ("--calibration", calibration, "--calibration-skip", str(skip), "--num-samples", "32")
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="32 x 256 tokens: two hours on 2 cores with --jobs 2")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cells whose name matches (see --dry-run)")
+    parser.add_argument("--dry-run", action="store_true", help="print the cells and their commands, run nothing")
+    parser.add_argument("--report", action="store_true", help="only make the page and the picture anew")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells side by side")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each")
+    parser.add_argument("--model", default="smollm2-135m")
+    text = (
+        "[LABEL=]FILE (text, JSON lines) or a source of lampctl's; default: WikiText-2{} in ../shared/data, or pydocs"
+    )
+    parser.add_argument("--calibration", metavar="SRC", help=text.format(""))
+    parser.add_argument("--evaluate", metavar="SRC,...", help=text.format(" and C4"))
+    parser.add_argument("--eval-seqlen", type=int, default=256)
+    parser.add_argument("--eval-max-tokens", type=int, default=40 * 256)
+    parser.add_argument("--peer-python", type=Path, help="the peers' Python; else PEER_PYTHON, else what peers.py made")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
 
 
-def _markdown(args: argparse.Namespace, rows: list[dict[str, str]]) -> str:
-    lines = [
-        "# Quality on SmolLM2-135M",
-        "",
-        f"Perplexity on the first 40 x 256 tokens of {args.evaluate.name if args.evaluate else 'pydocs'}, calibrated "
-        f"on 32 x 256 tokens of {args.calibration.name if args.calibration else 'pydocs'}: draws start at window "
-        f"{', '.join(map(str, DRAWS))}. {machine()}.",
-        "",
-        "Command: `python benchmarks/quality.py --calibration FILE --evaluate FILE`",
-        "",
-        "| sparsity | method | draws | mean | of SparseGPT | seconds | peak MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for sparsity in SPARSITIES:
-        for method in METHODS:
-            mine = [r for r in rows if r["sparsity"] == sparsity and r["method"] == method]
-            if not mine:
-                continue
-            mean = _mean(mine)
-            same_draws = {r["draw"] for r in mine}
-            reference = [
-                r for r in rows if r["sparsity"] == sparsity and r["method"] == "sparsegpt" and r["draw"] in same_draws
-            ]
-            ratio = f"{mean / _mean(reference):.2f}" if len(reference) == len(mine) else "-"
-            lines.append(
-                f"| {float(sparsity):.0%} | {method} | {' / '.join(r['perplexity'] for r in mine)} | {mean:.1f} | "
-                f"{ratio} | {statistics.median(float(r['seconds']) for r in mine):.0f} | "
-                f"{max(float(r['peak_memory_mb']) for r in mine):.0f} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def _mean(rows: list[dict[str, str]]) -> float:
-    return statistics.mean(float(row["perplexity"]) for row in rows)
+def _setup(args: argparse.Namespace) -> Setup:
+    peer_python = peers.find(args.peer_python)
+    if peer_python is None:
+        print(f"without {', '.join(PEERS)}: make their Python with `python benchmarks/peers.py`", file=sys.stderr)
+    named = (args.evaluate or "").split(",") if args.evaluate else ()
+    return Setup(
+        model=args.model,
+        calibration=parse_text(args.calibration, args.work) if args.calibration else default_calibration(),
+        evaluation=tuple(parse_text(words, args.work) for words in named) or default_evaluation(args.work),
+        eval_seqlen=args.eval_seqlen,
+        eval_max_tokens=args.eval_max_tokens,
+        work=args.work.resolve(),
+        peer_python=peer_python,
+    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cells import Cell, as_text_file, machine, run_cells
+from cells import Cell, Row, Table, figures_of_run, folder_for, machine, run_cells, run_command, software
+from texts import as_text_file
 
 RESULTS = Path(__file__).parent / "results"
+KEY = ("sparsity", "lr", "alpha")
 GRID = (
     *((0.7, lr, alpha) for lr, alpha in ((1e-3, 0.7), (2e-3, 0.7), (1e-3, 0.85))),
     *((0.5, lr, 0.85) for lr in (5e-4, 1e-3)),
@@ -33,26 +35,21 @@ def main() -> None:
     calibration, evaluate = (
         f"text:{as_text_file(path, args.work)}" if path else "pydocs" for path in (args.calibration, args.evaluate)
     )
-    cells = [
-        Cell(
-            {"sparsity": f"{sparsity:g}", "lr": f"{lr:g}", "alpha": f"{alpha:g}"},
-            (
-                *("--sparsity", f"{sparsity:g}", "--lr", f"{lr:g}", "--alpha", f"{alpha:g}", "--beta", "0"),
-                *("--calibration", calibration, "--evaluate", evaluate, "--epochs", str(args.epochs)),
-                *("--num-samples", str(args.num_samples), "--seqlen", str(args.seqlen)),
-                *("--eval-max-tokens", str(args.eval_max_tokens), "--no-evaluate-dense"),
-            ),
-        )
-        for sparsity, lr, alpha in GRID
-    ]
-    rows = run_cells(args.model, cells, RESULTS / "tune.csv", args.work)
+    common = (
+        *("--beta", "0", "--calibration", calibration, "--evaluate", evaluate, "--epochs", str(args.epochs)),
+        *("--num-samples", str(args.num_samples), "--seqlen", str(args.seqlen)),
+        *("--eval-max-tokens", str(args.eval_max_tokens), "--no-evaluate-dense"),
+    )
+    table = Table(RESULTS / "tune.csv", KEY)
+    failed = run_cells([_cell(args.model, point, common, args.work) for point in GRID], table)
+    rows = table.rows()
     lines = [
         "# Learning rate and alpha of LAMP by sparsity",
         "",
         f"{args.model}, {args.num_samples} x {args.seqlen} tokens, {args.epochs} epochs, beta 0; perplexity on other "
         f"text of the same kind ({args.eval_max_tokens} tokens). Calibration: "
         f"{args.calibration.name if args.calibration else 'pydocs'}; evaluation: "
-        f"{args.evaluate.name if args.evaluate else 'pydocs'}. {machine()}.",
+        f"{args.evaluate.name if args.evaluate else 'pydocs'}. {machine()}; {software()}.",
         "",
         "Command: `python benchmarks/tune.py --calibration C4.jsonl --evaluate OTHER_C4.jsonl`",
         "",
@@ -62,6 +59,25 @@ def main() -> None:
     ]
     (RESULTS / "tune.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    if failed:
+        raise SystemExit("failed:\n  " + "\n  ".join(failed))
+
+
+def _cell(model: str, point: tuple[float, float, float], common: tuple[str, ...], work: Path) -> Cell:
+    key = dict(zip(KEY, (f"{value:g}" for value in point), strict=True))
+    folder = folder_for(key, " ".join((model, *common)), work)
+    flags = [word for name, value in key.items() for word in (f"--{name}", value)]
+    command = run_command(model, (*flags, *common), folder / "run")
+    return Cell(key, "", folder, (command,), _figures)
+
+
+def _figures(reports: list[dict]) -> Row:
+    (evaluation,) = reports[0]["evaluations"]
+    return {
+        "perplexity": f"{evaluation['perplexity']:.2f}",
+        "achieved_sparsity": f"{reports[0]['sparsity']:.6f}",
+        **figures_of_run(reports[0]),
+    }
 
 
 if __name__ == "__main__":

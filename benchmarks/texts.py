@@ -1,0 +1,64 @@
+"""The texts that a benchmark calibrates and evaluates on: a short label for the table, and lampctl's name for each."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "text"
+EMBEDDED = "pydocs"
+# Learning rates and alpha were chosen by looking at the first of these documents (tune.py): judge on others.
+FIRST_UNSEEN_DOCUMENT = 740
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a column or a row of the table calls a text, and what `lampctl run` calls it."""
+
+    label: str
+    source: str
+
+
+def parse_text(words: str, work: Path) -> Text:
+    """[LABEL=]SOURCE, where SOURCE is a file (text or JSON lines) or a name that lampctl knows (pydocs, wikitext2)."""
+    label, equals, source = words.rpartition("=")
+    path = Path(source.removeprefix("text:"))
+    if not path.is_file():
+        return Text(label if equals else source, source)
+    return Text(label if equals else path.stem, f"text:{as_text_file(path, work)}")
+
+
+def default_calibration() -> Text:
+    """WikiText-2's validation file, or the embedded corpus's own part for calibration."""
+    path = SHARED / "wikitext-2-raw.wiki.valid.raw"
+    return Text("wikitext2-valid", f"text:{path}") if path.exists() else Text(EMBEDDED, EMBEDDED)
+
+
+def default_evaluation(work: Path) -> tuple[Text, ...]:
+    """WikiText-2's test file and documents of C4, or the embedded corpus's own part for evaluation."""
+    wikitext, c4 = SHARED / "wikitext-2-raw.wiki.test.raw", SHARED / "c4_prompts.pf-decoding.jsonl"
+    if not wikitext.exists():
+        return (Text(EMBEDDED, EMBEDDED),)
+    return (
+        Text("wikitext2", f"text:{wikitext}"),
+        Text("c4", f"text:{as_text_file(c4, work, FIRST_UNSEEN_DOCUMENT)}"),
+    )
+
+
+def as_text_file(path: Path, work: Path, first_document: int = 0) -> Path:
+    """`path` itself, or for JSON lines a text file of their documents, joined by blank lines."""
+    if path.suffix != ".jsonl":
+        return path.resolve()
+    documents = []
+    for line in path.read_text(encoding="utf-8").splitlines()[first_document:]:
+        record = json.loads(line)
+        documents.append(record["text"] if "text" in record else record["prefix"] + record["gold_completion"])
+    text = work / f"{path.stem}{f'-from-{first_document}' if first_document else ''}.txt"
+    work.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: another call may be reading it.
+    unfinished = text.with_suffix(f".{os.getpid()}")
+    unfinished.write_text("\n\n".join(documents), encoding="utf-8")
+    unfinished.replace(text)
+    return text.resolve()
