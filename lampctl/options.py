@@ -26,6 +26,19 @@ def _declared(
     sparsity: Annotated[
         float | None, typer.Option(metavar="S", help="Share of the prunable weights that become zero, 0 < S < 1.")
     ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="N:M", help="N of every M weights of a row become zero, e.g. 2:4; instead of --sparsity."),
+    ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="B", help="Quantize the weights that are kept to 2^B values per row, in the same sweep (2 to 8)."
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(metavar="N", help="With --bits: a grid for every N columns. [default: one a row]")
+    ] = None,
     method: Annotated[
         str | None, typer.Option(metavar="METHOD", help="lamp, sparsegpt, wanda or magnitude. [default: lamp]")
     ] = None,
@@ -58,12 +71,47 @@ def _declared(
     calibration_skip: Annotated[
         int | None, typer.Option(metavar="N", help="Leave out the first N samples. [default: 0]")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", help="Epochs per block. [default: 5]")] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW", help="How long to train: low, medium or high; the README has the figures. [default: medium]"
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Epochs of compensation per block. [default: by effort]")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(metavar="RATE", help="Adam's learning rate. [default: by sparsity]")
     ] = None,
     lr_decay: Annotated[
-        float | None, typer.Option(metavar="F", help="The rate is multiplied by F after each epoch. [default: 0.87]")
+        float | None,
+        typer.Option(
+            metavar="F", help="Exponential schedule: the rate is multiplied by F after each epoch. [default: 0.87]"
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW", help="The rate goes down by epoch (exponential, as the paper) or by step (linear)."
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", help="mse, as the paper, or token: each token's error relative to its target."),
+    ] = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine/--no-refine",
+            help="Train each pruned block's kept weights before the next block compensates. "
+            "[default: on; preset paper: off]",
+        ),
+    ] = None,
+    refine_epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Epochs of refinement per block. [default: by effort]")
+    ] = None,
+    refine_lr: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Learning rate of refinement. [default: by sparsity]")
     ] = None,
     hold_aside: Annotated[
         bool | None,

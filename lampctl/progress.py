@@ -36,7 +36,7 @@ class ProgressListener:
 
         self._run, self._config = run, config
         state = status(run, config)
-        title = f"{config.method} {100 * config.sparsity:g}%: {run.path}"
+        title = f"{config.method} {config.goal}: {run.path}"
         if state.is_finished:
             title += " (is finished)"
         elif state.num_done:
@@ -70,16 +70,24 @@ class ProgressListener:
         num_blocks: int = self._run.manifest.model["num_blocks"]
         return num_blocks
 
+    def _ends_block(self, step: Step) -> bool:
+        """Whether a block is done with this step, so that its line can be written."""
+        assert self._config is not None
+        return step.kind == ("refine-block" if self._config.refine else "prune-block")
+
     def _outcome(self, step: Step, commit: StepCommit) -> str:
         """What a finished step has to tell, in a few words."""
         assert self._run is not None
         figures = commit.figures
-        if step.kind == "prune-block":
+        if self._ends_block(step):
             assert step.block is not None
-            size = sum(layer["size"] for layer in self._run.manifest.budget[step.block]["layers"])
-            masked = figures["num_masked"] / max(1, size)
-            trained = self._run.commit_for(f"compensate-block/{step.block}")
-            return f"{100 * masked:.2f}% masked" + (f", {_losses(trained.figures)}" if trained else "")
+            layers = self._run.manifest.budget[step.block]["layers"]
+            masked = figures["num_masked"] / max(1, sum(layer["size"] for layer in layers))
+            compensated = self._run.commit_for(f"compensate-block/{step.block}")
+            parts = [f"{100 * masked:.2f}% masked"]
+            parts += [_losses(compensated.figures)] if compensated else []
+            parts += [f"refined {_losses(figures)}"] if step.kind == "refine-block" else []
+            return ", ".join(parts)
         if step.kind == "compensate-block":
             return _losses(figures)
         if step.kind == "evaluate":
@@ -118,14 +126,14 @@ class PlainListener(ProgressListener):
             self._print(f"  {_label(step)}: {done}/{total} {unit}{', ' if shown else ''}{shown}")
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
-        if step.kind == "compensate-block" and not self._every_step:
-            return  # the line comes when the block is pruned
+        if step.block is not None and not self._ends_block(step) and not self._every_step:
+            return  # the line comes when the block is done
         elapsed_s = commit.elapsed_s
         what = _label(step)
-        if step.kind == "prune-block" and not self._every_step:
+        if self._ends_block(step) and not self._every_step:
             assert self._run is not None
-            trained = self._run.commit_for(f"compensate-block/{step.block}")
-            elapsed_s += trained.elapsed_s if trained else 0.0
+            names = {f"{kind}/{step.block}" for kind in ("compensate-block", "prune-block", "refine-block")}
+            elapsed_s = sum(done.elapsed_s for done in self._run.commits if done.step in names)
             what = f"block {step.block} of {self._num_blocks}"
         parts = [self._outcome(step, commit), duration(elapsed_s), self._remaining if position + 1 < total else ""]
         self._print(f"[{position + 1}/{total}] {what}: " + ", ".join(part for part in parts if part))
@@ -190,7 +198,7 @@ class LiveListener(ProgressListener):
             self._run_bar, completed=position + 1, note=self._remaining if position + 1 < total else ""
         )
         outcome = self._outcome(step, commit)
-        if outcome and step.kind != "compensate-block":
+        if outcome and (step.block is None or self._ends_block(step)):
             self._progress.console.print(f"  {_label(step)}: {outcome}", highlight=False)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.plan import Step
     from pipeline.rundir import RunDirectory
+    from stages.packed import PackedSizes
 
 _METHODS = {"lamp": "LAMP", "sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude"}
 
@@ -135,6 +136,36 @@ def next_step(run: RunDirectory, config: RunConfig) -> None:
     _console().print(line, highlight=False, soft_wrap=True)
 
 
+def packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> None:
+    """What a packed file takes on disk, part by part, beside what the model's folder does, and where it is."""
+    if as_json:
+        print(json.dumps({"path": str(path.absolute()), **sizes.record()}, indent=2))
+        return
+    table = Table("on disk")
+    table.add_column("bytes", justify="right")
+    table.add_column("of dense", justify="right")
+    for name, label in _PACKED_PARTS.items():
+        size_bytes = getattr(sizes, f"{name}_bytes")
+        if size_bytes:
+            table.add_row(label, f"{size_bytes:,}", f"{100 * size_bytes / sizes.dense_bytes:.1f}%")
+    console = _console()
+    console.print(table)
+    console.print(f"The {what} is {_shown(path.absolute())}", highlight=False, soft_wrap=True)
+
+
+_PACKED_PARTS = {
+    "dense": "dense: the folder's weights",
+    "packed": "packed: all of it",
+    "masks": "  masks",
+    "codes": "  codes of kept weights",
+    "values": "  values of kept weights",
+    "scales": "  scales and zero points",
+    "untouched": "  weights that are never pruned",
+    "files": "  tokenizer, configuration, card",
+    "described": "  names, shapes, digests",
+}
+
+
 def _console() -> Console:
     """stdout, as wide as the terminal; a file or pipe gets what does not need wrapping."""
     console = Console(markup=False)  # paths may hold brackets
@@ -152,7 +183,7 @@ def _summary_line(state: RunStatus) -> str:
     achieved = (
         "" if state.sparsity is None else f", {100 * state.sparsity:.4f}% of {state.num_prunable:,} weights masked"
     )
-    return f"{Path(config.model).name}, {_METHODS[config.method]} at {100 * config.sparsity:g}%{achieved}"
+    return f"{Path(config.model).name}, {_METHODS[config.method]} at {config.goal}{achieved}"
 
 
 def _is_current(state: RunStatus, result: EvaluationResult) -> bool:
@@ -170,7 +201,7 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
         if _is_current(state, result)
     }
     sources = list(dict.fromkeys(source for _, _, source in found))
-    table = Table(title=f"{Path(main.config.model).name} at {100 * main.config.sparsity:g}%", title_justify="left")
+    table = Table(title=f"{Path(main.config.model).name} at {main.config.goal}", title_justify="left")
     table.add_column("method")
     for source in sources:
         table.add_column(f"perplexity\n{_short(source)}", justify="right")
@@ -233,17 +264,21 @@ def _blocks_table(blocks: Sequence[BlockState]) -> Table:
     table.add_column("budget", justify="right")
     for path in paths:
         table.add_column(path, justify="right", no_wrap=True)
-    has_losses = any(block.loss_before is not None for block in blocks)
-    if has_losses:
-        table.add_column("loss before", justify="right")
+    trainings = [
+        (title, prefix)
+        for title, prefix in (("loss", "loss"), ("refine", "refine"))
+        if any(getattr(block, f"{prefix}_before") is not None for block in blocks)
+    ]
+    for title, _ in trainings:
+        table.add_column(f"{title} before", justify="right")
         table.add_column("after", justify="right")
     for block in blocks:
         shares = {_layer_label(x.name, block.block): f"{100 * x.num_masked / x.size:.1f}%" for x in block.layers}
         whole = f"{100 * block.num_masked / block.size:.2f}%" if block.size else "-"
         row = [str(block.block), block.state, whole, *(shares.get(path, "-") for path in paths)]
-        if has_losses:
-            side = "_aside" if block.loss_before_aside is not None else ""
-            losses = (getattr(block, f"loss_before{side}"), getattr(block, f"loss_after{side}"))
+        for _, prefix in trainings:
+            side = "_aside" if getattr(block, f"{prefix}_before_aside") is not None else ""
+            losses = (getattr(block, f"{prefix}_before{side}"), getattr(block, f"{prefix}_after{side}"))
             row += ["-" if loss is None else f"{loss:.4g}" for loss in losses]
         table.add_row(*row)
     return table

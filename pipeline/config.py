@@ -19,9 +19,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import ConfigError
-from stages.defaults import CompensationDefaults
+from stages.defaults import TrainingDefaults
+from stages.errors import UsageError
+from stages.pruners.masks import Pattern
 
 Method = Literal["lamp", "sparsegpt", "wanda", "magnitude"]
+Effort = Literal["low", "medium", "high"]
 ENVIRONMENT_PREFIX = "LAMPCTL_"
 # LAMPCTL_CACHE places the cache; it is no setting of a run.
 _OTHER_VARIABLES = {"LAMPCTL_CACHE"}
@@ -49,7 +52,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(min_length=1)
-    sparsity: float = Field(gt=0, lt=1)
+    sparsity: float | None = Field(None, gt=0, lt=1)
+    pattern: str | None = None
+    bits: int | None = Field(None, ge=2, le=8)
+    group_size: int | None = Field(None, ge=1)
     method: Method = "lamp"
     revision: str | None = None
     alpha: float | None = Field(None, gt=0, le=1)
@@ -59,10 +65,16 @@ class Settings(BaseModel):
     calibration_skip: int = Field(0, ge=0)
     num_samples: int | None = Field(None, ge=1)
     seqlen: int | None = Field(None, ge=2)
-    epochs: int | None = Field(None, ge=1)
+    effort: Effort | None = None
+    epochs: int | None = Field(None, ge=0)
     lr: float | None = Field(None, gt=0)
     lr_decay: float | None = Field(None, gt=0, le=1)
+    schedule: Literal["exponential", "linear"] | None = None
+    loss: Literal["mse", "token"] | None = None
     hold_aside: bool | None = None
+    refine: bool | None = None
+    refine_epochs: int | None = Field(None, ge=1)
+    refine_lr: float | None = Field(None, gt=0)
     seed: int = Field(0, ge=0)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -87,6 +99,16 @@ class Settings(BaseModel):
     def _one_or_many(cls, value: Any) -> Any:
         # Not split at commas: a regular expression may hold some.
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            return str(Pattern.parse(pattern))
+        except UsageError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("ignore")
     @classmethod
@@ -122,6 +144,34 @@ class RunConfig(Settings):
     evaluate: tuple[str, ...] = ()
     eval_seqlen: int = Field(ge=2)
 
+    @property
+    def n_of_m(self) -> Pattern | None:
+        """The N:M pattern, if that is what is asked for."""
+        return Pattern.parse(self.pattern) if self.pattern is not None else None
+
+    @property
+    def target_sparsity(self) -> float:
+        """The share of the prunable weights that is to be masked."""
+        pattern = self.n_of_m
+        if pattern is not None:
+            return pattern.sparsity
+        assert self.sparsity is not None
+        return self.sparsity
+
+    @property
+    def goal(self) -> str:
+        """What is asked for, for people: "70%", "2:4, int4"."""
+        what = self.pattern or f"{100 * self.target_sparsity:g}%"
+        grouped = f" in groups of {self.group_size}" if self.group_size else ""
+        return what + (f", int{self.bits}{grouped}" if self.bits else "")
+
+    @property
+    def slug(self) -> str:
+        """The same for file names: "s70", "2of4-int4"."""
+        what = self.pattern.replace(":", "of") if self.pattern else f"s{100 * self.target_sparsity:g}"
+        grouped = f"g{self.group_size}" if self.group_size else ""
+        return what + (f"-int{self.bits}{grouped}" if self.bits else "")
+
     def with_free(self, free: Mapping[str, Any]) -> RunConfig:
         """This configuration with other free settings."""
         return RunConfig(**{**self.model_dump(), **free})
@@ -138,7 +188,18 @@ class RunConfig(Settings):
 
 
 FREE_FIELDS = ("evaluate", "evaluate_dense", "eval_seqlen", "eval_max_tokens")
-COMPENSATION_FIELDS = ("epochs", "lr", "lr_decay", "hold_aside")
+TRAINING_FIELDS = (
+    "effort",
+    "epochs",
+    "lr",
+    "lr_decay",
+    "schedule",
+    "loss",
+    "hold_aside",
+    "refine",
+    "refine_epochs",
+    "refine_lr",
+)
 CALIBRATION_FIELDS = ("calibration", "calibration_sampling", "num_samples")
 
 
@@ -216,7 +277,7 @@ def explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors():
         field = str(problem["loc"][0]) if problem["loc"] else ""
-        flag = "MODEL" if field == "model" else "--" + field.replace("_", "-")
+        flag = _flag(field)
         if problem["type"] == "missing":
             lines.append(f"{flag} is missing (lampctl run --help has examples)")
         elif problem["type"] == "extra_forbidden":
@@ -231,13 +292,49 @@ def explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def check_combinations(gathered: Gathered) -> None:
+    """Raise ConfigError for settings that exclude each other, with both of their names."""
+    settings = gathered.values
+
+    def origin(field: str) -> str:
+        where = gathered.origins.get(field, "flag")
+        return "" if where == "flag" else f" ({where})"
+
+    if settings.pattern is None and settings.sparsity is None:
+        raise ConfigError("--sparsity is missing, or --pattern N:M instead (lampctl run --help has examples)")
+    if settings.pattern is not None:
+        for field in ("sparsity", "alpha", "beta", "layer_sparsity"):
+            if getattr(settings, field) not in (None, {}):
+                raise ConfigError(
+                    f"--pattern {settings.pattern}{origin('pattern')} fixes the sparsity of every group of every "
+                    f"layer: it excludes {_flag(field)}{origin(field)}"
+                )
+    if settings.group_size is not None and settings.bits is None:
+        raise ConfigError(f"--group-size {settings.group_size}{origin('group_size')} is about --bits, which is not set")
+    if settings.bits is not None and settings.method == "wanda":
+        raise ConfigError(
+            f"--bits {settings.bits}{origin('bits')}: Wanda changes no weight that it keeps and so cannot quantize; "
+            "use --method lamp, sparsegpt or magnitude"
+        )
+    if settings.effort is not None and gathered.preset == "paper":
+        raise ConfigError(f"--effort {settings.effort}{origin('effort')}: --preset paper fixes the training")
+    if settings.refine is False:
+        for field in ("refine_epochs", "refine_lr"):
+            if getattr(settings, field) is not None:
+                raise ConfigError(f"--no-refine{origin('refine')} excludes {_flag(field)}{origin(field)}")
+
+
+def _flag(field: str) -> str:
+    return "MODEL" if field == "model" else "--" + field.replace("_", "-")
+
+
 def complete(
-    gathered: Gathered, max_positions: int | None, defaults: CompensationDefaults
+    gathered: Gathered, max_positions: int | None, defaults: TrainingDefaults
 ) -> tuple[RunConfig, dict[str, str], list[str]]:
     """Fill in what nobody gave. Gives the configuration, each field's origin, and notices for the user.
 
-    `defaults.alpha` and `.beta` must be feasible already. Raises ConfigError where the model cannot do what
-    was asked for.
+    `defaults.alpha` and `.beta` must be feasible already, and the combination checked. Raises ConfigError where the
+    model cannot do what was asked for.
     """
     settings, notices = gathered.values, []
     values, origins = settings.model_dump(), dict(gathered.origins)
@@ -257,13 +354,22 @@ def complete(
         values["seqlen"] = max_positions
     fill("eval_seqlen", values["seqlen"])
     is_lamp, uses_calibration = settings.method == "lamp", settings.method != "magnitude"
-    fill("alpha", defaults.alpha if is_lamp else 1.0)
-    fill("beta", defaults.beta if is_lamp else 0.0)
-    for field in COMPENSATION_FIELDS:
+    if settings.pattern is None:
+        fill("alpha", defaults.alpha if is_lamp else 1.0)
+        fill("beta", defaults.beta if is_lamp else 0.0)
+    if is_lamp and values["refine"] is None and (values["refine_epochs"] or values["refine_lr"]):
+        values["refine"] = True
+    for field in TRAINING_FIELDS:
         if is_lamp:
             fill(field, getattr(defaults, field))
         else:
             _drop(field, gathered, values, notices, "only --method lamp trains")
+    if is_lamp and not values["refine"]:
+        values["refine_epochs"] = values["refine_lr"] = None
+        if not values["epochs"]:
+            raise ConfigError("--epochs 0 without --refine trains nothing: that is --method sparsegpt")
+    if is_lamp and values["schedule"] == "linear":
+        _drop("lr_decay", gathered, values, notices, "the linear schedule goes down to 0 step by step")
     if uses_calibration:
         fill("calibration", "c4")
         fill("num_samples", 128)

@@ -2,8 +2,9 @@
 
     calibrate -> capture -> prune 0 -> compensate 1 -> prune 1 -> ... -> prune n-1 -> export -> evaluate ...
 
-Payloads are named by what they are: ``biased/i`` and ``dense/i`` are the *inputs* of block i through pruned
-and through original blocks, ``compensated/i`` and ``pruned/i`` are weights of block i.
+and with refinement ``prune i -> refine i -> compensate i+1``. Payloads are named by what they are: ``biased/i`` and
+``dense/i`` are the *inputs* of block i through pruned and through original blocks; ``compensated/i``, ``unrefined/i``
+(pruned, fp32, to be trained on) and ``pruned/i`` are weights of block i, ``masks/i`` its masks and grids.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-CHAIN_KINDS = ("calibrate", "capture", "prune-block", "compensate-block", "export")
+CHAIN_KINDS = ("calibrate", "capture", "prune-block", "compensate-block", "refine-block", "export")
 EVALUATE = "evaluate"
 
 
@@ -49,20 +50,25 @@ class Evaluation:
         return f"{self.which}/{self.source}@{self.seqlen}{limit}"
 
 
-def chain(method: str, num_blocks: int) -> tuple[Step, ...]:
-    """The steps from the calibration set to the exported model, in the only order they can run."""
+def chain(method: str, num_blocks: int, refines: bool = False) -> tuple[Step, ...]:
+    """The steps from the calibration set to the exported model, in the only order they can run.
+
+    refines: each pruned block is trained on before the next step reads what it puts out.
+    """
     compensates, reads_data = method == "lamp", method != "magnitude"
     steps: list[Step] = []
     if reads_data:
         steps.append(Step("calibrate", writes=("calibration",)))
-        captured = ("biased/0", "dense/1") if compensates and num_blocks > 1 else ("biased/0",)
+        needs_dense = compensates and (num_blocks > 1 or refines)
+        captured = ("biased/0", "dense/1") if needs_dense else ("biased/0",)
         steps.append(Step("capture", reads=("calibration",), writes=captured))
     for block in range(num_blocks):
         is_last = block == num_blocks - 1
         weights: tuple[str, ...] = ()
         if compensates and block > 0:
-            # The last block's dense output is a target and nothing else: no later step reads it.
-            dense_out = () if is_last else (f"dense/{block + 1}",)
+            # The last block's dense output is a target and nothing else: unless that block is refined, no later
+            # step reads it.
+            dense_out = () if is_last and not refines else (f"dense/{block + 1}",)
             steps.append(
                 Step(
                     "compensate-block",
@@ -74,8 +80,14 @@ def chain(method: str, num_blocks: int) -> tuple[Step, ...]:
             weights = (f"compensated/{block}",)
         data = ("calibration", f"biased/{block}") if reads_data else ()
         biased_out = (f"biased/{block + 1}",) if reads_data and not is_last else ()
-        steps.append(Step("prune-block", block, reads=(*data, *weights), writes=(f"pruned/{block}", *biased_out)))
-    steps.append(Step("export", reads=tuple(f"pruned/{i}" for i in range(num_blocks)), writes=("model",)))
+        finished = (f"pruned/{block}", *biased_out)
+        first = (f"unrefined/{block}",) if refines else finished
+        steps.append(Step("prune-block", block, reads=(*data, *weights), writes=(f"masks/{block}", *first)))
+        if refines:
+            read = (*data, f"dense/{block + 1}", f"unrefined/{block}", f"masks/{block}")
+            steps.append(Step("refine-block", block, reads=read, writes=finished))
+    parts = tuple(f"{kind}/{i}" for i in range(num_blocks) for kind in ("pruned", "masks"))
+    steps.append(Step("export", reads=parts, writes=("model",)))
     return tuple(steps)
 
 
@@ -119,4 +131,4 @@ def releasable(steps: Sequence[Step], committed: Sequence[str]) -> tuple[str, ..
 
 
 def _is_kept(payload: str) -> bool:
-    return payload in ("calibration", "model") or payload.startswith("pruned/")
+    return payload in ("calibration", "model") or payload.startswith(("pruned/", "masks/"))

@@ -10,7 +10,7 @@ import logging
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -18,10 +18,11 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from pipeline.config import (
-    COMPENSATION_FIELDS,
+    TRAINING_FIELDS,
     Gathered,
     Method,
     RunConfig,
+    check_combinations,
     check_evaluation,
     complete,
     differing_fields,
@@ -60,9 +61,9 @@ class Prepared:
 
     @property
     def default_run_dir(self) -> Path:
-        """``runs/<model>-s<percent>-<method>``."""
+        """``runs/<model>-s<percent>-<method>``; a pattern (2of4) in place of the percentage, -int<bits> behind."""
         name = Path(self.config.model).name.removesuffix(".gguf") if "/" in self.config.model else self.config.model
-        return RUNS / f"{name.lower()}-s{100 * self.config.sparsity:g}-{self.config.method}"
+        return RUNS / f"{name.lower()}-{self.config.slug}-{self.config.method}"
 
 
 def prepare(gathered: Gathered) -> Prepared:
@@ -76,7 +77,9 @@ def prepare(gathered: Gathered) -> Prepared:
     from stages.device import choose
     from stages.models.decoder import open_model
     from stages.models.source import resolve
+    from stages.pruners.masks import Pattern
 
+    check_combinations(gathered)
     settings = _with_absolute_paths(gathered)
     gathered = Gathered(settings, gathered.origins, gathered.preset)
     choices = choose(settings.device, settings.dtype)
@@ -85,22 +88,27 @@ def prepare(gathered: Gathered) -> Prepared:
     shapes = _prunable_layers(model, settings.ignore)
     fixed = _fixed_sparsities(shapes, settings.layer_sparsity)
 
-    table = published if gathered.preset == "paper" else measured
-    defaults = table(model.name, settings.sparsity, model.num_blocks)
+    pattern = Pattern.parse(settings.pattern) if settings.pattern is not None else None
+    sparsity = pattern.sparsity if pattern is not None else settings.sparsity
+    assert sparsity is not None
+    if gathered.preset == "paper":
+        defaults = published(model.name, sparsity)
+    else:
+        defaults = measured(model.name, sparsity, model.num_blocks, settings.effort or "medium")
     notices = []
-    if settings.method == "lamp":
+    if settings.method == "lamp" and pattern is None:
         free_shapes = [[layer for layer in block if layer.name not in fixed] for block in shapes]
         beta = settings.beta if settings.beta is not None else defaults.beta
         if settings.beta is None:
             wanted_alpha = settings.alpha if settings.alpha is not None else 1.0
-            beta = feasible_beta(free_shapes, settings.sparsity, wanted_alpha, defaults.beta)
+            beta = feasible_beta(free_shapes, sparsity, wanted_alpha, defaults.beta)
         alpha = settings.alpha if settings.alpha is not None else defaults.alpha
         if settings.alpha is None:
-            alpha = feasible_alpha(free_shapes, settings.sparsity, defaults.alpha, beta)
+            alpha = feasible_alpha(free_shapes, sparsity, defaults.alpha, beta)
         for name, value, default in (("alpha", alpha, defaults.alpha), ("beta", beta, defaults.beta)):
             if getattr(settings, name) is None and value != default:
                 notices.append(f"{name} is {value:.4g} instead of {default:.4g}: no layer can be pruned above 100%")
-        defaults = type(defaults)(**{**asdict(defaults), "alpha": alpha, "beta": beta})
+        defaults = replace(defaults, alpha=alpha, beta=beta)
     config, origins, more_notices = complete(gathered, model.max_positions, defaults)
     budget = _allocate(shapes, config, fixed)
     return Prepared(
@@ -111,13 +119,13 @@ def prepare(gathered: Gathered) -> Prepared:
         data=_check_sources(config, folder.path, model.vocab_size),
         environment=environment_record(asdict(choices)),
         budget=budget,
-        steps=chain(config.method, model.num_blocks),
+        steps=chain_of(config, model.num_blocks),
     )
 
 
 def sibling(gathered: Gathered, method: str) -> Gathered:
     """The same settings for another method, to be compared with: what only the first method has is dropped."""
-    dropped = {"alpha", "beta"} if method == "lamp" else {"alpha", "beta", *COMPENSATION_FIELDS}
+    dropped = {"alpha", "beta"} if method == "lamp" else {"alpha", "beta", *TRAINING_FIELDS}
     changes: dict[str, Any] = dict.fromkeys(dropped)
     if method not in get_args(Method):
         raise ConfigError(f"--baseline {method}: choose one of {', '.join(get_args(Method))}")
@@ -179,11 +187,14 @@ def _fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, f
 
 
 def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping[str, float]) -> tuple[Any, ...]:
-    from stages.budget import allocate
+    from stages.budget import allocate, follow_pattern
 
+    pattern = config.n_of_m
+    if pattern is not None:
+        return follow_pattern(blocks, pattern)
     assert config.alpha is not None
     assert config.beta is not None
-    return allocate(blocks, config.sparsity, config.alpha, config.beta, fixed)
+    return allocate(blocks, config.target_sparsity, config.alpha, config.beta, fixed)
 
 
 def _check_sources(config: RunConfig, model_path: Path, vocab_size: int) -> dict[str, Any]:
@@ -288,7 +299,7 @@ def _require_same_text(run: RunDirectory, source: str, digest: Any) -> None:
 
 def require_exported(run: RunDirectory, config: RunConfig) -> None:
     """Raise StepOrderError, naming the step to do first, unless the run has a model to evaluate."""
-    todo = next_steps(chain(config.method, run.manifest.model["num_blocks"]), [commit.step for commit in run.commits])
+    todo = next_steps(chain_of(config, run.manifest.model["num_blocks"]), [commit.step for commit in run.commits])
     if todo:
         raise StepOrderError(f"evaluate comes later: do {todo[0].name} first")
 
@@ -325,10 +336,15 @@ def change_evaluation(
     return changed
 
 
+def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
+    """The steps from calibration to export that a configuration asks for."""
+    return chain(config.method, num_blocks, bool(config.refine))
+
+
 def steps_of(run: RunDirectory, config: RunConfig) -> tuple[tuple[Step, ...], dict[str, Evaluation]]:
     """All steps of a run under `config`, and what each evaluate step measures, by step name."""
     evaluations = evaluation_steps(config.evaluate, config.eval_seqlen, config.eval_max_tokens, config.evaluate_dense)
-    steps = chain(config.method, run.manifest.model["num_blocks"])
+    steps = chain_of(config, run.manifest.model["num_blocks"])
     return (*steps, *(step for step, _ in evaluations)), {step.name: what for step, what in evaluations}
 
 

@@ -44,7 +44,7 @@ class BlockState:
     """One block's budget, compensation and pruning."""
 
     block: int
-    state: str  # "waiting", "compensated", "pruned"
+    state: str  # "waiting", "compensated", "pruned", "refined"
     size: int
     num_masked: int
     num_other_zeros: int | None
@@ -52,6 +52,10 @@ class BlockState:
     loss_after: float | None
     loss_before_aside: float | None
     loss_after_aside: float | None
+    refine_before: float | None  # the same for the training of the block once pruned
+    refine_after: float | None
+    refine_before_aside: float | None
+    refine_after_aside: float | None
     layers: tuple[LayerState, ...]
 
 
@@ -115,7 +119,7 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
         pruning_s=sum(commit.elapsed_s for commit in pruning),
         peak_memory_bytes=max((c.peak_memory_bytes or 0 for c in pruning), default=0) or max(peaks, default=None),
         steps=states,
-        blocks=tuple(_block_state(i, b, by_name) for i, b in enumerate(run.manifest.budget)),
+        blocks=tuple(_block_state(i, b, by_name, bool(config.refine)) for i, b in enumerate(run.manifest.budget)),
         evaluations=evaluations_of(run),
         num_prunable=sum(layer["size"] for block in run.manifest.budget for layer in block["layers"]),
         num_masked=exported.figures["num_masked"] if exported else None,
@@ -170,10 +174,13 @@ def _remaining_s(states: Sequence[StepState]) -> float | None:
     return sum(known) if known or not todo else None
 
 
-def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepCommit]) -> BlockState:
+def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepCommit], has_refine: bool) -> BlockState:
     pruned, compensated = by_name.get(f"prune-block/{index}"), by_name.get(f"compensate-block/{index}")
+    refined = by_name.get(f"refine-block/{index}")
     losses = compensated.figures if compensated else {}
+    refine_losses = refined.figures if refined else {}
     outcome = pruned.figures["layers"] if pruned else {}
+    finished = refined if has_refine else pruned
     layers = tuple(
         LayerState(
             layer["name"],
@@ -186,14 +193,18 @@ def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepComm
     )
     return BlockState(
         block=index,
-        state="pruned" if pruned else "compensated" if compensated else "waiting",
+        state="refined" if refined else "pruned" if pruned else "compensated" if compensated else "waiting",
         size=sum(layer.size for layer in layers),
         num_masked=sum(layer.num_masked for layer in layers),
-        num_other_zeros=pruned.figures["num_other_zeros"] if pruned else None,
+        num_other_zeros=finished.figures["num_other_zeros"] if finished else None,
         loss_before=losses.get("loss_before"),
         loss_after=losses.get("loss_after"),
         loss_before_aside=losses.get("loss_before_aside"),
         loss_after_aside=losses.get("loss_after_aside"),
+        refine_before=refine_losses.get("loss_before"),
+        refine_after=refine_losses.get("loss_after"),
+        refine_before_aside=refine_losses.get("loss_before_aside"),
+        refine_after_aside=refine_losses.get("loss_after_aside"),
         layers=layers,
     )
 
@@ -210,17 +221,22 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
         figures.append(
             CardFigure(source, dense.perplexity if dense else None, pruned.perplexity if pruned else None, note)
         )
-    settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision", "method", "sparsity")}
+    settings = {
+        k: v
+        for k, v in config.identity.items()
+        if k not in ("model", "revision", "method", "sparsity", "pattern", "bits")
+    }
     assert state.num_masked is not None
     assert state.num_other_zeros is not None
     return CardFacts(
         base_model=run.manifest.model["name"],
         revision=run.manifest.model["revision"],
         method=config.method,
-        target_sparsity=config.sparsity,
+        goal=config.goal,
         num_masked=state.num_masked,
         num_prunable=state.num_prunable,
         num_other_zeros=state.num_other_zeros,
+        is_quantized=config.bits is not None,
         settings=settings,
         figures=tuple(figures),
         version=importlib.metadata.version("lampctl"),

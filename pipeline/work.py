@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
 from pipeline.config import RunConfig
 from pipeline.engine import StepResult
@@ -19,18 +20,23 @@ from stages import export
 from stages.budget import BlockBudget, LayerBudget
 from stages.calibrate import calibrate
 from stages.capture import capture
-from stages.compensate_block import CompensationSettings, compensate_block
+from stages.compensate_block import compensate_block
 from stages.data.sources import parse_source
 from stages.data.text import evaluation_tokens, load_tokenizer, require_vocabulary
 from stages.device import DeviceChoices, PeakMemory
 from stages.errors import ResourceError
 from stages.evaluate import evaluate_perplexity
+from stages.finish_block import FinishedBlock
+from stages.mask_files import FOLDER as MASKS
+from stages.mask_files import mask_file, read_mask_file
 from stages.metrics.perplexity import windows
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.source import resolve
 from stages.protocols import Hooks
 from stages.prune_block import PruneSettings, prune_block
+from stages.refine_block import refine_block
+from stages.training import Training, TrainingSettings
 
 
 class StageWorker:
@@ -76,6 +82,7 @@ class StageWorker:
             "capture": self._capture,
             "prune-block": self._prune,
             "compensate-block": self._compensate,
+            "refine-block": self._refine,
             "export": self._export,
             "evaluate": self._evaluate,
         }[step.kind]
@@ -133,42 +140,75 @@ class StageWorker:
         if f"compensated/{block}" in step.reads:
             state = _read_state(self.run.open_file(f"compensated/{block}"))
         uses_data = f"biased/{block}" in step.reads
-        next_biased = f"biased/{block + 1}"
+        is_finished = f"pruned/{block}" in step.writes
         result = prune_block(
             self.model,
             block,
             _budget_of(self.run.manifest.budget[block]),
-            PruneSettings(config.method, config.damping, config.column_block),
+            PruneSettings(
+                config.method, config.damping, config.column_block, config.n_of_m, config.bits, config.group_size
+            ),
             self.choices,
             hooks,
             state=state,
-            export_dtypes=export.block_dtypes(self.model, block, config.export_dtype),
+            export_dtypes=export.block_dtypes(self.model, block, config.export_dtype) if is_finished else None,
             inputs=self.run.open_stream("calibration") if uses_data else None,
             biased=self.run.open_stream(f"biased/{block}") if uses_data else None,
-            biased_out=self._activations(attempt, next_biased) if next_biased in step.writes else None,
+            biased_out=self._biased_out(step, attempt),
         )
-        shard = export.block_shard(self.model, block, result.state)
+        contents = mask_file(export.pruned_weights(self.model, block, result.outcome))
+        attempt.write_file(f"masks/{block}", f"block-{block:05d}.safetensors", contents)
+        figures: dict[str, Any] = {
+            "layers": {
+                name: {"relative_error": layer.relative_error, "damping": layer.damping}
+                for name, layer in result.outcome.layers.items()
+            }
+        }
+        if result.finished is None:
+            _write_state(attempt, f"unrefined/{block}", result.state)
+            return figures
+        return {**figures, **self._finish(attempt, block, result.finished)}
+
+    def _biased_out(self, step: Step, attempt: Attempt) -> Any:
+        """The stream that the step's block puts out, if the step writes it."""
+        assert step.block is not None
+        name = f"biased/{step.block + 1}"
+        return self._activations(attempt, name) if name in step.writes else None
+
+    def _finish(self, attempt: Attempt, block: int, finished: FinishedBlock) -> dict[str, Any]:
+        """Write a block as it will be exported; gives the figures of its weights."""
+        shard = export.block_shard(self.model, block, finished.state)
         attempt.write_file(f"pruned/{block}", f"block-{block:05d}.safetensors", shard)
         return {
-            "num_masked": sum(layer.num_masked for layer in result.layers),
-            "num_other_zeros": sum(layer.num_other_zeros for layer in result.layers),
-            "layers": {
+            "num_masked": sum(layer.num_masked for layer in finished.layers),
+            "num_other_zeros": sum(layer.num_other_zeros for layer in finished.layers),
+            "weights": {
                 layer.name: {
                     "num_masked": layer.num_masked,
                     "num_other_zeros": layer.num_other_zeros,
-                    "relative_error": layer.relative_error,
-                    "damping": layer.damping,
+                    "num_levels": layer.num_levels,
                 }
-                for layer in result.layers
+                for layer in finished.layers
             },
         }
+
+    def _training(self, epochs: int | None, lr: float | None) -> TrainingSettings:
+        config = self.config
+        assert epochs is not None
+        assert lr
+        return TrainingSettings(
+            epochs,
+            lr,
+            config.lr_decay or 1.0,
+            bool(config.hold_aside),
+            config.seed,
+            config.schedule or "exponential",
+            config.loss or "mse",
+        )
 
     def _compensate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         block, config = step.block, self.config
         assert block is not None
-        assert config.epochs
-        assert config.lr
-        assert config.lr_decay
         biased = self.run.open_stream(f"biased/{block}")
         dense_name = f"dense/{block + 1}"
         dense_out: Any
@@ -184,38 +224,51 @@ class StageWorker:
             biased,
             self.run.open_stream(f"dense/{block}"),
             dense_out,
-            CompensationSettings(config.epochs, config.lr, config.lr_decay, bool(config.hold_aside), config.seed),
+            self._training(config.epochs, config.lr),
             self.choices,
             hooks,
         )
-        contents = safetensors.torch.save({k: v.contiguous() for k, v in result.state.items()})
-        attempt.write_file(f"compensated/{block}", "block.safetensors", contents)
-        return {
-            "loss_before": result.before.trained,
-            "loss_after": result.after.trained,
-            "loss_before_aside": result.before.aside,
-            "loss_after_aside": result.after.aside,
-            "epoch_losses": [{"trained": e.trained, "aside": e.aside} for e in result.epoch_losses],
-            "kept_epoch": result.kept_epoch,
-            "num_steps": result.num_steps,
-        }
+        _write_state(attempt, f"compensated/{block}", result.state)
+        return _training_figures(result.training)
+
+    def _refine(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        block, config = step.block, self.config
+        assert block is not None
+        result = refine_block(
+            self.model,
+            block,
+            self.run.open_stream("calibration"),
+            self.run.open_stream(f"biased/{block}"),
+            self.run.open_stream(f"dense/{block + 1}"),
+            _read_state(self.run.open_file(f"unrefined/{block}")),
+            export.outcome_of(read_mask_file(self.run.open_file(f"masks/{block}")), config.n_of_m),
+            self._training(config.refine_epochs, config.refine_lr),
+            self.choices,
+            hooks,
+            export_dtypes=export.block_dtypes(self.model, block, config.export_dtype),
+            biased_out=self._biased_out(step, attempt),
+        )
+        return {**_training_figures(result.training), **self._finish(attempt, block, result.finished)}
 
     def _export(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         folder = attempt.folder("model")
         files: dict[str, list[str]] = {}
-        total_size, num_masked, num_other_zeros = 0, 0, 0
+        total_size, num_masked, num_other_zeros, most_levels = 0, 0, 0, 0
         for block in range(self.model.num_blocks):
             hooks.check_stop()
             payload = self.run.payload(f"pruned/{block}")
             path = self.run.open_file(f"pruned/{block}")
             folder.link(path.name, payload.files[0])
+            masks = self.run.open_file(f"masks/{block}")
+            folder.link(f"{MASKS}/{masks.name}", self.run.payload(f"masks/{block}").files[0])
             with safetensors.safe_open(path, framework="pt") as shard:
                 files[path.name] = list(shard.keys())
+                # Once more on the files themselves, whatever the commits say.
+                counted = export.count_block(shard, read_mask_file(masks), self.config.n_of_m)
             total_size += payload.files[0].size
-            commit = self.run.commit_for(f"prune-block/{block}")
-            assert commit is not None
-            num_masked += commit.figures["num_masked"]
-            num_other_zeros += commit.figures["num_other_zeros"]
+            num_masked += counted.num_masked
+            num_other_zeros += counted.num_other_zeros
+            most_levels = max(most_levels, counted.num_levels)
             hooks.report(block + 1, self.model.num_blocks + 1, "blocks")
         for name, contents, keys in export.outside_shards(self.model, self.config.export_dtype):
             folder.write(name, contents)
@@ -233,6 +286,8 @@ class StageWorker:
             "num_prunable": num_prunable,
             "num_other_zeros": num_other_zeros,
             "sparsity": num_masked / num_prunable,
+            "pattern": self.config.pattern,
+            "num_levels": most_levels or None,
             "size_bytes": total_size,
         }
 
@@ -276,8 +331,25 @@ class StageWorker:
         self._views_of = len(self.run.commits)
 
 
-def _read_state(path: Any) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(path)
+
+
+def _write_state(attempt: Attempt, name: str, state: Mapping[str, Tensor]) -> None:
+    contents = safetensors.torch.save({k: v.contiguous() for k, v in state.items()})
+    attempt.write_file(name, "block.safetensors", contents)
+
+
+def _training_figures(training: Training) -> dict[str, Any]:
+    return {
+        "loss_before": training.before.trained,
+        "loss_after": training.after.trained,
+        "loss_before_aside": training.before.aside,
+        "loss_after_aside": training.after.aside,
+        "epoch_losses": [{"trained": e.trained, "aside": e.aside} for e in training.epoch_losses],
+        "kept_epoch": training.kept_epoch,
+        "num_steps": training.num_steps,
+    }
 
 
 def _budget_of(record: Mapping[str, Any]) -> BlockBudget:

@@ -12,11 +12,13 @@ All of it in fractions; rounding is by the largest remainder, first among blocks
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from stages.errors import UsageError
+from stages.pruners.masks import Pattern
 
 _GIVES = ("q", "k", "v", "qkv")
 _TAKES = "fc2"
@@ -102,6 +104,23 @@ def allocate(
                 counts[layer.name] = round(_exact(fixed[layer.name]) * layer.size)
         budgets.append(BlockBudget(tuple(LayerBudget(x.name, x.role, x.size, counts[x.name]) for x in every)))
     return tuple(budgets)
+
+
+def follow_pattern(blocks: Sequence[Sequence[LayerShape]], pattern: Pattern) -> tuple[BlockBudget, ...]:
+    """The counts that an N:M pattern asks of every layer.
+
+    Raises BudgetError for a layer whose columns are no whole number of groups.
+    """
+    for layer in (layer for block in blocks for layer in block):
+        if layer.cols % pattern.group:
+            raise BudgetError(
+                f"--pattern {pattern}: {layer.name} has {layer.cols} columns, no multiple of {pattern.group}; leave "
+                f"such layers dense with --ignore '{re.escape(layer.name.rpartition('.')[2])}$' or use another pattern"
+            )
+    return tuple(
+        BlockBudget(tuple(LayerBudget(x.name, x.role, x.size, pattern.count(x.size)) for x in block))
+        for block in blocks
+    )
 
 
 def feasible_alpha(blocks: Sequence[Sequence[LayerShape]], sparsity: float, alpha: float, beta: float) -> float:

@@ -10,21 +10,29 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class CompensationDefaults:
+class TrainingDefaults:
     """What LAMP does when the user leaves a setting out."""
 
     alpha: float  # LAMP Eqs. 1-2
     beta: float  # LAMP Eqs. 3-4
-    epochs: int
+    effort: str | None  # which row of the table; None: the paper's settings
+    epochs: int  # of compensation
     lr: float
     lr_decay: float  # factor per epoch
+    schedule: str  # of the rate: "exponential" by epoch, or "linear" by step
+    loss: str  # "mse", "token"
     hold_aside: bool  # keep 1 sample in 16 aside, stop early, never keep an update that made it worse
+    refine: bool
+    refine_epochs: int
+    refine_lr: float
 
 
 # (up to this sparsity, rate): the rate grows with the error there is to learn away. Measured at 50% and 70%, where
 # twice the rate gives the same within noise; the steps between, and the rate below 45%, are set by judgement.
 _RATES = ((0.45, 2e-4), (0.65, 5e-4), (1.0, 1e-3))
 
+# effort: epochs of compensation and of refinement.
+_EPOCHS = {"low": (1, 1), "medium": (2, 3), "high": (4, 6)}
 
 # What the last block is spared, the others lose on top of their share: in a model of few blocks that costs more than
 # it gains, so each may lose at most so much more (tiny-opt, 6 blocks at 70%: perplexity 30.2 with alpha 1, 31.6 with
@@ -32,26 +40,45 @@ _RATES = ((0.45, 2e-4), (0.65, 5e-4), (1.0, 1e-3))
 _MOST_ADDED = 0.02
 
 
-def measured(model_type: str, sparsity: float, num_blocks: int) -> CompensationDefaults:
+def measured(model_type: str, sparsity: float, num_blocks: int, effort: str) -> TrainingDefaults:
     """The default settings at `sparsity` for a `config.model_type` of transformers with so many blocks."""
     spared = 0.3 if sparsity > 0.55 else 0.15
     lr = next(rate for limit, rate in _RATES if sparsity <= limit)
-    return CompensationDefaults(
+    epochs, refine_epochs = _EPOCHS[effort]
+    return TrainingDefaults(
         alpha=round(1 - min(spared, _MOST_ADDED * (num_blocks - 1) / sparsity), 4),
         beta=round(0.7 * (1 - sparsity), 4) if model_type == "opt" else 0.0,
-        epochs=5,
+        effort=effort,
+        epochs=epochs,
         lr=lr,
         lr_decay=0.87,
+        schedule="linear",
+        loss="mse",
         hold_aside=True,
+        refine=True,
+        refine_epochs=refine_epochs,
+        refine_lr=lr,
     )
 
 
-def published(model_type: str, sparsity: float, num_blocks: int) -> CompensationDefaults:
-    """The paper's settings, published for 70% (LAMP section 4 and the ICP code); no early stop.
+def published(model_type: str, sparsity: float) -> TrainingDefaults:
+    """The paper's settings, published for 70% (LAMP section 4 and the ICP code); no early stop, no refinement.
 
     OPT: rate 1e-4, 12 epochs, alpha 0.691, beta 0.2 at 70%, which is the middle of the 0.6(1-s) to 0.8(1-s) that
-    the paper found best. Others: as Llama-2-7B. The number of blocks plays no part.
+    the paper found best. Others: as Llama-2-7B.
     """
-    if model_type == "opt":
-        return CompensationDefaults(0.691, round(0.7 * (1 - sparsity), 4), 12, 1e-4, 0.87, hold_aside=False)
-    return CompensationDefaults(0.7, 0.0, 1, 5e-4, 0.87, hold_aside=False)
+    is_opt = model_type == "opt"
+    return TrainingDefaults(
+        alpha=0.691 if is_opt else 0.7,
+        beta=round(0.7 * (1 - sparsity), 4) if is_opt else 0.0,
+        effort=None,
+        epochs=12 if is_opt else 1,
+        lr=1e-4 if is_opt else 5e-4,
+        lr_decay=0.87,
+        schedule="exponential",
+        loss="mse",
+        hold_aside=False,
+        refine=False,
+        refine_epochs=1,
+        refine_lr=1e-4 if is_opt else 5e-4,
+    )

@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from stages.device import DTYPES
+from stages.finish_block import LayerOutcome, PruneOutcome, check_layer, on_cpu
+from stages.mask_files import FOLDER, PrunedWeight
 from stages.models.base import BlockModel
+from stages.pruners.masks import Pattern
 
 _SHARD_BYTES = 2_000_000_000
 
@@ -34,6 +38,48 @@ def block_shard(model: BlockModel, block_index: int, state: Mapping[str, Tensor]
     """A pruned block as one safetensors file, under the names that the model's own files have for them."""
     names = model.stored_names(block_index)
     return save({names[name]: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"})
+
+
+def pruned_weights(model: BlockModel, block_index: int, outcome: PruneOutcome) -> dict[str, PrunedWeight]:
+    """Masks and grids of a block as its file of masks holds them, by layer name."""
+    names, infos = model.stored_names(block_index), {info.name: info for info in model.layers(block_index)}
+    return {
+        name: PrunedWeight(
+            names[f"{infos[name].path}.weight"], infos[name].transposed, layer.mask.cpu(), on_cpu(layer).grid
+        )
+        for name, layer in outcome.layers.items()
+    }
+
+
+def outcome_of(weights: Mapping[str, PrunedWeight], pattern: Pattern | None) -> PruneOutcome:
+    """What a file of masks says of a block's pruning."""
+    return PruneOutcome({name: LayerOutcome(layer.mask, layer.grid) for name, layer in weights.items()}, pattern)
+
+
+@dataclass(frozen=True)
+class BlockCount:
+    """What an exported block holds."""
+
+    num_masked: int
+    num_other_zeros: int
+    num_levels: int  # most distinct values in a row or group; 0: not quantized
+
+
+def count_block(shard: Any, weights: Mapping[str, PrunedWeight], pattern: Pattern | None) -> BlockCount:
+    """Count masked weights, other zeros and levels in a block's file (`safetensors.safe_open`), checking each promise.
+
+    Raises AssertionError where a masked weight is not zero, a group breaks its pattern, a row has too many values.
+    """
+    num_masked = num_other_zeros = num_levels = 0
+    for name, layer in weights.items():
+        stored = shard.get_tensor(layer.key)
+        checked = check_layer(
+            name, stored.T if layer.transposed else stored, LayerOutcome(layer.mask, layer.grid), pattern
+        )
+        num_masked += checked.num_masked
+        num_other_zeros += checked.num_other_zeros
+        num_levels = max(num_levels, checked.num_levels or 0)
+    return BlockCount(num_masked, num_other_zeros, num_levels)
 
 
 def outside_shards(model: BlockModel, requested: str) -> Iterator[tuple[str, bytes, list[str]]]:
@@ -75,10 +121,11 @@ class CardFacts:
     base_model: str
     revision: str | None
     method: str
-    target_sparsity: float
+    goal: str  # "70%", "2:4, int4"
     num_masked: int
     num_prunable: int
     num_other_zeros: int
+    is_quantized: bool
     settings: Mapping[str, object]
     figures: tuple[CardFigure, ...]
     version: str
@@ -98,12 +145,12 @@ def model_card(facts: CardFacts) -> bytes:
     achieved = facts.num_masked / facts.num_prunable
     lines = [
         *front,
-        f"# {facts.base_model.rsplit('/', 1)[-1]}, {100 * facts.target_sparsity:g}% pruned with "
-        f"{_METHOD_NAMES[facts.method]}",
+        f"# {facts.base_model.rsplit('/', 1)[-1]} at {facts.goal}, pruned with {_METHOD_NAMES[facts.method]}",
         "",
         f"Made from `{facts.base_model}`{revision} by lampctl {facts.version}. Of the {facts.num_prunable:,} prunable "
         f"weights (those of the linear layers inside the blocks), {facts.num_masked:,} ({100 * achieved:.4f}%) are "
-        f"masked: exactly zero. A further {facts.num_other_zeros:,} weights are zero without being masked.",
+        f"masked: exactly zero. A further {facts.num_other_zeros:,} weights are zero without being masked. "
+        f"`{FOLDER}/` holds the masks{', scales and zero points' if facts.is_quantized else ''}.",
         "",
     ]
     if facts.figures:

@@ -16,10 +16,13 @@ from stages.budget import BlockBudget
 from stages.capture import batch_of_one
 from stages.device import DeviceChoices, computing
 from stages.errors import NumericalError
+from stages.finish_block import FinishedBlock, LayerOutcome, PruneOutcome, finish_block, require_budget
 from stages.models.base import BlockModel
 from stages.protocols import Hooks, Stream
 from stages.pruners.hessian import Factor, HessianSum, factorise
 from stages.pruners.magnitude import magnitude_mask
+from stages.pruners.masks import Pattern
+from stages.pruners.quantize import Grid, fit_grid
 from stages.pruners.sparsegpt import sparsegpt
 from stages.pruners.wanda import wanda_mask
 
@@ -31,25 +34,18 @@ class PruneSettings:
     method: str  # "lamp", "sparsegpt", "wanda", "magnitude"
     damping: float = 0.01  # of the mean diagonal of the Hessian
     column_block: int = 128  # columns that share one mask decision
-
-
-@dataclass(frozen=True)
-class PrunedLayer:
-    """What happened to one layer."""
-
-    name: str
-    num_masked: int
-    num_other_zeros: int  # zeros that nobody asked for: dead columns, rounding, zeros of the original
-    relative_error: float | None  # |W x - W' x|^2 / |W x|^2 over the calibration set; None without data
-    damping: float | None  # what the factorisation needed in the end
+    pattern: Pattern | None = None  # N:M; the budget is then what it says
+    bits: int | None = None  # quantize what is kept, in the same sweep
+    group_size: int | None = None  # columns that share one grid; None: a whole row
 
 
 @dataclass(frozen=True)
 class PrunedBlock:
-    """A block's new state, in the export dtype, and what happened to each layer."""
+    """A block after pruning: its fp32 state, and what happened to each layer."""
 
     state: dict[str, Tensor]
-    layers: tuple[PrunedLayer, ...]
+    outcome: PruneOutcome
+    finished: FinishedBlock | None  # in the export dtype; None: it is not finished yet
 
 
 @dataclass
@@ -70,7 +66,7 @@ def prune_block(
     hooks: Hooks,
     *,
     state: Mapping[str, Tensor] | None = None,
-    export_dtypes: Mapping[str, torch.dtype],
+    export_dtypes: Mapping[str, torch.dtype] | None,
     inputs: Stream | None = None,
     biased: Stream | None = None,
     biased_out: Stream | None = None,
@@ -78,17 +74,15 @@ def prune_block(
     """Prune block `block_index` to its budget and run the biased stream through the result.
 
     state: the block's weights (compensated ones, names relative to the block); None: the original's.
-    export_dtypes: dtype of each entry of the block's state in the exported model. The weights are rounded to it
-    before `biased_out` is computed, so that later blocks see what the user's model will compute.
+    export_dtypes: dtype of each entry of the block's state in the exported model; None: leave the block in fp32,
+    unfinished, for a later step.
     inputs: token ids of the N samples; biased, biased_out: N samples (tokens, hidden). Magnitude needs none.
     Raises NumericalError, naming block and layer, where a Hessian has no usable factor.
     """
-    device = choices.torch_device
-    block = model.load_block(block_index, device, state=state)
+    block = model.load_block(block_index, choices.torch_device, state=state)
     by_name = {layer.name: layer for layer in budget.layers}
     infos = [info for info in model.layers(block_index) if info.name in by_name]
     modules = {info.path: block.get_submodule(info.path) for info in infos}
-
     groups: list[_LayerInputs] = []
     num_passes = (1 if inputs is not None else 0) + (1 if biased_out is not None else 0)
     total = len(infos) + num_passes * (len(inputs) if inputs is not None else 0)
@@ -100,67 +94,40 @@ def prune_block(
     group_of = {path: group for group in groups for path in group.paths}
 
     factors: dict[int, Factor] = {}
-    masks: dict[str, Tensor] = {}
-    figures: dict[str, tuple[float | None, float | None]] = {}
+    layers: dict[str, LayerOutcome] = {}
     # Group by group, so that each Hessian goes as soon as its layers are done.
     for info in sorted(infos, key=lambda i: groups.index(group_of[i.path]) if groups else 0):
         hooks.check_stop()
-        weight = model.weight_matrix(modules[info.path])
+        weight, where = model.weight_matrix(modules[info.path]), f"block {block_index}, layer {info.path}"
         if not bool(torch.isfinite(weight).all()):
-            raise NumericalError(f"block {block_index}, layer {info.path}: the weights hold NaN or infinity")
-        num_masked = by_name[info.name].num_masked
+            raise NumericalError(f"{where}: the weights hold NaN or infinity")
         group = group_of.get(info.path)
         factor = None
         if settings.method in ("lamp", "sparsegpt") and group is not None:
             if id(group) not in factors:
                 factors.clear()
-                where = f"block {block_index}, layer {info.path}"
                 factors[id(group)] = factorise(group.hessian.matrix(), settings.damping, on_retry=_Named(hooks, where))
             factor = factors[id(group)]
-        pruned, mask = _prune_matrix(weight, num_masked, group, factor, settings)
+        pruned, mask, grid = _prune_matrix(weight, by_name[info.name].num_masked, group, factor, settings)
         error = _relative_error(weight, pruned, group.hessian.matrix()) if group is not None else None
         model.set_weight_matrix(modules[info.path], pruned)
-        masks[info.path] = mask
-        figures[info.name] = (error, factor.damping if factor else None)
+        layers[info.name] = LayerOutcome(mask, grid, error, factor.damping if factor else None)
         progress.advance()
 
-    rounded = {name: tensor.to("cpu", export_dtypes[name]) for name, tensor in block.state_dict().items()}
-    _load_rounded(block, rounded)
-    layers = []
-    for info in infos:
-        zeros = model.weight_matrix(modules[info.path]) == 0
-        num_masked = int(masks[info.path].sum())
-        if num_masked != by_name[info.name].num_masked or bool((masks[info.path] & ~zeros).any()):
-            raise AssertionError(f"{info.name}: the mask does not hold its budget of {by_name[info.name].num_masked}")
-        error, damping = figures[info.name]
-        layers.append(PrunedLayer(info.name, num_masked, int(zeros.sum()) - num_masked, error, damping))
-
-    if biased_out is not None and inputs is not None and biased is not None:
-        propagate(model, block, block_index, inputs, biased, biased_out, choices, progress)
-    return PrunedBlock(rounded, tuple(layers))
-
-
-def propagate(
-    model: BlockModel,
-    block: nn.Module,
-    block_index: int,
-    inputs: Stream,
-    stream_in: Stream,
-    stream_out: Stream | None,
-    choices: DeviceChoices,
-    progress: _Progress,
-) -> None:
-    """Run every sample of `stream_in` through the block; keep the results in `stream_out` if there is one."""
-    device = choices.torch_device
-    ends = model.load_ends(device, part="enter")
-    for index in range(len(inputs)):
-        progress.hooks.check_stop()
-        with computing(choices):
-            call = ends.enter(batch_of_one(inputs[index], device)).calls[block_index]
-            hidden = model.run_block(block, batch_of_one(stream_in[index], device), call)
-        if stream_out is not None:
-            stream_out.write(index, hidden[0])
-        progress.advance()
+    outcome = PruneOutcome({info.name: layers[info.name] for info in infos}, settings.pattern)
+    require_budget(outcome, budget)
+    unrounded = {name: tensor.to("cpu", copy=True) for name, tensor in block.state_dict().items()}
+    finished = None
+    if export_dtypes is not None:
+        finished = finish_block(
+            *(model, block, block_index, outcome, choices, progress.advance),
+            export_dtypes=export_dtypes,
+            inputs=inputs,
+            biased=biased,
+            biased_out=biased_out,
+            hooks=hooks,
+        )
+    return PrunedBlock(unrounded, outcome, finished)
 
 
 @dataclass(frozen=True)
@@ -243,17 +210,21 @@ def _collect(
 
 def _prune_matrix(
     weight: Tensor, num_masked: int, group: _LayerInputs | None, factor: Factor | None, settings: PruneSettings
-) -> tuple[Tensor, Tensor]:
-    """New weights (rows, cols) and the mask, True where pruned."""
+) -> tuple[Tensor, Tensor, Grid | None]:
+    """New weights (rows, cols), the mask, True where pruned, and the grid that the weights were put on."""
+    grid = fit_grid(weight, settings.bits, settings.group_size) if settings.bits is not None else None
     if factor is not None:
-        return sparsegpt(weight, factor, num_masked, column_block=settings.column_block)
+        block = settings.column_block
+        pruned, mask = sparsegpt(weight, factor, num_masked, pattern=settings.pattern, grid=grid, column_block=block)
+        return pruned, mask, grid
     if settings.method == "magnitude":
-        mask = magnitude_mask(weight, num_masked)
+        mask = magnitude_mask(weight, num_masked, settings.pattern)
     elif settings.method == "wanda" and group is not None:
-        mask = wanda_mask(weight, group.hessian.mean_square(), num_masked)
+        mask = wanda_mask(weight, group.hessian.mean_square(), num_masked, settings.pattern)
     else:
         raise ValueError(f"unknown method {settings.method}")
-    return weight.masked_fill(mask, 0), mask
+    kept = grid.nearest(weight) if grid is not None else weight
+    return kept.masked_fill(mask, 0), mask, grid
 
 
 def _relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float | None:
@@ -261,9 +232,3 @@ def _relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float | N
     lost, whole = after - before, before
     energy = torch.sum((whole @ hessian) * whole)
     return (torch.sum((lost @ hessian) * lost) / energy).item() if energy > 0 else None
-
-
-def _load_rounded(block: nn.Module, rounded: Mapping[str, Tensor]) -> None:
-    """Put the values of the export dtype into the fp32 block."""
-    for name, tensor in block.state_dict().items():
-        tensor.copy_(rounded[name])

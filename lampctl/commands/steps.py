@@ -19,7 +19,7 @@ def calibrate(run: RunPath) -> None:
     \b
     lampctl calibrate runs/mine
     """
-    _do(run, "calibrate")
+    do_step(run, "calibrate")
 
 
 def capture(run: RunPath) -> None:
@@ -28,7 +28,7 @@ def capture(run: RunPath) -> None:
     \b
     lampctl capture runs/mine
     """
-    _do(run, "capture")
+    do_step(run, "capture")
 
 
 def prune_block(run: RunPath, block: Block = None) -> None:
@@ -38,7 +38,16 @@ def prune_block(run: RunPath, block: Block = None) -> None:
     lampctl prune-block runs/mine
     lampctl prune-block runs/mine --block 3
     """
-    _do(run, "prune-block", block)
+    do_step(run, "prune-block", block)
+
+
+def refine_block(run: RunPath, block: Block = None) -> None:
+    """Train a pruned block's kept weights, in runs with --refine.
+
+    \b
+    lampctl refine-block runs/mine
+    """
+    do_step(run, "refine-block", block)
 
 
 def compensate_block(run: RunPath, block: Block = None) -> None:
@@ -48,16 +57,7 @@ def compensate_block(run: RunPath, block: Block = None) -> None:
     lampctl compensate-block runs/mine
     lampctl compensate-block runs/mine --block 4
     """
-    _do(run, "compensate-block", block)
-
-
-def export(run: RunPath) -> None:
-    """Put the pruned blocks together to a model that transformers can open.
-
-    \b
-    lampctl export runs/mine
-    """
-    _do(run, "export")
+    do_step(run, "compensate-block", block)
 
 
 def evaluate(
@@ -96,7 +96,8 @@ def evaluate(
     show.results([directory], [config], as_json)
 
 
-def _do(path: Path, kind: str, block: int | None = None) -> None:
+def do_step(path: Path, kind: str, block: int | None = None) -> None:
+    """Do the next step of that kind, or of that block, and say what comes then."""
     from lampctl import show
     from lampctl.progress import listening
     from pipeline.engine import StopRequest, require_next

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from stages.errors import UsageError
-from stages.pruners.selection import smallest_per_row
+
+# Settings are read, and refused, before anything needs torch.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_GROUP = 32
 
@@ -49,6 +51,8 @@ class Pattern:
 
     def mask(self, scores: Tensor) -> Tensor:
         """True at the `num_zero` smallest scores of each group; among equals, the first. scores: (R, C)."""
+        from stages.pruners.selection import smallest_per_row
+
         grouped = scores.reshape(-1, self.group)
         return smallest_per_row(grouped, self.num_zero).reshape(scores.shape)
 

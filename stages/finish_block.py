@@ -1,0 +1,147 @@
+"""The end of every block: round it to the export dtype, check what was promised of it, run the biased stream on.
+
+The weights are rounded BEFORE the stream goes through them, so that later blocks see what the user's model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from stages.budget import BlockBudget
+from stages.capture import batch_of_one
+from stages.device import DeviceChoices, computing
+from stages.models.base import BlockModel
+from stages.protocols import Hooks, Stream
+from stages.pruners.masks import Pattern
+from stages.pruners.quantize import Grid, most_levels
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """What pruning did to one layer, as (rows, cols)."""
+
+    mask: Tensor  # (R, C) bool, True where pruned
+    grid: Grid | None
+    relative_error: float | None = None  # |W x - W' x|^2 / |W x|^2 over the calibration set; None without data
+    damping: float | None = None  # what the factorisation needed in the end
+
+
+@dataclass(frozen=True)
+class PruneOutcome:
+    """What pruning did to a block, by layer name, in the order of the module."""
+
+    layers: Mapping[str, LayerOutcome]
+    pattern: Pattern | None
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What one layer of the exported block is like, counted on the weights as exported."""
+
+    name: str
+    num_masked: int
+    num_other_zeros: int  # zeros that nobody asked for: dead columns, rounding, zeros of the original
+    num_levels: int | None  # most distinct values in a row (or group of columns); None: not quantized
+    relative_error: float | None
+    damping: float | None
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block's state in the export dtype, and what each layer is like."""
+
+    state: dict[str, Tensor]
+    layers: tuple[PrunedLayer, ...]
+
+
+@torch.no_grad()
+def finish_block(
+    model: BlockModel,
+    block: nn.Module,
+    block_index: int,
+    outcome: PruneOutcome,
+    choices: DeviceChoices,
+    advance: Callable[[], None],
+    *,
+    export_dtypes: Mapping[str, torch.dtype],
+    inputs: Stream | None,
+    biased: Stream | None,
+    biased_out: Stream | None,
+    hooks: Hooks,
+) -> FinishedBlock:
+    """Round the block in place, check it, and fill `biased_out` if there is one.
+
+    export_dtypes: dtype of each entry of the block's state in the exported model.
+    inputs: token ids of the N samples; biased, biased_out: N samples (tokens, hidden).
+    advance: called after each sample.
+    """
+    infos = [info for info in model.layers(block_index) if info.name in outcome.layers]
+    for info in infos:  # -0.0 is no pruned weight's value
+        module = block.get_submodule(info.path)
+        model.set_weight_matrix(module, model.weight_matrix(module).masked_fill(outcome.layers[info.name].mask, 0))
+    rounded = {name: tensor.to("cpu", export_dtypes[name], copy=True) for name, tensor in block.state_dict().items()}
+    for name, tensor in block.state_dict().items():
+        tensor.copy_(rounded[name])
+    layers = tuple(
+        check_layer(
+            info.name,
+            model.weight_matrix(block.get_submodule(info.path)).to(export_dtypes[f"{info.path}.weight"]),
+            outcome.layers[info.name],
+            outcome.pattern,
+        )
+        for info in infos
+    )
+    if biased_out is not None:
+        assert inputs is not None
+        assert biased is not None
+        device = choices.torch_device
+        ends = model.load_ends(device, part="enter")
+        for index in range(len(inputs)):
+            hooks.check_stop()
+            with computing(choices):
+                call = ends.enter(batch_of_one(inputs[index], device)).calls[block_index]
+                hidden = model.run_block(block, batch_of_one(biased[index], device), call)
+            biased_out.write(index, hidden[0])
+            advance()
+    return FinishedBlock(rounded, layers)
+
+
+def require_budget(outcome: PruneOutcome, budget: BlockBudget) -> None:
+    """Make sure that each layer's mask holds its budget to the last weight: a matter of ours, not of the user's."""
+    for layer in budget.layers:
+        found = int(outcome.layers[layer.name].mask.sum())
+        if found != layer.num_masked:
+            raise AssertionError(f"{layer.name}: the mask holds {found} weights, its budget is {layer.num_masked}")
+
+
+def check_layer(name: str, weight: Tensor, layer: LayerOutcome, pattern: Pattern | None) -> PrunedLayer:
+    """The figures of a layer, counted on its weight (R, C) as exported.
+
+    Raises AssertionError where a promise is broken, which is an error of ours: a masked weight that is not zero, a
+    group that breaks the pattern, a row with more values than its bits allow.
+    """
+    zeros = weight == 0
+    if bool((layer.mask & ~zeros).any()):
+        raise AssertionError(f"{name}: a masked weight is not zero")
+    if pattern is not None and pattern.share_held(zeros) != 1:
+        raise AssertionError(f"{name}: {pattern.share_held(zeros):.4%} of the groups hold {pattern}")
+    num_levels = None
+    if layer.grid is not None:
+        layer.grid.codes_of_stored(weight)  # raises where a weight is off its grid
+        num_levels = most_levels(weight, layer.grid.group_size)
+        if num_levels > layer.grid.num_levels:
+            raise AssertionError(f"{name}: {num_levels} distinct values in a row of {layer.grid.bits} bits")
+    num_masked = int(layer.mask.sum())
+    return PrunedLayer(name, num_masked, int(zeros.sum()) - num_masked, num_levels, layer.relative_error, layer.damping)
+
+
+def on_cpu(layer: LayerOutcome) -> LayerOutcome:
+    """The same in the CPU's memory."""
+    grid = layer.grid
+    if grid is not None:
+        grid = replace(grid, scale=grid.scale.cpu(), zero=grid.zero.cpu())
+    return replace(layer, mask=layer.mask.cpu(), grid=grid)

@@ -1,0 +1,106 @@
+"""Refine a block that has just been pruned: train the weights it kept, its mask fixed, towards the dense output.
+
+B <- argmin |B(biased_in) - dense_out|^2 over the kept weights, biases and norms. The paper has no such step; it also
+serves the last block, whose error no later block can compensate. Where the weights are quantized they stay on their
+grid: the forward pass rounds them, the gradient passes straight through the rounding (Bengio et al., 2013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stages.device import DeviceChoices
+from stages.finish_block import FinishedBlock, PruneOutcome, finish_block
+from stages.models.base import BlockModel
+from stages.protocols import Hooks, Stream
+from stages.pruners.quantize import Grid
+from stages.training import BlockTrainer, Training, TrainingSettings
+
+
+@dataclass(frozen=True)
+class RefinedBlock:
+    """A pruned block in the export dtype, and how its training went."""
+
+    finished: FinishedBlock
+    training: Training
+
+
+def refine_block(
+    model: BlockModel,
+    block_index: int,
+    inputs: Stream,
+    biased_in: Stream,
+    dense_out: Stream,
+    state: Mapping[str, Tensor],
+    outcome: PruneOutcome,
+    settings: TrainingSettings,
+    choices: DeviceChoices,
+    hooks: Hooks,
+    *,
+    export_dtypes: Mapping[str, torch.dtype],
+    biased_out: Stream | None,
+) -> RefinedBlock:
+    """Train pruned block `block_index`, round it to the export dtype, run the biased stream through the result.
+
+    state: the pruned block in fp32. outcome: masks, grids and the pattern, which hold afterwards as before.
+    inputs: token ids of the N samples. biased_in, dense_out, biased_out: N samples (tokens, hidden).
+    Raises NumericalError if the loss stops being finite.
+    """
+    block = model.load_block(block_index, choices.torch_device, state=state)
+    trainer = BlockTrainer(
+        *(model, block, block_index, inputs, biased_in, dense_out, settings, choices, hooks),
+        purpose="refine",
+        passes_before=1,
+        passes_after=1 if biased_out is not None else 0,
+    )
+    before = trainer.losses()
+    infos = {info.name: info for info in model.layers(block_index)}
+    for name, layer in outcome.layers.items():
+        info = infos[name]
+        module = block.get_submodule(info.path)
+        parametrize.register_parametrization(module, "weight", _Kept(layer.mask, layer.grid, info.transposed))
+    training = trainer.train(before, list(block.parameters()))
+    for name in outcome.layers:
+        parametrize.remove_parametrizations(block.get_submodule(infos[name].path), "weight", leave_parametrized=True)
+    finished = finish_block(
+        *(model, block, block_index, outcome, choices, trainer.advance),
+        export_dtypes=export_dtypes,
+        inputs=inputs,
+        biased=biased_in,
+        biased_out=biased_out,
+        hooks=hooks,
+    )
+    return RefinedBlock(finished, training)
+
+
+class _Kept(nn.Module):
+    """What a layer computes with: its weights where they were kept, on the grid if there is one, else zero."""
+
+    def __init__(self, mask: Tensor, grid: Grid | None, transposed: bool) -> None:
+        super().__init__()
+        self._mask, self._grid, self._transposed = mask, grid, transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix = weight.T if self._transposed else weight
+        if self._grid is not None:
+            matrix = _Rounded.apply(matrix, self._grid)
+        matrix = matrix.masked_fill(self._mask, 0)
+        return matrix.T if self._transposed else matrix
+
+
+class _Rounded(torch.autograd.Function):
+    """The nearest values of a grid; the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, grid: Grid) -> Tensor:
+        return grid.nearest(matrix)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
