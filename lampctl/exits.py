@@ -21,6 +21,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (pipeline_errors.ConfigMismatch, OTHER_RUN),
     (pipeline_errors.DamagedData, DAMAGED),
     (pipeline_errors.ResourceExhausted, RESOURCE),
+    (stage_errors.DamagedFileError, DAMAGED),
     (stage_errors.ResourceError, RESOURCE),
     (MemoryError, RESOURCE),
     (pipeline_errors.Superseded, SUPERSEDED),

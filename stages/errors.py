@@ -15,3 +15,7 @@ class ResourceError(StageError):
 
 class NumericalError(StageError):
     """A computation on these weights and activations has no usable result (say, a Hessian without a factor)."""
+
+
+class DamagedFileError(StageError):
+    """A file is not what was once written. The message names it, and what in it does not fit."""

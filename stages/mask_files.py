@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,14 +50,13 @@ def mask_file(layers: Mapping[str, PrunedWeight]) -> bytes:
     return save(tensors, {"format": "lampctl-masks", "version": _VERSION, "layers": json.dumps(described)})
 
 
-def read_mask_file(path: Path) -> dict[str, PrunedWeight]:
-    """The layers of one file, by name. Raises ValueError if it is no such file."""
+def read_mask_file(path: Path, only: str | None = None) -> dict[str, PrunedWeight]:
+    """The layers of one file, or only one of them, by name. Raises ValueError if it is no such file."""
     layers = {}
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != "lampctl-masks" or metadata.get("version") != _VERSION:
-            raise ValueError(f"{path} is no file of masks that this version reads")
-        for name, about in json.loads(metadata["layers"]).items():
+        for name, about in _described(path, file.metadata()).items():
+            if only not in (None, name):
+                continue
             grid = None
             if "bits" in about:
                 scale, zero = file.get_tensor(f"{name}.scale"), file.get_tensor(f"{name}.zero").float()
@@ -66,9 +66,22 @@ def read_mask_file(path: Path) -> dict[str, PrunedWeight]:
     return layers
 
 
+def weight_keys(path: Path) -> dict[str, str]:
+    """Which weight of the model's files each layer of one file is, by the layer's name. Raises ValueError."""
+    with safe_open(path, framework="pt") as file:
+        return {name: about["key"] for name, about in _described(path, file.metadata()).items()}
+
+
+def _described(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    if not metadata or metadata.get("format") != "lampctl-masks" or metadata.get("version") != _VERSION:
+        raise ValueError(f"{path} is no file of masks that this version reads")
+    layers: dict[str, Any] = json.loads(metadata["layers"])
+    return layers
+
+
 def pack_bits(mask: Tensor) -> Tensor:
     """(R, C) bool as (R, ceil(C / 8)) uint8, the first column in the highest bit."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
+    return torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy(), axis=1))
 
 
 def unpack_bits(packed: Tensor, cols: int) -> Tensor:

@@ -1,0 +1,174 @@
+"""safetensors files as bytes: read tensor by tensor whatever the dtypes are, written tensor by tensor.
+
+The library builds a whole file in memory, and knows dtypes. Here a tensor is a name and bytes, so that a file can be
+taken apart and put together again to the last byte, and one of any size is written in little memory.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+Bytes = bytes | bytearray | memoryview
+
+_PIECE_BYTES = 1 << 22
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a file."""
+
+    dtype: str  # the format's own name: "BF16"
+    shape: tuple[int, ...]
+    start: int  # in bytes from the start of the file
+    stop: int
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes the tensor has."""
+        return self.stop - self.start
+
+
+class TensorFile:
+    """An open safetensors file, to read."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError, saying why, for a file that is not safetensors from its first byte to its last."""
+        self.path = path
+        self._file = path.open("rb")
+        try:
+            self._size = self._file.seek(0, 2)
+            self.head = self._read_head()
+            self.metadata, self.entries = parse_head(self.head)
+            end = max((entry.stop for entry in self.entries.values()), default=len(self.head))
+            if end != self._size:
+                raise ValueError(f"{path} has {self._size:,} bytes, its header speaks of {end:,}")
+        except ValueError:
+            self._file.close()
+            raise
+
+    def _read_head(self) -> bytes:
+        self._file.seek(0)
+        length = self._file.read(8)
+        if len(length) < 8 or (num_bytes := struct.unpack("<Q", length)[0]) > min(_MAX_HEADER_BYTES, self._size - 8):
+            raise ValueError(f"{self.path} does not begin as a safetensors file does")
+        return length + self._file.read(num_bytes)
+
+    def read(self, name: str) -> bytearray:
+        """A tensor's bytes. Raises KeyError."""
+        entry = self.entries[name]
+        data = bytearray(entry.size_bytes)
+        self._file.seek(entry.start)
+        if self._file.readinto(data) != len(data):
+            raise ValueError(f"{self.path} ends too early")
+        return data
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """A tensor's bytes, some megabytes at a time. Raises KeyError."""
+        entry = self.entries[name]
+        for start in range(entry.start, entry.stop, _PIECE_BYTES):
+            self._file.seek(start)
+            yield self._file.read(min(_PIECE_BYTES, entry.stop - start))
+
+    def close(self) -> None:
+        """Close it; closing twice is fine."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def parse_head(head: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
+    """The metadata, and the tensors in the order of their bytes, of a file that begins with `head`.
+
+    head: the 8 bytes of its length and the header itself. Raises ValueError if it is damaged.
+    """
+    try:
+        described: dict[str, Any] = json.loads(head[8:])
+        metadata: dict[str, str] = described.pop("__metadata__", {})
+        found = [(*about["data_offsets"], name, about) for name, about in described.items()]
+        found.sort(key=lambda item: item[:3])
+        entries, end = {}, 0
+        for start, stop, name, about in found:
+            if start != end or stop < start:
+                raise ValueError(f"a gap before {name}")
+            entries[name] = Entry(about["dtype"], tuple(about["shape"]), len(head) + start, len(head) + stop)
+            end = stop
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"damaged header: {error}") from error
+    return metadata, entries
+
+
+class Sink(Protocol):
+    """Where bytes go: what a binary file of Python, or the pipeline's own, can do."""
+
+    def write(self, data: Bytes, /) -> int:
+        """Write all of it."""
+        ...
+
+    def seek(self, offset: int, /) -> Any:
+        """Go on at this byte."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+
+def open_new(path: Path) -> Sink:
+    """A new file. Raises FileExistsError."""
+    return path.open("xb")
+
+
+class TensorWriter:
+    """A safetensors file that is written tensor after tensor; its header, for which room is left, comes last."""
+
+    def __init__(self, sink: Sink, tensors: Iterable[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> None:
+        """tensors: for names and shapes like these (or a few characters longer), or fewer, room is left."""
+        self._sink, self._metadata = sink, dict(metadata)
+        self._described: dict[str, Any] = {}
+        self._end = 0
+        room = len(_json({"__metadata__": self._metadata})) + sum(
+            len(_json(name)) + len(_json(shape)) + _ENTRY_ROOM for name, shape in tensors
+        )
+        self._room = (room + 7) // 8 * 8
+        sink.write(bytes(8 + self._room))
+
+    def add(self, name: str, dtype: str, shape: Iterable[int], pieces: Iterable[Bytes]) -> int:
+        """Write a tensor; how many bytes it has. Raises ValueError for a name that is taken."""
+        if name in self._described:
+            raise ValueError(f"two tensors would be called {name}")
+        start = self._end
+        for piece in pieces:
+            self._end += self._sink.write(piece)
+        self._described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, self._end]}
+        return self._end - start
+
+    def finish(self) -> int:
+        """Write the header; the file's size in bytes."""
+        header = _json({"__metadata__": self._metadata, **self._described})
+        assert len(header) <= self._room, f"room for {self._room} bytes of header, {len(header)} are needed"
+        self._sink.seek(0)
+        self._sink.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        return 8 + self._room + self._end
+
+
+# What the entry of a tensor takes beside its name and shape, with two offsets of 14 digits, and a longer name.
+_ENTRY_ROOM = len(',:{"dtype":"F8_E4M3","shape":,"data_offsets":[,]}') + 2 * 14 + 20
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
