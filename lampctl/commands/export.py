@@ -1,0 +1,88 @@
+"""`lampctl export`: a run's model as a folder, as one small packed file, and that as a folder again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lampctl.commands.steps import do_step
+
+
+def export(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A run directory; to be packed, also an exported model folder.")
+    ] = None,
+    model_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="folder: the step of the run, a folder for transformers. packed: one file, without the masked "
+            "weights, and with --bits with so many bits a weight. [default: folder]",
+        ),
+    ] = None,
+    unpack: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Make the model folder of a packed file again, bit for bit.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Where the packed file, or the unpacked folder, goes. [default: RUN/<run>.packed.safetensors]",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a packed file of something else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the sizes as JSON.")] = False,
+) -> None:
+    """Put the pruned blocks together to a model that transformers can open, or pack it into one small file.
+
+    \b
+    lampctl export runs/mine
+    lampctl export runs/mine --format packed
+    lampctl export runs/mine/model --format packed --out small.safetensors
+    lampctl export --unpack small.safetensors --out my-model
+    """
+    from pipeline.errors import ConfigError
+
+    if model_format not in (None, "folder", "packed"):
+        raise ConfigError(f"--format {model_format}: choose one of folder, packed")
+    if unpack is not None:
+        if run is not None or model_format is not None or force:
+            raise ConfigError("--unpack takes a packed file and --out, and neither RUN, --format nor --force")
+        if out is None:
+            raise ConfigError("--unpack needs --out FOLDER: where the model goes")
+        _unpack(unpack, out, as_json)
+        return
+    if run is None:
+        raise ConfigError("name a run directory: lampctl export RUN; or a packed file: lampctl export --unpack FILE")
+    if model_format == "packed":
+        _pack(run, out, force, as_json)
+        return
+    if out is not None or force or as_json:
+        raise ConfigError("--out, --force and --json belong to --format packed; RUN/model is where the folder goes")
+    do_step(run, "export")
+
+
+def _pack(path: Path, out: Path | None, force: bool, as_json: bool) -> None:
+    from lampctl import show
+    from lampctl.file_progress import showing_files
+    from pipeline.packing import find_packable, pack_model
+
+    source = find_packable(path)
+    target = out or source.target
+    with showing_files(f"packing {source.folder}") as hooks:
+        sizes = pack_model(source, target, hooks, force)
+    show.packed("packed model", target, sizes, as_json)
+
+
+def _unpack(packed: Path, folder: Path, as_json: bool) -> None:
+    from lampctl import show
+    from lampctl.file_progress import showing_files
+    from pipeline.packing import unpack_model
+    from stages.packed import packed_sizes
+
+    with showing_files(f"unpacking {packed}") as hooks:
+        unpack_model(packed, folder, hooks)
+    show.packed("model", folder, packed_sizes(packed), as_json)

@@ -1,0 +1,117 @@
+"""A pruned model as one small file, and back: each appears on the disk whole and durable, or not at all."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import disk
+from pipeline.errors import ConfigError, RunNotFound, StepOrderError
+from pipeline.plan import next_steps
+from pipeline.rundir import RunDirectory
+from pipeline.session import reopen, steps_of
+from stages.packed import PackedSizes
+from stages.protocols import Hooks
+
+
+@dataclass(frozen=True)
+class Packable:
+    """A model folder that can be packed, and where the packed file belongs unless somebody says otherwise."""
+
+    folder: Path
+    target: Path
+
+
+def find_packable(path: Path) -> Packable:
+    """The model of a run, after making sure that it is what was committed; or a folder that is a model itself.
+
+    Raises StepOrderError, naming the step to do first, for a run that is not exported; RunNotFound; DamagedData.
+    """
+    path = path.absolute()
+    if (path / "run.json").exists():
+        run, config = reopen(path)
+        if run.commit_for("export") is None:
+            todo = next_steps(steps_of(run, config)[0], [commit.step for commit in run.commits])
+            raise StepOrderError(f"there is no model to pack in {path} yet: do {todo[0].name} first")
+        return Packable(_published_model(run), path / f"{path.name}.packed.safetensors")
+    if not (path / "config.json").exists():
+        raise RunNotFound(f"{path} is no run and no model folder: it has neither run.json nor config.json")
+    return Packable(path, path.with_name(f"{path.name}.packed.safetensors"))
+
+
+def pack_model(source: Packable, target: Path, hooks: Hooks, replace: bool = False) -> PackedSizes:
+    """Pack the model folder as the file `target`; how large it is.
+
+    A packed file of the very same folder is left as it is. Raises ConfigError for any other file there, unless it may
+    be replaced, and for a target inside the model folder; OutOfDisk, DiskError; and what `stages.pack.pack` raises.
+    """
+    from stages.pack import pack
+    from stages.packed import packed_sizes
+
+    target = target.absolute()
+    if target.resolve().is_relative_to(source.folder.resolve()):
+        raise ConfigError(f"--out {target} lies inside the model that is packed: name another place")
+    if target.is_dir():
+        raise ConfigError(f"--out {target} is a folder: name a file")
+    if target.exists() and not replace:
+        if _is_packed_already(target, source.folder):
+            return packed_sizes(target)
+        raise ConfigError(f"{target} is there already and holds something else: name another by --out, or use --force")
+    disk.make_folder(target.parent)
+    temporary = disk.temporary_folder(target)
+    try:
+        sizes = pack(source.folder, temporary / target.name, hooks, _RewritableFile)
+        disk.flush_tree(temporary)
+        disk.rename(temporary / target.name, target)
+        disk.flush_folder(target.parent)
+    finally:
+        disk.remove_tree(temporary)
+    return sizes
+
+
+def unpack_model(packed: Path, folder: Path, hooks: Hooks) -> None:
+    """Make `folder`, which must be missing or empty, of a packed file. Raises what `stages.unpack.unpack` raises."""
+    from stages.errors import UsageError
+    from stages.unpack import unpack
+
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--out {folder} is there already and is not an empty folder: name a new one")
+    disk.make_folder(folder.parent)
+    temporary = disk.temporary_folder(folder)
+    try:
+        unpack(packed, temporary, hooks, _RewritableFile)
+        disk.flush_tree(temporary)
+        disk.rename(temporary, folder)
+        disk.flush_folder(folder.parent)
+    finally:
+        disk.remove_tree(temporary)
+
+
+def _published_model(run: RunDirectory) -> Path:
+    payload = run.payload("model")
+    for file in payload.files:
+        run.open_file("model", payload.inner(file))
+    return run.publish("model")
+
+
+def _is_packed_already(target: Path, folder: Path) -> bool:
+    from stages.errors import DamagedFileError, UsageError
+    from stages.pack import is_packed_from
+    from stages.packed import open_packed, read_contents
+
+    try:
+        with open_packed(target) as file:
+            return is_packed_from(read_contents(file), folder)
+    except (UsageError, DamagedFileError):
+        return False
+
+
+class _RewritableFile(disk.FileWriter):
+    """A new file in which one may go back, as the header of a packed file needs it; its digest means nothing then."""
+
+    def seek(self, offset: int, /) -> None:
+        """Go on writing at this byte."""
+        assert self._descriptor is not None, "the file is closed"
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
