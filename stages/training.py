@@ -218,7 +218,7 @@ class BlockTrainer:
             if not math.isfinite(losses[index]):
                 raise NumericalError(
                     f"block {self.block_index}: the loss became {losses[index]} in epoch {epoch}; "
-                    f"use a smaller rate than {self.settings.lr:g} (--lr)"
+                    f"use a smaller --lr than {self.settings.lr:g}"
                 )
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()

@@ -11,13 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from stages.budget import LayerShape, allocate
 from stages.capture import capture
-from stages.compensate_block import CompensationSettings, compensate_block, split_samples
+from stages.compensate_block import compensate_block
 from stages.device import DeviceChoices
 from stages.errors import NumericalError
 from stages.models.decoder import open_model
 from stages.models.source import resolve
 from stages.protocols import ListStream, NullHooks
 from stages.prune_block import PruneSettings, prune_block
+from stages.pruners.masks import Pattern
+from stages.refine_block import refine_block
+from stages.training import TrainingSettings, block_loss, split_samples
 from tests.small_models import VOCAB, save
 
 CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")
@@ -53,7 +56,7 @@ def budget_of(model, sparsity, alpha=1.0, beta=0.0):
 
 
 def settings(**changes):
-    return CompensationSettings(**{"epochs": 2, "lr": 1e-3, "lr_decay": 0.9, "hold_aside": True, "seed": 0, **changes})
+    return TrainingSettings(**{"epochs": 2, "lr": 1e-3, "lr_decay": 0.9, "hold_aside": True, "seed": 0, **changes})
 
 
 def block_inputs(whole, list_name, ids):
@@ -70,6 +73,11 @@ def block_inputs(whole, list_name, ids):
     for handle in handles:
         handle.remove()
     return [hidden[0] for hidden in seen]
+
+
+def _compensated(*args):
+    result = compensate_block(*args)
+    return result.state, result.training
 
 
 def lamp(model, inputs, method="lamp"):
@@ -93,8 +101,8 @@ def lamp(model, inputs, method="lamp"):
             biased=biased[i],
             biased_out=biased[i + 1],
         )
-        states[i] = result.state
-        assert [x.num_masked for x in result.layers] == [x.num_masked for x in budget[i].layers]
+        states[i] = result.finished.state
+        assert [x.num_masked for x in result.finished.layers] == [x.num_masked for x in budget[i].layers]
     return biased, dense, states
 
 
@@ -116,12 +124,12 @@ def test_both_streams_are_what_the_whole_models_compute(folder, model, inputs):
 def test_compensation_reports_the_mse_of_the_last_blocks_output(model, inputs):
     biased, dense, _ = lamp(model, inputs, "sparsegpt")
     target = stream()
-    result = compensate_block(
+    state, result = _compensated(
         *(model, 1, inputs, biased[1], dense[1], target, settings(hold_aside=False), CHOICES, NullHooks())
     )
     with torch.no_grad():
         ends, block = model.load_ends(torch.device("cpu")), model.load_block(1, torch.device("cpu"))
-        trained = model.load_block(1, torch.device("cpu"), state=result.state)
+        trained = model.load_block(1, torch.device("cpu"), state=state)
         before, after = [], []
         for i in range(N):
             call = ends.enter(inputs[i][None]).calls[1]
@@ -138,12 +146,12 @@ def test_compensation_reports_the_mse_of_the_last_blocks_output(model, inputs):
 def test_an_update_that_makes_it_worse_is_never_kept(model, inputs):
     biased, dense, _ = lamp(model, inputs, "sparsegpt")
     args = (model, 1, inputs, biased[1], dense[1], stream())
-    result = compensate_block(*args, settings(lr=3.0), CHOICES, NullHooks())
+    state, result = _compensated(*args, settings(lr=3.0), CHOICES, NullHooks())
     assert result.kept_epoch == 0
     assert len(result.epoch_losses) == 1
     assert result.after == result.before
     original = model.load_block(1, torch.device("cpu")).state_dict()
-    assert all(torch.equal(tensor, original[name]) for name, tensor in result.state.items())
+    assert all(torch.equal(tensor, original[name]) for name, tensor in state.items())
 
 
 def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_change(model, inputs):
@@ -174,7 +182,7 @@ def test_wanda_masks_come_from_the_inputs_that_each_layer_really_gets(folder, mo
                 whole(inputs[i][None], use_cache=False)
         handle.remove()
         scores = module.weight.abs() * (torch.stack(squares).sum(0) / (N * T)).sqrt()
-        pruned = result.state[f"{layer.path}.weight"] == 0
+        pruned = result.finished.state[f"{layer.path}.weight"] == 0
         assert pruned.sum(1).tolist() == [layer.cols // 2] * layer.rows
         assert scores[pruned].numel() == layer.rows * layer.cols // 2
         for row in range(layer.rows):
@@ -191,9 +199,9 @@ def test_biased_output_is_computed_with_the_weights_as_exported(model, inputs):
         biased=biased,
         biased_out=out,
     )
-    assert {t.dtype for t in result.state.values()} == {torch.bfloat16}
+    assert {t.dtype for t in result.finished.state.values()} == {torch.bfloat16}
     with torch.no_grad():
-        block = model.load_block(0, torch.device("cpu"), state=result.state)
+        block = model.load_block(0, torch.device("cpu"), state=result.finished.state)
         call = model.load_ends(torch.device("cpu")).enter(inputs[0][None]).calls[0]
         assert torch.equal(model.run_block(block, biased[0][None], call)[0], out[0])
 
@@ -208,7 +216,7 @@ def test_relative_error_is_that_of_the_layers_output(model, inputs):
         inputs=inputs,
         biased=biased,
     )
-    layer, figures = model.layers(0)[0], result.layers[0]
+    layer, figures = model.layers(0)[0], result.finished.layers[0]
     xs = []
     before.get_submodule(layer.path).register_forward_pre_hook(lambda m, a: xs.append(a[0].flatten(0, 1)))
     with torch.no_grad():
@@ -216,7 +224,7 @@ def test_relative_error_is_that_of_the_layers_output(model, inputs):
         for i in range(N):
             model.run_block(before, biased[i][None], ends.enter(inputs[i][None]).calls[0])
     x, old = torch.cat(xs), before.get_submodule(layer.path).weight
-    new = result.state[f"{layer.path}.weight"]
+    new = result.finished.state[f"{layer.path}.weight"]
     expected = (x @ (new - old).T).square().sum() / (x @ old.T).square().sum()
     assert figures.relative_error == pytest.approx(expected.item(), rel=1e-3)
 
@@ -236,6 +244,111 @@ def test_one_sample_only_is_trained_on_and_said(model, inputs):
     capture(model, one, biased, dense, CHOICES, NullHooks())
     biased.write(0, dense[0] + 0.3 * torch.randn(T, H, generator=torch.Generator().manual_seed(7)))
     hooks = NullHooks()
-    result = compensate_block(model, 1, one, biased, dense, target, settings(), CHOICES, hooks)
+    _, result = _compensated(model, 1, one, biased, dense, target, settings(), CHOICES, hooks)
     assert "only one calibration sample" in hooks.warnings[0]
     assert result.after.trained < result.before.trained
+
+
+def pruned_for_refining(model, inputs, **changes):
+    """Block 1 pruned on the biased stream of a SparseGPT run, and what refining it needs."""
+    biased, dense, _ = lamp(model, inputs, "sparsegpt")
+    target = stream()
+    compensate_block(model, 1, inputs, biased[1], dense[1], target, settings(epochs=0), CHOICES, NullHooks())
+    budget = budget_of(model, 0.5 if "pattern" in changes else 0.6)[1]
+    result = prune_block(
+        *(model, 1, budget, PruneSettings("lamp", **changes), CHOICES, NullHooks()),
+        export_dtypes=None,
+        inputs=inputs,
+        biased=biased[1],
+    )
+    assert result.finished is None
+    return biased[1], target, result
+
+
+def mean_loss(model, state, inputs, biased, target):
+    with torch.no_grad():
+        block, ends = model.load_block(1, torch.device("cpu"), state=state), model.load_ends(torch.device("cpu"))
+        losses = [
+            functional.mse_loss(
+                model.run_block(block, biased[i][None], ends.enter(inputs[i][None]).calls[1]), target[i][None]
+            )
+            for i in range(N)
+        ]
+    return torch.stack(losses).mean().item()
+
+
+@pytest.mark.parametrize("changes", [{}, {"pattern": Pattern(2, 4)}, {"bits": 4}, {"bits": 3, "group_size": 16}])
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_refining_lowers_the_loss_and_keeps_mask_pattern_and_grid(model, inputs, changes, dtype):
+    biased, target, pruned = pruned_for_refining(model, inputs, **changes)
+    out = stream()
+    result = refine_block(
+        *(model, 1, inputs, biased, target, pruned.state, pruned.outcome),
+        *(settings(lr=3e-3, epochs=8, hold_aside=False, schedule="linear"), CHOICES, NullHooks()),
+        export_dtypes=dict.fromkeys(model.stored_names(1), dtype),
+        biased_out=out,
+    )
+    state = result.finished.state
+    assert mean_loss(model, state, inputs, biased, target) < mean_loss(model, pruned.state, inputs, biased, target)
+    assert result.training.after.trained < result.training.before.trained
+    for info in model.layers(1):
+        layer, stored = pruned.outcome.layers[info.name], state[f"{info.path}.weight"]
+        assert torch.all(stored[layer.mask] == 0)
+        before = pruned.state[f"{info.path}.weight"]
+        assert not torch.equal(stored.float(), before)
+        if "bits" in changes:
+            grid, size = layer.grid, layer.grid.group_size
+            for row in range(info.rows):
+                levels = (torch.arange(2 ** changes["bits"]) - grid.zero[row, :, None]) * grid.scale[row, :, None]
+                for group, part in enumerate(stored[row].split(size)):
+                    assert torch.isin(part, levels[group].to(dtype)).all()
+    with torch.no_grad():
+        block = model.load_block(1, torch.device("cpu"), state=state)
+        call = model.load_ends(torch.device("cpu")).enter(inputs[0][None]).calls[1]
+        assert torch.equal(model.run_block(block, biased[0][None], call)[0], out[0])
+
+
+def test_a_refinement_that_makes_it_worse_is_never_kept(model, inputs):
+    biased, target, pruned = pruned_for_refining(model, inputs)
+    result = refine_block(
+        *(model, 1, inputs, biased, target, pruned.state, pruned.outcome, settings(lr=3.0), CHOICES, NullHooks()),
+        export_dtypes=dict.fromkeys(model.stored_names(1), FP32),
+        biased_out=None,
+    )
+    assert result.training.kept_epoch == 0
+    assert all(torch.equal(tensor, pruned.state[name]) for name, tensor in result.finished.state.items())
+
+
+def test_compensation_with_no_epochs_only_writes_the_targets(model, inputs):
+    biased, dense, _ = lamp(model, inputs, "sparsegpt")
+    target = stream()
+    result = compensate_block(model, 1, inputs, biased[1], dense[1], target, settings(epochs=0), CHOICES, NullHooks())
+    original = model.load_block(1, torch.device("cpu")).state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in result.state.items())
+    assert result.training.num_steps == 0
+    assert torch.isfinite(target[N - 1]).all()
+
+
+def test_a_relative_loss_counts_each_token_alike():
+    target = torch.tensor([[[1000.0, 1000.0], [1.0, 1.0]]])
+    off = target + torch.tensor([[[100.0, 100.0], [0.1, 0.1]]])
+    assert block_loss(off, target, "token").item() == pytest.approx(0.01)
+    assert block_loss(off, target, "mse").item() == pytest.approx((100**2 + 0.1**2) / 2)
+    only_second = target + torch.tensor([[[0.0, 0.0], [0.1, 0.1]]])
+    assert block_loss(only_second, target, "token").item() == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 20])
+def test_the_linear_schedule_rises_shortly_and_ends_near_zero(model, inputs, epochs, monkeypatch):
+    biased, dense, _ = lamp(model, inputs, "sparsegpt")
+    rates = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda o, *a: rates.append(o.param_groups[0]["lr"]) or step(o, *a))
+    chosen = settings(epochs=epochs, schedule="linear", hold_aside=False)
+    compensate_block(model, 1, inputs, biased[1], dense[1], stream(), chosen, CHOICES, NullHooks())
+    assert len(rates) == epochs * N
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(chosen.lr)
+    assert peak <= 0.05 * len(rates) + 1
+    assert all(a > b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    assert 0 < rates[-1] < 0.25 * chosen.lr

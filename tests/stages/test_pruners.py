@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from stages.errors import NumericalError
 from stages.pruners.hessian import HessianSum, factorise
 from stages.pruners.magnitude import magnitude_mask
+from stages.pruners.masks import Pattern
+from stages.pruners.quantize import fit_grid
 from stages.pruners.selection import smallest
 from stages.pruners.sparsegpt import sparsegpt
 from stages.pruners.wanda import wanda_mask
@@ -25,8 +27,12 @@ def hessian_of(x):
     return 2 / len(x) * x.T @ x
 
 
-def plain_sparsegpt(weight, hessian, num_masked, damping=0.01, block=128, mask=None):
-    """Optimal Brain Surgeon, one column at a time, with an explicit inverse Hessian that shrinks after each."""
+def plain_sparsegpt(weight, hessian, num_masked, damping=0.01, block=128, mask=None, n_of_m=None, bits=None):
+    """Optimal Brain Surgeon, one column at a time, with an explicit inverse Hessian that shrinks after each.
+
+    n_of_m: (N, M), the N smallest of each group of M are chosen when the group is reached. bits: what is kept is
+    rounded to the nearest of 2^bits values between the row's extremes, and the later columns learn of that error too.
+    """
     w, (rows, cols) = weight.clone(), weight.shape
     dead = hessian.diagonal() == 0
     w[:, dead] = 0
@@ -39,8 +45,20 @@ def plain_sparsegpt(weight, hessian, num_masked, damping=0.01, block=128, mask=N
         pivots[j] = left[j, j]
         left = left - torch.outer(left[:, j], left[j]) / left[j, j]
     chosen = torch.zeros(rows, cols, dtype=torch.bool)
+    if bits is not None:
+        low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+        step = ((high - low).float() / (2**bits - 1)).double()  # the grid is kept in fp32
+        levels = (torch.arange(2**bits)[None] - torch.round(-low.float() / step.float()).double()[:, None]) * step[
+            :, None
+        ]
     for j in range(cols):
-        if j % block == 0:
+        if n_of_m is not None:
+            if j % n_of_m[1] == 0:
+                scores = w[:, j : j + n_of_m[1]] ** 2 / pivots[j : j + n_of_m[1]]
+                for row in range(rows):
+                    for k in scores[row].argsort(stable=True)[: n_of_m[0]].tolist():
+                        chosen[row, j + k] = True
+        elif j % block == 0:
             end = min(j + block, cols)
             if mask is None:
                 count = num_masked * end // cols - num_masked * j // cols
@@ -50,9 +68,14 @@ def plain_sparsegpt(weight, hessian, num_masked, damping=0.01, block=128, mask=N
                 chosen[:, j:end] = part.view(rows, end - j)
             else:
                 chosen[:, j:end] = mask[:, j:end]
-        error = torch.where(chosen[:, j], w[:, j], 0) / inverse[j, j]
+        kept = w[:, j].clone()
+        if bits is not None:
+            nearest = (levels - kept[:, None]).abs().argmin(1)
+            kept = levels.gather(1, nearest[:, None])[:, 0]
+        kept[chosen[:, j]] = 0
+        error = (w[:, j] - kept) / inverse[j, j]
         w -= torch.outer(error, inverse[j])
-        w[chosen[:, j], j] = 0
+        w[:, j] = kept
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return w, chosen
 
@@ -87,6 +110,49 @@ def test_sparsegpt_in_fp32_is_as_good(sparsity):
     error = ((own.double() - weight) @ x.T).square().sum()
     reference = ((expected - weight) @ x.T).square().sum()
     assert abs(error / reference - 1) < 0.01
+
+
+@pytest.mark.parametrize("cols", [96, 160, 300])
+@pytest.mark.parametrize("n_of_m", [(2, 4), (4, 8), (1, 4), (1, 3), (3, 5), None])
+@pytest.mark.parametrize("bits", [None, 3, 4])
+def test_sparsegpt_with_patterns_and_bits_equals_the_plain_implementation(cols, n_of_m, bits):
+    if n_of_m is not None:
+        cols = cols // n_of_m[1] * n_of_m[1]
+    weight, x = layer(rows=16, cols=cols)
+    hessian = hessian_of(x)
+    pattern = Pattern(*n_of_m) if n_of_m else None
+    num_masked = pattern.count(weight.numel()) if pattern else round(0.6 * weight.numel())
+    grid = fit_grid(weight, bits) if bits else None
+    factor = factorise(hessian, 0.01, on_retry=pytest.fail)
+    mine, mask = sparsegpt(weight, factor, num_masked, pattern=pattern, grid=grid)
+    expected, expected_mask = plain_sparsegpt(weight, hessian, num_masked, n_of_m=n_of_m, bits=bits)
+    assert torch.equal(mask, expected_mask)
+    assert mask.sum() == num_masked
+    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6 if bits else 1e-9)
+    if n_of_m:
+        assert ((mine.reshape(-1, n_of_m[1]) == 0).sum(1) >= n_of_m[0]).all()
+    if bits:
+        assert max(len(row.unique()) for row in mine.float()) <= 2**bits
+
+
+def test_the_joint_sweep_beats_pruning_and_then_rounding():
+    weight, x = layer(rows=48, cols=256, tokens=800)
+    factor = factorise(hessian_of(x), 0.01, on_retry=pytest.fail)
+    pattern, grid = Pattern(2, 4), fit_grid(weight, 3)
+    joint, _ = sparsegpt(weight, factor, weight.numel() // 2, pattern=pattern, grid=grid)
+    pruned, mask = sparsegpt(weight, factor, weight.numel() // 2, pattern=pattern)
+    stacked = grid.nearest(pruned).masked_fill(mask, 0)
+    assert ((joint - weight) @ x.T).norm() < 0.97 * ((stacked - weight) @ x.T).norm()
+
+
+def test_one_factorisation_shared_by_layers_gives_what_separate_ones_give():
+    """q, k and v see the same input: their weights stacked, or one by one, under factors of their own."""
+    (q, x), (k, _), (v, _) = layer(seed=1), layer(seed=2, rows=8), layer(seed=3, rows=8)
+    shared = factorise(hessian_of(x), 0.01, on_retry=pytest.fail)
+    for weight in (q, k, v):
+        own = factorise(hessian_of(x).clone(), 0.01, on_retry=pytest.fail)
+        for a, b in zip(sparsegpt(weight, shared, 500), sparsegpt(weight, own, 500), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_sparsegpt_beats_magnitude_and_leaves_its_argument_alone():
@@ -159,6 +225,29 @@ def test_wanda_equals_the_published_rule_where_it_is_defined():
     order = torch.sort(metric, dim=-1, stable=True)[1]
     expected.scatter_(1, order[:, : int(100 * 0.7)], True)
     assert torch.equal(wanda_mask(weight, total.mean_square(), 1400), expected)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (2, 5)])
+def test_wanda_n_of_m_equals_the_published_rule(n, m):
+    """The original's loop over columns: in each group of m, the n smallest by topk."""
+    weight, x = layer(rows=20, cols=80, dtype=torch.float32)
+    metric = weight.abs() * x.square().mean(0).sqrt()
+    expected = torch.zeros_like(metric, dtype=torch.bool)
+    for j in range(0, 80, m):
+        expected.scatter_(1, j + torch.topk(metric[:, j : j + m], n, dim=1, largest=False)[1], True)
+    assert torch.equal(wanda_mask(weight, x.square().mean(0), 20 * 80 * n // m, Pattern(n, m)), expected)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 2)])
+def test_magnitude_n_of_m_keeps_the_largest_of_each_group(n, m):
+    weight, _ = layer(rows=6, cols=32)
+    mask = magnitude_mask(weight, 6 * 32 * n // m, Pattern(n, m))
+    for row in range(6):
+        for j in range(0, 32, m):
+            size = weight[row, j : j + m].abs()
+            gone = mask[row, j : j + m]
+            assert gone.sum() == n
+            assert size[gone].max() < size[~gone].min()
 
 
 @settings(max_examples=200, deadline=None)
