@@ -2,15 +2,25 @@
 
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from pipeline.config import FREE_FIELDS, RunConfig, Settings, complete, differing_fields, gather
+from pipeline.config import (
+    FREE_FIELDS,
+    Effort,
+    RunConfig,
+    Settings,
+    check_combinations,
+    complete,
+    differing_fields,
+    gather,
+)
 from pipeline.errors import ConfigError
 from stages.defaults import measured, published
 
-DEFAULTS = measured("llama", 0.7, 30)
+DEFAULTS = measured("llama", 0.7, 30, "medium")
 GIVEN = {"model": "m", "sparsity": 0.7}
 
 
@@ -20,7 +30,8 @@ def completed(flags=None, max_positions=2048, preset=None):
 
 def test_lamp_gets_the_measured_defaults_and_others_are_uniform():
     config, origins, notices = completed()
-    assert (config.alpha, config.beta, config.lr, config.epochs) == (0.7, 0.0, DEFAULTS.lr, 5)
+    assert (config.alpha, config.beta, config.lr, config.epochs) == (0.7, 0.0, DEFAULTS.lr, DEFAULTS.epochs)
+    assert (config.refine, config.refine_epochs, config.effort) == (True, DEFAULTS.refine_epochs, "medium")
     assert origins["alpha"] == "default"
     assert notices == []
     for method in ("sparsegpt", "wanda", "magnitude"):
@@ -50,21 +61,78 @@ def test_seqlen_is_the_papers_unless_the_model_has_fewer_positions():
 
 
 def test_the_paper_preset_is_what_was_published():
-    config, _, _ = complete(gather({**GIVEN}, preset="paper", environ={}), 2048, published("opt", 0.7, 12))
+    config, _, _ = complete(gather({**GIVEN}, preset="paper", environ={}), 2048, published("opt", 0.7))
     assert (config.calibration, config.num_samples, config.seqlen) == ("c4", 128, 2048)
     assert (config.epochs, config.lr, config.lr_decay, config.hold_aside) == (12, 1e-4, 0.87, False)
+    assert (config.schedule, config.loss, config.refine, config.refine_epochs) == ("exponential", "mse", False, None)
     assert (config.alpha, config.beta) == (0.691, 0.21)
     assert config.calibration_sampling == "random"
-    llama = published("llama", 0.7, 32)
+    llama = published("llama", 0.7)
     assert (llama.epochs, llama.lr, llama.beta) == (1, 5e-4, 0.0)
 
 
 @pytest.mark.parametrize("model_type", ["opt", "llama"])
 def test_the_rate_grows_with_sparsity_and_few_blocks_are_spared_less(model_type):
-    rates = [measured(model_type, s / 100, 30).lr for s in range(10, 95, 5)]
+    rates = [measured(model_type, s / 100, 30, "medium").lr for s in range(10, 95, 5)]
     assert rates == sorted(rates)
-    assert measured(model_type, 0.7, 30).alpha < measured(model_type, 0.7, 6).alpha < 1
-    assert measured(model_type, 0.7, 1).alpha == 1
+    assert measured(model_type, 0.7, 30, "low").alpha < measured(model_type, 0.7, 6, "low").alpha < 1
+    assert measured(model_type, 0.7, 1, "low").alpha == 1
+
+
+def test_more_effort_trains_longer():
+    steps = [(d.epochs + d.refine_epochs) for d in (measured("llama", 0.7, 30, effort) for effort in get_args(Effort))]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"sparsity": None}, "--sparsity is missing, or --pattern N:M instead"),
+        ({"pattern": "2:4"}, "--pattern 2:4 fixes the sparsity of every group .* it excludes --sparsity"),
+        ({"sparsity": None, "pattern": "2:4", "alpha": 0.7}, "it excludes --alpha"),
+        ({"sparsity": None, "pattern": "2:4", "beta": 0.0}, "it excludes --beta"),
+        ({"sparsity": None, "pattern": "2:4", "layer_sparsity": {"x": 0.5}}, "it excludes --layer-sparsity"),
+        ({"bits": 4, "method": "wanda"}, "--bits 4: Wanda .* cannot quantize; use --method lamp"),
+        ({"group_size": 128}, "--group-size 128 is about --bits, which is not set"),
+        ({"refine": False, "refine_epochs": 2}, "--no-refine excludes --refine-epochs"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused_by_both_names(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        check_combinations(gather({**GIVEN, **flags}, environ={}))
+
+
+def test_the_origin_of_what_excludes_is_told():
+    Path("s.yaml").write_text("sparsity: 0.5\n")
+    with pytest.raises(ConfigError, match=r"excludes --sparsity \(file s.yaml\)"):
+        check_combinations(gather({"model": "m", "pattern": "2:4"}, Path("s.yaml"), environ={}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"bits": 9}, "--bits 9"), ({"bits": 1}, "--bits 1"), ({"pattern": "4:2"}, "--pattern 4:2: .*expected N:M")],
+)
+def test_values_out_of_range_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        gather({"model": "m", **flags}, environ={})
+
+
+def test_a_pattern_sets_the_sparsity_and_names_the_run():
+    config, _, _ = completed({"sparsity": None, "pattern": "2:4", "bits": 4, "group_size": 64})
+    assert (config.target_sparsity, config.alpha, config.beta) == (0.5, None, None)
+    assert (config.goal, config.slug) == ("2:4, int4 in groups of 64", "2of4-int4g64")
+    assert (completed()[0].goal, completed()[0].slug) == ("70%", "s70")
+
+
+def test_refinement_alone_and_none_at_all():
+    config, _, _ = completed({"epochs": 0})
+    assert (config.epochs, config.refine) == (0, True)
+    config, _, notices = completed({"refine": False, "lr_decay": 0.5})
+    assert (config.refine, config.refine_epochs, config.refine_lr, config.lr_decay) == (False, None, None, None)
+    assert notices == ["--lr-decay has no effect: the linear schedule goes down to 0 step by step"]
+    with pytest.raises(ConfigError, match="trains nothing"):
+        completed({"epochs": 0, "refine": False})
+    assert completed({"refine_epochs": 2}, preset="paper")[0].refine
 
 
 def test_every_wrong_value_is_told_at_once_with_where_it_came_from():

@@ -8,9 +8,12 @@ from pipeline.plan import Step, chain, evaluation_steps, next_steps, releasable
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 7])
-@pytest.mark.parametrize("method", ["lamp", "sparsegpt", "wanda", "magnitude"])
-def test_every_step_reads_only_what_an_earlier_one_wrote(method, num_blocks):
-    steps = chain(method, num_blocks)
+@pytest.mark.parametrize(
+    ("method", "refines"),
+    [("lamp", False), ("lamp", True), ("sparsegpt", False), ("wanda", False), ("magnitude", False)],
+)
+def test_every_step_reads_only_what_an_earlier_one_wrote(method, refines, num_blocks):
+    steps = chain(method, num_blocks, refines)
     written = set()
     for step in steps:
         assert set(step.reads) <= written, step.name
@@ -19,7 +22,11 @@ def test_every_step_reads_only_what_an_earlier_one_wrote(method, num_blocks):
     assert [s.block for s in steps if s.kind == "prune-block"] == list(range(num_blocks))
     compensated = [s.block for s in steps if s.kind == "compensate-block"]
     assert compensated == (list(range(1, num_blocks)) if method == "lamp" else [])
+    assert [s.block for s in steps if s.kind == "refine-block"] == (list(range(num_blocks)) if refines else [])
     assert any(s.kind == "calibrate" for s in steps) == (method != "magnitude")
+    for block in range(num_blocks):
+        assert sum(f"pruned/{block}" in step.writes for step in steps) == 1
+        assert sum(f"masks/{block}" in step.writes for step in steps) == 1
 
 
 def test_the_chain_of_the_paper():
@@ -30,22 +37,32 @@ def test_the_chain_of_the_paper():
     ]
 
 
-def test_a_payload_lives_until_the_step_after_its_last_reader():
-    steps = chain("lamp", 4)
+def test_the_chain_with_refinement():
+    names = [step.name for step in chain("lamp", 2, refines=True)]
+    assert names == [
+        *("calibrate", "capture", "prune-block/0", "refine-block/0"),
+        *("compensate-block/1", "prune-block/1", "refine-block/1", "export"),
+    ]
+
+
+@pytest.mark.parametrize("refines", [False, True])
+def test_a_payload_lives_until_the_step_after_its_last_reader(refines):
+    steps = chain("lamp", 4, refines)
     names = [step.name for step in steps]
     for num_done in range(len(names) + 1):
         gone = set(releasable(steps, names[:num_done]))
         # Losing the newest commit must be survivable: its step still finds what it reads, and so do all to come.
         needed = {payload for step in steps[max(0, num_done - 1) :] for payload in step.reads}
         assert not gone & needed
-        assert not {p for p in gone if p.startswith("pruned/") or p in ("calibration", "model")}
+        assert not {p for p in gone if p.startswith(("pruned/", "masks/")) or p in ("calibration", "model")}
     at_the_end = set(releasable(steps, names))
     assert {"biased/0", "biased/1", "biased/2", "dense/1", "dense/2", "dense/3", "compensated/1"} <= at_the_end
 
 
-def test_what_lies_on_disk_does_not_grow_with_the_number_of_blocks():
+@pytest.mark.parametrize("refines", [False, True])
+def test_what_lies_on_disk_does_not_grow_with_the_number_of_blocks(refines):
     for num_blocks in (5, 50):
-        steps = chain("lamp", num_blocks)
+        steps = chain("lamp", num_blocks, refines)
         names = [step.name for step in steps]
         alive = []
         for num_done in range(len(names) + 1):

@@ -1,0 +1,109 @@
+"""Method x goal x bits x family: the exported weights hold exactly what was asked for, whatever is combined."""
+
+import pytest
+import torch
+
+from stages.budget import LayerShape, allocate, follow_pattern
+from stages.capture import capture
+from stages.compensate_block import compensate_block
+from stages.device import DeviceChoices
+from stages.models.decoder import open_model
+from stages.models.source import resolve
+from stages.protocols import ListStream, NullHooks
+from stages.prune_block import PruneSettings, prune_block
+from stages.pruners.masks import Pattern
+from stages.refine_block import refine_block
+from stages.training import TrainingSettings
+from tests.small_models import VOCAB, save
+
+CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")
+N, T, H = 3, 16, 32
+FAMILIES = ("opt", "llama-gqa", "gpt2")
+# (sparsity, alpha, beta) or a pattern.
+GOALS = ((0.5, 1.0, 0.0), (0.6, 0.8, 0.2), (0.9, 0.95, 0.0), Pattern(2, 4), Pattern(4, 8), Pattern(1, 16))
+QUANTIZATION = ((None, None), (4, None), (3, 8))
+METHODS = ("magnitude", "wanda", "sparsegpt", "lamp", "lamp, refined")
+CASES = [
+    (method, goal, bits)
+    for method in METHODS
+    for goal in GOALS
+    for bits in QUANTIZATION
+    if not (method == "wanda" and bits[0])  # refused: tests/pipeline/test_config.py
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tmp_path_factory):
+    folder = save(tmp_path_factory.mktemp("models") / "m", request.param, num_blocks=2)
+    return open_model(resolve(str(folder)))
+
+
+def budget_of(model, goal):
+    blocks = [[LayerShape(x.name, x.role, x.rows, x.cols) for x in model.layers(i)] for i in range(model.num_blocks)]
+    return follow_pattern(blocks, goal) if isinstance(goal, Pattern) else allocate(blocks, *goal)
+
+
+def pruned_states(model, method, goal, bits, dtype):
+    """The exported state of each block, by a whole run in memory."""
+    inputs, biased, dense = ListStream(N, (T,), torch.long), stream(), stream()
+    for i in range(N):
+        inputs.write(i, torch.randint(4, VOCAB, (T,), generator=torch.Generator().manual_seed(i)))
+    capture(model, inputs, biased, dense, CHOICES, NullHooks())
+    pattern = goal if isinstance(goal, Pattern) else None
+    trains, refines = method.startswith("lamp"), method.endswith("refined")
+    settings = PruneSettings(method.partition(",")[0], pattern=pattern, bits=bits[0], group_size=bits[1])
+    training = TrainingSettings(1, 1e-3, 0.9, True, 0, "linear")
+    for i, budget in enumerate(budget_of(model, goal)):
+        dtypes = dict.fromkeys(model.stored_names(i), dtype)
+        state, target, out = None, dense, stream()
+        if trains and i:
+            target = stream()
+            state = compensate_block(model, i, inputs, biased, dense, target, training, CHOICES, NullHooks()).state
+        result = prune_block(
+            *(model, i, budget, settings, CHOICES, NullHooks()),
+            state=state,
+            export_dtypes=None if refines else dtypes,
+            inputs=inputs,
+            biased=biased,
+            biased_out=None if refines else out,
+        )
+        finished = result.finished
+        if refines:
+            finished = refine_block(
+                *(model, i, inputs, biased, target, result.state, result.outcome, training, CHOICES, NullHooks()),
+                export_dtypes=dtypes,
+                biased_out=out,
+            ).finished
+        yield budget, result.outcome, finished
+        biased, dense = out, target
+
+
+def stream():
+    return ListStream(N, (T, H), torch.float32)
+
+
+@pytest.mark.parametrize(("method", "goal", "bits"), CASES, ids=str)
+def test_counts_patterns_and_levels_are_exact(model, method, goal, bits):
+    total = masked = 0
+    for i, (budget, outcome, finished) in enumerate(pruned_states(model, method, goal, bits, torch.bfloat16)):
+        by_name = {layer.name: layer for layer in budget.layers}
+        for info in model.layers(i):
+            stored = finished.state[f"{info.path}.weight"]
+            assert stored.dtype == torch.bfloat16
+            weight = stored.T if info.transposed else stored
+            mask = outcome.layers[info.name].mask
+            assert mask.sum() == by_name[info.name].num_masked
+            assert torch.all(weight[mask] == 0)
+            assert torch.isfinite(weight).all()
+            total, masked = total + weight.numel(), masked + int(mask.sum())
+            if isinstance(goal, Pattern):
+                zeros = (weight == 0).reshape(info.rows, -1, goal.group).sum(2)
+                assert (zeros >= goal.num_zero).all()
+                assert (mask.reshape(info.rows, -1, goal.group).sum(2) == goal.num_zero).all()
+            if bits[0]:
+                for row in weight.float():
+                    assert all(len(part.unique()) <= 2 ** bits[0] for part in row.split(bits[1] or len(row)))
+            else:  # nothing was put on a grid by mistake
+                assert len(weight[~mask].unique()) > min(200, (~mask).sum() // 4)
+    sparsity = goal.sparsity if isinstance(goal, Pattern) else goal[0]
+    assert masked == round(sparsity * total)
