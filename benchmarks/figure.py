@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cells import Row
 from plan import DENSE, MAGNITUDE, ORDER
-from report import Section, frontier, has_efforts, sections_of
+from report import Line, Section, frontier, has_efforts, sections_of
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
@@ -18,7 +18,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     sections = [section for section in sections_of(rows) if section.lines and section.texts]
     if not sections:
@@ -30,6 +30,8 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     named = [*ORDER, *sorted({r["method"] for r in rows} - set(ORDER))]
     colors = {method: f"C{i % 10}" for i, method in enumerate(named)}
     for section, row in zip(sections, axes, strict=True):
+        for axis in row:
+            axis.set_yscale("log")  # first: limits that are set on a linear axis do not carry over
         row[0].set_title(section.title, fontsize=9, loc="left")
         _by_sparsity(row[0], section, colors)
         _by_pattern(row[1], section, colors)
@@ -37,7 +39,8 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
             _by_time(row[2], section, colors)
         for axis in row:
             if axis.has_data():
-                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(ticker.LogFormatter())
+                axis.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
                 axis.set_ylabel(f"perplexity, {section.texts[0]}")
                 axis.grid(visible=True, which="both", alpha=0.25)
             else:
@@ -55,39 +58,36 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
 
 
 def _by_sparsity(axis, section: Section, colors: dict[str, str]) -> None:
-    """One line a method; magnitude's goes out of the picture at the top."""
+    """One line a method, with the range over draws."""
     text = section.texts[0]
-    tops = []
+    shown = [line for line in section.lines if line.point.endswith("%") and line.mean(text) is not None]
     for method, color in colors.items():
-        lines = [line for line in section.lines if line.method == method and line.point.endswith("%")]
-        points = [(int(line.point[:-1]), line.mean(text)) for line in lines if line.mean(text) is not None]
-        if not points:
+        lines = [line for line in shown if line.method == method]
+        if not lines:
             continue
-        axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=method)
-        if method != MAGNITUDE:
-            tops += [value for _, value in points]
-        for line in lines:
-            values = line.perplexities(text)
-            axis.vlines(int(line.point[:-1]), min(values), max(values), color=color)
-    if tops:
+        shares = [int(line.point[:-1]) for line in lines]
+        axis.plot(shares, [line.mean(text) for line in lines], marker="o", markersize=4, color=color, label=method)
+        ranges = [line.perplexities(text) for line in lines]
+        axis.vlines(shares, [min(r) for r in ranges], [max(r) for r in ranges], color=color)
+    if shown:
         axis.set_xlabel("zeros, %")
-        _dense(axis, section)
-        axis.set_ylim(top=2.5 * max(tops))
+        _frame(axis, section, shown)
 
 
 def _by_pattern(axis, section: Section, colors: dict[str, str]) -> None:
     """Bars, by method within each pattern."""
     text = section.texts[0]
-    patterns = [point for point in section.points if ":" in point]
+    shown = [line for line in section.lines if ":" in line.point and line.mean(text) is not None]
+    patterns = list(dict.fromkeys(line.point for line in shown))
     for place, pattern in enumerate(patterns):
-        lines = [line for line in section.at(pattern) if line.mean(text) is not None]
-        width = 0.8 / max(len(lines), 1)
+        lines = [line for line in shown if line.point == pattern]
+        width = 0.8 / len(lines)
         for i, line in enumerate(lines):
             left = place - 0.4 + (i + 0.5) * width
             axis.bar(left, line.mean(text), width, color=colors[line.method], label=line.method)
     if patterns:
         axis.set_xticks(range(len(patterns)), patterns)
-        _dense(axis, section)
+        _frame(axis, section, shown)
 
 
 def _by_time(axis, section: Section, colors: dict[str, str]) -> None:
@@ -107,7 +107,12 @@ def _by_time(axis, section: Section, colors: dict[str, str]) -> None:
     axis.set_xlabel(f"processor seconds, at {point}")
 
 
-def _dense(axis, section: Section) -> None:
-    value = (section.dense or {}).get(f"perplexity_{section.texts[0]}")
-    if value:
-        axis.axhline(float(value), color="0.4", linestyle="--", linewidth=1, label=DENSE)
+def _frame(axis, section: Section, shown: Sequence[Line]) -> None:
+    """A line for the dense model, and limits by which magnitude, far above all others, leaves the picture."""
+    text = section.texts[0]
+    dense = (section.dense or {}).get(f"perplexity_{text}")
+    values = [line.mean(text) for line in shown if line.method != MAGNITUDE] or [line.mean(text) for line in shown]
+    if dense:
+        axis.axhline(float(dense), color="0.4", linestyle="--", linewidth=1, label=DENSE)
+        values.append(float(dense))
+    axis.set_ylim(min(values) / 1.2, 2 * max(values))

@@ -21,7 +21,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     MAGNITUDE: ("--method", "magnitude"),
     "Wanda": ("--method", "wanda"),
     REFERENCE: ("--method", "sparsegpt"),
-    "LAMP as published": ("--method", "lamp", "--effort", "medium", "--no-hold-aside", "--refine-epochs", "0"),
+    "LAMP as published": (
+        *("--method", "lamp", "--effort", "medium", "--no-hold-aside", "--no-refine"),
+        *("--loss", "mse", "--schedule", "exponential"),
+    ),
     "LAMP, effort medium": ("--method", "lamp", "--effort", "medium"),
     "LAMP, effort high": ("--method", "lamp", "--effort", "high"),
 }
@@ -49,9 +52,8 @@ PEER_POINTS = {
 }
 # (method, point): why there is none.
 LEFT_OUT = {
-    (MAGNITUDE, "2:4+int4"): "quantization goes with SparseGPT's sweep",
-    ("Wanda", "2:4+int4"): "quantization goes with SparseGPT's sweep",
-    **{(method, "2:4+int4"): "it prunes and quantizes one after the other, with another grid" for method in PEERS},
+    ("Wanda", "2:4+int4"): "it changes no weight that it keeps, and so cannot quantize",
+    **{(method, "2:4+int4"): "it would prune and quantize one after the other, on another grid" for method in PEERS},
 }
 
 
