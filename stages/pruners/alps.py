@@ -1,0 +1,138 @@
+"""ALPS (Meng et al., NeurIPS 2024): choose the mask of a whole layer by operator splitting, then refit what is kept.
+
+SparseGPT settles each block of columns for good before it has seen the next. Here all columns are decided together:
+weights B that fit the layer's output and weights D that hold the sparsity are pulled towards each other by a penalty
+that grows (ADMM), and the weights under the mask where they meet are solved for by conjugate gradients.
+
+Unlike the paper's, the penalties are the same for every layer: the inverses they need belong to the Hessian alone and
+are shared by the layers that read it, five Cholesky factorisations in place of an eigendecomposition.
+
+R: output rows of a weight.    C: its columns, the input channels.    L: penalties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.pruners.hessian import Factor
+from stages.pruners.masks import Pattern
+from stages.pruners.selection import smallest
+from stages.pruners.sparsegpt import sparsegpt
+
+# In units of the scaled Hessian's diagonal, which is 1. Higher ones fix the mask before the weights have adapted to it,
+# lower ones never bring the two together.
+_FIRST_PENALTY, _LAST_PENALTY = 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """What ADMM needs of a Hessian, whose size it has L + 1 times. Layers with the same input share one."""
+
+    scaled: Tensor  # S (C, C): the damped Hessian, rows and columns scaled so that its diagonal is 1
+    scale: Tensor  # (C,): the square root of the damped Hessian's diagonal
+    penalties: tuple[float, ...]  # rising
+    inverses: tuple[Tensor, ...]  # (S + penalty I)^-1, each (C, C)
+
+
+def split(hessian: Tensor, factor: Factor, num_penalties: int = 5) -> Splitting:
+    """The splitting of `hessian` (C, C), with the damping that its factor needed, in the Hessian's dtype."""
+    damped = hessian.clone()
+    damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
+    damped.diagonal().masked_fill_(factor.dead, 1.0)
+    scale = damped.diagonal().sqrt()
+    scaled = damped.div_(scale).div_(scale[:, None])
+    growth = _LAST_PENALTY / _FIRST_PENALTY
+    penalties = tuple(_FIRST_PENALTY * growth ** (i / max(num_penalties - 1, 1)) for i in range(num_penalties))
+    inverses = []
+    for penalty in penalties:
+        # Positive definite: the damped Hessian has a factor, and this one is further from singular.
+        shifted = scaled.clone()
+        shifted.diagonal().add_(penalty)
+        inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(shifted)))
+    return Splitting(scaled, scale, penalties, tuple(inverses))
+
+
+def alps(
+    weight: Tensor,
+    hessian: Tensor,
+    factor: Factor,
+    num_masked: int,
+    *,
+    pattern: Pattern | None = None,
+    splitting: Splitting | None = None,
+    iterations_per_penalty: int = 3,
+    refit_iterations: int = 5,
+) -> tuple[Tensor, Tensor]:
+    """New weights (R, C) and the mask (R, C), True where pruned: exactly `num_masked`, anywhere in the layer.
+
+    The output error on the damped Hessian is never above that of SparseGPT's weights and mask: they are tried too,
+    refitted, and the better of the two is returned.
+
+    weight: (R, C), left as it is; computed in the Hessian's dtype. hessian: (C, C), left as it is. pattern: N:M
+    instead, in every group of M columns; `num_masked` is then what the pattern says. splitting: of this Hessian, where
+    other layers share it. There is no quantization grid: the refit moves all kept weights at once, off any grid.
+    """
+    if splitting is None:
+        splitting = split(hessian, factor)
+    dense = weight.detach().to(hessian.dtype)
+    greedy, greedy_mask = sparsegpt(dense, factor, num_masked, pattern=pattern)
+    target = dense.masked_fill(factor.dead, 0) * splitting.scale
+    found, found_mask = _admm(target, splitting, num_masked, pattern, iterations_per_penalty)
+    results = [
+        (_refit(start, target, mask, splitting.scaled, refit_iterations), mask)
+        for start, mask in ((greedy * splitting.scale, greedy_mask), (found, found_mask))
+    ]
+    errors = [_error(kept - target, splitting.scaled) for kept, _ in results]
+    kept, mask = results[1] if errors[1] < errors[0] else results[0]
+    return (kept / splitting.scale).to(weight.dtype), mask
+
+
+def _admm(
+    target: Tensor, splitting: Splitting, num_masked: int, pattern: Pattern | None, num_iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Weights (R, C), not yet zero under the mask, and the mask; the target is in scaled units."""
+    pull = target @ splitting.scaled
+    fitted, dual = target.clone(), torch.zeros_like(target)  # B and V
+    for penalty, inverse in zip(splitting.penalties, splitting.inverses, strict=True):
+        for _ in range(num_iterations):
+            sparse = torch.add(fitted, dual, alpha=1 / penalty)  # D
+            sparse.masked_fill_(_smallest_squares(sparse, num_masked, pattern), 0)
+            fitted = (pull - dual).add_(sparse, alpha=penalty) @ inverse
+            dual.add_(fitted - sparse, alpha=penalty)
+    return fitted, _smallest_squares(fitted, num_masked, pattern)
+
+
+def _smallest_squares(weight: Tensor, num_masked: int, pattern: Pattern | None) -> Tensor:
+    return smallest(weight.square(), num_masked) if pattern is None else pattern.mask(weight.square())
+
+
+def _refit(start: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, num_iterations: int) -> Tensor:
+    """Conjugate gradients on the weights kept, every row a system of its own, preconditioned by the diagonal."""
+    diagonal = hessian.diagonal()
+    weight = start.masked_fill(mask, 0)
+    residual = ((target - weight) @ hessian).masked_fill_(mask, 0)
+    step = residual / diagonal
+    slope = (residual * step).sum(dim=1, keepdim=True)
+    for _ in range(num_iterations):
+        curved = (step @ hessian).masked_fill_(mask, 0)
+        length = _ratio(slope, (step * curved).sum(dim=1, keepdim=True))
+        weight.addcmul_(step, length)
+        residual.addcmul_(curved, length, value=-1)
+        scaled = residual / diagonal
+        new_slope = (residual * scaled).sum(dim=1, keepdim=True)
+        step.mul_(_ratio(new_slope, slope)).add_(scaled)
+        slope = new_slope
+    return weight
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Their ratio, or 0 for a row that is solved already and divides nothing by nothing."""
+    return torch.where(denominator > 0, numerator / denominator, 0)
+
+
+def _error(lost: Tensor, hessian: Tensor) -> float:
+    """tr(E H E^T) of what the weights lost, E (R, C)."""
+    return ((lost @ hessian) * lost).sum(dtype=torch.float64).item()
