@@ -22,7 +22,8 @@ from torch import Tensor
 from stages.pruners.quantize import Grid
 
 FOLDER = "masks"
-_VERSION = "1"
+_HEADER = "lampctl_masks"
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def mask_file(layers: Mapping[str, PrunedWeight]) -> bytes:
             tensors[f"{name}.scale"] = layer.grid.scale.cpu().contiguous()
             tensors[f"{name}.zero"] = layer.grid.zero.to("cpu", torch.uint8).contiguous()
             described[name] |= {"bits": layer.grid.bits, "group_size": layer.grid.group_size}
-    return save(tensors, {"format": "lampctl-masks", "version": _VERSION, "layers": json.dumps(described)})
+    # One entry: safetensors writes several in no fixed order, and the same masks must be the same bytes.
+    return save(tensors, {_HEADER: json.dumps({"version": _VERSION, "layers": described})})
 
 
 def read_mask_file(path: Path, only: str | None = None) -> dict[str, PrunedWeight]:
@@ -73,9 +75,10 @@ def weight_keys(path: Path) -> dict[str, str]:
 
 
 def _described(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    if not metadata or metadata.get("format") != "lampctl-masks" or metadata.get("version") != _VERSION:
+    header = json.loads((metadata or {}).get(_HEADER, "{}"))
+    if header.get("version") != _VERSION:
         raise ValueError(f"{path} is no file of masks that this version reads")
-    layers: dict[str, Any] = json.loads(metadata["layers"])
+    layers: dict[str, Any] = header["layers"]
     return layers
 
 

@@ -49,7 +49,7 @@ def num_pruned(folder: Path) -> tuple[int, int]:
     size = masked = 0
     for path in (folder / "masks").iterdir():
         with safe_open(path, "pt") as file:
-            layers = json.loads(file.metadata()["layers"])
+            layers = json.loads(file.metadata()["lampctl_masks"])["layers"]
             size += sum(about["rows"] * about["cols"] for about in layers.values())
             for name in layers:
                 masked += sum(int(byte).bit_count() for byte in file.get_tensor(f"{name}.mask").flatten())
