@@ -40,7 +40,10 @@ def _declared(
         int | None, typer.Option(metavar="N", help="With --bits: a grid for every N columns. [default: one a row]")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(metavar="METHOD", help="lamp, sparsegpt, wanda or magnitude. [default: lamp]")
+        str | None, typer.Option(metavar="METHOD", help="lamp, sparsegpt, alps, wanda or magnitude. [default: lamp]")
+    ] = None,
+    pruner: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What LAMP prunes with: sparsegpt, as the paper, or alps.")
     ] = None,
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
     alpha: Annotated[

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.rundir import RunDirectory
     from stages.packed import PackedSizes
 
-_METHODS = {"lamp": "LAMP", "sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude"}
+_METHODS = {"lamp": "LAMP", "sparsegpt": "SparseGPT", "alps": "ALPS", "wanda": "Wanda", "magnitude": "magnitude"}
 
 
 def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json: bool) -> None:

@@ -23,7 +23,7 @@ from stages.defaults import TrainingDefaults
 from stages.errors import UsageError
 from stages.pruners.masks import Pattern
 
-Method = Literal["lamp", "sparsegpt", "wanda", "magnitude"]
+Method = Literal["lamp", "sparsegpt", "alps", "wanda", "magnitude"]
 Effort = Literal["low", "medium", "high"]
 ENVIRONMENT_PREFIX = "LAMPCTL_"
 # LAMPCTL_CACHE places the cache; it is no setting of a run.
@@ -65,6 +65,7 @@ class Settings(BaseModel):
     calibration_skip: int = Field(0, ge=0)
     num_samples: int | None = Field(None, ge=1)
     seqlen: int | None = Field(None, ge=2)
+    pruner: Literal["sparsegpt", "alps"] | None = None
     effort: Effort | None = None
     epochs: int | None = Field(None, ge=0)
     lr: float | None = Field(None, gt=0)
@@ -188,7 +189,8 @@ class RunConfig(Settings):
 
 
 FREE_FIELDS = ("evaluate", "evaluate_dense", "eval_seqlen", "eval_max_tokens")
-TRAINING_FIELDS = (
+LAMP_FIELDS = (
+    "pruner",
     "effort",
     "epochs",
     "lr",
@@ -314,7 +316,7 @@ def check_combinations(gathered: Gathered) -> None:
     if settings.bits is not None and settings.method == "wanda":
         raise ConfigError(
             f"--bits {settings.bits}{origin('bits')}: Wanda changes no weight that it keeps and so cannot quantize; "
-            "use --method lamp, sparsegpt or magnitude"
+            "use --method lamp, sparsegpt, alps or magnitude"
         )
     if settings.effort is not None and gathered.preset == "paper":
         raise ConfigError(f"--effort {settings.effort}{origin('effort')}: --preset paper fixes the training")
@@ -359,11 +361,11 @@ def complete(
         fill("beta", defaults.beta if is_lamp else 0.0)
     if is_lamp and values["refine"] is None and (values["refine_epochs"] or values["refine_lr"]):
         values["refine"] = True
-    for field in TRAINING_FIELDS:
+    for field in LAMP_FIELDS:
         if is_lamp:
             fill(field, getattr(defaults, field))
         else:
-            _drop(field, gathered, values, notices, "only --method lamp trains")
+            _drop(field, gathered, values, notices, "it is about --method lamp")
     if is_lamp and not values["refine"]:
         values["refine_epochs"] = values["refine_lr"] = None
         if not values["epochs"]:

@@ -18,7 +18,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from pipeline.config import (
-    TRAINING_FIELDS,
+    LAMP_FIELDS,
     Gathered,
     Method,
     RunConfig,
@@ -125,7 +125,7 @@ def prepare(gathered: Gathered) -> Prepared:
 
 def sibling(gathered: Gathered, method: str) -> Gathered:
     """The same settings for another method, to be compared with: what only the first method has is dropped."""
-    dropped = {"alpha", "beta"} if method == "lamp" else {"alpha", "beta", *TRAINING_FIELDS}
+    dropped = {"alpha", "beta"} if method == "lamp" else {"alpha", "beta", *LAMP_FIELDS}
     changes: dict[str, Any] = dict.fromkeys(dropped)
     if method not in get_args(Method):
         raise ConfigError(f"--baseline {method}: choose one of {', '.join(get_args(Method))}")

@@ -146,7 +146,12 @@ class StageWorker:
             block,
             _budget_of(self.run.manifest.budget[block]),
             PruneSettings(
-                config.method, config.damping, config.column_block, config.n_of_m, config.bits, config.group_size
+                config.pruner or config.method,
+                config.damping,
+                config.column_block,
+                config.n_of_m,
+                config.bits,
+                config.group_size,
             ),
             self.choices,
             hooks,

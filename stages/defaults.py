@@ -15,6 +15,7 @@ class TrainingDefaults:
 
     alpha: float  # LAMP Eqs. 1-2
     beta: float  # LAMP Eqs. 3-4
+    pruner: str  # "sparsegpt", or "alps"
     effort: str | None  # which row of the table; None: the paper's settings
     epochs: int  # of compensation
     lr: float
@@ -48,6 +49,7 @@ def measured(model_type: str, sparsity: float, num_blocks: int, effort: str) -> 
     return TrainingDefaults(
         alpha=round(1 - min(spared, _MOST_ADDED * (num_blocks - 1) / sparsity), 4),
         beta=round(0.7 * (1 - sparsity), 4) if model_type == "opt" else 0.0,
+        pruner="alps",
         effort=effort,
         epochs=epochs,
         lr=lr,
@@ -71,6 +73,7 @@ def published(model_type: str, sparsity: float) -> TrainingDefaults:
     return TrainingDefaults(
         alpha=0.691 if is_opt else 0.7,
         beta=round(0.7 * (1 - sparsity), 4) if is_opt else 0.0,
+        pruner="sparsegpt",
         effort=None,
         epochs=12 if is_opt else 1,
         lr=1e-4 if is_opt else 5e-4,

@@ -131,7 +131,13 @@ class CardFacts:
     version: str
 
 
-_METHOD_NAMES = {"lamp": "LAMP", "sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude pruning"}
+_METHOD_NAMES = {
+    "lamp": "LAMP",
+    "sparsegpt": "SparseGPT",
+    "alps": "ALPS",
+    "wanda": "Wanda",
+    "magnitude": "magnitude pruning",
+}
 
 
 def model_card(facts: CardFacts) -> bytes:

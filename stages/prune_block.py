@@ -6,7 +6,7 @@ same input (q, k and v; gate and up) share one Hessian and one factorisation of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from stages.errors import NumericalError
 from stages.finish_block import FinishedBlock, LayerOutcome, PruneOutcome, finish_block, require_budget
 from stages.models.base import BlockModel
 from stages.protocols import Hooks, Stream
+from stages.pruners.alps import Splitting, alps, split
 from stages.pruners.hessian import Factor, HessianSum, factorise
 from stages.pruners.magnitude import magnitude_mask
 from stages.pruners.masks import Pattern
@@ -29,11 +30,11 @@ from stages.pruners.wanda import wanda_mask
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How to prune: the pruner inside LAMP is SparseGPT."""
+    """How to prune."""
 
-    method: str  # "lamp", "sparsegpt", "wanda", "magnitude"
+    pruner: str  # "sparsegpt", "alps", "wanda", "magnitude"
     damping: float = 0.01  # of the mean diagonal of the Hessian
-    column_block: int = 128  # columns that share one mask decision
+    column_block: int = 128  # columns that share one of SparseGPT's mask decisions
     pattern: Pattern | None = None  # N:M; the budget is then what it says
     bits: int | None = None  # quantize what is kept, in the same sweep
     group_size: int | None = None  # columns that share one grid; None: a whole row
@@ -87,13 +88,13 @@ def prune_block(
     num_passes = (1 if inputs is not None else 0) + (1 if biased_out is not None else 0)
     total = len(infos) + num_passes * (len(inputs) if inputs is not None else 0)
     progress = _Progress(hooks, total)
-    if settings.method != "magnitude":
+    if settings.pruner != "magnitude":
         if inputs is None or biased is None:
-            raise ValueError(f"{settings.method} needs the calibration set and the biased stream")
+            raise ValueError(f"{settings.pruner} needs the calibration set and the biased stream")
         groups = _collect(model, block, block_index, modules, inputs, biased, choices, progress)
     group_of = {path: group for group in groups for path in group.paths}
 
-    factors: dict[int, Factor] = {}
+    solvers: dict[int, _Solver] = {}
     layers: dict[str, LayerOutcome] = {}
     # Group by group, so that each Hessian goes as soon as its layers are done.
     for info in sorted(infos, key=lambda i: groups.index(group_of[i.path]) if groups else 0):
@@ -102,16 +103,16 @@ def prune_block(
         if not bool(torch.isfinite(weight).all()):
             raise NumericalError(f"{where}: the weights hold NaN or infinity")
         group = group_of.get(info.path)
-        factor = None
-        if settings.method in ("lamp", "sparsegpt") and group is not None:
-            if id(group) not in factors:
-                factors.clear()
-                factors[id(group)] = factorise(group.hessian.matrix(), settings.damping, on_retry=_Named(hooks, where))
-            factor = factors[id(group)]
-        pruned, mask, grid = _prune_matrix(weight, by_name[info.name].num_masked, group, factor, settings)
+        solver = None
+        if settings.pruner in ("sparsegpt", "alps") and group is not None:
+            if id(group) not in solvers:
+                solvers.clear()
+                solvers[id(group)] = _Solver.of(group.hessian.matrix(), settings, _Named(hooks, where))
+            solver = solvers[id(group)]
+        pruned, mask, grid = _prune_matrix(weight, by_name[info.name].num_masked, group, solver, settings)
         error = _relative_error(weight, pruned, group.hessian.matrix()) if group is not None else None
         model.set_weight_matrix(modules[info.path], pruned)
-        layers[info.name] = LayerOutcome(mask, grid, error, factor.damping if factor else None)
+        layers[info.name] = LayerOutcome(mask, grid, error, solver.factor.damping if solver else None)
         progress.advance()
 
     outcome = PruneOutcome({info.name: layers[info.name] for info in infos}, settings.pattern)
@@ -208,21 +209,50 @@ def _collect(
     return groups
 
 
+@dataclass(frozen=True)
+class _Solver:
+    """What a Hessian is turned into once, for all layers with the same input."""
+
+    hessian: Tensor
+    factor: Factor
+    splitting: Splitting | None  # ALPS
+
+    @classmethod
+    def of(cls, hessian: Tensor, settings: PruneSettings, on_retry: Callable[[str], None]) -> _Solver:
+        factor = factorise(hessian, settings.damping, on_retry=on_retry)
+        return cls(hessian, factor, split(hessian, factor) if settings.pruner == "alps" else None)
+
+
 def _prune_matrix(
-    weight: Tensor, num_masked: int, group: _LayerInputs | None, factor: Factor | None, settings: PruneSettings
+    weight: Tensor, num_masked: int, group: _LayerInputs | None, solver: _Solver | None, settings: PruneSettings
 ) -> tuple[Tensor, Tensor, Grid | None]:
     """New weights (rows, cols), the mask, True where pruned, and the grid that the weights were put on."""
     grid = fit_grid(weight, settings.bits, settings.group_size) if settings.bits is not None else None
-    if factor is not None:
-        block = settings.column_block
-        pruned, mask = sparsegpt(weight, factor, num_masked, pattern=settings.pattern, grid=grid, column_block=block)
+    if solver is not None:
+        chosen = None
+        if settings.pruner == "alps":
+            pruned, chosen = alps(
+                weight, solver.hessian, solver.factor, num_masked, pattern=settings.pattern, splitting=solver.splitting
+            )
+            if grid is None:
+                return pruned, chosen, None
+        # With a grid, ALPS says which weights stay and the sweep puts them on it, each error passed on.
+        pruned, mask = sparsegpt(
+            weight,
+            solver.factor,
+            num_masked,
+            pattern=settings.pattern,
+            grid=grid,
+            column_block=settings.column_block,
+            mask=chosen,
+        )
         return pruned, mask, grid
-    if settings.method == "magnitude":
+    if settings.pruner == "magnitude":
         mask = magnitude_mask(weight, num_masked, settings.pattern)
-    elif settings.method == "wanda" and group is not None:
+    elif settings.pruner == "wanda" and group is not None:
         mask = wanda_mask(weight, group.hessian.mean_square(), num_masked, settings.pattern)
     else:
-        raise ValueError(f"unknown method {settings.method}")
+        raise ValueError(f"unknown pruner {settings.pruner}")
     kept = grid.nearest(weight) if grid is not None else weight
     return kept.masked_fill(mask, 0), mask, grid
 

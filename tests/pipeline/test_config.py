@@ -44,7 +44,7 @@ def test_a_setting_that_a_method_does_not_use_is_said_to_have_no_effect():
     config, _, notices = completed({"method": "magnitude", "num_samples": 8, "lr": 1e-3})
     assert config.num_samples is None
     assert notices == [
-        "--lr has no effect: only --method lamp trains",
+        "--lr has no effect: it is about --method lamp",
         "--num-samples has no effect: magnitude pruning looks at no data",
     ]
 

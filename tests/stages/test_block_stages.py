@@ -94,7 +94,7 @@ def lamp(model, inputs, method="lamp"):
             state = compensate_block(*args).state
         biased[i + 1] = stream()
         result = prune_block(
-            *(model, i, budget[i], PruneSettings(method), CHOICES, NullHooks()),
+            *(model, i, budget[i], PruneSettings("sparsegpt" if method == "lamp" else method), CHOICES, NullHooks()),
             state=state,
             export_dtypes=dtypes[i],
             inputs=inputs,
@@ -256,7 +256,7 @@ def pruned_for_refining(model, inputs, **changes):
     compensate_block(model, 1, inputs, biased[1], dense[1], target, settings(epochs=0), CHOICES, NullHooks())
     budget = budget_of(model, 0.5 if "pattern" in changes else 0.6)[1]
     result = prune_block(
-        *(model, 1, budget, PruneSettings("lamp", **changes), CHOICES, NullHooks()),
+        *(model, 1, budget, PruneSettings("sparsegpt", **changes), CHOICES, NullHooks()),
         export_dtypes=None,
         inputs=inputs,
         biased=biased[1],

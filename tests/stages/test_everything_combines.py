@@ -22,7 +22,7 @@ FAMILIES = ("opt", "llama-gqa", "gpt2")
 # (sparsity, alpha, beta) or a pattern.
 GOALS = ((0.5, 1.0, 0.0), (0.6, 0.8, 0.2), (0.9, 0.95, 0.0), Pattern(2, 4), Pattern(4, 8), Pattern(1, 16))
 QUANTIZATION = ((None, None), (4, None), (3, 8))
-METHODS = ("magnitude", "wanda", "sparsegpt", "lamp", "lamp, refined")
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "lamp", "lamp, refined")
 CASES = [
     (method, goal, bits)
     for method in METHODS
@@ -51,7 +51,9 @@ def pruned_states(model, method, goal, bits, dtype):
     capture(model, inputs, biased, dense, CHOICES, NullHooks())
     pattern = goal if isinstance(goal, Pattern) else None
     trains, refines = method.startswith("lamp"), method.endswith("refined")
-    settings = PruneSettings(method.partition(",")[0], pattern=pattern, bits=bits[0], group_size=bits[1])
+    settings = PruneSettings(
+        "alps" if refines else "sparsegpt" if trains else method, pattern=pattern, bits=bits[0], group_size=bits[1]
+    )
     training = TrainingSettings(1, 1e-3, 0.9, True, 0, "linear")
     for i, budget in enumerate(budget_of(model, goal)):
         dtypes = dict.fromkeys(model.stored_names(i), dtype)
