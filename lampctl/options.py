@@ -161,7 +161,7 @@ def _declared(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="quick: pydocs, 32 x 256 tokens, 3 epochs, nothing from the hub; paper: as published.",
+            help="quick: pydocs, 32 x 256 tokens, low effort, nothing from the hub; paper: as published.",
         ),
     ] = None,
 ) -> None:
@@ -178,7 +178,7 @@ class Chosen:
 
     def gather(self) -> Any:
         """The settings (`pipeline.config.Gathered`). Raises ConfigError."""
-        from pipeline.config import gather
+        from pipeline.settings import gather
 
         return gather(self.flags, self.config_file, self.preset)
 

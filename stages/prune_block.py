@@ -107,7 +107,10 @@ def prune_block(
         if settings.pruner in ("sparsegpt", "alps") and group is not None:
             if id(group) not in solvers:
                 solvers.clear()
-                solvers[id(group)] = _Solver.of(group.hessian.matrix(), settings, _Named(hooks, where))
+                try:
+                    solvers[id(group)] = _Solver.of(group.hessian.matrix(), settings, _Named(hooks, where))
+                except NumericalError as failure:
+                    raise NumericalError(f"{where}: {failure}") from failure
             solver = solvers[id(group)]
         pruned, mask, grid = _prune_matrix(weight, by_name[info.name].num_masked, group, solver, settings)
         error = _relative_error(weight, pruned, group.hessian.matrix()) if group is not None else None

@@ -24,7 +24,8 @@ def resume(
     from lampctl import show
     from lampctl.progress import listening
     from pipeline.engine import StopRequest
-    from pipeline.session import RUNS, go_on, newest_unfinished, reopen
+    from pipeline.prepare import RUNS
+    from pipeline.session import go_on, newest_unfinished, reopen
 
     run = run if run is not None else newest_unfinished()
     if run is None:

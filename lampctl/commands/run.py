@@ -12,8 +12,8 @@ from lampctl.options import Chosen, with_settings
 if TYPE_CHECKING:
     from lampctl.progress import ProgressListener
     from pipeline.engine import StopRequest
+    from pipeline.prepare import Prepared
     from pipeline.rundir import RunDirectory
-    from pipeline.session import Prepared
 
 RunDir = Annotated[
     Path | None,
@@ -45,7 +45,7 @@ def run(
     from lampctl.progress import listening
     from pipeline.engine import StopRequest
     from pipeline.errors import ConfigError
-    from pipeline.session import prepare, sibling
+    from pipeline.prepare import prepare, sibling
 
     gathered = chosen.gather()
     prepared = prepare(gathered)
@@ -109,7 +109,8 @@ def init(chosen: Chosen, run_dir: RunDir = None) -> None:
     lampctl resume runs/mine               or all that is left at once
     """
     from lampctl import show
-    from pipeline.session import prepare, start, steps_of
+    from pipeline.prepare import prepare
+    from pipeline.session import start, steps_of
 
     prepared = prepare(chosen.gather())
     run = start(prepared, run_dir or prepared.default_run_dir)

@@ -26,8 +26,9 @@ def status(
     """
     from lampctl import show
     from pipeline.errors import RunNotFound
+    from pipeline.prepare import RUNS
     from pipeline.rundir import find_runs
-    from pipeline.session import RUNS, reopen
+    from pipeline.session import reopen
     from pipeline.summary import status as status_of
 
     if run is None:

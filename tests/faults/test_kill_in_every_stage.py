@@ -72,7 +72,7 @@ def quiet_run(tmp_path_factory):
 def test_a_run_killed_once_in_every_stage_ends_with_the_same_weights(quiet_run, tmp_path):
     first = lampctl("run", str(TINY_OPT), *FLAGS, "--run-dir", "runs/killed", bomb="calibrate", cwd=tmp_path)
     assert first.returncode == -signal.SIGKILL, first.stderr
-    for kind in ("capture", "prune-block", "compensate-block", "export", "evaluate"):
+    for kind in ("capture", "prune-block", "refine-block", "compensate-block", "export", "evaluate"):
         killed = lampctl("resume", bomb=kind, cwd=tmp_path)
         assert killed.returncode == -signal.SIGKILL, (kind, killed.stderr)
     last = lampctl("resume", cwd=tmp_path)
@@ -84,7 +84,7 @@ def test_a_run_killed_once_in_every_stage_ends_with_the_same_weights(quiet_run, 
     redone = {step: n - quiet[step] for step, n in killed_counts.items() if n != quiet[step]}
     # One step of each kind was begun twice; nothing that was committed was done again.
     assert sorted(step.split("/")[0] for step in redone) == sorted(
-        ("calibrate", "capture", "prune-block", "compensate-block", "export", "evaluate")
+        ("calibrate", "capture", "prune-block", "refine-block", "compensate-block", "export", "evaluate")
     )
     assert set(redone.values()) == {1}
     leftovers = {path.name.split("-")[0] for path in (run / "data").iterdir()}

@@ -185,8 +185,8 @@ def test_a_corrupt_chunk_is_named_and_never_computed_with(lampctl, model, step, 
 
 
 def test_a_missing_chunk_and_a_corrupt_weight_are_named_too(lampctl, model):
-    begin(lampctl, model, "calibrate", "capture", "prune-block")
-    pruned = payload_file(Path("r"), "prune-block/0", "pruned/0")
+    begin(lampctl, model, "calibrate", "capture", "prune-block", "refine-block")
+    pruned = payload_file(Path("r"), "refine-block/0", "pruned/0")
     good = pruned.read_bytes()
     pruned.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     answer = lampctl("resume", "r")

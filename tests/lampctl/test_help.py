@@ -42,7 +42,7 @@ def test_every_command_has_an_example(lampctl, command):
 
 
 def test_run_tells_every_setting_that_has_a_flag(lampctl):
-    from pipeline.config import Settings
+    from pipeline.settings import Settings
 
     only_in_files = {"layer_sparsity", "damping", "column_block"}
     shown = lampctl("run", "--help").out

@@ -20,10 +20,12 @@ def test_a_log_gets_one_line_per_block(lampctl, tmp_path, words):
     answer = lampctl("run", save(tmp_path / "m", "llama"), *FLAGS)
     assert answer.code == 0, answer.err
     lines = answer.err.splitlines()
-    blocks = [line for line in lines if re.match(r"\[\d+/10\] block \d of 3: \d\d\.\d\d% masked", line)]
+    blocks = [line for line in lines if re.match(r"\[\d+/13\] block \d of 3: \d\d\.\d\d% masked", line)]
     assert len(blocks) == 3
-    assert "loss" not in blocks[0]
-    assert re.search(r"loss [\d.e-]+ -> [\d.e-]+, ", blocks[1])
+    assert ", loss" not in blocks[0]
+    losses = r"loss [\d.e-]+ -> [\d.e-]+"
+    assert re.search(f"masked, refined {losses}, ", blocks[0])
+    assert re.search(f"masked, {losses}, refined {losses}, ", blocks[1])
     assert not any("\x1b" in line or "\r" in line for line in lines)
     # What began the run, the blocks, and the steps that belong to none: calibrate, capture, export, two evaluations.
     assert len(lines) == 1 + 3 + 5
@@ -54,7 +56,7 @@ def test_a_terminal_shows_steps_figures_and_the_time_that_is_left(lampctl, tmp_p
         listener.warn("mind [this]")
         go_on(run, config, listener, StopRequest())
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
-    for expected in ("compensate-block/1", "loss ", "epoch 1", "block 1 of 3", "10/10", "warning: mind [this]"):
+    for expected in ("compensate-block/1", "loss ", "epoch 1", "block 1 of 3", "13/13", "warning: mind [this]"):
         assert expected in shown, expected
     assert re.search(r"about [\d.]+ s left", shown)
 

@@ -172,10 +172,13 @@ def test_steps_one_by_one_give_the_weights_of_run_and_refuse_to_be_done_out_of_o
         "calibrate",
         "capture",
         "prune-block 0",
+        "refine-block 0",
         "compensate-block 1",
         "prune-block 1",
+        "refine-block",
         "compensate-block",
         "prune-block 2",
+        "refine-block",
     ]
     for step in (*order, "export", "evaluate"):
         name, _, block = step.partition(" ")
@@ -192,18 +195,19 @@ def test_steps_one_by_one_give_the_weights_of_run_and_refuse_to_be_done_out_of_o
 def test_status_tells_steps_budget_losses_and_what_is_left(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     lampctl("init", original, "--sparsity", "0.5", *DATA, "--num-samples", "3", "--epochs", "1", "--run-dir", "r")
-    for step in ("calibrate", "capture", "prune-block", "compensate-block"):
+    for step in ("calibrate", "capture", "prune-block", "refine-block", "compensate-block", "prune-block"):
         assert lampctl(step, "r").code == 0
     state = lampctl("status", "r", "--json").json
-    assert state["next_step"] == "prune-block/1"
-    assert [b["state"] for b in state["blocks"]] == ["pruned", "compensated", "waiting"]
+    assert state["next_step"] == "refine-block/1"
+    assert [b["state"] for b in state["blocks"]] == ["refined", "pruned", "waiting"]
+    assert state["blocks"][0]["refine_after"] <= state["blocks"][0]["refine_before"]
     assert state["blocks"][1]["loss_after"] <= state["blocks"][1]["loss_before"]
     assert state["remaining_s"] > 0
     assert sum(layer["num_masked"] for b in state["blocks"] for layer in b["layers"]) == round(
         0.5 * sum(layer["size"] for b in state["blocks"] for layer in b["layers"])
     )
     shown = lampctl("status", "r", "--settings")
-    assert "next: prune-block/1" in shown.out
+    assert "next: refine-block/1" in shown.out
     assert "down_proj" in shown.out
     assert "preset" not in shown.out
     assert lampctl("resume", "r").code == 0
@@ -315,18 +319,19 @@ def test_a_file_missing_from_the_model_folder_is_put_back(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     call = ("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r")
     assert lampctl(*call).code == 0
-    before = {p.name: p.read_bytes() for p in Path("r/model").iterdir()}
+    before = {p: p.read_bytes() for p in Path("r/model").rglob("*") if p.is_file()}
+    assert Path("r/model/masks/block-00001.safetensors") in before
     Path("r/model/block-00001.safetensors").unlink()
     Path("r/model/config.json").unlink()
     assert lampctl(*call).code == 0
-    assert {p.name: p.read_bytes() for p in Path("r/model").iterdir()} == before
+    assert {p: p.read_bytes() for p in Path("r/model").rglob("*") if p.is_file()} == before
 
 
 def test_a_baseline_keeps_what_the_preset_sets_and_lies_beside_the_run(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     call = ("run", original, "--sparsity", "0.5", "--preset", "quick", *DATA)
     assert lampctl(*call, "--method", "sparsegpt", "--baseline", "lamp", "--run-dir", "r").code == 0
-    assert json.loads(Path("r-lamp/run.json").read_text())["config"]["epochs"] == 3
+    assert json.loads(Path("r-lamp/run.json").read_text())["config"]["effort"] == "low"
     assert lampctl(*call, "--run-dir", "r-lamp").code == 0
     Path("here").mkdir()
     monkey = Path.cwd()
@@ -367,3 +372,61 @@ def test_brackets_in_paths_are_shown_as_they_are(lampctl, tmp_path):
     assert "br[/x]y/model" in answer.out
     assert "m[bold]x" in answer.out
     assert lampctl("status", "br[/x]y", "--settings").code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "family"),
+    [
+        (("--pattern", "2:4"), "llama-gqa"),
+        (("--pattern", "2:4", "--bits", "4", "--epochs", "1"), "gpt2"),
+        (("--sparsity", "0.6", "--bits", "3", "--group-size", "16", "--method", "sparsegpt"), "opt"),
+        (("--pattern", "4:8", "--method", "wanda"), "opt-350m"),
+        (("--sparsity", "0.5", "--bits", "4", "--method", "magnitude"), "falcon"),
+        (("--pattern", "1:4", "--method", "alps", "--export-dtype", "bfloat16"), "llama"),
+    ],
+)
+def test_patterns_and_bits_hold_in_the_exported_model(lampctl, tmp_path, flags, family):
+    original = save(tmp_path / "m", family)
+    answer = lampctl("run", original, *flags, *DATA, "--eval-max-tokens", "64", "--run-dir", "r", "--json")
+    assert answer.code == 0, answer.err
+    config = answer.json["config"]
+    n, m = map(int, (config["pattern"] or "0:1").split(":"))
+    model = AutoModelForCausalLM.from_pretrained("r/model", dtype="auto")
+    plain = AutoModelForCausalLM.from_pretrained(original)
+    pruned = {layer: count for layer, count in masked_counts(Path("r")).items() if count}
+    assert len(pruned) >= 3 * 4
+    for name, count in pruned.items():
+        module = model.get_submodule(name)
+        weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+        assert (weight == 0).sum() >= count
+        if n:
+            assert ((weight == 0).reshape(-1, m).sum(1) >= n).all()
+            assert count == weight.numel() * n // m
+        if config["bits"]:
+            size = config["group_size"] or weight.shape[1]
+            assert all(len(part.unique()) <= 2 ** config["bits"] for row in weight for part in row.split(size))
+        if config["export_dtype"] == "bfloat16":
+            assert weight.dtype == torch.bfloat16
+    assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight.to(model.dtype))
+    goal = {"2:4": "2:4", "4:8": "4:8", "1:4": "1:4"}.get(config["pattern"] or "", "%")
+    assert goal in Path("r/model/README.md").read_text().splitlines()[5]
+
+
+def test_a_pattern_that_does_not_fit_a_layer_is_refused_and_ignoring_it_helps(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    call = ("run", original, "--method", "magnitude", "--evaluate", "", "--run-dir", "r", "--pattern", "3:6")
+    refused = lampctl(*call)
+    assert refused.code == 2
+    assert "q_proj has 32 columns, no multiple of 6" in refused.err
+    assert not Path("r").exists()
+    assert "no multiple" in lampctl(*call, "--ignore", "q_proj$").err
+
+
+def test_wanda_with_bits_is_refused_as_a_baseline_too(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    call = ("run", original, "--sparsity", "0.5", "--bits", "4", *DATA, "--run-dir", "r")
+    for flags in (("--method", "wanda"), ("--baseline", "wanda")):
+        refused = lampctl(*call, *flags)
+        assert refused.code == 2
+        assert "Wanda" in refused.err
+        assert not Path("r").exists()

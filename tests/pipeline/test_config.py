@@ -7,17 +7,9 @@ from typing import get_args
 import pytest
 import yaml
 
-from pipeline.config import (
-    FREE_FIELDS,
-    Effort,
-    RunConfig,
-    Settings,
-    check_combinations,
-    complete,
-    differing_fields,
-    gather,
-)
+from pipeline.config import FREE_FIELDS, RunConfig, check_combinations, complete, differing_fields
 from pipeline.errors import ConfigError
+from pipeline.settings import Effort, Settings, gather
 from stages.defaults import measured, published
 
 DEFAULTS = measured("llama", 0.7, 30, "medium")

@@ -1,0 +1,218 @@
+"""From settings to a run that could begin: model, configuration, budget and plan, all checked, nothing written."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from pipeline.config import LAMP_FIELDS, RunConfig, check_combinations, complete
+from pipeline.errors import ConfigError
+from pipeline.plan import Step, chain
+from pipeline.settings import Gathered, Method
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that could begin: everything is known and checked, nothing is written."""
+
+    config: RunConfig
+    origins: dict[str, str]
+    notices: tuple[str, ...]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    environment: dict[str, Any]
+    budget: tuple[Any, ...]  # stages.budget.BlockBudget, one a block
+    steps: tuple[Step, ...]
+
+    @property
+    def default_run_dir(self) -> Path:
+        """``runs/<model>-s<percent>-<method>``; a pattern (2of4) in place of the percentage, -int<bits> behind."""
+        name = Path(self.config.model).name.removesuffix(".gguf") if "/" in self.config.model else self.config.model
+        return RUNS / f"{name.lower()}-{self.config.slug}-{self.config.method}"
+
+
+def prepare(gathered: Gathered) -> Prepared:
+    """Find the model, fill in the defaults, compute the budget, check the sources. Writes nothing to the run.
+
+    Raises what the stages raise for an unknown model, a hub out of reach, an infeasible budget, a text that is
+    not there.
+    """
+    from stages.budget import feasible_alpha, feasible_beta
+    from stages.defaults import measured, published
+    from stages.device import choose
+    from stages.models.decoder import open_model
+    from stages.models.source import resolve
+    from stages.pruners.masks import Pattern
+
+    check_combinations(gathered)
+    settings = _with_absolute_paths(gathered)
+    gathered = Gathered(settings, gathered.origins, gathered.preset)
+    choices = choose(settings.device, settings.dtype)
+    folder = resolve(settings.model, settings.revision)
+    model = open_model(folder)
+    shapes = _prunable_layers(model, settings.ignore)
+    fixed = _fixed_sparsities(shapes, settings.layer_sparsity)
+
+    pattern = Pattern.parse(settings.pattern) if settings.pattern is not None else None
+    sparsity = pattern.sparsity if pattern is not None else settings.sparsity
+    assert sparsity is not None
+    if gathered.preset == "paper":
+        defaults = published(model.name, sparsity)
+    else:
+        defaults = measured(model.name, sparsity, model.num_blocks, settings.effort or "medium")
+    notices = []
+    if settings.method == "lamp" and pattern is None:
+        free_shapes = [[layer for layer in block if layer.name not in fixed] for block in shapes]
+        beta = settings.beta if settings.beta is not None else defaults.beta
+        if settings.beta is None:
+            wanted_alpha = settings.alpha if settings.alpha is not None else 1.0
+            beta = feasible_beta(free_shapes, sparsity, wanted_alpha, defaults.beta)
+        alpha = settings.alpha if settings.alpha is not None else defaults.alpha
+        if settings.alpha is None:
+            alpha = feasible_alpha(free_shapes, sparsity, defaults.alpha, beta)
+        for name, value, default in (("alpha", alpha, defaults.alpha), ("beta", beta, defaults.beta)):
+            if getattr(settings, name) is None and value != default:
+                notices.append(f"{name} is {value:.4g} instead of {default:.4g}: no layer can be pruned above 100%")
+        defaults = replace(defaults, alpha=alpha, beta=beta)
+    config, origins, more_notices = complete(gathered, model.max_positions, defaults)
+    budget = _allocate(shapes, config, fixed)
+    return Prepared(
+        config=config,
+        origins=origins,
+        notices=(*notices, *more_notices),
+        model=_model_record(model, folder),
+        data=_check_sources(config, folder.path, model.vocab_size),
+        environment=environment_record(asdict(choices)),
+        budget=budget,
+        steps=chain_of(config, model.num_blocks),
+    )
+
+
+def sibling(gathered: Gathered, method: str) -> Gathered:
+    """The same settings for another method, to be compared with: what only the first method has is dropped."""
+    dropped = {"alpha", "beta"} if method == "lamp" else {"alpha", "beta", *LAMP_FIELDS}
+    changes: dict[str, Any] = dict.fromkeys(dropped)
+    if method not in get_args(Method):
+        raise ConfigError(f"--baseline {method}: choose one of {', '.join(get_args(Method))}")
+    values = gathered.values.model_copy(update={**changes, "method": method, "evaluate_dense": False})
+    origins = {name: origin for name, origin in gathered.origins.items() if name not in dropped}
+    return Gathered(values, origins, gathered.preset)
+
+
+def _with_absolute_paths(gathered: Gathered) -> Any:
+    """The settings with local paths made absolute: a run can be resumed from another folder."""
+    from stages.data.sources import parse_source
+    from stages.filedigest import local_path
+
+    settings = gathered.values
+    changes: dict[str, Any] = {}
+    path = local_path(settings.model)
+    if path.exists():
+        changes["model"] = str(path.resolve())
+    if settings.calibration is not None:
+        changes["calibration"] = parse_source(settings.calibration).name
+    if settings.evaluate is not None:
+        changes["evaluate"] = tuple(parse_source(source).name for source in settings.evaluate)
+    return settings.model_copy(update=changes)
+
+
+def _prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
+    import re
+
+    from pipeline.errors import ConfigError
+    from stages.budget import LayerShape
+
+    patterns = [re.compile(pattern) for pattern in ignore]
+    unused = set(ignore)
+    blocks = []
+    for index in range(model.num_blocks):
+        kept = []
+        for layer in model.layers(index):
+            matching = [p.pattern for p in patterns if p.search(layer.name)]
+            unused.difference_update(matching)
+            if not matching:
+                kept.append(LayerShape(layer.name, layer.role, layer.rows, layer.cols))
+        blocks.append(kept)
+    if unused:
+        example = model.layers(0)[0].name
+        raise ConfigError(f"--ignore {sorted(unused)[0]}: no layer has such a name (they look like {example})")
+    if not any(blocks):
+        raise ConfigError("--ignore leaves no layer to prune")
+    return blocks
+
+
+def _fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, float]) -> dict[str, float]:
+    fixed: dict[str, float] = {}
+    for pattern, sparsity in overrides.items():
+        names = [layer.name for block in blocks for layer in block if re.search(pattern, layer.name)]
+        if not names:
+            raise ConfigError(f"layer_sparsity {pattern}: no prunable layer has such a name")
+        fixed.update(dict.fromkeys(names, sparsity))
+    return fixed
+
+
+def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping[str, float]) -> tuple[Any, ...]:
+    from stages.budget import allocate, follow_pattern
+
+    pattern = config.n_of_m
+    if pattern is not None:
+        return follow_pattern(blocks, pattern)
+    assert config.alpha is not None
+    assert config.beta is not None
+    return allocate(blocks, config.target_sparsity, config.alpha, config.beta, fixed)
+
+
+def _check_sources(config: RunConfig, model_path: Path, vocab_size: int) -> dict[str, Any]:
+    """The digest of each local source, after making sure that each can be read and is long enough."""
+    from stages.data.sources import parse_source
+    from stages.data.text import load_tokenizer, require_length
+
+    tokenizer = load_tokenizer(model_path)
+    digests: dict[str, Any] = {}
+    if config.calibration is not None:
+        assert config.num_samples is not None
+        source = parse_source(config.calibration)
+        is_random = config.calibration_sampling == "random"
+        num_windows = 1 if is_random else config.calibration_skip + config.num_samples
+        source.check()
+        remedy = "lower --num-samples, --calibration-skip or --seqlen, or use more text"
+        require_length(source, tokenizer, "calibration", num_windows * config.seqlen + is_random, vocab_size, remedy)
+        digests[config.calibration] = source.digest()
+    for name in config.evaluate:
+        source = parse_source(name)
+        source.check()
+        remedy = "lower --eval-seqlen or use more text"
+        require_length(source, tokenizer, "evaluation", config.eval_seqlen, vocab_size, remedy)
+        digests[name] = source.digest()
+    return digests
+
+
+def _model_record(model: Any, folder: Any) -> dict[str, Any]:
+    return {
+        "name": folder.name,
+        "source": folder.source,
+        "revision": folder.revision,
+        "files": {name: {"size": d.size, "sha256": d.sha256} for name, d in folder.files.items()},
+        "model_type": model.name,
+        "num_blocks": model.num_blocks,
+        "hidden_size": model.hidden_size,
+        "max_positions": model.max_positions,
+    }
+
+
+def environment_record(device: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and device choices that decide the last bits."""
+    packages = {name: importlib.metadata.version(name) for name in ("lampctl", "torch", "transformers", "zarr")}
+    return {"python": platform.python_version(), "packages": packages, "device": dict(device)}
+
+
+def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
+    """The steps from calibration to export that a configuration asks for."""
+    return chain(config.method, num_blocks, bool(config.refine))

@@ -1,0 +1,223 @@
+"""What a user may set, and where each value came from: flag > environment > file > preset."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import ConfigError
+from stages.errors import UsageError
+from stages.pruners.masks import Pattern
+
+Method = Literal["lamp", "sparsegpt", "alps", "wanda", "magnitude"]
+Effort = Literal["low", "medium", "high"]
+ENVIRONMENT_PREFIX = "LAMPCTL_"
+# LAMPCTL_CACHE places the cache; it is no setting of a run.
+_OTHER_VARIABLES = {"LAMPCTL_CACHE"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "calibration": "pydocs",
+        "num_samples": 32,
+        "seqlen": 256,
+        "effort": "low",
+        "evaluate": ("pydocs",),
+    },
+    "paper": {
+        "calibration": "c4",
+        "num_samples": 128,
+        "seqlen": 2048,
+        "evaluate": ("wikitext2", "ptb", "c4"),
+    },
+}
+
+
+class Settings(BaseModel):
+    """What a user may set. None means: the default, which may depend on the model and the sparsity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str = Field(min_length=1)
+    sparsity: float | None = Field(None, gt=0, lt=1)
+    pattern: str | None = None
+    bits: int | None = Field(None, ge=2, le=8)
+    group_size: int | None = Field(None, ge=1)
+    method: Method = "lamp"
+    revision: str | None = None
+    alpha: float | None = Field(None, gt=0, le=1)
+    beta: float | None = Field(None, ge=0, le=1)
+    calibration: str | None = None
+    calibration_sampling: Literal["contiguous", "random"] | None = None
+    calibration_skip: int = Field(0, ge=0)
+    num_samples: int | None = Field(None, ge=1)
+    seqlen: int | None = Field(None, ge=2)
+    pruner: Literal["sparsegpt", "alps"] | None = None
+    effort: Effort | None = None
+    epochs: int | None = Field(None, ge=0)
+    lr: float | None = Field(None, gt=0)
+    lr_decay: float | None = Field(None, gt=0, le=1)
+    schedule: Literal["exponential", "linear"] | None = None
+    loss: Literal["mse", "token"] | None = None
+    hold_aside: bool | None = None
+    refine: bool | None = None
+    refine_epochs: int | None = Field(None, ge=1)
+    refine_lr: float | None = Field(None, gt=0)
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    export_dtype: Literal["original", "float32", "bfloat16", "float16"] = "original"
+    ignore: tuple[str, ...] = ()
+    layer_sparsity: dict[str, float] = {}
+    damping: float = Field(0.01, gt=0)
+    column_block: int = Field(128, ge=1)
+
+    evaluate: tuple[str, ...] | None = None
+    evaluate_dense: bool = True
+    eval_seqlen: int | None = Field(None, ge=2)
+    eval_max_tokens: int | None = Field(None, ge=2)
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        # Not split at commas: a regular expression may hold some.
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            return str(Pattern.parse(pattern))
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("ignore")
+    @classmethod
+    def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            _check_regex(pattern)
+        return patterns
+
+    @field_validator("layer_sparsity")
+    @classmethod
+    def _check_overrides(cls, overrides: dict[str, float]) -> dict[str, float]:
+        for pattern, sparsity in overrides.items():
+            _check_regex(pattern)
+            if not 0 <= sparsity <= 1:
+                raise ValueError(f"the sparsity of {pattern} is {sparsity}; it must lie in [0, 1]")
+        return overrides
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The settings somebody gave, and who: "flag", "environment LAMPCTL_X", "file PATH" or "preset NAME"."""
+
+    values: Settings
+    origins: dict[str, str]
+    preset: str | None
+
+    def given(self, field: str) -> bool:
+        """Whether the user, rather than a preset or a default, gave this field."""
+        return not self.origins.get(field, "preset").startswith("preset")
+
+
+def gather(
+    flags: Mapping[str, Any],
+    config_file: Path | None = None,
+    preset: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Gathered:
+    """Merge flag > environment > file > preset. `flags` holds those that were given (None: not given).
+
+    Raises ConfigError with every wrong value, its origin and what would be right.
+    """
+    from_file = _read_config_file(config_file) if config_file else {}
+    from_environment = {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in _OTHER_VARIABLES and value
+    }
+    presets = (preset, from_environment.pop("preset", None), from_file.pop("preset", None))
+    preset = next((name for name in presets if name is not None), None)
+    if preset is not None and preset not in [*PRESETS]:
+        raise ConfigError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    layers = (
+        (PRESETS[preset] if preset else {}, lambda _: f"preset {preset}"),
+        (from_file, lambda _: f"file {config_file}"),
+        (from_environment, lambda field: f"environment {ENVIRONMENT_PREFIX}{field.upper()}"),
+        ({field: value for field, value in flags.items() if value is not None}, lambda _: "flag"),
+    )
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer, origin in layers:
+        for field, value in layer.items():
+            values[field], origins[field] = value, origin(field)
+    try:
+        return Gathered(Settings(**values), origins, preset)
+    except ValidationError as error:
+        raise ConfigError(explain(error, origins)) from error
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error})") from error
+    try:
+        if path.suffix == ".toml":
+            content: Any = tomllib.loads(text)
+        elif path.suffix in {".yaml", ".yml"}:
+            content = yaml.safe_load(text)
+        else:
+            raise ConfigError(f"--config {path}: the name must end in .toml, .yaml or .yml")
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: expected settings, one `name: value` a line")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """What is wrong with each setting, one a line, named as the user knows it and with where it came from."""
+    lines = []
+    for problem in error.errors():
+        field = str(problem["loc"][0]) if problem["loc"] else ""
+        flag = flag_of(field)
+        if problem["type"] == "missing":
+            lines.append(f"{flag} is missing (lampctl run --help has examples)")
+        elif problem["type"] == "extra_forbidden":
+            known = ", ".join(sorted(Settings.model_fields))
+            lines.append(f"{field} ({origins.get(field)}) is no setting of a run; known: preset, {known}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            origin = origins.get(field, "flag")
+            where = "" if origin == "flag" else f" ({origin})"
+            hint = " (a share, not a percentage: 70% is 0.7)" if problem["type"] == "less_than" else ""
+            lines.append(f"{flag} {problem['input']}{where}: {message[0].lower()}{message[1:]}{hint}")
+    return "\n".join(lines)
+
+
+def flag_of(field: str) -> str:
+    """The setting's name as the command line has it."""
+    return "MODEL" if field == "model" else "--" + field.replace("_", "-")
