@@ -20,7 +20,7 @@ BAD = [
     (("--sparsity", "1.5"), "less than 1", 2),
     ((), "--sparsity is missing", 2),
     (("--sparsity", "half"), "--sparsity", 2),
-    (("--sparsity", "0.5", "--method", "lmap"), "'lamp', 'sparsegpt', 'wanda' or 'magnitude'", 2),
+    (("--sparsity", "0.5", "--method", "lmap"), "'lamp', 'sparsegpt', 'alps', 'wanda' or 'magnitude'", 2),
     (("--sparsity", "0.5", "--preset", "slow"), "choose one of quick, paper", 2),
     (("--sparsity", "0.5", "--device", "tpu"), "--device tpu", 2),
     (("--sparsity", "0.5", "--device", "cuda:7"), "no such GPU", 5),
@@ -252,7 +252,7 @@ def test_settings_come_from_flag_environment_file_preset_default_in_this_order(l
     assert (config["seed"], origins["seed"]) == (9, "flag")
     assert (config["seqlen"], origins["seqlen"]) == (48, "environment LAMPCTL_SEQLEN")
     assert (config["num_samples"], origins["num_samples"]) == (5, "file s.yaml")
-    assert (config["epochs"], origins["epochs"]) == (3, "preset quick")
+    assert (config["effort"], origins["effort"]) == ("low", "preset quick")
     assert (config["damping"], origins["damping"]) == (0.01, "default")
     assert (config["sparsity"], origins["sparsity"]) == (0.3, "file s.yaml")
 
@@ -274,7 +274,7 @@ def test_a_preset_may_stand_in_several_places_and_the_flag_wins(lampctl, model, 
     monkeypatch.setenv("LAMPCTL_PRESET", "paper")
     call = ("init", model, "--sparsity", "0.5", *DATA, "--config", "p.yaml", "--preset", "quick", "--run-dir", "r")
     assert lampctl(*call).code == 0
-    assert json.loads(Path("r/run.json").read_text())["config"]["epochs"] == 3
+    assert json.loads(Path("r/run.json").read_text())["config"]["effort"] == "low"
     Path("p.yaml").write_text("preset: [quick]\n")
     monkeypatch.delenv("LAMPCTL_PRESET")
     answer = lampctl("init", model, "--sparsity", "0.5", *DATA, "--config", "p.yaml")
