@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stages.device import DTYPES
-from stages.finish_block import LayerOutcome, PruneOutcome, check_layer, on_cpu
+from stages.finish_block import LayerOutcome, PruneOutcome, check_layer
 from stages.mask_files import FOLDER, PrunedWeight
 from stages.models.base import BlockModel
 from stages.pruners.masks import Pattern
@@ -43,11 +43,10 @@ def block_shard(model: BlockModel, block_index: int, state: Mapping[str, Tensor]
 def pruned_weights(model: BlockModel, block_index: int, outcome: PruneOutcome) -> dict[str, PrunedWeight]:
     """Masks and grids of a block as its file of masks holds them, by layer name."""
     names, infos = model.stored_names(block_index), {info.name: info for info in model.layers(block_index)}
+    layers = outcome.to(torch.device("cpu")).layers
     return {
-        name: PrunedWeight(
-            names[f"{infos[name].path}.weight"], infos[name].transposed, layer.mask.cpu(), on_cpu(layer).grid
-        )
-        for name, layer in outcome.layers.items()
+        name: PrunedWeight(names[f"{infos[name].path}.weight"], infos[name].transposed, layer.mask, layer.grid)
+        for name, layer in layers.items()
     }
 
 

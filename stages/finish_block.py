@@ -29,6 +29,13 @@ class LayerOutcome:
     relative_error: float | None = None  # |W x - W' x|^2 / |W x|^2 over the calibration set; None without data
     damping: float | None = None  # what the factorisation needed in the end
 
+    def to(self, device: torch.device) -> LayerOutcome:
+        """The same in another device's memory."""
+        grid = self.grid
+        if grid is not None:
+            grid = replace(grid, scale=grid.scale.to(device), zero=grid.zero.to(device))
+        return replace(self, mask=self.mask.to(device), grid=grid)
+
 
 @dataclass(frozen=True)
 class PruneOutcome:
@@ -36,6 +43,10 @@ class PruneOutcome:
 
     layers: Mapping[str, LayerOutcome]
     pattern: Pattern | None
+
+    def to(self, device: torch.device) -> PruneOutcome:
+        """The same in another device's memory."""
+        return replace(self, layers={name: layer.to(device) for name, layer in self.layers.items()})
 
 
 @dataclass(frozen=True)
@@ -137,11 +148,3 @@ def check_layer(name: str, weight: Tensor, layer: LayerOutcome, pattern: Pattern
             raise AssertionError(f"{name}: {num_levels} distinct values in a row of {layer.grid.bits} bits")
     num_masked = int(layer.mask.sum())
     return PrunedLayer(name, num_masked, int(zeros.sum()) - num_masked, num_levels, layer.relative_error, layer.damping)
-
-
-def on_cpu(layer: LayerOutcome) -> LayerOutcome:
-    """The same in the CPU's memory."""
-    grid = layer.grid
-    if grid is not None:
-        grid = replace(grid, scale=grid.scale.cpu(), zero=grid.zero.cpu())
-    return replace(layer, mask=layer.mask.cpu(), grid=grid)

@@ -53,6 +53,7 @@ def refine_block(
     Raises NumericalError if the loss stops being finite.
     """
     block = model.load_block(block_index, choices.torch_device, state=state)
+    outcome = outcome.to(choices.torch_device)
     trainer = BlockTrainer(
         *(model, block, block_index, inputs, biased_in, dense_out, settings, choices, hooks),
         purpose="refine",
