@@ -1,0 +1,148 @@
+"""Try training settings quickly: LAMP in memory on the first blocks of a model, the others left as they are.
+
+    python benchmarks/trial.py --blocks 12 --sparsity 0.7 --epochs 2 --refine-epochs 3 --loss token --lr 2e-3
+
+A trial costs a fraction of a run and ranks settings that act on every block alike (losses, rates, schedules, pruners);
+settings of the budget need whole runs. Calibration and evaluation are C4 where ../shared/data has it, else pydocs:
+never the text that results are reported on. Appends one line to --out; docs/experiments.md holds what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from texts import SHARED, as_text_file
+
+from stages.budget import BlockBudget, LayerShape, allocate, follow_pattern
+from stages.capture import capture
+from stages.compensate_block import compensate_block
+from stages.data.sources import parse_source
+from stages.data.text import calibration_tokens, evaluation_tokens, load_tokenizer
+from stages.device import DeviceChoices, apply, choose
+from stages.evaluate import evaluate_perplexity
+from stages.metrics.perplexity import windows
+from stages.models.base import BlockModel
+from stages.models.decoder import open_model
+from stages.models.source import resolve
+from stages.protocols import ListScratch, ListStream, NullHooks
+from stages.prune_block import PruneSettings, prune_block
+from stages.pruners.masks import Pattern
+from stages.refine_block import refine_block
+from stages.training import TrainingSettings
+
+
+def main() -> None:
+    args = _arguments()
+    model = open_model(resolve(args.model, None))
+    choices = dataclasses.replace(choose("cpu", args.dtype), num_threads=args.threads)
+    apply(choices)
+    calibration, evaluation = (
+        f"text:{as_text_file(path, args.work)}" if path.exists() else "pydocs"
+        for path in (SHARED / "c4_demo.jsonl", SHARED / "c4_prompts.pf-decoding.jsonl")
+    )
+    tokenizer = load_tokenizer(model.source.path)
+    tokens = calibration_tokens(parse_source(calibration), tokenizer, args.num_samples, args.seqlen, None, 0, 0)
+    inputs = ListStream(len(tokens), (args.seqlen,), tokens.dtype)
+    for index, sample in enumerate(tokens):
+        inputs.write(index, sample)
+    started = time.monotonic()
+    states = prune_first_blocks(model, inputs, args, choices)
+    seconds = time.monotonic() - started
+    cut = windows(evaluation_tokens(parse_source(evaluation), tokenizer), args.seqlen, args.eval_max_tokens, None)
+    load = model.load_block
+    model.load_block = lambda i, *rest, **more: load(i, *rest, **more, state=states.get(i))  # type: ignore[method-assign]
+    exact = dataclasses.replace(choices, dtype="float32")
+    perplexity = evaluate_perplexity(model, cut, ListScratch(), exact, NullHooks()).perplexity
+    line = {"command": " ".join(sys.argv[1:]), "perplexity": round(perplexity, 2), "seconds": round(seconds)}
+    print(json.dumps(line))
+    with args.out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def prune_first_blocks(
+    model: BlockModel, inputs: ListStream, args: argparse.Namespace, choices: DeviceChoices
+) -> dict[int, dict[str, torch.Tensor]]:
+    """The exported states of the blocks that were pruned."""
+    hooks = NullHooks()
+    pattern = Pattern.parse(args.pattern) if args.pattern else None
+    pruning = PruneSettings(args.pruner, pattern=pattern, bits=args.bits)
+    settings = (args.lr_decay, args.hold_aside, args.seed, args.schedule, args.loss)
+    compensation = TrainingSettings(args.epochs, args.lr, *settings)
+    refinement = TrainingSettings(args.refine_epochs, args.refine_lr or args.lr, *settings)
+
+    def stream() -> ListStream:
+        return ListStream(len(inputs), (args.seqlen, model.hidden_size), choices.torch_dtype)
+
+    biased, dense = stream(), stream()
+    capture(model, inputs, biased, dense, choices, hooks)
+    states = {}
+    for i, budget in enumerate(_budgets(model, pattern, args)[: args.blocks]):
+        state, target, out = None, dense, stream()
+        if i:
+            target = stream()
+            state = compensate_block(model, i, inputs, biased, dense, target, compensation, choices, hooks).state
+        dtypes = model.original_dtypes(i)
+        refines = args.refine_epochs > 0
+        pruned = prune_block(
+            *(model, i, budget, pruning, choices, hooks),
+            state=state,
+            export_dtypes=None if refines else dtypes,
+            inputs=inputs,
+            biased=biased,
+            biased_out=None if refines else out,
+        )
+        finished = pruned.finished
+        if refines:
+            finished = refine_block(
+                *(model, i, inputs, biased, target, pruned.state, pruned.outcome, refinement, choices, hooks),
+                export_dtypes=dtypes,
+                biased_out=out,
+            ).finished
+        assert finished is not None
+        states[i] = finished.state
+        biased, dense = out, target
+    return states
+
+
+def _budgets(model: BlockModel, pattern: Pattern | None, args: argparse.Namespace) -> tuple[BlockBudget, ...]:
+    shapes = [[LayerShape(x.name, x.role, x.rows, x.cols) for x in model.layers(i)] for i in range(model.num_blocks)]
+    return follow_pattern(shapes, pattern) if pattern else allocate(shapes, args.sparsity, args.alpha, args.beta)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--blocks", type=int, default=12, help="how many to prune, from the first on")
+    parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--pattern", help="N:M in place of --sparsity")
+    parser.add_argument("--bits", type=int)
+    parser.add_argument("--alpha", type=float, default=0.7)
+    parser.add_argument("--beta", type=float, default=0.0)
+    parser.add_argument("--pruner", default="alps")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr-decay", type=float, default=0.87)
+    parser.add_argument("--schedule", default="exponential")
+    parser.add_argument("--loss", default="token")
+    parser.add_argument("--hold-aside", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--refine-epochs", type=int, default=3)
+    parser.add_argument("--refine-lr", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--eval-max-tokens", type=int, default=10240)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("runs/trial"))
+    parser.add_argument("--out", type=Path, default=Path("runs/trials.jsonl"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
