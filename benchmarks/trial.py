@@ -2,7 +2,7 @@
 
     python benchmarks/trial.py --blocks 12 --sparsity 0.7 --epochs 2 --refine-epochs 3 --loss token --lr 2e-3
 
-A trial costs a fraction of a run and ranks settings that act on every block alike (losses, rates, schedules, pruners);
+A trial costs a fraction of a run and ranks settings that act on every block alike (losses, rates, pruners);
 settings of the budget need whole runs. Calibration and evaluation are C4 where ../shared/data has it, else pydocs:
 never the text that results are reported on. Appends one line to --out; docs/experiments.md holds what came of it.
 """
@@ -72,7 +72,7 @@ def prune_first_blocks(
     hooks = NullHooks()
     pattern = Pattern.parse(args.pattern) if args.pattern else None
     pruning = PruneSettings(args.pruner, pattern=pattern, bits=args.bits)
-    settings = (args.lr_decay, args.hold_aside, args.seed, args.schedule, args.loss)
+    settings = (args.lr_decay, args.hold_aside, args.seed, args.loss)
     compensation = TrainingSettings(args.epochs, args.lr, *settings)
     refinement = TrainingSettings(args.refine_epochs, args.refine_lr or args.lr, *settings)
 
@@ -124,11 +124,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int)
     parser.add_argument("--alpha", type=float, default=0.7)
     parser.add_argument("--beta", type=float, default=0.0)
-    parser.add_argument("--pruner", default="alps")
+    parser.add_argument("--pruner", default="sparsegpt")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--lr-decay", type=float, default=0.87)
-    parser.add_argument("--schedule", default="exponential")
     parser.add_argument("--loss", default="token")
     parser.add_argument("--hold-aside", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--refine-epochs", type=int, default=3)

@@ -88,15 +88,7 @@ def _declared(
     ] = None,
     lr_decay: Annotated[
         float | None,
-        typer.Option(
-            metavar="F", help="Exponential schedule: the rate is multiplied by F after each epoch. [default: 0.87]"
-        ),
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOW", help="The rate goes down by epoch (exponential, as the paper) or by step (linear)."
-        ),
+        typer.Option(metavar="F", help="The rate is multiplied by F after each epoch. [default: 0.87]"),
     ] = None,
     loss: Annotated[
         str | None,

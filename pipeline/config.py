@@ -77,7 +77,6 @@ LAMP_FIELDS = (
     "epochs",
     "lr",
     "lr_decay",
-    "schedule",
     "loss",
     "hold_aside",
     "refine",
@@ -159,8 +158,6 @@ def complete(
         values["refine_epochs"] = values["refine_lr"] = None
         if not values["epochs"]:
             raise ConfigError("--epochs 0 without --refine trains nothing: that is --method sparsegpt")
-    if is_lamp and values["schedule"] == "linear":
-        _drop("lr_decay", gathered, values, notices, "the linear schedule goes down to 0 step by step")
     if uses_calibration:
         fill("calibration", "c4")
         fill("num_samples", 128)

@@ -64,7 +64,6 @@ class Settings(BaseModel):
     epochs: int | None = Field(None, ge=0)
     lr: float | None = Field(None, gt=0)
     lr_decay: float | None = Field(None, gt=0, le=1)
-    schedule: Literal["exponential", "linear"] | None = None
     loss: Literal["mse", "token"] | None = None
     hold_aside: bool | None = None
     refine: bool | None = None

@@ -207,7 +207,6 @@ class StageWorker:
             config.lr_decay or 1.0,
             bool(config.hold_aside),
             config.seed,
-            config.schedule or "exponential",
             config.loss or "mse",
         )
 

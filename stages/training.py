@@ -24,8 +24,6 @@ from stages.randomness import generator_for
 
 # One sample in so many is kept aside to see whether what is learnt holds beyond the samples trained on.
 _ASIDE_EVERY = 16
-# Of all steps of the linear schedule, the share in which the rate rises to its full height.
-_WARM_UP = 0.05
 # A target this small (mean square) is nobody's scale: it would blow up a relative loss.
 _SMALLEST_SCALE = 1e-12
 
@@ -36,10 +34,9 @@ class TrainingSettings:
 
     epochs: int
     lr: float
-    lr_decay: float  # exponential schedule: the rate is multiplied by this after each epoch
+    lr_decay: float  # the rate is multiplied by this after each epoch
     hold_aside: bool  # judge on samples kept aside and never keep what made it worse; off: as the paper, train on all
     seed: int
-    schedule: str = "exponential"  # by epoch, as the paper; or "linear": a short rise, then down to 0 by the last step
     loss: str = "mse"  # as the paper; or "token": each token's error relative to its target
 
 
@@ -124,8 +121,8 @@ class BlockTrainer:
         self.train_set, self.aside = split_samples(len(inputs), settings.hold_aside)
         if settings.hold_aside and not self.aside and settings.epochs:
             hooks.warn("only one calibration sample: none is kept aside, training is judged on itself")
-        self._num_steps = settings.epochs * len(self.train_set)
-        self._total = (passes_before + passes_after) * len(inputs) + self._num_steps
+        num_steps = settings.epochs * len(self.train_set)
+        self._total = (passes_before + passes_after) * len(inputs) + num_steps
         self._done = 0
 
     def call(self, index: int) -> BlockCall:
@@ -191,7 +188,7 @@ class BlockTrainer:
             judged = aside if aside is not None else self._mean_loss(self.train_set)
             if judged < best:
                 best, best_state, kept_epoch = judged, copy.deepcopy(self.block.state_dict()), epoch
-            elif self.settings.schedule == "exponential":
+            else:
                 break  # no longer falling
         optimizer.zero_grad(set_to_none=True)
         for parameter in parameters:
@@ -208,11 +205,11 @@ class BlockTrainer:
         """One pass over the samples trained on, in an order of its own; gives the mean loss of its steps."""
         generator = generator_for(self.settings.seed, self.purpose, self.block_index, epoch)
         order = [self.train_set[i] for i in torch.randperm(len(self.train_set), generator=generator).tolist()]
+        for group in optimizer.param_groups:
+            group["lr"] = self.settings.lr * self.settings.lr_decay ** (epoch - 1)
         losses: dict[int, float] = {}
-        for position, index in enumerate(order):
+        for index in order:
             self.hooks.check_stop()
-            for group in optimizer.param_groups:
-                group["lr"] = self._rate(epoch, position)
             loss = self.loss(index, self.call(index))
             losses[index] = loss.item()
             if not math.isfinite(losses[index]):
@@ -226,13 +223,6 @@ class BlockTrainer:
             scaler.update()
             self.advance(loss=losses[index], epoch=epoch)
         return _mean(losses, order)
-
-    def _rate(self, epoch: int, position: int) -> float:
-        if self.settings.schedule == "exponential":
-            return self.settings.lr * self.settings.lr_decay ** (epoch - 1)
-        step = (epoch - 1) * len(self.train_set) + position
-        rise = max(1.0, _WARM_UP * self._num_steps)
-        return self.settings.lr * min((step + 1) / rise, (self._num_steps - step) / (self._num_steps - rise + 1))
 
     @torch.no_grad()
     def _mean_loss(self, indices: Sequence[int]) -> float:

@@ -56,7 +56,7 @@ def test_the_paper_preset_is_what_was_published():
     config, _, _ = complete(gather({**GIVEN}, preset="paper", environ={}), 2048, published("opt", 0.7))
     assert (config.calibration, config.num_samples, config.seqlen) == ("c4", 128, 2048)
     assert (config.epochs, config.lr, config.lr_decay, config.hold_aside) == (12, 1e-4, 0.87, False)
-    assert (config.schedule, config.loss, config.refine, config.refine_epochs) == ("exponential", "mse", False, None)
+    assert (config.pruner, config.loss, config.refine, config.refine_epochs) == ("sparsegpt", "mse", False, None)
     assert (config.alpha, config.beta) == (0.691, 0.21)
     assert config.calibration_sampling == "random"
     llama = published("llama", 0.7)
@@ -119,9 +119,8 @@ def test_a_pattern_sets_the_sparsity_and_names_the_run():
 def test_refinement_alone_and_none_at_all():
     config, _, _ = completed({"epochs": 0})
     assert (config.epochs, config.refine) == (0, True)
-    config, _, notices = completed({"refine": False, "lr_decay": 0.5})
-    assert (config.refine, config.refine_epochs, config.refine_lr, config.lr_decay) == (False, None, None, None)
-    assert notices == ["--lr-decay has no effect: the linear schedule goes down to 0 step by step"]
+    config, _, _ = completed({"refine": False})
+    assert (config.refine, config.refine_epochs, config.refine_lr) == (False, None, None)
     with pytest.raises(ConfigError, match="trains nothing"):
         completed({"epochs": 0, "refine": False})
     assert completed({"refine_epochs": 2}, preset="paper")[0].refine

@@ -54,7 +54,7 @@ def pruned_states(model, method, goal, bits, dtype):
     settings = PruneSettings(
         "alps" if refines else "sparsegpt" if trains else method, pattern=pattern, bits=bits[0], group_size=bits[1]
     )
-    training = TrainingSettings(1, 1e-3, 0.9, True, 0, "linear")
+    training = TrainingSettings(1, 1e-3, 0.9, True, 0)
     for i, budget in enumerate(budget_of(model, goal)):
         dtypes = dict.fromkeys(model.stored_names(i), dtype)
         state, target, out = None, dense, stream()
