@@ -43,7 +43,10 @@ def _declared(
         str | None, typer.Option(metavar="METHOD", help="lamp, sparsegpt, alps, wanda or magnitude. [default: lamp]")
     ] = None,
     pruner: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What LAMP prunes with: sparsegpt, as the paper, or alps.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What LAMP prunes with: sparsegpt, as the paper, or alps. [default: by effort]"
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
     alpha: Annotated[

@@ -48,7 +48,8 @@ def measured(model_type: str, sparsity: float, num_blocks: int, effort: str) -> 
     return TrainingDefaults(
         alpha=round(1 - min(spared, _MOST_ADDED * (num_blocks - 1) / sparsity), 4),
         beta=round(0.7 * (1 - sparsity), 4) if model_type == "opt" else 0.0,
-        pruner="sparsegpt",
+        # ALPS takes as long for a block whatever there is to train on: a small part of a long training.
+        pruner="sparsegpt" if effort == "low" else "alps",
         effort=effort,
         epochs=epochs,
         lr=lr,
