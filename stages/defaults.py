@@ -54,7 +54,7 @@ def measured(model_type: str, sparsity: float, num_blocks: int, effort: str) -> 
         epochs=epochs,
         lr=lr,
         lr_decay=0.87,
-        loss="mse" if model_type == "opt" else "token",
+        loss="token",
         hold_aside=True,
         refine=True,
         refine_epochs=refine_epochs,
