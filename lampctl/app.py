@@ -15,7 +15,7 @@ from lampctl.commands.export import export
 from lampctl.commands.resume import resume
 from lampctl.commands.run import init, run
 from lampctl.commands.status import status
-from lampctl.commands.steps import calibrate, capture, compensate_block, evaluate, prune_block, refine_block
+from lampctl.commands.steps import allocate, calibrate, capture, compensate_block, evaluate, prune_block, refine_block
 from lampctl.exits import BUG, exit_code, message
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ app = typer.Typer(
 
 for _command in (run, resume, status):
     app.command()(_command)
-for _command in (init, calibrate, capture, prune_block, refine_block, compensate_block, export, evaluate):
+for _command in (init, calibrate, capture, allocate, prune_block, refine_block, compensate_block, export, evaluate):
     app.command(rich_help_panel="Step by step")(_command)
 
 

@@ -59,6 +59,18 @@ def _declared(
         float | None,
         typer.Option(metavar="B", help="q, k and v lose 1 - B times their share, fc2 makes up for it. [by family]"),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="uniform, or outliers: a first pass of the original model finds the blocks with more outlying "
+            "weights, which then lose less (OWL). [default: uniform]",
+        ),
+    ] = None,
+    budget_spread: Annotated[
+        float | None,
+        typer.Option(metavar="L", help="With --budget outliers: sparsities differ by up to 2 L. [default: 0.05]"),
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX", help="Leave the layers whose name matches dense. May be repeated."),

@@ -81,7 +81,7 @@ class ProgressListener:
         figures = commit.figures
         if self._ends_block(step):
             assert step.block is not None
-            layers = self._run.manifest.budget[step.block]["layers"]
+            layers = self._run.budget[step.block]["layers"]
             masked = figures["num_masked"] / max(1, sum(layer["size"] for layer in layers))
             compensated = self._run.commit_for(f"compensate-block/{step.block}")
             parts = [f"{100 * masked:.2f}% masked"]

@@ -97,12 +97,17 @@ def check_combinations(gathered: Gathered) -> None:
     if settings.pattern is None and settings.sparsity is None:
         raise ConfigError("--sparsity is missing, or --pattern N:M instead (lampctl run --help has examples)")
     if settings.pattern is not None:
-        for field in ("sparsity", "alpha", "beta", "layer_sparsity"):
+        for field in ("sparsity", "alpha", "beta", "layer_sparsity", "budget", "budget_spread"):
             if getattr(settings, field) not in (None, {}):
                 raise ConfigError(
                     f"--pattern {settings.pattern}{origin('pattern')} fixes the sparsity of every group of every "
                     f"layer: it excludes {flag_of(field)}{origin(field)}"
                 )
+    if settings.budget == "outliers" and settings.method == "magnitude":
+        raise ConfigError(f"--budget outliers{origin('budget')}: magnitude pruning looks at no data")
+    if settings.budget_spread is not None and settings.budget != "outliers":
+        where = f"{settings.budget_spread:g}{origin('budget_spread')}"
+        raise ConfigError(f"--budget-spread {where} is about --budget outliers")
     if settings.group_size is not None and settings.bits is None:
         raise ConfigError(f"--group-size {settings.group_size}{origin('group_size')} is about --bits, which is not set")
     if settings.bits is not None and settings.method == "wanda":
@@ -147,6 +152,9 @@ def complete(
     if settings.pattern is None:
         fill("alpha", defaults.alpha if is_lamp else 1.0)
         fill("beta", defaults.beta if is_lamp else 0.0)
+        fill("budget", "uniform")
+        if values["budget"] == "outliers":
+            fill("budget_spread", 0.05)
     if is_lamp and values["refine"] is None and (values["refine_epochs"] or values["refine_lr"]):
         values["refine"] = True
     for field in LAMP_FIELDS:

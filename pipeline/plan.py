@@ -2,6 +2,7 @@
 
     calibrate -> capture -> prune 0 -> compensate 1 -> prune 1 -> ... -> prune n-1 -> export -> evaluate ...
 
+With a budget that looks at the data ``capture -> allocate -> prune 0``,
 and with refinement ``prune i -> refine i -> compensate i+1``. Payloads are named by what they are: ``biased/i`` and
 ``dense/i`` are the *inputs* of block i through pruned and through original blocks; ``compensated/i``, ``unrefined/i``
 (pruned, fp32, to be trained on) and ``pruned/i`` are weights of block i, ``masks/i`` its masks and grids.
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-CHAIN_KINDS = ("calibrate", "capture", "prune-block", "compensate-block", "refine-block", "export")
+CHAIN_KINDS = ("calibrate", "capture", "allocate", "prune-block", "compensate-block", "refine-block", "export")
 EVALUATE = "evaluate"
 
 
@@ -50,10 +51,11 @@ class Evaluation:
         return f"{self.which}/{self.source}@{self.seqlen}{limit}"
 
 
-def chain(method: str, num_blocks: int, refines: bool = False) -> tuple[Step, ...]:
+def chain(method: str, num_blocks: int, refines: bool = False, allocates: bool = False) -> tuple[Step, ...]:
     """The steps from the calibration set to the exported model, in the only order they can run.
 
-    refines: each pruned block is trained on before the next step reads what it puts out.
+    refines: each pruned block is trained on before the next step reads what it puts out. allocates: a first pass of
+    the original model decides the budget; its table is in the figures of the step's commit.
     """
     compensates, reads_data = method == "lamp", method != "magnitude"
     steps: list[Step] = []
@@ -62,6 +64,8 @@ def chain(method: str, num_blocks: int, refines: bool = False) -> tuple[Step, ..
         needs_dense = compensates and (num_blocks > 1 or refines)
         captured = ("biased/0", "dense/1") if needs_dense else ("biased/0",)
         steps.append(Step("capture", reads=("calibration",), writes=captured))
+        if allocates:
+            steps.append(Step("allocate", reads=("calibration", "biased/0")))
     for block in range(num_blocks):
         is_last = block == num_blocks - 1
         weights: tuple[str, ...] = ()

@@ -57,8 +57,8 @@ def prepare(gathered: Gathered) -> Prepared:
     choices = choose(settings.device, settings.dtype)
     folder = resolve(settings.model, settings.revision)
     model = open_model(folder)
-    shapes = _prunable_layers(model, settings.ignore)
-    fixed = _fixed_sparsities(shapes, settings.layer_sparsity)
+    shapes = prunable_layers(model, settings.ignore)
+    fixed = fixed_sparsities(shapes, settings.layer_sparsity)
 
     pattern = Pattern.parse(settings.pattern) if settings.pattern is not None else None
     sparsity = pattern.sparsity if pattern is not None else settings.sparsity
@@ -123,7 +123,8 @@ def _with_absolute_paths(gathered: Gathered) -> Any:
     return settings.model_copy(update=changes)
 
 
-def _prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
+def prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
+    """The layers of each block that may be pruned (`stages.budget.LayerShape`). Raises ConfigError if none is left."""
     import re
 
     from pipeline.errors import ConfigError
@@ -148,7 +149,8 @@ def _prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
     return blocks
 
 
-def _fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, float]) -> dict[str, float]:
+def fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, float]) -> dict[str, float]:
+    """The sparsity of each layer, by name, that has one of its own. Raises ConfigError for a name that no layer has."""
     fixed: dict[str, float] = {}
     for pattern, sparsity in overrides.items():
         names = [layer.name for block in blocks for layer in block if re.search(pattern, layer.name)]
@@ -215,4 +217,4 @@ def environment_record(device: Mapping[str, Any]) -> dict[str, Any]:
 
 def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
     """The steps from calibration to export that a configuration asks for."""
-    return chain(config.method, num_blocks, bool(config.refine))
+    return chain(config.method, num_blocks, bool(config.refine), config.budget == "outliers")

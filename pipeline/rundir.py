@@ -101,6 +101,13 @@ class RunDirectory:
         """The commit of a step, by its name; None if it has not been done."""
         return next((commit for commit in self.commits if commit.step == step), None)
 
+    @property
+    def budget(self) -> list[Any]:
+        """The budget by block: of the step that looked at the data, if there was one, else as the run began."""
+        allocated = self.commit_for("allocate")
+        table: list[Any] = allocated.figures["budget"] if allocated else self.manifest.budget
+        return table
+
     def payload(self, name: str) -> Payload:
         """The payload of that name, of the newest commit that made one. Raises StepOrderError."""
         return self._find(name)[1]

@@ -54,6 +54,8 @@ class Settings(BaseModel):
     revision: str | None = None
     alpha: float | None = Field(None, gt=0, le=1)
     beta: float | None = Field(None, ge=0, le=1)
+    budget: Literal["uniform", "outliers"] | None = None
+    budget_spread: float | None = Field(None, gt=0, lt=1)
     calibration: str | None = None
     calibration_sampling: Literal["contiguous", "random"] | None = None
     calibration_skip: int = Field(0, ge=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from pipeline.config import RunConfig
 from pipeline.engine import StepResult
 from pipeline.errors import ConfigMismatch
 from pipeline.plan import Evaluation, Step
+from pipeline.prepare import fixed_sparsities, prunable_layers
 from pipeline.rundir import Attempt, RunDirectory
 from pipeline.summary import card_facts
 from stages import export
+from stages.allocate import budget_by_outliers, outlier_shares
 from stages.budget import BlockBudget, LayerBudget
 from stages.calibrate import calibrate
 from stages.capture import capture
@@ -80,6 +83,7 @@ class StageWorker:
         work = {
             "calibrate": self._calibrate,
             "capture": self._capture,
+            "allocate": self._allocate,
             "prune-block": self._prune,
             "compensate-block": self._compensate,
             "refine-block": self._refine,
@@ -133,6 +137,30 @@ class StageWorker:
         capture(self.model, self.run.open_stream("calibration"), biased, dense, self.choices, hooks)
         return {}
 
+    def _allocate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        config = self.config
+        assert config.budget_spread is not None
+        assert config.alpha is not None
+        assert config.beta is not None
+        names = {layer["name"] for block in self.run.manifest.budget for layer in block["layers"]}
+        shares = outlier_shares(
+            self.model,
+            self.run.open_stream("calibration"),
+            self.run.open_stream("biased/0"),
+            names,
+            attempt.scratch(),
+            self.choices,
+            hooks,
+        )
+        blocks = prunable_layers(self.model, config.ignore)
+        fixed = fixed_sparsities(blocks, config.layer_sparsity)
+        budget, spread = budget_by_outliers(
+            blocks, shares, config.budget_spread, config.target_sparsity, config.alpha, config.beta, fixed
+        )
+        if spread != config.budget_spread:
+            hooks.warn(f"the spread of the budget is {spread:g}: no layer can be pruned above 100% or below 0%")
+        return {"outlier_shares": shares, "spread": spread, "budget": [asdict(block) for block in budget]}
+
     def _prune(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         block, config = step.block, self.config
         assert block is not None
@@ -144,7 +172,7 @@ class StageWorker:
         result = prune_block(
             self.model,
             block,
-            _budget_of(self.run.manifest.budget[block]),
+            _budget_of(self.run.budget[block]),
             PruneSettings(
                 config.pruner or config.method,
                 config.damping,
@@ -281,7 +309,7 @@ class StageWorker:
         folder.write("model.safetensors.index.json", export.index_json(files, total_size))
         for name, contents in self.model.export_extras(self.config.export_dtype):
             folder.write(name, contents)
-        budget = [_budget_of(block) for block in self.run.manifest.budget]
+        budget = [_budget_of(block) for block in self.run.budget]
         if num_masked != sum(block.num_masked for block in budget):
             raise AssertionError("the masks do not add up to the budget")
         num_prunable = sum(block.size for block in budget)

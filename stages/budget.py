@@ -6,6 +6,7 @@ theta_i: prunable weights of block i, i = 1..n.    s: global sparsity.    P_i: m
     P_i = s |theta_i| + s |theta_n| (1 - alpha) / (n - 1)     Eq. 2, i < n
     q, k, v: (P_i / |theta_i|) |W| (1 - beta)                 Eq. 3; fc2 takes what they gave up (Eq. 4)
 
+A budget that looks at the data (`stages.allocate`) moves each block's s by an offset d_i first: s + d_i in place of s.
 All of it in fractions; rounding is by the largest remainder, first among blocks, then among a block's layers.
 """
 
@@ -78,9 +79,11 @@ def allocate(
     alpha: float,
     beta: float,
     fixed: Mapping[str, float] | None = None,
+    offsets: Sequence[Fraction] | None = None,
 ) -> tuple[BlockBudget, ...]:
     """The count of every layer; together round(sparsity * weights) to the last weight.
 
+    offsets: added to each block's sparsity; weighted by the blocks' sizes they add up to nothing.
     fixed: layers (by name) with a sparsity of their own. They keep it, and `sparsity`, alpha and beta are about
     the others.
     Raises BudgetError where a layer would have to lose more than all its weights, or where beta names roles
@@ -88,7 +91,7 @@ def allocate(
     """
     fixed = fixed or {}
     free = [[layer for layer in block if layer.name not in fixed] for block in blocks]
-    sparsities = _block_sparsities(free, _exact(sparsity), _exact(alpha))
+    sparsities = _block_sparsities(free, _exact(sparsity), _exact(alpha), offsets)
     targets = []
     for index, (block, block_sparsity) in enumerate(zip(free, sparsities, strict=True)):
         factors = _factors(block, _exact(beta), index)
@@ -160,14 +163,18 @@ def _size(block: Sequence[LayerShape]) -> int:
     return sum(layer.size for layer in block)
 
 
-def _block_sparsities(blocks: Sequence[Sequence[LayerShape]], s: Fraction, alpha: Fraction) -> list[Fraction]:
+def _block_sparsities(
+    blocks: Sequence[Sequence[LayerShape]], s: Fraction, alpha: Fraction, offsets: Sequence[Fraction] | None = None
+) -> list[Fraction]:
     """P_i / |theta_i| for every block; a block that has nothing to prune takes no share."""
     sizes = [_size(block) for block in blocks]
     num_takers = sum(size > 0 for size in sizes[:-1])
     if num_takers == 0:
         alpha = Fraction(1)
-    share = s * sizes[-1] * (1 - alpha) / max(num_takers, 1)
-    return [*(s + share / size if size else s for size in sizes[:-1]), s * alpha]
+    wanted = [s + offset for offset in offsets] if offsets is not None else [s] * len(sizes)
+    share = wanted[-1] * sizes[-1] * (1 - alpha) / max(num_takers, 1)
+    others = [w + share / size if size else w for w, size in zip(wanted[:-1], sizes[:-1], strict=True)]
+    return [*others, wanted[-1] * alpha]
 
 
 def _exchange(block: Sequence[LayerShape]) -> tuple[int, int]:
@@ -195,7 +202,7 @@ def _require_feasible(
     index: int, block: Sequence[LayerShape], targets: Sequence[Fraction], alpha: float, beta: float
 ) -> None:
     for layer, target in zip(block, targets, strict=True):
-        if target > layer.size:
+        if not 0 <= target <= layer.size:
             remedies = ["a larger alpha"] * (alpha < 1) + ["a smaller beta"] * (beta > 0) + ["less --sparsity"]
             raise BudgetError(
                 f"block {index} would have to lose {float(100 * target / layer.size):.2f}% of {layer.name} "

@@ -31,6 +31,15 @@ def capture(run: RunPath) -> None:
     do_step(run, "capture")
 
 
+def allocate(run: RunPath) -> None:
+    """Find the budget by a first pass of the original model, in runs with --budget outliers.
+
+    \b
+    lampctl allocate runs/mine
+    """
+    do_step(run, "allocate")
+
+
 def prune_block(run: RunPath, block: Block = None) -> None:
     """Prune one block and run the biased stream through it.
 

@@ -430,3 +430,24 @@ def test_wanda_with_bits_is_refused_as_a_baseline_too(lampctl, tmp_path):
         assert refused.code == 2
         assert "Wanda" in refused.err
         assert not Path("r").exists()
+
+
+def test_a_budget_from_the_data_is_a_step_that_commits_its_table(lampctl, tmp_path):
+    flags = ("--sparsity", "0.6", *LEARNT, "--num-samples", "4", "--eval-max-tokens", "256", "--method", "sparsegpt")
+    answer = lampctl(
+        "run", TINY_OPT, *flags, "--budget", "outliers", "--budget-spread", "0.1", "--run-dir", "r", "--json"
+    )
+    assert answer.code == 0, answer.err
+    commits = [json.loads(path.read_text()) for path in sorted(Path("r/commits").iterdir())]
+    assert [c["step"] for c in commits[:4]] == ["calibrate", "capture", "allocate", "prune-block/0"]
+    table, shares = commits[2]["figures"]["budget"], commits[2]["figures"]["outlier_shares"]
+    sparsities = [sum(x["num_masked"] for x in b["layers"]) / sum(x["size"] for x in b["layers"]) for b in table]
+    assert max(sparsities) - min(sparsities) == pytest.approx(0.2, abs=1e-3)
+    assert sparsities.index(min(sparsities)) == shares.index(max(shares))
+    state = lampctl("status", "r", "--json").json
+    assert state["num_masked"] == round(0.6 * state["num_prunable"])
+    model = AutoModelForCausalLM.from_pretrained("r/model")
+    for block, expected in zip(state["blocks"], table, strict=True):
+        for layer, wanted in zip(block["layers"], expected["layers"], strict=True):
+            assert layer["num_masked"] == wanted["num_masked"]
+            assert (model.get_submodule(layer["name"]).weight == 0).sum() >= wanted["num_masked"]

@@ -87,6 +87,9 @@ def test_more_effort_trains_longer():
         ({"bits": 4, "method": "wanda"}, "--bits 4: Wanda .* cannot quantize; use --method lamp"),
         ({"group_size": 128}, "--group-size 128 is about --bits, which is not set"),
         ({"refine": False, "refine_epochs": 2}, "--no-refine excludes --refine-epochs"),
+        ({"sparsity": None, "pattern": "2:4", "budget": "outliers"}, "it excludes --budget"),
+        ({"method": "magnitude", "budget": "outliers"}, "--budget outliers: magnitude pruning looks at no data"),
+        ({"budget_spread": 0.1}, "--budget-spread 0.1 is about --budget outliers"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused_by_both_names(flags, message):

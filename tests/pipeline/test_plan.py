@@ -45,6 +45,11 @@ def test_the_chain_with_refinement():
     ]
 
 
+def test_a_budget_from_the_data_comes_before_the_first_block_is_pruned():
+    names = [step.name for step in chain("sparsegpt", 2, allocates=True)]
+    assert names == ["calibrate", "capture", "allocate", "prune-block/0", "prune-block/1", "export"]
+
+
 @pytest.mark.parametrize("refines", [False, True])
 def test_a_payload_lives_until_the_step_after_its_last_reader(refines):
     steps = chain("lamp", 4, refines)
