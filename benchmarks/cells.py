@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,12 @@ def run_cells(cells: Sequence[Cell], table: Table, jobs: int = 1, threads: int =
         print(f"[{number}/{len(missing)}] {cell.name}: {shown} in {took:.0f} s", file=sys.stderr, flush=True)
 
     with processes.stopped_with_us(), ThreadPoolExecutor(jobs) as pool:
-        for done in [pool.submit(work, number, cell) for number, cell in enumerate(missing, 1)]:
+        submitted = [pool.submit(work, number, cell) for number, cell in enumerate(missing, 1)]
+        # An error of the benchmark's own ends it at once, not when the last cell is done.
+        ended, others = wait(submitted, return_when=FIRST_EXCEPTION)
+        for cell_to_come in others:
+            cell_to_come.cancel()
+        for done in ended:
             done.result()
     return failed
 
