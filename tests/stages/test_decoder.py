@@ -134,6 +134,14 @@ def test_a_mixture_of_experts_is_refused_whole(tmp_path):
         open_model(resolve(str(tmp_path / "moe")))
 
 
+def test_blocks_without_a_linear_layer_are_refused_by_name(folders, monkeypatch):
+    from stages.models.decoder import Decoder
+
+    monkeypatch.setattr(Decoder, "_find_layers", lambda self, block_index: ())
+    with pytest.raises(UsageError, match=r"only 0% of the matrix weights of block 0 lie in linear layers"):
+        open_model(resolve(str(folders["llama"])))
+
+
 def test_what_is_no_language_model_is_refused(tmp_path):
     folder = tmp_path / "bert"
     folder.mkdir()
