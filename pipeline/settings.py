@@ -96,6 +96,13 @@ class Settings(BaseModel):
         # Not split at commas: a regular expression may hold some.
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _require_quotes(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError('in a YAML file a pattern needs quotes, as in pattern: "2:4" (without, it is a number)')
+        return value
+
     @field_validator("pattern")
     @classmethod
     def _check_pattern(cls, pattern: str | None) -> str | None:

@@ -32,7 +32,7 @@ class Pattern:
         pattern = cls(*map(int, match.groups())) if match else None
         if pattern is None or not 0 < pattern.num_zero < pattern.group <= LARGEST_GROUP:
             raise UsageError(
-                f"--pattern {text}: expected N:M, N zeros in every M weights, with 0 < N < M <= {LARGEST_GROUP} "
+                f"{text!r} is no pattern: expected N:M, N zeros in every M weights, with 0 < N < M <= {LARGEST_GROUP} "
                 "(2:4 and 4:8 are the usual ones)"
             )
         return pattern

@@ -105,7 +105,11 @@ def test_the_origin_of_what_excludes_is_told():
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [({"bits": 9}, "--bits 9"), ({"bits": 1}, "--bits 1"), ({"pattern": "4:2"}, "--pattern 4:2: .*expected N:M")],
+    [
+        ({"bits": 9}, "--bits 9"),
+        ({"bits": 1}, "--bits 1"),
+        ({"pattern": "4:2"}, "^--pattern 4:2: '4:2' is no pattern: expected N:M"),
+    ],
 )
 def test_values_out_of_range_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
@@ -151,6 +155,7 @@ def test_every_wrong_value_is_told_at_once_with_where_it_came_from():
         ("a.json", "{}", r"must end in \.toml, \.yaml or \.yml"),
         ("a.yaml", "layer_sparsity: {'x': 2}", "must lie in"),
         ("a.yaml", "preset: fast", "choose one of"),
+        ("a.yaml", "pattern: 2:4", 'a pattern needs quotes, as in pattern: "2:4"'),
     ],
 )
 def test_a_config_file_that_is_wrong_is_refused(name, text, message):
