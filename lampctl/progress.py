@@ -29,6 +29,7 @@ class ProgressListener:
     def __init__(self) -> None:
         self._run: RunDirectory | None = None
         self._config: RunConfig | None = None
+        self._said: set[str] = set()
 
     def attach(self, run: RunDirectory, config: RunConfig) -> None:
         """The steps to come are of this run."""
@@ -47,7 +48,13 @@ class ProgressListener:
         """A run begins, or goes on."""
 
     def warn(self, message: str) -> None:
-        """Something the user should read."""
+        """Something the user should read: once, even if every block says it."""
+        if message not in self._said:
+            self._said.add(message)
+            self.show_warning(message)
+
+    def show_warning(self, message: str) -> None:
+        """Put a warning where the user sees it."""
 
     def step_started(self, step: Step, position: int, total: int) -> None: ...
 
@@ -113,7 +120,7 @@ class PlainListener(ProgressListener):
     def begin(self, title: str) -> None:
         self._print(title)
 
-    def warn(self, message: str) -> None:
+    def show_warning(self, message: str) -> None:
         self._print(f"warning: {message}")
 
     def step_started(self, step: Step, position: int, total: int) -> None:
@@ -174,7 +181,7 @@ class LiveListener(ProgressListener):
         self._run_bar = self._step_bar = None
         self._progress.console.print(title, highlight=False)
 
-    def warn(self, message: str) -> None:
+    def show_warning(self, message: str) -> None:
         self._progress.console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
     def step_started(self, step: Step, position: int, total: int) -> None:

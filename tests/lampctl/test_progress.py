@@ -54,11 +54,13 @@ def test_a_terminal_shows_steps_figures_and_the_time_that_is_left(lampctl, tmp_p
     with EveryFrame(Console(file=screen, force_terminal=True, width=120)) as listener:
         listener.attach(run, config)
         listener.warn("mind [this]")
+        listener.warn("mind [this]")
         go_on(run, config, listener, StopRequest())
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     for expected in ("compensate-block/1", "loss ", "epoch 1", "block 1 of 3", "13/13", "warning: mind [this]"):
         assert expected in shown, expected
     assert re.search(r"about [\d.]+ s left", shown)
+    assert shown.count("mind [this]") == 1
 
 
 @pytest.mark.parametrize(
