@@ -33,8 +33,10 @@ test: lint ## Lint, then the default tests
 demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (under 15 minutes on 2 cores)
 	$(BIN)/lampctl run smollm2-135m $(SMOL_ARGS)
 
-bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines (hours)
-	$(BIN)/python benchmarks/quality.py
+bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines and peers (a day on 2 cores)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/quality.py --jobs 2
 
 soak: $(READY) ## The long tests: real models, many kills
 	$(BIN)/python -m pytest -m 'slow or smollm2'

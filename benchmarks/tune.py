@@ -1,4 +1,4 @@
-"""Find the default learning rate and alpha per sparsity: LAMP on SmolLM2-135M, on text that no result is reported on.
+"""Learning rate and alpha of LAMP as published: SmolLM2-135M, on text that no result is reported on.
 
     python benchmarks/tune.py --calibration C4.jsonl --evaluate OTHER_C4.jsonl
 
@@ -39,12 +39,14 @@ def main() -> None:
         *("--beta", "0", "--calibration", calibration, "--evaluate", evaluate, "--epochs", str(args.epochs)),
         *("--num-samples", str(args.num_samples), "--seqlen", str(args.seqlen)),
         *("--eval-max-tokens", str(args.eval_max_tokens), "--no-evaluate-dense"),
+        # The paper's method, without what goes beyond it.
+        *("--no-refine", "--loss", "mse", "--pruner", "sparsegpt"),
     )
     table = Table(RESULTS / "tune.csv", KEY)
     failed = run_cells([_cell(args.model, point, common, args.work) for point in GRID], table)
     rows = table.rows()
     lines = [
-        "# Learning rate and alpha of LAMP by sparsity",
+        "# Learning rate and alpha of LAMP as published, by sparsity",
         "",
         f"{args.model}, {args.num_samples} x {args.seqlen} tokens, {args.epochs} epochs, beta 0; perplexity on other "
         f"text of the same kind ({args.eval_max_tokens} tokens). Calibration: "
