@@ -33,7 +33,7 @@ test: lint ## Lint, then the default tests
 demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (under 15 minutes on 2 cores)
 	$(BIN)/lampctl run smollm2-135m $(SMOL_ARGS)
 
-bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines and peers (a day on 2 cores)
+bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines and peers (a long day on 2 cores)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/quality.py --jobs 2
