@@ -18,7 +18,12 @@ from stages.tensor_bytes import TensorFile
 from stages.unpack import unpack
 from tests.pruned_folders import contents_of, pruned_folder, share, two_of_four
 
-FAMILIES = ["llama", "gpt2", "opt-350m"]
+MODELS = [
+    ("llama", torch.bfloat16),
+    ("gpt2", torch.float32),
+    ("gpt2", torch.bfloat16),
+    ("opt-350m", torch.float16),
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KINDS = {
     "sparse": {},
@@ -57,8 +62,7 @@ def num_pruned(folder: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), MODELS, ids=str)
 def test_the_folder_comes_back_to_the_last_byte(family, dtype, kind, tmp_path):
     folder = pruned_folder(tmp_path / "m", family, dtype, **KINDS[kind])
     _, hooks = packed_again(folder, tmp_path)
