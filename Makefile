@@ -30,7 +30,7 @@ lint: $(READY) ## Format, lint and type checks, and who may import whom
 test: lint ## Lint, then the default tests
 	$(BIN)/python -m pytest -m 'not slow and not smollm2' -n 2 --dist loadfile
 
-demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (under 15 minutes on 2 cores)
+demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (minutes on 2 quiet cores)
 	$(BIN)/lampctl run smollm2-135m $(SMOL_ARGS)
 
 bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines and peers (a long day on 2 cores)
