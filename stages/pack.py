@@ -166,7 +166,7 @@ def _masks_of(folder: Path, names: list[str]) -> dict[str, tuple[str, str]]:
         raise UsageError(f"{folder} is no model folder: it has no config.json")
     if not names:
         raise UsageError(
-            f"{folder} has no {mask_files.FOLDER}/: only a model that lampctl pruned (0.2 or newer) is packed"
+            f"{folder} has no {mask_files.FOLDER}/: only a model that lampctl pruned is packed; run it again if an older one did"
         )
     found: dict[str, tuple[str, str]] = {}
     for name in names:
