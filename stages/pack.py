@@ -166,8 +166,8 @@ def _masks_of(folder: Path, names: list[str]) -> dict[str, tuple[str, str]]:
         raise UsageError(f"{folder} is no model folder: it has no config.json")
     if not names:
         raise UsageError(
-            f"{folder} has no {mask_files.FOLDER}/, which a model that lampctl has pruned comes with: prune it first, in a "
-            "new run if an older version did"
+            f"{folder} has no {mask_files.FOLDER}/, which a model that lampctl has pruned comes with: prune it first, "
+            "in a new run if an older version did"
         )
     found: dict[str, tuple[str, str]] = {}
     for name in names:
