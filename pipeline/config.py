@@ -157,6 +157,8 @@ def complete(
             fill("budget_spread", 0.05)
     if is_lamp and values["refine"] is None and (values["refine_epochs"] or values["refine_lr"]):
         values["refine"] = True
+    if is_lamp and values["bits"] is not None:
+        fill("pruner", "sparsegpt")  # in one sweep with the grid; ALPS's mask knows nothing of it
     for field in LAMP_FIELDS:
         if is_lamp:
             fill(field, getattr(defaults, field))

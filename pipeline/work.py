@@ -174,7 +174,7 @@ class StageWorker:
             block,
             _budget_of(self.run.budget[block]),
             PruneSettings(
-                config.pruner or config.method,
+                config.pruner or ("sparsegpt" if config.method == "lamp" else config.method),
                 config.damping,
                 config.column_block,
                 config.n_of_m,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stages.budget import BlockBudget
 from stages.capture import batch_of_one
 from stages.device import DeviceChoices, computing
+from stages.errors import NumericalError
 from stages.models.base import BlockModel
 from stages.protocols import Hooks, Stream
 from stages.pruners.masks import Pattern
@@ -94,6 +95,9 @@ def finish_block(
     for info in infos:  # -0.0 is no pruned weight's value
         module = block.get_submodule(info.path)
         model.set_weight_matrix(module, model.weight_matrix(module).masked_fill(outcome.layers[info.name].mask, 0))
+    broken = next((name for name, tensor in block.state_dict().items() if not bool(torch.isfinite(tensor).all())), None)
+    if broken is not None:
+        raise NumericalError(f"block {block_index}: {broken} holds NaN or infinity after training or pruning")
     rounded = {name: tensor.to("cpu", export_dtypes[name], copy=True) for name, tensor in block.state_dict().items()}
     for name, tensor in block.state_dict().items():
         tensor.copy_(rounded[name])

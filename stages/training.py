@@ -198,6 +198,10 @@ class BlockTrainer:
         after = before
         if kept_epoch:
             after = Losses(self._mean_loss(self.train_set), self._mean_loss(self.aside) if self.aside else None)
+        if not math.isfinite(after.trained):  # the last update came after the last loss
+            raise NumericalError(
+                f"block {self.block_index}: the loss is {after.trained} after training; {self._advice()}"
+            )
         self.hooks.report(self._total, self._total, "samples", loss=after.judged)
         return Training(before, after, tuple(epochs), len(epochs) * len(self.train_set), kept_epoch)
 
@@ -214,8 +218,7 @@ class BlockTrainer:
             losses[index] = loss.item()
             if not math.isfinite(losses[index]):
                 raise NumericalError(
-                    f"block {self.block_index}: the loss became {losses[index]} in epoch {epoch}; "
-                    f"use a smaller --lr than {self.settings.lr:g}"
+                    f"block {self.block_index}: the loss became {losses[index]} in epoch {epoch}; {self._advice()}"
                 )
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -223,6 +226,10 @@ class BlockTrainer:
             scaler.update()
             self.advance(loss=losses[index], epoch=epoch)
         return _mean(losses, order)
+
+    def _advice(self) -> str:
+        flag = "--refine-lr" if self.purpose == "refine" else "--lr"
+        return f"use a smaller {flag} than {self.settings.lr:g}"
 
     @torch.no_grad()
     def _mean_loss(self, indices: Sequence[int]) -> float:

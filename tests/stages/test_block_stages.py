@@ -161,6 +161,17 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_change(model, i
         compensate_block(*args, settings(lr=1e30, hold_aside=False), CHOICES, NullHooks())
 
 
+def test_weights_that_diverged_in_the_last_step_are_refused(model, inputs):
+    biased, target, pruned = pruned_for_refining(model, inputs)
+    with pytest.raises(NumericalError, match="block 1: "):
+        refine_block(
+            *(model, 1, inputs, biased, target, pruned.state, pruned.outcome),
+            *(settings(lr=1e38, epochs=1, hold_aside=False), CHOICES, NullHooks()),
+            export_dtypes=dict.fromkeys(model.stored_names(1), FP32),
+            biased_out=None,
+        )
+
+
 def test_wanda_masks_come_from_the_inputs_that_each_layer_really_gets(folder, model, inputs):
     biased = stream()
     capture(model, inputs, biased, None, CHOICES, NullHooks())
