@@ -167,7 +167,7 @@ def complete(
     if is_lamp and not values["refine"]:
         values["refine_epochs"] = values["refine_lr"] = None
         if not values["epochs"]:
-            raise ConfigError("--epochs 0 without --refine trains nothing: that is --method sparsegpt")
+            raise ConfigError(f"--epochs 0 without --refine trains nothing: that is --method {values['pruner']}")
     if uses_calibration:
         fill("calibration", "c4")
         fill("num_samples", 128)
