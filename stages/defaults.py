@@ -27,9 +27,9 @@ class TrainingDefaults:
     refine_lr: float
 
 
-# (up to this sparsity, rate): the rate grows with the error there is to learn away. Measured at 70% and 2:4 on the first
-# 12 blocks of SmolLM2-135M, where 2e-3 beats 1e-3 by 2%; on tiny-opt the two are within 1% (docs/experiments.md). The
-# rates below 45% are set by judgement.
+# (up to this sparsity, rate): the rate grows with the error there is to learn away. Measured at 70% and 2:4 on the
+# first 12 blocks of SmolLM2-135M, where 2e-3 beats 1e-3 by 2%; on tiny-opt the two are within 1%
+# (docs/experiments.md). The rates below 45% are set by judgement.
 _RATES = ((0.25, 5e-4), (0.45, 1e-3), (1.0, 2e-3))
 
 # effort: epochs of compensation and of refinement.
