@@ -6,7 +6,7 @@ decide the weights: another value in the same run directory is refused. Free fie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -83,6 +83,7 @@ LAMP_FIELDS = (
     "refine_epochs",
     "refine_lr",
 )
+BASELINE = "baseline"  # the origin of a baseline's method
 CALIBRATION_FIELDS = ("calibration", "calibration_sampling", "num_samples")
 
 
@@ -111,9 +112,10 @@ def check_combinations(gathered: Gathered) -> None:
     if settings.group_size is not None and settings.bits is None:
         raise ConfigError(f"--group-size {settings.group_size}{origin('group_size')} is about --bits, which is not set")
     if settings.bits is not None and settings.method == "wanda":
+        is_baseline = gathered.origins.get("method") == BASELINE
         raise ConfigError(
             f"--bits {settings.bits}{origin('bits')}: Wanda changes no weight that it keeps and so cannot quantize; "
-            "use --method lamp, sparsegpt, alps or magnitude"
+            + ("leave out --baseline wanda" if is_baseline else "use --method lamp, sparsegpt, alps or magnitude")
         )
     if settings.effort is not None and gathered.preset == "paper":
         raise ConfigError(f"--effort {settings.effort}{origin('effort')}: --preset paper fixes the training")
@@ -124,9 +126,11 @@ def check_combinations(gathered: Gathered) -> None:
 
 
 def complete(
-    gathered: Gathered, max_positions: int | None, defaults: TrainingDefaults
+    gathered: Gathered, max_positions: int | None, defaults: TrainingDefaults, baselines: Sequence[str] = ()
 ) -> tuple[RunConfig, dict[str, str], list[str]]:
     """Fill in what nobody gave. Gives the configuration, each field's origin, and notices for the user.
+
+    baselines: methods that take the same settings beside this run; what one of them uses is worth no notice.
 
     `defaults.alpha` and `.beta` must be feasible already, and the combination checked. Raises ConfigError where the
     model cannot do what was asked for.
@@ -163,7 +167,7 @@ def complete(
         if is_lamp:
             fill(field, getattr(defaults, field))
         else:
-            _drop(field, gathered, values, notices, "it is about --method lamp")
+            _drop(field, gathered, values, [] if "lamp" in baselines else notices, "it is about --method lamp")
     if is_lamp and not values["refine"]:
         values["refine_epochs"] = values["refine_lr"] = None
         if not values["epochs"]:
@@ -174,7 +178,7 @@ def complete(
         fill("calibration_sampling", "random" if values["calibration"] == "c4" else "contiguous")
     else:
         for field in CALIBRATION_FIELDS:
-            _drop(field, gathered, values, notices, "magnitude pruning looks at no data")
+            _drop(field, gathered, values, [] if baselines else notices, "magnitude pruning looks at no data")
         values["calibration_skip"] = 0
     fill("evaluate", ("wikitext2",))
     for field in values:

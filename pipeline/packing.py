@@ -28,7 +28,7 @@ def find_packable(path: Path) -> Packable:
 
     Raises StepOrderError, naming the step to do first, for a run that is not exported; RunNotFound; DamagedData.
     """
-    path = path.absolute()
+    path = path.resolve()
     if (path / "run.json").exists():
         run, config = reopen(path)
         if run.commit_for("export") is None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline.config import LAMP_FIELDS, RunConfig, check_combinations, complete
+from pipeline.config import BASELINE, LAMP_FIELDS, RunConfig, check_combinations, complete
 from pipeline.errors import ConfigError
 from pipeline.plan import Step, chain
 from pipeline.settings import Gathered, Method
@@ -38,8 +38,10 @@ class Prepared:
         return RUNS / f"{name.lower()}-{self.config.slug}-{self.config.method}"
 
 
-def prepare(gathered: Gathered) -> Prepared:
+def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     """Find the model, fill in the defaults, compute the budget, check the sources. Writes nothing to the run.
+
+    baselines: methods that are run beside it with the same settings.
 
     Raises what the stages raise for an unknown model, a hub out of reach, an infeasible budget, a text that is
     not there.
@@ -58,6 +60,11 @@ def prepare(gathered: Gathered) -> Prepared:
     folder = resolve(settings.model, settings.revision)
     model = open_model(folder)
     shapes = prunable_layers(model, settings.ignore)
+    widest = max(layer.cols for block in shapes for layer in block)
+    if settings.group_size is not None and settings.group_size > widest:
+        raise ConfigError(
+            f"--group-size {settings.group_size}: no layer has more than {widest} columns; leave it out"
+        )
     fixed = fixed_sparsities(shapes, settings.layer_sparsity)
 
     pattern = Pattern.parse(settings.pattern) if settings.pattern is not None else None
@@ -81,7 +88,7 @@ def prepare(gathered: Gathered) -> Prepared:
             if getattr(settings, name) is None and value != default:
                 notices.append(f"{name} is {value:.4g} instead of {default:.4g}: no layer can be pruned above 100%")
         defaults = replace(defaults, alpha=alpha, beta=beta)
-    config, origins, more_notices = complete(gathered, model.max_positions, defaults)
+    config, origins, more_notices = complete(gathered, model.max_positions, defaults, baselines)
     budget = _allocate(shapes, config, fixed)
     return Prepared(
         config=config,
@@ -103,6 +110,7 @@ def sibling(gathered: Gathered, method: str) -> Gathered:
         raise ConfigError(f"--baseline {method}: choose one of {', '.join(get_args(Method))}")
     values = gathered.values.model_copy(update={**changes, "method": method, "evaluate_dense": False})
     origins = {name: origin for name, origin in gathered.origins.items() if name not in dropped}
+    origins["method"] = BASELINE
     return Gathered(values, origins, gathered.preset)
 
 

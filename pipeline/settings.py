@@ -100,7 +100,7 @@ class Settings(BaseModel):
     @classmethod
     def _require_quotes(cls, value: Any) -> Any:
         if isinstance(value, int):
-            raise ValueError('in a YAML file a pattern needs quotes, as in pattern: "2:4" (without, it is a number)')
+            raise ValueError('a pattern in a file needs quotes, as in "2:4" (without, YAML reads a number)')
         return value
 
     @field_validator("pattern")

@@ -48,7 +48,7 @@ def run(
     from pipeline.prepare import prepare, sibling
 
     gathered = chosen.gather()
-    prepared = prepare(gathered)
+    prepared = prepare(gathered, baseline or ())
     others: list[Prepared] = []
     for method in baseline or ():
         if method in (prepared.config.method, *(other.config.method for other in others)):

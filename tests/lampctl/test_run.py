@@ -425,11 +425,30 @@ def test_a_pattern_that_does_not_fit_a_layer_is_refused_and_ignoring_it_helps(la
 def test_wanda_with_bits_is_refused_as_a_baseline_too(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     call = ("run", original, "--sparsity", "0.5", "--bits", "4", *DATA, "--run-dir", "r")
-    for flags in (("--method", "wanda"), ("--baseline", "wanda")):
+    for flags, remedy in ((("--method", "wanda"), "use --method lamp"), (("--baseline", "wanda"), "leave out --base")):
         refused = lampctl(*call, *flags)
         assert refused.code == 2
         assert "Wanda" in refused.err
+        assert remedy in refused.err
         assert not Path("r").exists()
+
+
+def test_a_group_wider_than_every_layer_is_refused(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    refused = lampctl("run", original, "--sparsity", "0.5", "--bits", "4", "--group-size", "4096", *DATA)
+    assert refused.code == 2
+    assert "--group-size 4096: no layer has more than 64 columns" in refused.err
+
+
+def test_a_setting_that_only_a_baseline_uses_is_no_mistake(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    call = ("run", original, "--sparsity", "0.5", *DATA, "--method", "magnitude", "--epochs", "1", "--evaluate", "")
+    alone = lampctl(*call, "--run-dir", "a")
+    assert "--epochs has no effect" in alone.err
+    assert "--num-samples has no effect" in alone.err
+    both = lampctl(*call, "--run-dir", "b", "--baseline", "lamp")
+    assert both.code == 0, both.err
+    assert "no effect" not in both.err
 
 
 def test_a_budget_from_the_data_is_a_step_that_commits_its_table(lampctl, tmp_path):

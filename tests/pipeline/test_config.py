@@ -155,7 +155,8 @@ def test_every_wrong_value_is_told_at_once_with_where_it_came_from():
         ("a.json", "{}", r"must end in \.toml, \.yaml or \.yml"),
         ("a.yaml", "layer_sparsity: {'x': 2}", "must lie in"),
         ("a.yaml", "preset: fast", "choose one of"),
-        ("a.yaml", "pattern: 2:4", 'a pattern needs quotes, as in pattern: "2:4"'),
+        ("a.yaml", "pattern: 2:4", 'a pattern in a file needs quotes, as in "2:4"'),
+        ("a.toml", "pattern = 24", 'a pattern in a file needs quotes, as in "2:4"'),
     ],
 )
 def test_a_config_file_that_is_wrong_is_refused(name, text, message):
