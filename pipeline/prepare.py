@@ -62,9 +62,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     shapes = prunable_layers(model, settings.ignore)
     widest = max(layer.cols for block in shapes for layer in block)
     if settings.group_size is not None and settings.group_size > widest:
-        raise ConfigError(
-            f"--group-size {settings.group_size}: no layer has more than {widest} columns; leave it out"
-        )
+        raise ConfigError(f"--group-size {settings.group_size}: no layer has more than {widest} columns; leave it out")
     fixed = fixed_sparsities(shapes, settings.layer_sparsity)
 
     pattern = Pattern.parse(settings.pattern) if settings.pattern is not None else None
