@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,14 +42,24 @@ class Attempt:
         return self.path.name
 
     def stream(
-        self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype
+        self,
+        name: str,
+        num_samples: int,
+        sample_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        is_precious: bool = False,
     ) -> ActivationStream:
-        """A new activation stream, to be filled with all its samples before the step commits."""
+        """A new activation stream, to be filled with all its samples before the step commits.
+
+        is_precious: it belongs beside the weights, even where activations lie on a scratch disk.
+        """
         from pipeline import store
 
         spec = store.stream_spec(num_samples, sample_shape, dtype)
         try:
-            stream = store.write_stream(self._root(name), spec, self.run.check_superseded)
+            folder = self._new_root(name, is_bulky=not is_precious)
+            stream = store.write_stream(folder, spec, self.run.check_superseded)
         except FileExists:
             raise ValueError(f"{self.step} makes payload {name} twice") from None
         self._streams[name] = stream
@@ -71,7 +80,7 @@ class Attempt:
         """
         folder = self._new_folder(name, payload.kind)
         for file in payload.files:
-            source = from_run.inside(file.path)
+            source = from_run.storage.local(file.path)
             digest = disk.hash_file(source)
             if digest != FileDigest(file.size, file.sha256):
                 raise DamagedData(f"{source} is damaged: it is not what its run committed. It was not taken over")
@@ -95,7 +104,7 @@ class Attempt:
         if self._payloads is None:
             if self._scratch is not None:
                 self._scratch.close()
-            payloads = {name: stream.seal(self.run.path) for name, stream in self._streams.items()}
+            payloads = {name: stream.seal(self._key(name)) for name, stream in self._streams.items()}
             payloads.update((name, folder._seal()) for name, folder in self._folders.items())
             self._require_all_there(payloads)
             self._payloads = dict(sorted(payloads.items()))
@@ -103,33 +112,33 @@ class Attempt:
 
     def _require_all_there(self, payloads: dict[str, Payload]) -> None:
         expected = {file.path for payload in payloads.values() for file in payload.files}
-        there = {
-            Path(parent, name).relative_to(self.run.path).as_posix()
-            for parent, _, names in os.walk(self.path)
-            for name in names
-        }
+        there = self.run.storage.written(f"data/{self.id}")
         if expected - there:
             self.run.check_superseded()
-            raise MissingChunk(f"{self.run.path / min(expected - there)} was deleted before {self.step} was done")
+            raise MissingChunk(f"{self.run.label}/{min(expected - there)} was deleted before {self.step} was done")
         # Somebody wrote past the writer: the commit would not vouch for it.
         assert not there - expected, f"{min(there - expected)} belongs to no payload of {self.step}"
 
-    def _root(self, name: str) -> Path:
-        """The folder of a payload: slashes in its name would nest one payload in another."""
+    def _key(self, name: str) -> str:
+        """Where a payload lies: slashes in its name would nest one payload in another."""
+        return f"data/{self.id}/{name.replace('/', '-')}"
+
+    def _new_root(self, name: str, *, is_bulky: bool = False) -> Path:
+        """The new folder of a payload."""
         relative_path(name)
         if name.startswith(".") or self._payloads is not None:
             raise ValueError(f"payload {name} cannot be made: a bad name, or {self.step} is sealed")
-        return self.path / name.replace("/", "-")
-
-    def _new_folder(self, name: str, kind: str) -> PayloadFolder:
-        folder = PayloadFolder(self.run, self._root(name), kind)
         try:
-            disk.make_new_folder(folder.path)
-        except FileExists:
-            raise ValueError(f"{self.step} makes payload {name} twice") from None
+            return self.run.storage.new_folder(self._key(name), is_bulky=is_bulky)
         except FileGone:
             self.run.check_superseded()
             raise
+
+    def _new_folder(self, name: str, kind: str) -> PayloadFolder:
+        try:
+            folder = PayloadFolder(self.run, self._key(name), self._new_root(name), kind)
+        except FileExists:
+            raise ValueError(f"{self.step} makes payload {name} twice") from None
         self._folders[name] = folder
         return folder
 
@@ -137,7 +146,8 @@ class Attempt:
 class PayloadFolder:
     """A payload made of files: written through the hashing writer, or linked with a digest that is known."""
 
-    def __init__(self, run: RunDirectory, path: Path, kind: str) -> None:
+    def __init__(self, run: RunDirectory, key: str, path: Path, kind: str) -> None:
+        self.key = key
         self.path = path
         self._run = run
         self._kind = kind
@@ -162,7 +172,8 @@ class PayloadFolder:
 
         Where the file system has no hard links it is copied, and then compared with its digest.
         """
-        return self._add_link(filename, self._run.inside(source.path), FileDigest(source.size, source.sha256))
+        digest = FileDigest(source.size, source.sha256)
+        return self._add_link(filename, self._run.storage.local(source.path), digest)
 
     def _add_link(self, filename: str, source: Path, digest: FileDigest) -> PayloadFile:
         target = self._target(filename)
@@ -183,15 +194,14 @@ class PayloadFolder:
         return target
 
     def _add(self, filename: str, digest: FileDigest) -> PayloadFile:
-        path = (self.path / filename).relative_to(self._run.path).as_posix()
-        self._files[filename] = PayloadFile(path=path, size=digest.size, sha256=digest.sha256)
+        self._files[filename] = PayloadFile(path=f"{self.key}/{filename}", size=digest.size, sha256=digest.sha256)
         return self._files[filename]
 
     def _seal(self, original: Payload | None = None) -> Payload:
         """The payload; of another run's kind and stream, if it was taken over from there."""
         if self._sealed is None:
-            root = self.path.relative_to(self._run.path).as_posix()
             files = tuple(file for _, file in sorted(self._files.items()))
             stream = original.stream if original is not None else None
-            self._sealed = Payload.model_validate({"kind": self._kind, "root": root, "files": files, "stream": stream})
+            fields = {"kind": self._kind, "root": self.key, "files": files, "stream": stream}
+            self._sealed = Payload.model_validate(fields)
         return self._sealed

@@ -24,8 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline import disk
 from pipeline.errors import ConfigMismatch, DamagedData
+
+# The step of a record that takes the commits from figures["from_number"] on out of force.
+INVALIDATE = "invalidate"
 
 StreamDtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 
@@ -117,17 +119,12 @@ class Record(BaseModel):
         return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
     @classmethod
-    def read(cls, path: Path, remedy: str = "") -> Self:
-        """The record in the file `path`, checked.
+    def from_bytes(cls, data: bytes, path: Path | str, remedy: str = "") -> Self:
+        """The record in these bytes of the file `path`, checked.
 
-        Raises FileGone or DiskError if it cannot be read, DamagedData, ConfigMismatch if it is too new.
-        `remedy` is added to the message of DamagedData: what the user can do about it.
+        Raises DamagedData, ConfigMismatch (too new). `remedy` is added to the message of DamagedData: what the user
+        can do about it.
         """
-        return cls.from_bytes(disk.read_file(path), path, remedy)
-
-    @classmethod
-    def from_bytes(cls, data: bytes, path: Path, remedy: str = "") -> Self:
-        """The record in these bytes of the file `path`. Raises DamagedData, ConfigMismatch (too new)."""
         try:
             raw = json.loads(data, parse_constant=_refuse_constant)
             if not isinstance(raw, dict):
@@ -188,6 +185,14 @@ class StepCommit(Record):
         for name, payload in self.payloads.items():
             if payload.root.split("/")[:2] != ["data", self.attempt] or payload.root.count("/") != 2:
                 raise ValueError(f"payload {name} does not lie in data/{self.attempt}/")
+        return self
+
+    @model_validator(mode="after")
+    def _says_what_it_invalidates(self) -> Self:
+        if self.step == INVALIDATE:
+            number = self.figures.get("from_number")
+            if self.payloads or type(number) is not int or not 0 <= number < self.number:
+                raise ValueError("a record that invalidates names an earlier commit, and has no payloads")
         return self
 
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,7 @@ from pipeline import disk
 from pipeline.disk import FileDigest
 from pipeline.errors import DamagedData, DiskError, FileGone, MissingChunk
 from pipeline.manifest import Payload, PayloadFile, StreamDtype, StreamSpec
+from pipeline.storage.base import Storage
 from stages.errors import NumericalError
 
 _METADATA = "zarr.json"
@@ -41,10 +43,7 @@ _DTYPES: dict[StreamDtype, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-NO_REMEDY = (
-    "Nothing was computed with it. Put this file back from a copy of the run directory, or start over in a "
-    "new run directory: this version cannot rebuild it"
-)
+REPAIR = "Nothing was computed with it. `lampctl resume` makes it again"
 
 
 def _nothing_to_explain() -> None:
@@ -61,11 +60,10 @@ def stream_spec(num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dt
 def write_stream(
     folder: Path, spec: StreamSpec, explain_missing: Callable[[], None] = _nothing_to_explain
 ) -> ActivationStream:
-    """An empty stream in the new folder `folder`. Call `seal` when all samples are written.
+    """An empty stream in the empty folder `folder`. Call `seal` when all samples are written.
 
     `explain_missing` is called when a file turns out to be gone, and may raise a better error for it.
     """
-    _make_folder(folder, explain_missing)
     store = _ChunkStore(folder, explain_missing)
     fill: float | int = float("nan")
     if spec.dtype == "bfloat16":
@@ -90,17 +88,17 @@ def write_stream(
 
 
 def open_stream(
-    folder: Path,
+    storage: Storage,
     payload: Payload,
     origin: str = "",
     explain_missing: Callable[[], None] = _nothing_to_explain,
     checked: set[str] | None = None,
 ) -> ActivationStream:
-    """The stream that a commit describes, in `folder` (the payload's root), to read.
+    """The stream that a commit describes, to read.
 
     Every file must be there with its size, or MissingChunk or DamagedData is raised now; its sha256 is
     checked when it is first read. `origin` says in messages which payload of which step it is; `checked`
-    holds the paths that have been found good, and may be shared between streams of one run.
+    holds the keys that have been found good, and may be shared between streams of one run.
     """
     spec = payload.stream
     if spec is None:
@@ -108,12 +106,14 @@ def open_stream(
     files = {payload.inner(file): file for file in payload.files}
     if files.keys() != _keys(spec):
         raise DamagedData(f"the commit of {origin or payload.root} does not list one chunk per sample")
-    store = _ChunkStore(folder, explain_missing, files, origin, set() if checked is None else checked)
+    folder = Path(f"{storage.label}/{payload.root}")  # as messages name it
+    committed = _Committed(storage, payload.root, files, set() if checked is None else checked)
+    store = _ChunkStore(folder, explain_missing, committed, origin)
     store.check_sizes()
     with _translating(folder / _METADATA, origin):
         array = zarr.open_array(store, mode="r", zarr_format=3)
     if array.shape != (spec.num_samples, *spec.sample_shape) or array.chunks != (1, *spec.sample_shape):
-        raise DamagedData(f"{folder / _METADATA} describes another array than its commit. {NO_REMEDY}")
+        raise DamagedData(f"{folder / _METADATA} describes another array than its commit. {REPAIR}")
     return ActivationStream(array, store, spec)
 
 
@@ -160,8 +160,8 @@ class ActivationStream:
             )
         self._array[index] = _as_stored(stored).numpy()
 
-    def seal(self, run_path: Path) -> Payload:
-        """The payload to commit, with paths relative to `run_path`. Nothing can be written after that.
+    def seal(self, root: str) -> Payload:
+        """The payload to commit, whose files have keys under `root`. Nothing can be written after that.
 
         Raises MissingChunk naming the first sample that was never written.
         """
@@ -171,7 +171,6 @@ class ActivationStream:
             if key not in written:
                 raise MissingChunk(f"sample {index} of {self.folder} was never written")
         self._store.seal()
-        root = self.folder.relative_to(run_path).as_posix()
         files = tuple(
             PayloadFile(path=f"{root}/{key}", size=digest.size, sha256=digest.sha256)
             for key, digest in sorted(written.items())
@@ -199,6 +198,7 @@ class ScratchStreams:
         plain = "".join(letter if letter.isalnum() else "-" for letter in name)
         folder = self.folder / f"{self._num_made:04d}-{plain}"
         self._num_made += 1
+        _make_folder(folder, self._explain_missing)
         return write_stream(folder, stream_spec(num_samples, sample_shape, dtype), self._explain_missing)
 
     def close(self) -> None:
@@ -212,6 +212,16 @@ class ScratchStreams:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Committed:
+    """A stream as a commit describes it: where it lies, its files by name, and the keys found good so far."""
+
+    storage: Storage
+    root: str
+    files: Mapping[str, PayloadFile]
+    checked: set[str]
 
 
 class _ChunkStore(Store):
@@ -228,9 +238,8 @@ class _ChunkStore(Store):
         self,
         folder: Path,
         explain_missing: Callable[[], None],
-        committed: Mapping[str, PayloadFile] | None = None,
+        committed: _Committed | None = None,
         origin: str = "",
-        checked: set[str] | None = None,
     ) -> None:
         super().__init__(read_only=committed is not None)
         self.folder = folder
@@ -238,7 +247,6 @@ class _ChunkStore(Store):
         self.digests: dict[str, FileDigest] = {}
         self._explain_missing = explain_missing
         self._committed = committed
-        self._checked: set[str] = set() if checked is None else checked
 
     def seal(self) -> None:
         """Refuse all writes from now on."""
@@ -247,12 +255,11 @@ class _ChunkStore(Store):
     def check_sizes(self) -> None:
         """Raise MissingChunk or DamagedData unless every committed file is there with its size."""
         assert self._committed is not None
-        for key, file in self._committed.items():
-            path = self.folder / key
-            try:
-                size = path.stat(follow_symlinks=False).st_size
-            except FileNotFoundError:
-                raise self._missing(path) from None
+        sizes = self._committed.storage.sizes(self._committed.root)
+        for key, file in self._committed.files.items():
+            path, size = self.folder / key, sizes.get(file.path)
+            if size is None:
+                raise self._missing(path)
             if size != file.size:
                 raise self._damaged(path, f"it has {size} bytes, {file.size} were committed")
 
@@ -262,8 +269,8 @@ class _ChunkStore(Store):
         """The file's bytes, checked; None only for metadata that zarr looks for and that is not ours."""
         assert byte_range is None, "chunks are read whole: there is no sharding"
         # zarr asks what a new folder holds, by names of other formats too; anything else is a chunk.
-        is_probe = key not in (self._committed or ()) and not key.startswith("c.")
-        if is_probe and not (self.folder / key).exists():
+        known = self._committed.files if self._committed is not None else self.digests
+        if key not in known and not key.startswith("c."):
             return None
         data = await asyncio.to_thread(self._read, key)
         return (prototype or default_buffer_prototype()).buffer.from_bytes(data)
@@ -274,7 +281,7 @@ class _ChunkStore(Store):
         self.digests[key] = await asyncio.to_thread(self._write, key, memoryview(value.as_buffer_like()))
 
     async def exists(self, key: str) -> bool:
-        return (self.folder / key).exists()
+        return key in (self._committed.files if self._committed is not None else self.digests)
 
     async def delete(self, key: str) -> None:
         raise NotImplementedError(f"{self.folder}: a stream never deletes a file")
@@ -285,8 +292,8 @@ class _ChunkStore(Store):
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
     async def list(self) -> AsyncIterator[str]:
-        for path in sorted(self.folder.iterdir()):
-            yield path.name
+        for key in sorted(self._committed.files if self._committed is not None else self.digests):
+            yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         async for key in self.list():
@@ -309,15 +316,18 @@ class _ChunkStore(Store):
     __hash__ = Store.__hash__
 
     def _read(self, key: str) -> bytes:
-        path = self.folder / key
+        path, committed = self.folder / key, self._committed
         try:
-            data = disk.read_file(path)
+            if committed is None:
+                return disk.read_file(path)
+            file = committed.files[key]
+            data = committed.storage.load(file.path)
         except FileGone:
             raise self._missing(path) from None
-        if self._committed is not None and str(path) not in self._checked:
-            if hashlib.sha256(data).hexdigest() != self._committed[key].sha256:
+        if file.path not in committed.checked:
+            if hashlib.sha256(data).hexdigest() != file.sha256:
                 raise self._damaged(path, "its sha256 is not the committed one")
-            self._checked.add(str(path))
+            committed.checked.add(file.path)
         return data
 
     def _write(self, key: str, data: memoryview) -> FileDigest:
@@ -334,10 +344,10 @@ class _ChunkStore(Store):
         self._explain_missing()
         if self._committed is None:
             return MissingChunk(f"{path} was never written")
-        return MissingChunk(f"{path}{_of(self.origin)} is missing. {NO_REMEDY}")
+        return MissingChunk(f"{path}{_of(self.origin)} is missing. {REPAIR}")
 
     def _damaged(self, path: Path, reason: str) -> DamagedData:
-        return DamagedData(f"{path}{_of(self.origin)} is damaged: {reason}. {NO_REMEDY}")
+        return DamagedData(f"{path}{_of(self.origin)} is damaged: {reason}. {REPAIR}")
 
 
 def _make_folder(folder: Path, explain_missing: Callable[[], None]) -> None:
@@ -373,4 +383,4 @@ def _translating(path: Path, origin: str) -> Iterator[None]:
         raise
     except (ValueError, TypeError, KeyError) as error:
         # crc32c and reshaping failures are both plain ValueErrors in zarr 3.1.
-        raise DamagedData(f"{path}{_of(origin)} is damaged: {error}. {NO_REMEDY}") from error
+        raise DamagedData(f"{path}{_of(origin)} is damaged: {error}. {REPAIR}") from error

@@ -116,7 +116,7 @@ class StageWorker:
             seed=config.seed,
         )
         require_vocabulary(tokens, self.model.vocab_size, self.config.model)
-        stream = attempt.stream("calibration", len(tokens), tuple(tokens.shape[1:]), tokens.dtype)
+        stream = attempt.stream("calibration", len(tokens), tuple(tokens.shape[1:]), tokens.dtype, is_precious=True)
         for index, sample in enumerate(tokens):
             hooks.check_stop()
             stream.write(index, sample)

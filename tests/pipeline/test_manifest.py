@@ -186,5 +186,4 @@ def test_a_run_manifest_is_read_back(tmp_path: Path) -> None:
         budget=[{"layers": []}],
         plan=["calibrate", "export"],
     )
-    (tmp_path / "run.json").write_bytes(manifest.to_bytes())
-    assert RunManifest.read(tmp_path / "run.json") == manifest
+    assert RunManifest.from_bytes(manifest.to_bytes(), tmp_path / "run.json") == manifest

@@ -11,11 +11,17 @@ from torch import Tensor
 from pipeline import disk
 from pipeline.errors import DamagedData, MissingChunk, Superseded
 from pipeline.manifest import Payload
+from pipeline.storage.folder import FolderStorage
 from pipeline.store import ActivationStream, ScratchStreams, open_stream, stream_spec, write_stream
 from stages.errors import NumericalError
 from stages.protocols import Scratch, Stream
 
 SHAPE = (6, 5)
+
+
+def new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def bits(sample: Tensor) -> Tensor:
@@ -39,14 +45,14 @@ def hard_samples(dtype: torch.dtype) -> list[Tensor]:
 
 def written(folder: Path, samples: list[Tensor]) -> Payload:
     dtype = samples[0].dtype
-    stream = write_stream(folder / "s", stream_spec(len(samples), tuple(samples[0].shape), dtype))
+    stream = write_stream(new(folder / "s"), stream_spec(len(samples), tuple(samples[0].shape), dtype))
     for index, sample in enumerate(samples):
         stream.write(index, sample)
-    return stream.seal(folder)
+    return stream.seal("s")
 
 
 def reopened(folder: Path, payload: Payload) -> ActivationStream:
-    return open_stream(folder / payload.root, payload, "biased/3 of prune-block/2")
+    return open_stream(FolderStorage(folder), payload, "biased/3 of prune-block/2")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32])
@@ -74,7 +80,7 @@ def test_a_sample_may_be_changed_without_changing_the_stream(tmp_path: Path) -> 
 
 
 def test_samples_of_another_dtype_or_layout_are_converted(tmp_path: Path) -> None:
-    stream = write_stream(tmp_path / "s", stream_spec(1, SHAPE, torch.bfloat16))
+    stream = write_stream(new(tmp_path / "s"), stream_spec(1, SHAPE, torch.bfloat16))
     sample = torch.randn(SHAPE[::-1], requires_grad=True).T
     stream.write(0, sample)
     assert torch.equal(stream[0], sample.detach().bfloat16())
@@ -91,7 +97,7 @@ def test_a_stream_ends(tmp_path: Path) -> None:
 
 
 def test_a_wrong_shape_is_refused(tmp_path: Path) -> None:
-    stream = write_stream(tmp_path / "s", stream_spec(1, SHAPE, torch.float32))
+    stream = write_stream(new(tmp_path / "s"), stream_spec(1, SHAPE, torch.float32))
     with pytest.raises(ValueError, match=r"\(6, 4\).*\(6, 5\)"):
         stream.write(0, torch.ones(6, 4))
     with pytest.raises(ValueError, match="float64"):
@@ -100,16 +106,16 @@ def test_a_wrong_shape_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [1e6, float("inf"), float("nan")])
 def test_float16_refuses_what_it_cannot_hold(tmp_path: Path, value: float) -> None:
-    stream = write_stream(tmp_path / "s", stream_spec(1, SHAPE, torch.float16))
+    stream = write_stream(new(tmp_path / "s"), stream_spec(1, SHAPE, torch.float16))
     with pytest.raises(NumericalError, match="bfloat16"):
         stream.write(0, torch.full(SHAPE, value))
 
 
 def test_a_sample_may_be_rewritten_until_the_stream_is_sealed(tmp_path: Path) -> None:
-    stream = write_stream(tmp_path / "s", stream_spec(1, SHAPE, torch.float32))
+    stream = write_stream(new(tmp_path / "s"), stream_spec(1, SHAPE, torch.float32))
     stream.write(0, torch.zeros(SHAPE))
     stream.write(0, torch.ones(SHAPE))
-    payload = stream.seal(tmp_path)
+    payload = stream.seal("s")
     assert torch.equal(reopened(tmp_path, payload)[0], torch.ones(SHAPE))
     with pytest.raises(ValueError, match="read-only"):
         stream.write(0, torch.zeros(SHAPE))
@@ -132,12 +138,12 @@ def test_the_same_samples_make_the_same_payload(tmp_path: Path) -> None:
 
 
 def test_a_sample_never_written_is_no_zeros(tmp_path: Path) -> None:
-    stream = write_stream(tmp_path / "s", stream_spec(2, SHAPE, torch.float32))
+    stream = write_stream(new(tmp_path / "s"), stream_spec(2, SHAPE, torch.float32))
     stream.write(0, torch.ones(SHAPE))
     with pytest.raises(MissingChunk, match=r"c\.1\.0\.0.* was never written"):
         stream[1]
     with pytest.raises(MissingChunk, match="sample 1"):
-        stream.seal(tmp_path)
+        stream.seal("s")
 
 
 def flip_byte(folder: Path) -> None:
@@ -214,7 +220,7 @@ def test_damage_is_an_error_that_names_file_and_step(
 @pytest.mark.parametrize("damage", [flip_byte, truncate, truncate_to_nothing, remove], ids=lambda d: d.__name__)
 def test_damage_behind_the_back_of_an_open_stream_is_noticed(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     """The crc32c guards what no commit knows yet."""
-    stream = write_stream(tmp_path / "s", stream_spec(3, SHAPE, torch.float32))
+    stream = write_stream(new(tmp_path / "s"), stream_spec(3, SHAPE, torch.float32))
     for index in range(3):
         stream.write(index, torch.full(SHAPE, float(index)))
     damage(tmp_path / "s")
@@ -225,7 +231,7 @@ def test_damage_behind_the_back_of_an_open_stream_is_noticed(tmp_path: Path, dam
 def test_a_file_is_hashed_once(tmp_path: Path) -> None:
     payload = written(tmp_path, [torch.zeros(SHAPE), torch.ones(SHAPE)])
     checked: set[str] = set()
-    stream = open_stream(tmp_path / "s", payload, checked=checked)
+    stream = open_stream(FolderStorage(tmp_path), payload, checked=checked)
     assert {Path(path).name for path in checked} == {"zarr.json"}
     stream[0]
     assert {Path(path).name for path in checked} == {"zarr.json", "c.0.0.0"}
@@ -238,8 +244,8 @@ def test_a_missing_file_may_have_a_better_explanation(tmp_path: Path) -> None:
     payload = written(tmp_path, [torch.zeros(SHAPE)])
     (tmp_path / "s" / "c.0.0.0").unlink()
     with pytest.raises(Superseded):
-        open_stream(tmp_path / "s", payload, explain_missing=explain)
-    stream = write_stream(tmp_path / "w", stream_spec(1, SHAPE, torch.float32), explain)
+        open_stream(FolderStorage(tmp_path), payload, explain_missing=explain)
+    stream = write_stream(new(tmp_path / "w"), stream_spec(1, SHAPE, torch.float32), explain)
     shutil.rmtree(tmp_path / "w")
     with pytest.raises(Superseded):
         stream.write(0, torch.zeros(SHAPE))

@@ -1,0 +1,200 @@
+"""A run directory that is a folder on a disk, its activations on a second disk if somebody says so."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from pipeline import disk
+from pipeline.errors import DamagedData, FileGone, NotARun
+from pipeline.manifest import relative_path
+
+MANIFEST = "run.json"
+
+
+class FolderStorage:
+    """`pipeline.storage.base.Storage` on a local or network file system.
+
+    scratch: a folder for activations alone, which may vanish at any time.
+    """
+
+    def __init__(self, folder: Path, scratch: Path | None = None) -> None:
+        self.folder = Path(folder).absolute()
+        self.label = str(self.folder)
+        self.scratch = scratch
+        self._roots = (self.folder,) if scratch is None else (scratch, self.folder)
+        self._real_roots = tuple(root.resolve() for root in self._roots)
+
+    def is_free(self) -> bool:
+        if not self.folder.exists():
+            return True
+        if not self.folder.is_dir():
+            return False
+        # A disk mounted for the run may have its own lost+found.
+        return all(
+            child.name == "lost+found" or ((match := disk.LEFTOVER.match(child.name)) and match["name"] == MANIFEST)
+            for child in self.folder.iterdir()
+        )
+
+    def prepare(self) -> None:
+        in_the_way = next((p for p in (self.folder, *self.folder.parents) if p.exists() and not p.is_dir()), None)
+        if in_the_way is not None:
+            raise NotARun(
+                f"no run can be made at {self.folder}: {in_the_way} is a file. Name a new folder by --run-dir"
+            )
+        disk.make_folder(self.folder)
+
+    def exists(self, key: str) -> bool:
+        return any((root / relative_path(key)).exists() for root in self._roots)
+
+    def names(self, key: str) -> list[str]:
+        found: set[str] = set()
+        for root in self._roots:
+            try:
+                found.update(path.name for path in (root / relative_path(key)).iterdir())
+            except FileNotFoundError:
+                continue
+            except NotADirectoryError:
+                raise DamagedData(f"{root / key} is a file where a folder belongs: move it elsewhere") from None
+        return sorted(found)
+
+    def sizes(self, key: str) -> dict[str, int]:
+        return {
+            path.relative_to(root).as_posix(): path.stat(follow_symlinks=False).st_size
+            for root in reversed(self._roots)  # what lies on the scratch disk wins, as it does in `load`
+            for path in (root / relative_path(key)).rglob("*")
+            if not path.is_dir()
+        }
+
+    def read(self, key: str) -> bytes:
+        return disk.read_file(self.folder / relative_path(key))
+
+    def load(self, key: str) -> bytes:
+        return disk.read_file(self._inside(key))
+
+    def local(self, key: str) -> Path:
+        return self._inside(key)
+
+    def create(self, key: str, data: bytes) -> None:
+        path = self.folder / relative_path(key)
+        disk.make_folder(path.parent)
+        disk.write_new(path, data)
+
+    def replace(self, key: str, data: bytes) -> None:
+        path = self._inside(key)
+        disk.make_folder(path.parent)
+        disk.replace_file(path, data, self.folder)
+
+    def append(self, key: str, line: str) -> None:
+        disk.append_line(self.folder / relative_path(key), line)
+
+    def new_folder(self, key: str, *, is_bulky: bool = False) -> Path:
+        path = (self._roots[0] if is_bulky else self.folder) / relative_path(key)
+        if is_bulky and self.scratch is not None:
+            disk.make_folder(path.parent)
+        disk.make_new_folder(path)
+        return path
+
+    def written(self, key: str) -> set[str]:
+        return set(self.sizes(key))
+
+    def keep(self, key: str) -> None:
+        path = self.folder / relative_path(key)
+        disk.flush_tree(path)
+        disk.flush_folder(path.parent)
+
+    def put_back(self, source: str, target: str) -> None:
+        for root in self._roots:
+            new, old = root / relative_path(source), root / relative_path(target)
+            if not new.exists():
+                continue
+            disk.make_folder(old.parent)
+            disk.flush_tree(new)
+            self.remove(target)
+            disk.rename(new, old)
+            disk.flush_folder(old.parent)
+
+    def set_record_aside(self, key: str) -> None:
+        path = self.folder / relative_path(key)
+        disk.set_aside(path)
+        disk.flush_folder(path.parent)
+
+    def remove(self, key: str) -> None:
+        self._inside(key)
+        for root in self._roots:
+            path = root / relative_path(key)
+            if path.is_symlink() or not path.is_dir():
+                disk.remove_file(path)
+            else:
+                # In one step, so that a payload is there or released, never half of it.
+                disk.remove_tree(disk.set_aside(path))
+
+    def tidy(self, settled: Collection[str], attempts: Collection[str]) -> None:
+        names = {Path(key).name for key in settled}
+        for path in _children(self.folder / "commits"):
+            leftover = disk.LEFTOVER.match(path.name)
+            if leftover and leftover["name"] in names:
+                disk.remove_file(path)
+        for root in self._roots:
+            for folder in [root, *(root / key for key in attempts)]:
+                for path in _children(folder):
+                    if disk.LEFTOVER.match(path.name):
+                        _remove(path)
+
+    def publish(self, view: str, sources: Mapping[str, str]) -> Path:
+        shown = self._inside(view)
+        if self.is_published(view, sources):
+            return shown
+        temporary = disk.temporary_folder(shown)
+        for inner, key in sources.items():
+            disk.make_folder((temporary / relative_path(inner)).parent)
+            disk.link_or_copy(self._inside(key), temporary / inner)
+        disk.flush_tree(temporary)
+        older = disk.set_aside(shown) if shown.exists() else None
+        disk.rename(temporary, shown)
+        disk.flush_folder(shown.parent)
+        if older is not None:
+            _remove(older)
+        return shown
+
+    def is_published(self, view: str, sources: Mapping[str, str]) -> bool:
+        shown = self._inside(view)
+        return all(_is_same(self._inside(key), shown / relative_path(inner)) for inner, key in sources.items())
+
+    def _inside(self, key: str) -> Path:
+        """The full path of a key. Raises DamagedData if a link leads it out of the run directory."""
+        paths = [root / relative_path(key) for root in self._roots]
+        path = next((path for path in paths if path.exists()), paths[-1])
+        if not any(path.resolve().is_relative_to(root) for root in self._real_roots):
+            raise DamagedData(f"{path} leads out of the run directory: it was not followed")
+        return path
+
+
+def free_bytes(path: Path) -> int:
+    """Room left on the disk where `path` is, or will be."""
+    there = next(p for p in (path, *path.parents) if p.exists())
+    return shutil.disk_usage(there).free
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _is_same(source: Path, shown: Path) -> bool:
+    if not shown.is_file():
+        return False
+    try:
+        return source.samefile(shown) or disk.hash_file(source) == disk.hash_file(shown)
+    except (FileNotFoundError, FileGone):
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        disk.remove_tree(path)
+    else:
+        disk.remove_file(path)
