@@ -161,6 +161,13 @@ def _declared(
     eval_max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Stop after N tokens: a quick look, marked as partial.")
     ] = None,
+    keep_activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-activations/--release-activations",
+            help="Keep every block's activations, for study: much disk. [default: delete what nobody reads again]",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings as YAML or TOML. Flags win over it.")
     ] = None,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import Interrupted, Preempted, StepOrderError
 from pipeline.manifest import StepCommit
-from pipeline.plan import Step, next_steps, releasable
+from pipeline.plan import Step, is_stream, next_steps, releasable
 from pipeline.rundir import Attempt, RunDirectory
 from stages.protocols import Hooks
 
@@ -54,6 +54,10 @@ class Worker(Protocol):
 
     def execute(self, step: Step, attempt: Attempt, hooks: Hooks) -> StepResult:
         """Read the step's inputs from the run, write its payloads into the attempt."""
+        ...
+
+    def replay(self, name: str, attempt: Attempt, hooks: Hooks) -> None:
+        """Write the activation stream `name` into the attempt once more, bit for bit, from committed weights."""
         ...
 
     def refresh_views(self) -> None:
@@ -112,6 +116,11 @@ class _StepHooks:
         self._listener.warn(message)
 
 
+def hooks_for(step: Step, listener: Listener, stop: StopRequest) -> Hooks:
+    """How a step speaks with the listener and hears of a stop."""
+    return _StepHooks(step, listener, stop)
+
+
 def advance(
     run: RunDirectory,
     steps: Sequence[Step],
@@ -120,19 +129,20 @@ def advance(
     listener: Listener,
     stop: StopRequest,
     until: Callable[[Step], bool] = lambda step: False,
+    keeps_activations: bool = False,
 ) -> None:
     """Do every step that has no commit yet, in order; stop after one for which `until` holds.
 
-    free: the free settings in force, recorded in each commit.
+    free: the free settings in force, recorded in each commit. keeps_activations: release none, for study.
     Raises Preempted or Interrupted when asked to stop, and whatever a step raises; the run stays resumable.
     """
-    _settle(run, steps, worker)
+    _settle(run, steps, worker, keeps_activations)
     for step in next_steps(steps, [commit.step for commit in run.commits]):
         stop.check()
         position = next(i for i, other in enumerate(steps) if other.name == step.name)
         listener.step_started(step, position, len(steps))
         run.event("step-started", step=step.name)
-        hooks = _StepHooks(step, listener, stop)
+        hooks = hooks_for(step, listener, stop)
         started_at, start = datetime.now(UTC), time.monotonic()
         attempt = run.begin(step.name)
         result = worker.execute(step, attempt, hooks)
@@ -145,7 +155,7 @@ def advance(
             peak_memory_bytes=result.peak_memory_bytes,
         )
         run.event("step-committed", step=step.name, number=commit.number, elapsed_s=commit.elapsed_s)
-        _settle(run, steps, worker)
+        _settle(run, steps, worker, keeps_activations)
         listener.step_finished(step, commit, position, len(steps))
         if until(step):
             return
@@ -167,8 +177,9 @@ def _brief(steps: Sequence[Step]) -> str:
     return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
 
 
-def _settle(run: RunDirectory, steps: Sequence[Step], worker: Worker) -> None:
+def _settle(run: RunDirectory, steps: Sequence[Step], worker: Worker, keeps_activations: bool) -> None:
     """What follows from the commits: payloads to release, attempts to delete, views to refresh."""
-    run.release(releasable(steps, [commit.step for commit in run.commits]))
+    released = releasable(steps, [commit.step for commit in run.commits])
+    run.release(name for name in released if not (keeps_activations and is_stream(name)))
     run.clean()
     worker.refresh_views()

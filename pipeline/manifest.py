@@ -116,7 +116,7 @@ class Record(BaseModel):
 
     def to_bytes(self) -> bytes:
         """The file's bytes: the same for the same record, always."""
-        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+        return _file_bytes(self.model_dump(mode="json"))
 
     @classmethod
     def from_bytes(cls, data: bytes, path: Path | str, remedy: str = "") -> Self:
@@ -136,7 +136,8 @@ class Record(BaseModel):
                     f"{cls.newest_schema}). Nothing was changed: update lampctl and run the command again"
                 )
             body = {key: value for key, value in raw.items() if key != "digest"}
-            if raw.get("digest") != _digest(body):
+            # The bytes, too: a digest of the contents knows nothing of white space.
+            if raw.get("digest") != _digest(body) or data != _file_bytes(raw):
                 raise ValueError("its contents do not match its digest")
             return cls.model_validate_json(data, strict=True)
         except (ValueError, RecursionError) as error:
@@ -211,6 +212,10 @@ def _digest(body: Mapping[str, object]) -> str:
     """The sha256, in hexadecimal, of the body in canonical JSON. ValueError for NaN and infinities."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _file_bytes(fields: Mapping[str, object]) -> bytes:
+    return (json.dumps(fields, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _refuse_constant(name: str) -> float:

@@ -134,5 +134,33 @@ def releasable(steps: Sequence[Step], committed: Sequence[str]) -> tuple[str, ..
     return tuple(released)
 
 
+def needed(steps: Sequence[Step], committed: Sequence[str]) -> tuple[str, ...]:
+    """The payloads that must be sound for the run to go on: what steps to come read, and what stays for good."""
+    done = set(committed)
+    read_later = {name for step in steps if step.name not in done for name in step.reads}
+    made = [name for step in steps if step.name in done for name in step.writes]
+    return tuple(name for name in made if name in read_later or _is_kept(name))
+
+
+def sources_of(payload: str, steps: Sequence[Step]) -> tuple[str, ...]:
+    """The payloads from which a lost one is made again: finished blocks for a stream, else what its step read."""
+    kind, _, number = payload.partition("/")
+    if kind == "biased":
+        return ("calibration", *(f"pruned/{block}" for block in range(int(number))))
+    if kind == "dense":
+        return ("calibration",)
+    return maker_of(payload, steps).reads
+
+
+def maker_of(payload: str, steps: Sequence[Step]) -> Step:
+    """The step that writes a payload."""
+    return next(step for step in steps if payload in step.writes)
+
+
+def is_stream(payload: str) -> bool:
+    """Whether a payload is made again by running finished blocks forward."""
+    return payload.startswith(("biased/", "dense/"))
+
+
 def _is_kept(payload: str) -> bool:
     return payload in ("calibration", "model") or payload.startswith(("pruned/", "masks/"))

@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import secrets
+import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +50,7 @@ _MANIFEST = "run.json"
 _NOT_VIEWS = {_MANIFEST, "commits", "data", "progress", "lease.json", "events.jsonl"}
 _ATTEMPT = re.compile(r"^([0-9]{6})-[0-9a-f]{8}$")
 _REPAIR = "`lampctl resume` makes it again"
+_STILL_WRITING_S = 2.0
 _NO_REMEDY = "Put it back from a copy of the run directory, or start over in a new one; what it held cannot be rebuilt"
 
 
@@ -85,9 +87,11 @@ class RunDirectory:
         return cls(storage, manifest, ())
 
     @classmethod
-    def open(cls, place: Path | Storage) -> RunDirectory:
+    def open(cls, place: Path | Storage, *, to_go_on: bool = False) -> RunDirectory:
         """The run at `place`, replayed from its commits.
 
+        to_go_on: the newest record may be torn, as a crash leaves it on a file system without hard links: it is set
+        aside, and its step counts as not done.
         Raises RunNotFound; NotARun; DamagedData naming the record that is torn, foreign or missing;
         ConfigMismatch if it was written by a newer version.
         """
@@ -101,7 +105,12 @@ class RunDirectory:
             if storage.is_free():
                 raise RunNotFound(f"there is no run at {storage.label}: {shown} is missing") from None
             raise NotARun(f"{storage.label} is no run directory: it has no {_MANIFEST}") from None
-        return cls(storage, manifest, _replay(storage, manifest))
+        try:
+            return cls(storage, manifest, _replay(storage, manifest))
+        except DamagedData:
+            if not (to_go_on and _set_torn_record_aside(storage)):
+                raise
+            return cls(storage, manifest, _replay(storage, manifest))
 
     @property
     def commits(self) -> tuple[StepCommit, ...]:
@@ -386,7 +395,7 @@ def _read_commit(storage: Storage, number: int) -> StepCommit:
     key = _commit_key(number)
     is_newest = not storage.exists(_commit_key(number + 1))
     # Nothing has been released on the strength of the newest commit: it may be redone.
-    redo = "It is the newest commit: delete it, resume, and its step is redone with the same result"
+    redo = "It is the newest commit: `lampctl resume` does its step again, with the same result"
     return StepCommit.from_bytes(storage.read(key), f"{storage.label}/{key}", redo if is_newest else _NO_REMEDY)
 
 
@@ -402,6 +411,25 @@ def _last_number(storage: Storage) -> int:
             )
         last = max(last, int(name.removesuffix(".json")))
     return last
+
+
+def _set_torn_record_aside(storage: Storage) -> bool:
+    """Take the newest record out of the way, if it is damaged and stays so: nothing was built on it."""
+    number = _last_number(storage)
+    key = _commit_key(number)
+    if number < 0:
+        return False
+    before = storage.read(key)
+    try:
+        StepCommit.from_bytes(before, key)
+    except DamagedData as error:
+        time.sleep(_STILL_WRITING_S)  # somebody may be in the middle of writing it
+        if storage.read(key) != before:
+            return False
+        log.warning("%s: it was set aside, and its step is done again", error)
+        storage.set_record_aside(key)
+        return True
+    return False
 
 
 def _commit_key(number: int) -> str:

@@ -6,11 +6,11 @@ settings --pipeline.prepare--> configuration, model, budget, plan --start--> run
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -18,12 +18,17 @@ from pipeline.config import RunConfig, check_evaluation, differing_fields
 from pipeline.engine import Listener, StopRequest, advance
 from pipeline.errors import ConfigError, ConfigMismatch, DamagedData, FileExists, RunNotFound, StepOrderError
 from pipeline.manifest import RunManifest
-from pipeline.plan import Evaluation, Step, evaluation_steps, next_steps
+from pipeline.mend import mend
+from pipeline.plan import Evaluation, Step, evaluation_steps, next_steps, releasable
+from pipeline.preflight import most_needed, require_room
 from pipeline.prepare import RUNS, Prepared, chain_of, environment_record
 from pipeline.rundir import RunDirectory, find_runs
 from pipeline.settings import explain
+from pipeline.storage.folder import free_bytes
 
 log = logging.getLogger(__name__)
+
+Checks = Literal["sizes", "as needed", "all"]
 
 
 def start(prepared: Prepared, path: Path) -> RunDirectory:
@@ -32,7 +37,7 @@ def start(prepared: Prepared, path: Path) -> RunDirectory:
     Raises ConfigMismatch, with the fields that differ, if another run lies there.
     """
     if (path / "run.json").exists():
-        run = RunDirectory.open(path)
+        run = RunDirectory.open(path, to_go_on=True)
         require_same(run, prepared)
         return run
     manifest = RunManifest.new(
@@ -89,9 +94,12 @@ def require_exported(run: RunDirectory, config: RunConfig) -> None:
         raise StepOrderError(f"evaluate comes later: do {todo[0].name} first")
 
 
-def reopen(path: Path) -> tuple[RunDirectory, RunConfig]:
-    """A run and its configuration, with the free settings that were last in force."""
-    run = RunDirectory.open(path)
+def reopen(path: Path, *, to_go_on: bool = False) -> tuple[RunDirectory, RunConfig]:
+    """A run and its configuration, with the free settings that were last in force.
+
+    to_go_on: as `RunDirectory.open` has it.
+    """
+    run = RunDirectory.open(path, to_go_on=to_go_on)
     config = RunConfig(**run.manifest.config)
     return run, config.with_free(run.commits[-1].free) if run.commits else config
 
@@ -141,10 +149,16 @@ def go_on(
     *,
     until: Callable[[Step], bool] = lambda step: False,
     shared_with: RunDirectory | None = None,
+    checks: Checks = "as needed",
 ) -> None:
-    """Do what is left of a run, up to and with a step for which `until` holds."""
+    """Do what is left of a run, up to and with a step for which `until` holds, and make damaged data again.
+
+    checks: what is compared first: "sizes"; "as needed", which is every digest if there is something left to do; or
+    "all", every digest in any case.
+    """
     steps, evaluations = steps_of(run, config)
-    if not next_steps(steps, [commit.step for commit in run.commits]) and run.is_published("model"):
+    is_finished = not next_steps(steps, [commit.step for commit in run.commits])
+    if is_finished and checks != "all" and run.is_published("model"):
         return
     from pipeline.work import StageWorker
     from stages import device
@@ -153,7 +167,38 @@ def go_on(
     for change in environment_changes(run):
         listener.warn(change)
     device.apply(worker.choices)
-    advance(run, steps, worker, config.free, listener, stop, until)
+
+    def sound(*, is_deep: bool) -> None:
+        mend(run, steps, worker, config.free, listener, stop, is_deep=is_deep)
+
+    def go() -> None:
+        keeps = bool(config.keep_activations)
+        advance(run, steps, worker, config.free, listener, stop, until, keeps_activations=keeps)
+
+    if not is_finished:
+        _require_room(run, config, steps, worker)
+    sound(is_deep=checks == "all" or (checks == "as needed" and not is_finished))
+    try:
+        go()
+    except DamagedData as error:
+        # Damaged since it was checked, or checked by size alone.
+        listener.warn(str(error))
+        sound(is_deep=True)
+        go()
+
+
+def _require_room(run: RunDirectory, config: RunConfig, steps: Sequence[Step], worker: Any) -> None:
+    """Raise OutOfDisk, with the numbers, where the disk is too small for what is left to do."""
+    need = most_needed(
+        steps,
+        [commit.step for commit in run.commits],
+        worker.size_of,
+        worker.scratch_of,
+        keeps_activations=bool(config.keep_activations),
+    )
+    where = f"the disk of {run.label}"
+    what = f"weights ({need.weights / 1e9:.2f} GB) and activations ({need.activations / 1e9:.2f} GB)"
+    require_room(where, need.total, free_bytes(run.path), what)
 
 
 def environment_changes(run: RunDirectory) -> list[str]:
@@ -184,3 +229,15 @@ def newest_unfinished(root: Path = RUNS) -> Path | None:
             f"there are no runs under {root}/: begin one with lampctl run, or name one that lies elsewhere"
         )
     return None
+
+
+def collect_garbage(run: RunDirectory, config: RunConfig, *, is_dry_run: bool) -> dict[str, int]:
+    """Delete what the run does not need, or only list it: {key: bytes}."""
+    steps, _ = steps_of(run, config)
+    done = [commit.step for commit in run.commits]
+    roots = [run.payload(name).root for name in releasable(steps, done)]
+    found = {key: sum(run.storage.sizes(key).values()) for key in (*run.leftovers(), *roots) if run.storage.exists(key)}
+    if not is_dry_run:
+        run.release(releasable(steps, done))
+        run.clean()
+    return found

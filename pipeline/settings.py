@@ -84,6 +84,7 @@ class Settings(BaseModel):
     evaluate_dense: bool = True
     eval_seqlen: int | None = Field(None, ge=2)
     eval_max_tokens: int | None = Field(None, ge=2)
+    keep_activations: bool = False
 
     @field_validator("evaluate", mode="before")
     @classmethod

@@ -39,7 +39,11 @@ from stages.models.source import resolve
 from stages.protocols import Hooks
 from stages.prune_block import PruneSettings, prune_block
 from stages.refine_block import refine_block
+from stages.replay import replay
 from stages.training import Training, TrainingSettings
+
+# Of WikiText-2's test file, about; how long another text is, is known when it is evaluated.
+_USUAL_EVALUATION_TOKENS = 350_000
 
 
 class StageWorker:
@@ -92,6 +96,53 @@ class StageWorker:
         }[step.kind]
         figures = work(step, attempt, hooks)
         return StepResult(figures, peak.bytes())
+
+    def size_of(self, payload: str) -> int:
+        """About how many bytes a payload takes on the disk, by its name."""
+        kind, _, number = payload.partition("/")
+        tokens = (self.config.num_samples or 0) * self.config.seqlen
+        if kind == "calibration":
+            return tokens * 8
+        if kind in ("biased", "dense"):
+            return tokens * self.model.hidden_size * self.choices.torch_dtype.itemsize
+        if kind == "model":  # the blocks are links
+            return sum(tensor.nbytes for _, tensor in self.model.outside_state())
+        sizes = self.model.entry_sizes(int(number))
+        if kind == "masks":
+            return sum(sizes.values()) // 8
+        if kind == "pruned":
+            dtypes = export.block_dtypes(self.model, int(number), self.config.export_dtype)
+            return sum(size * dtypes[name].itemsize for name, size in sizes.items())
+        return 4 * sum(sizes.values())  # compensated, unrefined: fp32
+
+    def scratch_of(self, step: Step) -> int:
+        """About how many bytes a step's own intermediate streams take on the disk."""
+        stream = self.size_of("biased/0") if self.config.num_samples else 0
+        if step.kind == "evaluate":
+            what = self.evaluations[step.name]
+            tokens = what.max_tokens or _USUAL_EVALUATION_TOKENS
+            return tokens * self.model.hidden_size * self.choices.torch_dtype.itemsize
+        targets_only = step.kind == "compensate-block" and len(step.writes) == 1
+        return stream if step.kind == "allocate" or targets_only else 0
+
+    def replay(self, name: str, attempt: Attempt, hooks: Hooks) -> None:
+        """Write the activation stream `name` once more, from the calibration set and finished blocks alone."""
+        kind, _, number = name.partition("/")
+
+        def pruned(block: int) -> Mapping[str, Tensor]:
+            shard = _read_state(self.run.open_file(f"pruned/{block}"))
+            return export.block_state(self.model, block, shard)
+
+        replay(
+            self.model,
+            self.run.open_stream("calibration"),
+            self._activations(attempt, name),
+            int(number),
+            pruned if kind == "biased" else lambda block: None,
+            attempt.scratch(),
+            self.choices,
+            hooks,
+        )
 
     def _calibrate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         shared = self.shared_with.commit_for("calibrate") if self.shared_with is not None else None

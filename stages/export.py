@@ -40,6 +40,11 @@ def block_shard(model: BlockModel, block_index: int, state: Mapping[str, Tensor]
     return save({names[name]: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"})
 
 
+def block_state(model: BlockModel, block_index: int, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The block's state, names relative to the block, of the tensors in its file: `block_shard` undone."""
+    return {name: shard[key] for name, key in model.stored_names(block_index).items() if key in shard}
+
+
 def pruned_weights(model: BlockModel, block_index: int, outcome: PruneOutcome) -> dict[str, PrunedWeight]:
     """Masks and grids of a block as its file of masks holds them, by layer name."""
     names, infos = model.stored_names(block_index), {info.name: info for info in model.layers(block_index)}

@@ -13,13 +13,20 @@ def resume(
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN", help="A run directory. [default: the newest unfinished under runs/]")
     ] = None,
+    check_all: Annotated[
+        bool,
+        typer.Option("--check-all", help="Compare every file of a finished run, too, and make damaged ones again."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Go on with an unfinished run, after its last completed step.
 
+    What it needs is checked first; what is damaged or missing is made again, bit for bit.
+
     \b
     lampctl resume
     lampctl resume runs/opt-2.7b-s80-lamp
+    lampctl resume runs/opt-2.7b-s80-lamp --check-all
     """
     from lampctl import show
     from lampctl.progress import listening
@@ -31,8 +38,8 @@ def resume(
     if run is None:
         print(f"nothing left to do: every run under {RUNS}/ is finished", file=sys.stderr)
         return
-    directory, config = reopen(run)
+    directory, config = reopen(run, to_go_on=True)
     with listening() as listener, StopRequest() as stop:
         listener.attach(directory, config)
-        go_on(directory, config, listener, stop)
+        go_on(directory, config, listener, stop, checks="all" if check_all else "as needed")
     show.results([directory], [config], as_json)

@@ -96,7 +96,7 @@ def evaluate(
     from pipeline.engine import StopRequest
     from pipeline.session import change_evaluation, go_on, reopen, require_exported
 
-    directory, config = reopen(run)
+    directory, config = reopen(run, to_go_on=True)
     require_exported(directory, config)
     config = change_evaluation(directory, config, sources, eval_seqlen, eval_max_tokens)
     with listening() as listener, StopRequest() as stop:
@@ -113,7 +113,7 @@ def do_step(path: Path, kind: str, block: int | None = None) -> None:
     from pipeline.plan import Step, next_steps
     from pipeline.session import go_on, reopen, steps_of
 
-    directory, config = reopen(path)
+    directory, config = reopen(path, to_go_on=True)
     steps, _ = steps_of(directory, config)
     if block is not None:
         wanted = Step(kind, block)
@@ -123,7 +123,7 @@ def do_step(path: Path, kind: str, block: int | None = None) -> None:
     require_next(directory, steps, wanted)
     with listening(every_step=True) as listener, StopRequest() as stop:
         listener.attach(directory, config)
-        go_on(directory, config, listener, stop, until=lambda step: True)
+        go_on(directory, config, listener, stop, until=lambda step: True, checks="sizes")
     show.next_step(directory, config)
 
 

@@ -128,6 +128,10 @@ class BlockModel(Protocol):
         """For each entry of a block's state, its name in the model's own files."""
         ...
 
+    def entry_sizes(self, block_index: int) -> dict[str, int]:
+        """For each entry of a block's state, how many numbers it holds."""
+        ...
+
     def original_dtypes(self, block_index: int) -> dict[str, torch.dtype]:
         """For each entry of a block's state, its dtype in the model's own files."""
         ...

@@ -89,6 +89,9 @@ class Decoder:
         prefix = self._prefix(block_index)
         return {name: self._stored.get(prefix + name, prefix + name) for name in self._blocks[block_index].state_dict()}
 
+    def entry_sizes(self, block_index: int) -> dict[str, int]:
+        return {name: tensor.numel() for name, tensor in self._blocks[block_index].state_dict().items()}
+
     def original_dtypes(self, block_index: int) -> dict[str, torch.dtype]:
         state = self._blocks[block_index].state_dict()
         return {

@@ -216,15 +216,52 @@ def test_a_damaged_commit_is_named(tmp_path: Path, number: int, damage: Callable
         RunDirectory.open(run.path)
 
 
-def test_only_the_newest_damaged_commit_may_be_deleted(tmp_path: Path) -> None:
+def test_only_the_newest_damaged_commit_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.rundir._STILL_WRITING_S", 0.0)
     run = go_on(tmp_path / "run")
     tear(run.path / "commits" / "000003.json")
-    with pytest.raises(DamagedData, match="delete it, resume"):
+    with pytest.raises(DamagedData, match="lampctl resume"):
         RunDirectory.open(run.path)
+    assert len(RunDirectory.open(run.path, to_go_on=True).commits) == 3
+    assert len(RunDirectory.open(run.path).commits) == 3
     tear(run.path / "commits" / "000001.json")
-    with pytest.raises(DamagedData) as caught:
-        RunDirectory.open(run.path)
-    assert "delete it" not in str(caught.value)
+    with pytest.raises(DamagedData, match=r"commits/000001\.json.*cannot be rebuilt"):
+        RunDirectory.open(run.path, to_go_on=True)
+    assert (run.path / "commits" / "000001.json").exists()
+
+
+def test_a_record_that_is_still_being_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without hard links another process may be in the middle of it."""
+    run = go_on(tmp_path / "run")
+    path = run.path / "commits" / "000003.json"
+    whole = path.read_bytes()
+    tear(path)
+    monkeypatch.setattr("pipeline.rundir.time.sleep", lambda seconds: path.write_bytes(whole))
+    with pytest.raises(DamagedData):
+        RunDirectory.open(run.path, to_go_on=True)
+    assert len(RunDirectory.open(run.path).commits) == 4
+
+
+def test_an_invalidation_takes_commits_out_of_force_for_good(tmp_path: Path) -> None:
+    run = go_on(tmp_path / "run")
+    run.invalidate(1, "as a test", {})
+    for seen in (run, RunDirectory.open(run.path)):
+        assert [c.step for c in seen.commits] == ["calibrate"]
+        assert len(seen.log) == 5
+    again = RunDirectory.open(run.path)
+    for step in STEPS[1:]:
+        do_step(again, step)
+        settle(again)
+    assert [c.number for c in RunDirectory.open(run.path).commits] == [0, 5, 6, 7]
+    # What was taken out of force is gone from the disk, too.
+    assert {path.name for path in (run.path / "data").iterdir()} == {c.attempt for c in again.commits}
+    assert digests(again) == digests(go_on(tmp_path / "other"))
+
+
+def test_an_invalidation_of_what_is_to_come_is_refused(tmp_path: Path) -> None:
+    run = go_on(tmp_path / "run")
+    with pytest.raises(ValueError, match="names an earlier commit"):
+        run.invalidate(4, "as a test", {})
 
 
 @pytest.mark.parametrize("number", [0, 1])

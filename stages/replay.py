@@ -1,0 +1,55 @@
+"""Make a stream of activations once more: forward through blocks that are finished, with nothing learnt anew.
+
+The dense stream went through the original blocks, the biased one through the pruned blocks as they were exported. Each
+block is run on what the block before it gave, as stored, so that the bits are those of the first time (on the same
+machine and versions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from stages.capture import batch_of_one, capture
+from stages.device import DeviceChoices, computing
+from stages.models.base import BlockModel
+from stages.protocols import Hooks, Scratch, Stream
+
+StateOf = Callable[[int], Mapping[str, Tensor] | None]
+
+
+@torch.no_grad()
+def replay(
+    model: BlockModel,
+    inputs: Stream,
+    out: Stream,
+    num_blocks: int,
+    state_of: StateOf,
+    scratch: Scratch,
+    choices: DeviceChoices,
+    hooks: Hooks,
+) -> None:
+    """Write to `out` what the first `num_blocks` blocks make of the calibration set.
+
+    inputs: token ids of the N samples. out: N samples (tokens, hidden). state_of: a block's weights, names relative to
+    the block; None: the original's.
+    """
+    if not num_blocks:
+        capture(model, inputs, out, None, choices, hooks)
+        return
+    shape = (*inputs[0].shape, model.hidden_size)
+    hidden = scratch.stream("replay", len(inputs), shape, choices.torch_dtype)
+    capture(model, inputs, hidden, None, choices, hooks)
+    device = choices.torch_device
+    ends = model.load_ends(device, part="enter")
+    for block_index in range(num_blocks):
+        block = model.load_block(block_index, device, state=state_of(block_index))
+        target = out if block_index == num_blocks - 1 else hidden
+        for index in range(len(inputs)):
+            hooks.check_stop()
+            with computing(choices):
+                call = ends.enter(batch_of_one(inputs[index], device)).calls[block_index]
+                target.write(index, model.run_block(block, batch_of_one(hidden[index], device), call)[0])
+            hooks.report(block_index * len(inputs) + index + 1, num_blocks * len(inputs), "samples")
