@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
 
 from pipeline import errors as pipeline_errors
 from stages import errors as stage_errors
@@ -72,3 +74,9 @@ def message(error: BaseException) -> str:
         where = str(error.filename or "")
         return f"{error.strerror}: {where if len(where) < 200 else where[:200] + '...'}"
     return str(error)
+
+
+def end_now(error: BaseException) -> None:
+    """End this process where it is, whatever its threads are doing. Only for errors after which nothing is lost."""
+    print(f"lampctl: {message(error)}", file=sys.stderr, flush=True)
+    os._exit(exit_code(error))

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from stages.protocols import Hooks
+    from stages.protocols import Watcher
 
 # In a log, work that takes longer than this says how far it is.
 _EVERY_S = 10.0
 
 
 class _Lines:
-    """One line at most every few seconds (`stages.protocols.Hooks`)."""
+    """One line at most every few seconds (`stages.protocols.Watcher`)."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title = console, title
@@ -52,8 +52,8 @@ class _Bar(_Lines):
 
 
 @contextmanager
-def showing_files(title: str) -> Iterator[Hooks]:
-    """Hooks that show on stderr, in the way that suits it, how far a stage is."""
+def showing_files(title: str) -> Iterator[Watcher]:
+    """Watcher that show on stderr, in the way that suits it, how far a stage is."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

@@ -168,6 +168,14 @@ def _declared(
             help="Keep every block's activations, for study: much disk. [default: delete what nobody reads again]",
         ),
     ] = None,
+    checkpoint_minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="M",
+            help="How often a long step keeps how far it is, for a crash; when it is stopped it does so anyway. "
+            "0: only then. [default: 10]",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings as YAML or TOML. Flags win over it.")
     ] = None,

@@ -5,10 +5,11 @@ The engine knows no maths: a `Worker` does a step's work, and a `Listener` hears
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import FrameType, TracebackType
@@ -17,8 +18,13 @@ from typing import Any, Protocol
 from pipeline.errors import Interrupted, Preempted, StepOrderError
 from pipeline.manifest import StepCommit
 from pipeline.plan import Step, is_stream, next_steps, releasable
+from pipeline.progress import StepProgress
 from pipeline.rundir import Attempt, RunDirectory
-from stages.protocols import Hooks
+from stages.protocols import Checkpoint, Hooks
+
+# After a signal: how long the next batch boundary is waited for before the process ends where it is, and how long
+# in all if a progress record is being written. Batch systems kill after 10 to 30 seconds.
+_GRACE_S, _GRACE_SAVING_S = 4.0, 25.0
 
 
 class Listener(Protocol):
@@ -67,10 +73,17 @@ class Worker(Protocol):
 
 @dataclass
 class StopRequest:
-    """Set from a signal handler, read at batch boundaries. A second signal stops at once."""
+    """Set from a signal handler, read at batch boundaries. A second signal stops at once.
 
+    end_process: called where no boundary comes within seconds; ends the process with the code of the error, which
+    loses the step's work since its last progress record and nothing else: what is committed is safe at any instant.
+    """
+
+    end_process: Callable[[Preempted | Interrupted], None]
+    grace_s: float = _GRACE_S
     signal_number: int | None = None
     _previous: dict[int, Any] = field(default_factory=dict)
+    _is_saving: bool = False
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -87,12 +100,41 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
             raise self._error(number)
+        self.request(number)
+        threading.Thread(target=self._end_in_time, name="grace", daemon=True).start()
+
+    def request(self, number: int = signal.SIGTERM) -> None:
+        """Ask for a stop at the next batch boundary."""
         self.signal_number = number
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether the work is to stop at the next batch boundary."""
+        return self.signal_number is not None
 
     def check(self) -> None:
         """Raise Preempted or Interrupted if a signal came."""
         if self.signal_number is not None:
             raise self._error(self.signal_number)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """While a progress record is written, the process is given longer."""
+        self._is_saving = True
+        try:
+            yield
+        finally:
+            self._is_saving = False
+
+    def _end_in_time(self) -> None:
+        start = time.monotonic()
+        time.sleep(self.grace_s)
+        while self._is_saving and time.monotonic() - start < _GRACE_SAVING_S:
+            time.sleep(0.05)
+        if signal.getsignal(signal.SIGTERM) != self._receive:
+            return  # stopped already, and on its way out
+        assert self.signal_number is not None
+        self.end_process(self._error(self.signal_number))
 
     @staticmethod
     def _error(number: int) -> Preempted | Interrupted:
@@ -101,13 +143,36 @@ class StopRequest:
 
 
 class _StepHooks:
-    """`stages.protocols.Hooks` for one step."""
+    """`stages.protocols.Hooks` for one step.
 
-    def __init__(self, step: Step, listener: Listener, stop: StopRequest) -> None:
+    progress: None for work that is not a step of its own, and is done from its beginning whenever it is done.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        listener: Listener,
+        stop: StopRequest,
+        progress: StepProgress | None = None,
+        checkpoint_every_s: float = 0.0,
+    ) -> None:
         self._step, self._listener, self._stop = step, listener, stop
+        self._progress, self._every_s = progress, checkpoint_every_s
+        self._saved_at = time.monotonic()
 
     def report(self, done: int, total: int, unit: str, **figures: float) -> None:
         self._listener.step_progress(self._step, done, total, unit, figures)
+
+    def restore(self) -> Checkpoint | None:
+        return self._progress.restore() if self._progress is not None else None
+
+    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        is_due = self._every_s > 0 and time.monotonic() - self._saved_at >= self._every_s
+        if self._progress is not None and (is_due or self._stop.is_requested):
+            with self._stop.saving():
+                self._progress.save(make())
+            self._saved_at = time.monotonic()
+        self._stop.check()
 
     def check_stop(self) -> None:
         self._stop.check()
@@ -117,7 +182,7 @@ class _StepHooks:
 
 
 def hooks_for(step: Step, listener: Listener, stop: StopRequest) -> Hooks:
-    """How a step speaks with the listener and hears of a stop."""
+    """How work that is not the next step speaks with the listener and hears of a stop."""
     return _StepHooks(step, listener, stop)
 
 
@@ -130,10 +195,12 @@ def advance(
     stop: StopRequest,
     until: Callable[[Step], bool] = lambda step: False,
     keeps_activations: bool = False,
+    checkpoint_every_s: float = 0.0,
 ) -> None:
     """Do every step that has no commit yet, in order; stop after one for which `until` holds.
 
     free: the free settings in force, recorded in each commit. keeps_activations: release none, for study.
+    checkpoint_every_s: how often a step keeps how far it is, beside when it is stopped; 0: only then.
     Raises Preempted or Interrupted when asked to stop, and whatever a step raises; the run stays resumable.
     """
     _settle(run, steps, worker, keeps_activations)
@@ -142,8 +209,9 @@ def advance(
         position = next(i for i, other in enumerate(steps) if other.name == step.name)
         listener.step_started(step, position, len(steps))
         run.event("step-started", step=step.name)
-        hooks = hooks_for(step, listener, stop)
-        started_at, start = datetime.now(UTC), time.monotonic()
+        progress = StepProgress(run, step.name)
+        hooks = _StepHooks(step, listener, stop, progress, checkpoint_every_s)
+        started_at = datetime.now(UTC)
         attempt = run.begin(step.name)
         result = worker.execute(step, attempt, hooks)
         commit = run.commit(
@@ -151,7 +219,7 @@ def advance(
             figures=result.figures,
             free=free,
             started_at=started_at,
-            elapsed_s=time.monotonic() - start,
+            elapsed_s=progress.elapsed_s,
             peak_memory_bytes=result.peak_memory_bytes,
         )
         run.event("step-committed", step=step.name, number=commit.number, elapsed_s=commit.elapsed_s)

@@ -12,7 +12,7 @@ from pipeline.plan import next_steps
 from pipeline.rundir import RunDirectory
 from pipeline.session import reopen, steps_of
 from stages.packed import PackedSizes
-from stages.protocols import Hooks
+from stages.protocols import Watcher
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def find_packable(path: Path) -> Packable:
     return Packable(path, path.with_name(f"{path.name}.packed.safetensors"))
 
 
-def pack_model(source: Packable, target: Path, hooks: Hooks, replace: bool = False) -> PackedSizes:
+def pack_model(source: Packable, target: Path, hooks: Watcher, replace: bool = False) -> PackedSizes:
     """Pack the model folder as the file `target`; how large it is.
 
     A packed file of the very same folder is left as it is. Raises ConfigError for any other file there, unless it may
@@ -70,7 +70,7 @@ def pack_model(source: Packable, target: Path, hooks: Hooks, replace: bool = Fal
     return sizes
 
 
-def unpack_model(packed: Path, folder: Path, hooks: Hooks) -> None:
+def unpack_model(packed: Path, folder: Path, hooks: Watcher) -> None:
     """Make `folder`, which must be missing or empty, of a packed file. Raises what `stages.unpack.unpack` raises."""
     from stages.errors import UsageError
     from stages.unpack import unpack

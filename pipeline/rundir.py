@@ -47,7 +47,8 @@ __all__ = ["Attempt", "PayloadFolder", "RunDirectory", "find_runs"]
 log = logging.getLogger(__name__)
 
 _MANIFEST = "run.json"
-_NOT_VIEWS = {_MANIFEST, "commits", "data", "progress", "lease.json", "events.jsonl"}
+_PROGRESS = "progress"
+_NOT_VIEWS = {_MANIFEST, "commits", "data", _PROGRESS, "lease.json", "events.jsonl"}
 _ATTEMPT = re.compile(r"^([0-9]{6})-[0-9a-f]{8}$")
 _REPAIR = "`lampctl resume` makes it again"
 _STILL_WRITING_S = 2.0
@@ -166,7 +167,7 @@ class RunDirectory:
         commit = StepCommit.new(
             number=number,
             step=attempt.step,
-            parent=self._newest_digest,
+            parent=self.newest_digest,
             attempt=attempt.id,
             payloads=attempt.seal(),
             figures=dict(figures),
@@ -191,7 +192,7 @@ class RunDirectory:
             StepCommit.new(
                 number=len(self.log),
                 step=INVALIDATE,
-                parent=self._newest_digest,
+                parent=self.newest_digest,
                 attempt=_attempt_name(len(self.log)),
                 payloads={},
                 figures={"from_number": number, "reason": reason},
@@ -202,8 +203,14 @@ class RunDirectory:
         )
 
     @property
-    def _newest_digest(self) -> str:
+    def newest_digest(self) -> str:
+        """What the next record builds on: the digest of the newest one, or of run.json."""
         return self.log[-1].digest if self.log else self.manifest.digest
+
+    @property
+    def progress_folder(self) -> str:
+        """Where records of how far the next step is are kept (`pipeline.progress`), as a key."""
+        return f"{_PROGRESS}/{len(self.log):06d}"
 
     def _append(self, commit: StepCommit) -> StepCommit:
         """Make the next record, unless another process has made one of that number."""
@@ -284,13 +291,19 @@ class RunDirectory:
         self.storage.tidy(settled, [f"data/{commit.attempt}" for commit in self.commits])
 
     def leftovers(self) -> list[str]:
-        """The attempts that no commit in force names and that nobody can commit any more, as keys."""
+        """The attempts that no commit in force names and that nobody can commit any more, as keys.
+
+        And the progress records of steps that are done.
+        """
         kept = {commit.attempt for commit in self.commits}
         found = []
         for name in self.storage.names("data"):
             match = _ATTEMPT.match(name)
             if match and int(match[1]) < len(self.log) and name not in kept:
                 found.append(f"data/{name}")
+        for name in self.storage.names(_PROGRESS):
+            if re.fullmatch(r"[0-9]{6}", name) and int(name) < len(self.log):
+                found.append(f"{_PROGRESS}/{name}")
         return found
 
     def publish(self, name: str, target: str = "model") -> Path:

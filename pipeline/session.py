@@ -173,7 +173,8 @@ def go_on(
 
     def go() -> None:
         keeps = bool(config.keep_activations)
-        advance(run, steps, worker, config.free, listener, stop, until, keeps_activations=keeps)
+        every_s = 60 * config.checkpoint_minutes
+        advance(run, steps, worker, config.free, listener, stop, until, keeps, every_s)
 
     if not is_finished:
         _require_room(run, config, steps, worker)

@@ -85,6 +85,7 @@ class Settings(BaseModel):
     eval_seqlen: int | None = Field(None, ge=2)
     eval_max_tokens: int | None = Field(None, ge=2)
     keep_activations: bool = False
+    checkpoint_minutes: float = Field(10.0, ge=0)
 
     @field_validator("evaluate", mode="before")
     @classmethod

@@ -51,7 +51,7 @@ def compensate_block(
     def write_target(index: int, call: BlockCall) -> None:
         dense_out.write(index, trainer.forward(dense_in, index, call)[0])
 
-    before = trainer.losses(before_each=write_target)
-    training = trainer.train(before, list(block.parameters()))
+    trainer.first_pass(before_each=write_target)
+    training = trainer.train(list(block.parameters()))
     state = {name: tensor.to("cpu", copy=True) for name, tensor in block.state_dict().items()}
     return CompensatedBlock(state, training)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,10 @@ from stages.capture import batch_of_one
 from stages.device import DeviceChoices, computing
 from stages.metrics.perplexity import perplexity, window_loss
 from stages.models.base import BlockModel
-from stages.protocols import Hooks, Scratch
+from stages.protocols import Checkpoint, Hooks, Scratch, Stream
+
+# Windows that pass through a block before the next is loaded: many, since each block is read once for them all.
+_TOKENS_AT_ONCE = 64 * 2048
 
 
 @dataclass(frozen=True)
@@ -34,36 +39,62 @@ def evaluate_perplexity(
 ) -> PerplexityResult:
     """Perplexity over `windows` (n, seqlen) of token ids.
 
-    The activations of all windows pass through one block before the next is loaded, by way of one scratch
-    stream, so the memory needed is that of pruning.
+    The activations of many windows pass through one block before the next is loaded, by way of one scratch
+    stream, so the memory needed is that of pruning. Stopped, it goes on after the last group of windows.
     """
     num_windows, seqlen = windows.shape
-    device = choices.torch_device
-    total = num_windows * (model.num_blocks + 1)
-    stream = scratch.stream("hidden", num_windows, (seqlen, model.hidden_size), choices.torch_dtype)
-    done = 0
-    ends = model.load_ends(device, part="enter")
-    for block_index in range(model.num_blocks):
-        block = model.load_block(block_index, device)
-        for index in range(num_windows):
-            hooks.check_stop()
-            with computing(choices):
-                entry = ends.enter(batch_of_one(windows[index], device))
-                hidden = entry.hidden if block_index == 0 else batch_of_one(stream[index], device)
-                hidden = model.run_block(block, hidden, entry.calls[block_index])
-            stream.write(index, hidden[0])
-            done += 1
-            hooks.report(done, total, "windows")
-        del block
-    del ends
-    ends = model.load_ends(device, part="leave")
-    losses: list[float] = []
-    for index in range(num_windows):
-        hooks.check_stop()
-        window = batch_of_one(windows[index], device)
-        with computing(choices):
-            logits = ends.leave(window, batch_of_one(stream[index], device))
-        losses.append(window_loss(logits, window))
-        done += 1
-        hooks.report(done, total, "windows", perplexity=perplexity(losses))
-    return PerplexityResult(perplexity(losses), num_windows, seqlen)
+    group = min(max(_TOKENS_AT_ONCE // seqlen, 1), num_windows)
+    stream = scratch.stream("hidden", group, (seqlen, model.hidden_size), choices.torch_dtype)
+    measuring = _Measuring(model, windows, stream, choices, hooks)
+    for start in range(len(measuring.losses), num_windows, group):
+        measuring.measure(range(start, min(start + group, num_windows)))
+    return PerplexityResult(perplexity(measuring.losses), num_windows, seqlen)
+
+
+class _Measuring:
+    """The losses of the windows that are done, and how the next ones are measured."""
+
+    def __init__(self, model: BlockModel, windows: Tensor, stream: Stream, choices: DeviceChoices, hooks: Hooks):
+        self.model, self.windows, self.stream = model, windows, stream
+        self.choices, self.hooks, self.device = choices, hooks, choices.torch_device
+        # Of the very text: a run may be evaluated on another one under the same name.
+        self._text = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+        self.losses: list[float] = []
+        restored = hooks.restore()
+        if restored is not None and restored.figures["text"] == self._text:
+            self.losses = restored.figures["losses"]
+        self._passes = model.num_blocks + 1
+        self._done = len(self.losses) * self._passes
+
+    def measure(self, numbers: Sequence[int]) -> None:
+        """Add the losses of these windows, no more than the stream holds."""
+        ends = self.model.load_ends(self.device, part="enter")
+        for block_index in range(self.model.num_blocks):
+            block = self.model.load_block(block_index, self.device)
+            for place, number in enumerate(numbers):
+                self._boundary()
+                with computing(self.choices):
+                    entry = ends.enter(batch_of_one(self.windows[number], self.device))
+                    hidden = entry.hidden if block_index == 0 else batch_of_one(self.stream[place], self.device)
+                    hidden = self.model.run_block(block, hidden, entry.calls[block_index])
+                self.stream.write(place, hidden[0])
+                self._advance()
+            del block
+        del ends
+        ends = self.model.load_ends(self.device, part="leave")
+        losses = []
+        for place, number in enumerate(numbers):
+            self._boundary()
+            window = batch_of_one(self.windows[number], self.device)
+            with computing(self.choices):
+                logits = ends.leave(window, batch_of_one(self.stream[place], self.device))
+            losses.append(window_loss(logits, window))
+            self._advance(perplexity=perplexity([*self.losses, *losses]))
+        self.losses = [*self.losses, *losses]
+
+    def _boundary(self) -> None:
+        self.hooks.checkpoint(lambda: Checkpoint(figures={"text": self._text, "losses": self.losses}))
+
+    def _advance(self, **figures: float) -> None:
+        self._done += 1
+        self.hooks.report(self._done, len(self.windows) * self._passes, "windows", **figures)

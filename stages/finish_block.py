@@ -16,7 +16,7 @@ from stages.capture import batch_of_one
 from stages.device import DeviceChoices, computing
 from stages.errors import NumericalError
 from stages.models.base import BlockModel
-from stages.protocols import Hooks, Stream
+from stages.protocols import Stream
 from stages.pruners.masks import Pattern
 from stages.pruners.quantize import Grid, most_levels
 
@@ -83,13 +83,13 @@ def finish_block(
     inputs: Stream | None,
     biased: Stream | None,
     biased_out: Stream | None,
-    hooks: Hooks,
+    boundary: Callable[[], None],
 ) -> FinishedBlock:
     """Round the block in place, check it, and fill `biased_out` if there is one.
 
     export_dtypes: dtype of each entry of the block's state in the exported model.
     inputs: token ids of the N samples; biased, biased_out: N samples (tokens, hidden).
-    advance: called after each sample.
+    boundary, advance: called before and after each sample.
     """
     infos = [info for info in model.layers(block_index) if info.name in outcome.layers]
     for info in infos:  # -0.0 is no pruned weight's value
@@ -116,7 +116,7 @@ def finish_block(
         device = choices.torch_device
         ends = model.load_ends(device, part="enter")
         for index in range(len(inputs)):
-            hooks.check_stop()
+            boundary()
             with computing(choices):
                 call = ends.enter(batch_of_one(inputs[index], device)).calls[block_index]
                 hidden = model.run_block(block, batch_of_one(biased[index], device), call)

@@ -22,11 +22,11 @@ from stages.packed import (
     packed_sizes,
 )
 from stages.packed_layer import FLOATS, Form, encode
-from stages.protocols import Hooks
+from stages.protocols import Watcher
 from stages.tensor_bytes import Bytes, Entry, Sink, TensorFile, TensorWriter, open_new
 
 
-def pack(model_folder: Path, target: Path, hooks: Hooks, create: Callable[[Path], Sink] = open_new) -> PackedSizes:
+def pack(model_folder: Path, target: Path, hooks: Watcher, create: Callable[[Path], Sink] = open_new) -> PackedSizes:
     """Write `target`, a new file that `stages.unpack.unpack` makes the folder of again; its sizes.
 
     Hidden files (".git") are left out. One layer is in memory at a time. Nothing here makes the file durable, and a
@@ -71,7 +71,7 @@ def is_packed_from(contents: Contents, folder: Path) -> bool:
 class _Packing:
     """What is known of a folder while it is packed."""
 
-    def __init__(self, folder: Path, hooks: Hooks) -> None:
+    def __init__(self, folder: Path, hooks: Watcher) -> None:
         self._folder, self._hooks = folder, hooks
         self.files = folder_files(folder)
         self._masks_of = _masks_of(folder, [name for name in self.files if is_mask_file(name)])

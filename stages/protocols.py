@@ -6,7 +6,9 @@ progress, or why it is asked to stop.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,19 +34,39 @@ class Scratch(Protocol):
     def stream(self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> Stream: ...
 
 
-class Hooks(Protocol):
-    """How a stage speaks with whoever runs it."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a stage is inside its work: enough to go on from there and give the same bits."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)  # JSON: a float comes back as it was, to the last bit
+
+
+class Watcher(Protocol):
+    """Who watches work that is done in one go."""
 
     def report(self, done: int, total: int, unit: str, **figures: float) -> None:
-        """Tell how far the stage is (`done` of `total` units), with figures worth showing, such as a loss."""
+        """Tell how far the work is (`done` of `total` units), with figures worth showing, such as a loss."""
         ...
 
     def check_stop(self) -> None:
-        """Raise, if the stage should stop here. Called at every batch boundary."""
+        """Raise, if the work should stop here. Called at every batch boundary."""
         ...
 
     def warn(self, message: str) -> None:
         """Pass on something that the user should read but that does not stop the work."""
+        ...
+
+
+class Hooks(Watcher, Protocol):
+    """How a stage speaks with whoever runs it."""
+
+    def restore(self) -> Checkpoint | None:
+        """Where an earlier attempt at this step was when it last kept a checkpoint; None: begin at the beginning."""
+        ...
+
+    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        """As `check_stop`, at a place from which the stage could go on: keeps what `make` gives, if it is time to."""
         ...
 
 
@@ -86,6 +108,13 @@ class NullHooks:
 
     def report(self, done: int, total: int, unit: str, **figures: float) -> None:
         """Nobody listens."""
+
+    def restore(self) -> Checkpoint | None:
+        """Nobody has been here before."""
+        return None
+
+    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        """Nothing is kept."""
 
     def check_stop(self) -> None:
         """Nobody asks to stop."""

@@ -18,7 +18,7 @@ from stages.device import DeviceChoices, computing
 from stages.errors import NumericalError
 from stages.finish_block import FinishedBlock, LayerOutcome, PruneOutcome, finish_block, require_budget
 from stages.models.base import BlockModel
-from stages.protocols import Hooks, Stream
+from stages.protocols import Checkpoint, Hooks, Stream
 from stages.pruners.alps import Splitting, alps, split
 from stages.pruners.hessian import Factor, HessianSum, factorise
 from stages.pruners.magnitude import magnitude_mask
@@ -57,6 +57,37 @@ class _LayerInputs:
     paths: list[str] = field(default_factory=list)
 
 
+@dataclass
+class _Collected:
+    """The statistics of a block over the first `num_samples` samples."""
+
+    groups: list[_LayerInputs] = field(default_factory=list)
+    num_samples: int = 0
+
+    def checkpoint(self) -> Checkpoint:
+        states = [group.hessian.state() for group in self.groups]
+        return Checkpoint(
+            {f"hessian.{number}": matrix for number, (matrix, _) in enumerate(states)},
+            {
+                "num_samples": self.num_samples,
+                "groups": [
+                    {"paths": group.paths, "counts": counts}
+                    for group, (_, counts) in zip(self.groups, states, strict=True)
+                ],
+            },
+        )
+
+    @classmethod
+    def restored(cls, checkpoint: Checkpoint | None, device: torch.device) -> _Collected:
+        if checkpoint is None:
+            return cls()
+        groups = []
+        for number, group in enumerate(checkpoint.figures["groups"]):
+            hessian = HessianSum.restored(checkpoint.tensors[f"hessian.{number}"], group["counts"], device)
+            groups.append(_LayerInputs(hessian, list(group["paths"])))
+        return cls(groups, checkpoint.figures["num_samples"])
+
+
 @torch.no_grad()
 def prune_block(
     model: BlockModel,
@@ -85,20 +116,29 @@ def prune_block(
     infos = [info for info in model.layers(block_index) if info.name in by_name]
     modules = {info.path: block.get_submodule(info.path) for info in infos}
     groups: list[_LayerInputs] = []
+    collected: _Collected | None = None
     num_passes = (1 if inputs is not None else 0) + (1 if biased_out is not None else 0)
     total = len(infos) + num_passes * (len(inputs) if inputs is not None else 0)
     progress = _Progress(hooks, total)
     if settings.pruner != "magnitude":
         if inputs is None or biased is None:
             raise ValueError(f"{settings.pruner} needs the calibration set and the biased stream")
-        groups = _collect(model, block, block_index, modules, inputs, biased, choices, progress)
+        collected = _collect(model, block, block_index, modules, inputs, biased, choices, progress)
+        groups = collected.groups
     group_of = {path: group for group in groups for path in group.paths}
+
+    def boundary() -> None:
+        """Later, the sums need not be made again; the layers are pruned anew."""
+        if collected is None:
+            hooks.check_stop()
+        else:
+            hooks.checkpoint(collected.checkpoint)
 
     solvers: dict[int, _Solver] = {}
     layers: dict[str, LayerOutcome] = {}
     # Group by group, so that each Hessian goes as soon as its layers are done.
     for info in sorted(infos, key=lambda i: groups.index(group_of[i.path]) if groups else 0):
-        hooks.check_stop()
+        boundary()
         weight, where = model.weight_matrix(modules[info.path]), f"block {block_index}, layer {info.path}"
         if not bool(torch.isfinite(weight).all()):
             raise NumericalError(f"{where}: the weights hold NaN or infinity")
@@ -129,7 +169,7 @@ def prune_block(
             inputs=inputs,
             biased=biased,
             biased_out=biased_out,
-            hooks=hooks,
+            boundary=boundary,
         )
     return PrunedBlock(unrounded, outcome, finished)
 
@@ -149,8 +189,8 @@ class _Progress:
     def __init__(self, hooks: Hooks, total: int) -> None:
         self.hooks, self._done, self._total = hooks, 0, total
 
-    def advance(self) -> None:
-        self._done += 1
+    def advance(self, count: int = 1) -> None:
+        self._done += count
         self.hooks.report(self._done, self._total, "passes")
 
 
@@ -163,11 +203,13 @@ def _collect(
     biased: Stream,
     choices: DeviceChoices,
     progress: _Progress,
-) -> list[_LayerInputs]:
+) -> _Collected:
     """Sums over the inputs of every layer, one sum per distinct input, from one pass over the stream."""
-    groups: list[_LayerInputs] = []
+    device = choices.torch_device
+    collected = _Collected.restored(progress.hooks.restore(), device)
+    groups = collected.groups
     seen: dict[int, tuple[Tensor, _LayerInputs]] = {}  # in the current sample: the tensor itself, kept alive
-    assigned: dict[str, _LayerInputs] = {}
+    assigned = {path: group for group in groups for path in group.paths}
 
     def hook(path: str, cols: int) -> object:
         def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -193,15 +235,16 @@ def _collect(
         module.register_forward_pre_hook(hook(path, model.weight_matrix(module).shape[1]))  # type: ignore[arg-type]
         for path, module in modules.items()
     ]
-    device = choices.torch_device
     ends = model.load_ends(device, part="enter")
+    progress.advance(collected.num_samples)
     try:
-        for index in range(len(inputs)):
-            progress.hooks.check_stop()
+        for index in range(collected.num_samples, len(inputs)):
+            progress.hooks.checkpoint(collected.checkpoint)
             seen.clear()
             with computing(choices):
                 call = ends.enter(batch_of_one(inputs[index], device)).calls[block_index]
                 model.run_block(block, batch_of_one(biased[index], device), call)
+            collected.num_samples = index + 1
             progress.advance()
     finally:
         for handle in handles:
@@ -209,7 +252,7 @@ def _collect(
     unread = [path for path in modules if path not in assigned]
     if unread:
         raise AssertionError(f"block {block_index}: no input ever reached {', '.join(unread)}")
-    return groups
+    return collected
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,13 @@ def refine_block(
         passes_before=1,
         passes_after=1 if biased_out is not None else 0,
     )
-    before = trainer.losses()
+    trainer.first_pass()
     infos = {info.name: info for info in model.layers(block_index)}
     for name, layer in outcome.layers.items():
         info = infos[name]
         module = block.get_submodule(info.path)
         parametrize.register_parametrization(module, "weight", _Kept(layer.mask, layer.grid, info.transposed))
-    training = trainer.train(before, list(block.parameters()))
+    training = trainer.train(list(block.parameters()))
     for name in outcome.layers:
         parametrize.remove_parametrizations(block.get_submodule(infos[name].path), "weight", leave_parametrized=True)
     finished = finish_block(
@@ -75,7 +75,7 @@ def refine_block(
         inputs=inputs,
         biased=biased_in,
         biased_out=biased_out,
-        hooks=hooks,
+        boundary=trainer.boundary,
     )
     return RefinedBlock(finished, training)
 

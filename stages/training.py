@@ -1,6 +1,7 @@
 """Train one block by Adam until, on the biased stream, it gives what a target stream holds.
 
 Compensation (LAMP Eq. 9) trains a dense block, refinement a pruned one; how they train is the same and is here.
+At every batch boundary the trainer can say where it is (`Checkpoint`), and go on from there to the same bits.
 
 T: tokens of a sample.    H: hidden size.    One sample a step.
 """
@@ -9,23 +10,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stages.block_loss import block_loss, split_samples
 from stages.capture import batch_of_one
 from stages.device import DeviceChoices, computing
 from stages.errors import NumericalError
 from stages.models.base import BlockCall, BlockModel, Ends
-from stages.protocols import Hooks, Stream
+from stages.protocols import Checkpoint, Hooks, Stream
 from stages.randomness import generator_for
 
-# One sample in so many is kept aside to see whether what is learnt holds beyond the samples trained on.
-_ASIDE_EVERY = 16
-# A target this small (mean square) is nobody's scale: it would blow up a relative loss.
-_SMALLEST_SCALE = 1e-12
+# After an epoch that did not help, training goes on from the best weights at the rate times this (docs/experiments.md).
+BACKTRACK = 0.35
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class TrainingSettings:
     epochs: int
     lr: float
     lr_decay: float  # the rate is multiplied by this after each epoch
-    hold_aside: bool  # judge on samples kept aside and never keep what made it worse; off: as the paper, train on all
+    # Judge each epoch on samples kept aside, never keep what made it worse, and then go on from the best at a lower
+    # rate; off: as the paper, train on all samples and keep what comes out.
+    hold_aside: bool
     seed: int
     loss: str = "mse"  # as the paper; or "token": each token's error relative to its target
 
@@ -64,37 +67,36 @@ class Training:
     kept_epoch: int  # the epoch whose weights were kept, from 1; 0: those from before, nothing helped
 
 
-def split_samples(num_samples: int, hold_aside: bool) -> tuple[list[int], list[int]]:
-    """Samples to train on and samples kept aside: every 16th, one of fewer than 16, none of a single one."""
-    if not hold_aside or num_samples < 2:
-        return list(range(num_samples)), []
-    num_aside = max(1, num_samples // _ASIDE_EVERY)
-    aside = [(2 * k + 1) * num_samples // (2 * num_aside) for k in range(num_aside)]
-    return [i for i in range(num_samples) if i not in set(aside)], aside
+@dataclass
+class _Course:
+    """Where training is: all of its state that is neither a weight nor the optimizer's."""
 
+    epoch: int = 1  # the one under way
+    losses: dict[int, float] = field(default_factory=dict)  # of its steps so far, by sample, in their order
+    epochs: list[Losses] = field(default_factory=list)  # those that are over
+    best: float = math.inf
+    kept_epoch: int = 0
+    rate: float = 1.0  # what backtracking has left of it
+    is_over: bool = False  # all epochs are; the block holds the best weights
 
-def block_loss(hidden: Tensor, target: Tensor, kind: str) -> Tensor:
-    """The loss of a block's output against its target, both (1, T, H): a scalar, in fp32.
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "losses": list(self.losses.items())}
 
-    "mse": mean squared error over all elements (LAMP Eq. 9 up to a factor). "token": the same, each token's
-    error divided by the mean square of its target, so that a token of enormous activations counts as one token.
-    """
-    hidden, target = hidden.float(), target.float()
-    if kind == "mse":
-        return nn.functional.mse_loss(hidden, target)
-    if kind == "token":
-        scale = target.square().mean(dim=-1).clamp_min(_SMALLEST_SCALE)
-        return ((hidden - target).square().mean(dim=-1) / scale).mean()
-    raise ValueError(f"unknown loss {kind}")
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> _Course:
+        losses = {int(index): loss for index, loss in values["losses"]}
+        return cls(**{**values, "losses": losses, "epochs": [Losses(**epoch) for epoch in values["epochs"]]})
 
 
 class BlockTrainer:
     """Trains a block that is given, in place.
 
     block: fp32, on the device of `choices`. inputs: token ids of the N samples. stream_in, targets: N samples
-    (T, H), what the block gets and what it should give; `targets` may still be filled before `train` is called.
+    (T, H), what the block gets and what it should give; `targets` may still be filled in the first pass.
     purpose: names the random order of the samples, and what is trained in messages. passes_before: passes over
     all samples that the caller makes itself, for the progress shown.
+
+    `first_pass`, then `train`, then whatever the caller does, with `boundary` at its batch boundaries.
     """
 
     def __init__(
@@ -122,8 +124,16 @@ class BlockTrainer:
         if settings.hold_aside and not self.aside and settings.epochs:
             hooks.warn("only one calibration sample: none is kept aside, training is judged on itself")
         num_steps = settings.epochs * len(self.train_set)
-        self._total = (passes_before + passes_after) * len(inputs) + num_steps
+        self._num_after = passes_after * len(inputs)
+        self._total = passes_before * len(inputs) + num_steps + self._num_after
         self._done = 0
+        self._restored = hooks.restore() if settings.epochs else None
+        self._before: Losses | None = None
+        self._course: _Course | None = None  # None: training has not begun
+        self._optimizer: torch.optim.Adam | None = None
+        self._scaler: torch.amp.GradScaler | None = None
+        self._best_state: dict[str, Tensor] | None = None
+        self._ended: Checkpoint | None = None
 
     def call(self, index: int) -> BlockCall:
         """The block's arguments beside the hidden state, for one sample."""
@@ -145,9 +155,30 @@ class BlockTrainer:
         self._done += 1
         self.hooks.report(self._done, self._total, "samples", **figures)
 
+    def boundary(self) -> None:
+        """A batch boundary: the stage may be stopped here, and later go on from here."""
+        if self._ended is not None:
+            ended = self._ended
+            self.hooks.checkpoint(lambda: ended)
+        elif self._course is not None:
+            self.hooks.checkpoint(self._checkpoint)
+        else:
+            self.hooks.check_stop()
+
     @torch.no_grad()
-    def losses(self, before_each: Callable[[int, BlockCall], None] | None = None) -> Losses:
-        """The mean loss over all samples as the block is now. before_each: done first, sample by sample."""
+    def first_pass(self, before_each: Callable[[int, BlockCall], None] | None = None) -> Losses:
+        """The mean loss over all samples before any training. before_each: done first, sample by sample.
+
+        In an attempt that goes on from a checkpoint the losses are known, and only `before_each` is done.
+        """
+        if self._restored is not None:
+            if before_each is not None:
+                for index in range(len(self.inputs)):
+                    self.hooks.check_stop()
+                    before_each(index, self.call(index))
+                    self.advance()
+            self._before = Losses(**self._restored.figures["before"])
+            return self._before
         values: dict[int, float] = {}
         for index in range(len(self.inputs)):
             self.hooks.check_stop()
@@ -156,13 +187,16 @@ class BlockTrainer:
                 before_each(index, call)
             values[index] = self.loss(index, call).item()
             self.advance()
-        return Losses(_mean(values, self.train_set), _mean(values, self.aside) if self.aside else None)
+        self._before = Losses(_mean(values, self.train_set), _mean(values, self.aside) if self.aside else None)
+        return self._before
 
-    def train(self, before: Losses, parameters: Sequence[nn.Parameter]) -> Training:
-        """Train `parameters` of the block, which gave the losses `before`; leaves the weights that were best.
+    def train(self, parameters: Sequence[nn.Parameter]) -> Training:
+        """Train `parameters` of the block, after `first_pass`; leaves the weights that were best.
 
         Raises NumericalError if the loss is or becomes no finite number.
         """
+        before = self._before
+        assert before is not None, "there was no first pass"
         if not math.isfinite(before.trained):
             raise NumericalError(
                 f"block {self.block_index}: the loss is {before.trained} before any training: the model's weights or "
@@ -170,62 +204,126 @@ class BlockTrainer:
             )
         if not self.settings.epochs:
             return Training(before, before, (), 0, 0)
-        original = copy.deepcopy(self.block.state_dict()) if self.settings.hold_aside else None
-        best, best_state, kept_epoch = before.judged, original, 0
-        epochs: list[Losses] = []
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        optimizer = torch.optim.Adam(parameters, lr=self.settings.lr, fused=True)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.choices.torch_dtype == torch.float16)
-        for epoch in range(1, self.settings.epochs + 1):
-            trained = self._train_epoch(epoch, optimizer, scaler)
-            aside = self._mean_loss(self.aside) if self.aside else None
-            epochs.append(Losses(trained, aside))
-            if not self.settings.hold_aside:
-                kept_epoch = epoch
-                continue
-            # `trained` is from before each of the epoch's own updates: it cannot judge them.
-            judged = aside if aside is not None else self._mean_loss(self.train_set)
-            if judged < best:
-                best, best_state, kept_epoch = judged, copy.deepcopy(self.block.state_dict()), epoch
-            else:
-                break  # no longer falling
-        optimizer.zero_grad(set_to_none=True)
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        if best_state is not None:
-            self.block.load_state_dict(best_state)
+        course = self._begin(before, parameters)
+        while not course.is_over:
+            self._train_epoch(course)
+            self._judge_epoch(course, parameters)
+        self._optimizer = self._best_state = None
         after = before
-        if kept_epoch:
+        if course.kept_epoch:
             after = Losses(self._mean_loss(self.train_set), self._mean_loss(self.aside) if self.aside else None)
         if not math.isfinite(after.trained):  # the last update came after the last loss
             raise NumericalError(
                 f"block {self.block_index}: the loss is {after.trained} after training; {self._advice()}"
             )
-        self.hooks.report(self._total, self._total, "samples", loss=after.judged)
-        return Training(before, after, tuple(epochs), len(epochs) * len(self.train_set), kept_epoch)
+        if self._num_after:  # the caller changes the block from here on
+            ended = self._checkpoint()
+            self._ended = Checkpoint({name: tensor.clone() for name, tensor in ended.tensors.items()}, ended.figures)
+        num_steps = len(course.epochs) * len(self.train_set)
+        return Training(before, after, tuple(course.epochs), num_steps, course.kept_epoch)
 
-    def _train_epoch(self, epoch: int, optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler) -> float:
-        """One pass over the samples trained on, in an order of its own; gives the mean loss of its steps."""
-        generator = generator_for(self.settings.seed, self.purpose, self.block_index, epoch)
+    def _begin(self, before: Losses, parameters: Sequence[nn.Parameter]) -> _Course:
+        """Training about to begin, or as the checkpoint has it."""
+        if self.settings.hold_aside:
+            self._best_state = copy.deepcopy(self.block.state_dict())
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        self._optimizer = self._new_optimizer(parameters)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.choices.torch_dtype == torch.float16)
+        self._course = _Course(best=before.judged)
+        if self._restored is not None:
+            self._go_on(self._restored, parameters)
+            self._restored = None
+        if self._course.is_over:
+            _freeze(parameters)
+        return self._course
+
+    def _new_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Adam:
+        return torch.optim.Adam(parameters, lr=self.settings.lr, fused=True)
+
+    def _train_epoch(self, course: _Course) -> None:
+        """One pass over the samples trained on, in an order of its own, or the rest of one."""
+        assert self._optimizer is not None
+        assert self._scaler is not None
+        generator = generator_for(self.settings.seed, self.purpose, self.block_index, course.epoch)
         order = [self.train_set[i] for i in torch.randperm(len(self.train_set), generator=generator).tolist()]
-        for group in optimizer.param_groups:
-            group["lr"] = self.settings.lr * self.settings.lr_decay ** (epoch - 1)
-        losses: dict[int, float] = {}
-        for index in order:
-            self.hooks.check_stop()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.lr * self.settings.lr_decay ** (course.epoch - 1) * course.rate
+        for index in order[len(course.losses) :]:
+            self.boundary()
             loss = self.loss(index, self.call(index))
-            losses[index] = loss.item()
-            if not math.isfinite(losses[index]):
+            value = loss.item()
+            if not math.isfinite(value):
                 raise NumericalError(
-                    f"block {self.block_index}: the loss became {losses[index]} in epoch {epoch}; {self._advice()}"
+                    f"block {self.block_index}: the loss became {value} in epoch {course.epoch}; {self._advice()}"
                 )
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            self.advance(loss=losses[index], epoch=epoch)
-        return _mean(losses, order)
+            self._optimizer.zero_grad(set_to_none=True)
+            self._scaler.scale(loss).backward()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            course.losses[index] = value
+            self.advance(loss=value, epoch=course.epoch)
+
+    def _judge_epoch(self, course: _Course, parameters: Sequence[nn.Parameter]) -> None:
+        """Keep what the epoch has learnt or go back, and begin the next one, or end."""
+        aside = self._mean_loss(self.aside) if self.aside else None
+        if self.settings.hold_aside:
+            # The losses of an epoch are from before each of its own updates: they cannot judge them.
+            judged = aside if aside is not None else self._mean_loss(self.train_set)
+            if judged < course.best:
+                course.best, course.kept_epoch = judged, course.epoch
+                self._best_state = copy.deepcopy(self.block.state_dict())
+            else:
+                course.rate *= BACKTRACK
+                self._take_back()
+                # The moments are those of steps that led astray.
+                self._optimizer = self._new_optimizer(parameters)
+        else:
+            course.kept_epoch = course.epoch
+        course.epochs.append(Losses(_mean(course.losses, [*course.losses]), aside))
+        course.losses = {}
+        course.epoch += 1
+        if course.epoch > self.settings.epochs:
+            course.is_over = True
+            _freeze(parameters)
+
+    def _take_back(self) -> None:
+        """Give the block the best weights so far."""
+        assert self._best_state is not None
+        self.block.load_state_dict(self._best_state)
+
+    def _checkpoint(self) -> Checkpoint:
+        course, before = self._course, self._before
+        assert course is not None
+        assert before is not None
+        tensors = {f"block.{name}": tensor for name, tensor in self.block.state_dict().items()}
+        if self._best_state is not None and course.kept_epoch and not course.is_over:
+            tensors.update((f"best.{name}", tensor) for name, tensor in self._best_state.items())
+        if self._optimizer is not None and not course.is_over:
+            for number, state in self._optimizer.state_dict()["state"].items():
+                tensors.update((f"adam.{number}.{name}", value) for name, value in state.items())
+        done = min(self._done, self._total - self._num_after)
+        figures: dict[str, Any] = {"before": asdict(before), "course": course.to_json(), "done": done}
+        if self._scaler is not None:
+            figures["scaler"] = self._scaler.state_dict()
+        return Checkpoint(tensors, figures)
+
+    def _go_on(self, checkpoint: Checkpoint, parameters: Sequence[nn.Parameter]) -> None:
+        """Take everything from a checkpoint. The block is as it was before training."""
+        assert self._optimizer is not None
+        assert self._scaler is not None
+        tensors, figures = checkpoint.tensors, checkpoint.figures
+        self._course = _Course.from_json(figures["course"])
+        self._done = figures["done"]
+        self._scaler.load_state_dict(figures["scaler"])
+        best = _named(tensors, "best.")
+        if best:
+            self._best_state = {name: tensor.to(self.device) for name, tensor in best.items()}
+        self.block.load_state_dict(_named(tensors, "block."))
+        for number, parameter in enumerate(parameters):
+            state = _named(tensors, f"adam.{number}.")
+            if state:
+                self._optimizer.state[parameter] = {name: tensor.to(self.device) for name, tensor in state.items()}
 
     def _advice(self) -> str:
         flag = "--refine-lr" if self.purpose == "refine" else "--lr"
@@ -235,10 +333,20 @@ class BlockTrainer:
     def _mean_loss(self, indices: Sequence[int]) -> float:
         values: dict[int, float] = {}
         for index in indices:
-            self.hooks.check_stop()
+            self.boundary()
             values[index] = self.loss(index, self.call(index)).item()
         return _mean(values, indices)
 
 
-def _mean(losses: dict[int, float], indices: Sequence[int]) -> float:
+def _freeze(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.requires_grad_(False)
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _mean(losses: Mapping[int, float], indices: Sequence[int]) -> float:
     return math.fsum(losses[i] for i in indices) / len(indices)

@@ -13,12 +13,12 @@ from stages.errors import DamagedFileError, UsageError
 from stages.mask_files import pack_bits, unpack_bits
 from stages.packed import AGAIN, Contents, PackedFile, PackedLayer, open_packed, read_contents
 from stages.packed_layer import FLOATS, decode, implied_mask, raw_bytes
-from stages.protocols import Hooks
+from stages.protocols import Watcher
 from stages.pruners.quantize import Grid
 from stages.tensor_bytes import Bytes, Entry, Sink, TensorFile, open_new, parse_head
 
 
-def unpack(packed: Path, target_folder: Path, hooks: Hooks, create: Callable[[Path], Sink] = open_new) -> None:
+def unpack(packed: Path, target_folder: Path, hooks: Watcher, create: Callable[[Path], Sink] = open_new) -> None:
     """Make the folder that was packed, in `target_folder`, which is missing or empty. One layer is in memory at a time.
 
     Nothing here makes the files durable, and a failure leaves those that were made: that is for who gives the folder.

@@ -29,6 +29,7 @@ def resume(
     lampctl resume runs/opt-2.7b-s80-lamp --check-all
     """
     from lampctl import show
+    from lampctl.exits import end_now
     from lampctl.progress import listening
     from pipeline.engine import StopRequest
     from pipeline.prepare import RUNS
@@ -39,7 +40,7 @@ def resume(
         print(f"nothing left to do: every run under {RUNS}/ is finished", file=sys.stderr)
         return
     directory, config = reopen(run, to_go_on=True)
-    with listening() as listener, StopRequest() as stop:
+    with listening() as listener, StopRequest(end_now) as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop, checks="all" if check_all else "as needed")
     show.results([directory], [config], as_json)

@@ -42,6 +42,7 @@ def run(
     lampctl run --config settings.yaml
     """
     from lampctl import show
+    from lampctl.exits import end_now
     from lampctl.progress import listening
     from pipeline.engine import StopRequest
     from pipeline.errors import ConfigError
@@ -58,7 +59,7 @@ def run(
     beside = [
         other.default_run_dir if run_dir is None else _sibling_of(run_dir, other.config.method) for other in others
     ]
-    with listening() as listener, StopRequest() as stop:
+    with listening() as listener, StopRequest(end_now) as stop:
         main = _do(prepared, path, listener, stop)
         rest = [
             _do(other, place, listener, stop, shared_with=main) for other, place in zip(others, beside, strict=True)

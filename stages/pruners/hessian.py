@@ -5,7 +5,7 @@ H = 2/n sum x x^T over the n calibration tokens; U upper triangular with U^T U =
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,18 @@ class HessianSum:
             self._sum.mul_(2.0 / self._num_tokens)
             self._is_scaled = True
         return self._sum
+
+    def state(self) -> tuple[Tensor, dict[str, int]]:
+        """What `restored` needs: the sum as it is, and the counts."""
+        return self._sum, {"num_tokens": self._num_tokens, "is_scaled": int(self._is_scaled)}
+
+    @classmethod
+    def restored(cls, matrix: Tensor, counts: Mapping[str, int], device: torch.device) -> HessianSum:
+        """The sum that had this `state`."""
+        hessian = cls(0, device)
+        hessian._sum = matrix.to(device)
+        hessian._num_tokens, hessian._is_scaled = counts["num_tokens"], bool(counts["is_scaled"])
+        return hessian
 
     def mean_square(self) -> Tensor:
         """The mean of x^2 per input channel, (cols,)."""

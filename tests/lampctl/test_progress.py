@@ -45,6 +45,7 @@ class EveryFrame(LiveListener):
 
 
 def test_a_terminal_shows_steps_figures_and_the_time_that_is_left(lampctl, tmp_path, words):
+    from lampctl.exits import end_now
     from pipeline.engine import StopRequest
     from pipeline.session import go_on, reopen
 
@@ -55,7 +56,7 @@ def test_a_terminal_shows_steps_figures_and_the_time_that_is_left(lampctl, tmp_p
         listener.attach(run, config)
         listener.warn("mind [this]")
         listener.warn("mind [this]")
-        go_on(run, config, listener, StopRequest())
+        go_on(run, config, listener, StopRequest(end_now))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     for expected in ("compensate-block/1", "loss ", "epoch 1", "block 1 of 3", "13/13", "warning: mind [this]"):
         assert expected in shown, expected

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from stages.block_loss import block_loss, split_samples
 from stages.budget import LayerShape, allocate
 from stages.capture import capture
 from stages.compensate_block import compensate_block
@@ -20,7 +21,7 @@ from stages.protocols import ListStream, NullHooks
 from stages.prune_block import PruneSettings, prune_block
 from stages.pruners.masks import Pattern
 from stages.refine_block import refine_block
-from stages.training import TrainingSettings, block_loss, split_samples
+from stages.training import TrainingSettings
 from tests.small_models import VOCAB, save
 
 CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")
