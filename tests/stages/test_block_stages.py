@@ -149,8 +149,10 @@ def test_an_update_that_makes_it_worse_is_never_kept(model, inputs):
     args = (model, 1, inputs, biased[1], dense[1], stream())
     state, result = _compensated(*args, settings(lr=3.0), CHOICES, NullHooks())
     assert result.kept_epoch == 0
-    assert len(result.epoch_losses) == 1
     assert result.after == result.before
+    # Each epoch begins at the original weights again, at a lower rate: what it learns is less and less harmful.
+    first, second = (epoch.aside for epoch in result.epoch_losses)
+    assert second < first
     original = model.load_block(1, torch.device("cpu")).state_dict()
     assert all(torch.equal(tensor, original[name]) for name, tensor in state.items())
 
