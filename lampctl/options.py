@@ -176,6 +176,14 @@ def _declared(
             "0: only then. [default: 10]",
         ),
     ] = None,
+    scratch_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep activations on this disk, which may be lost at any time: they are made again. "
+            "[default: with the run]",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings as YAML or TOML. Flags win over it.")
     ] = None,

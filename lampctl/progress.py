@@ -37,7 +37,7 @@ class ProgressListener:
 
         self._run, self._config = run, config
         state = status(run, config)
-        title = f"{config.method} {config.goal}: {run.path}"
+        title = f"{config.method} {config.goal}: {run.label}"
         if state.is_finished:
             title += " (is finished)"
         elif state.num_done:

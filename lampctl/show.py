@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lampctl.units import duration, size
+from pipeline.storage.objects import is_address
 from pipeline.summary import BlockState, EvaluationResult, RunStatus, side_by_side
 from pipeline.summary import status as status_of
 
@@ -44,18 +45,19 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
         for state in states:
             console.print(_summary_line(state))
     for state in states[1:]:
-        if state.model_path is not None:
-            console.print(f"\n{_METHODS[state.config.method]}:", str(_shown(state.model_path)), highlight=False, end="")
-    if main.model_path is not None:
-        console.print("\nThe pruned model:", str(_shown(main.model_path)), soft_wrap=True, highlight=False)
-        load = f'AutoModelForCausalLM.from_pretrained("{_shown(main.model_path)}", dtype="auto")'
-        console.print("Load it:          " + load, soft_wrap=True, highlight=False)
+        if state.model is not None:
+            console.print(f"\n{_METHODS[state.config.method]}:", _shown(state.model), highlight=False, end="")
+    if main.model is not None:
+        console.print("\nThe pruned model:", _shown(main.model), soft_wrap=True, highlight=False)
+        if not is_address(main.model):
+            load = f'AutoModelForCausalLM.from_pretrained("{_shown(main.model)}", dtype="auto")'
+            console.print("Load it:          " + load, soft_wrap=True, highlight=False)
 
 
 def result_record(state: RunStatus) -> dict[str, Any]:
     """What `--json` prints of one run."""
     return {
-        "run": str(state.path),
+        "run": state.label,
         "method": state.config.method,
         "is_finished": state.is_finished,
         "sparsity": state.sparsity,
@@ -65,7 +67,7 @@ def result_record(state: RunStatus) -> dict[str, Any]:
         "pruning_s": state.pruning_s,
         "elapsed_s": state.elapsed_s,
         "peak_memory_bytes": state.peak_memory_bytes,
-        "model": None if state.model_path is None else str(state.model_path),
+        "model": state.model,
         "evaluations": [asdict(result) for result in state.evaluations if _is_current(state, result)],
         "config": state.config.model_dump(mode="json"),
     }
@@ -86,7 +88,7 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
         print(json.dumps(record, indent=2))
         return
     console = _console()
-    console.print(f"{_shown(state.path)}: {_summary_line(state)}", highlight=False, soft_wrap=True)
+    console.print(f"{_shown(state.label)}: {_summary_line(state)}", highlight=False, soft_wrap=True)
     if state.is_finished:
         how_far = f"finished, {len(state.steps)} steps in {duration(state.elapsed_s)}"
     else:
@@ -101,8 +103,8 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
     console.print(_blocks_table(state.blocks))
     if state.evaluations:
         console.print(_evaluations_table(state))
-    if state.model_path is not None:
-        console.print(f"The pruned model: {_shown(state.model_path)}", highlight=False, soft_wrap=True)
+    if state.model is not None:
+        console.print(f"The pruned model: {_shown(state.model)}", highlight=False, soft_wrap=True)
 
 
 def begun(
@@ -127,7 +129,7 @@ def begun(
 
 def next_step(run: RunDirectory, config: RunConfig) -> None:
     """The command that goes on with a run."""
-    state, where = status_of(run, config), _shown(run.path)
+    state, where = status_of(run, config), _shown(run.label)
     if state.next_step is None:
         line = f"{where} is finished"
     else:
@@ -150,7 +152,7 @@ def packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> None:
             table.add_row(label, f"{size_bytes:,}", f"{100 * size_bytes / sizes.dense_bytes:.1f}%")
     console = _console()
     console.print(table)
-    console.print(f"The {what} is {_shown(path.absolute())}", highlight=False, soft_wrap=True)
+    console.print(f"The {what} is {_shown(str(path.absolute()))}", highlight=False, soft_wrap=True)
 
 
 _PACKED_PARTS = {
@@ -172,10 +174,12 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=160, markup=False)
 
 
-def _shown(path: Path) -> Path:
-    """Relative to here where that is shorter."""
+def _shown(place: str) -> str:
+    """A path relative to here where that is shorter, an address as it is."""
     here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    if is_address(place) or not Path(place).is_relative_to(here):
+        return place
+    return str(Path(place).relative_to(here))
 
 
 def _summary_line(state: RunStatus) -> str:

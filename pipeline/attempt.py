@@ -92,7 +92,12 @@ class Attempt:
         from pipeline.store import ScratchStreams
 
         if self._scratch is None:
-            self._scratch = ScratchStreams(self.path / _SCRATCH, self.run.check_superseded)
+            try:
+                folder = self.run.storage.new_folder(f"data/{self.id}/{_SCRATCH}", is_bulky=True)
+            except FileGone:
+                self.run.check_superseded()
+                raise
+            self._scratch = ScratchStreams(folder, self.run.check_superseded)
         return self._scratch
 
     def seal(self) -> dict[str, Payload]:
@@ -173,7 +178,9 @@ class PayloadFolder:
         Where the file system has no hard links it is copied, and then compared with its digest.
         """
         digest = FileDigest(source.size, source.sha256)
-        return self._add_link(filename, self._run.storage.local(source.path), digest)
+        file = self._add_link(filename, self._run.storage.local(source.path), digest)
+        self._run.storage.same_as(file.path, source.path)
+        return file
 
     def _add_link(self, filename: str, source: Path, digest: FileDigest) -> PayloadFile:
         target = self._target(filename)

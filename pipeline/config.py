@@ -70,7 +70,15 @@ class RunConfig(Settings):
         return self.model_dump(mode="json", exclude=set(FREE_FIELDS))
 
 
-FREE_FIELDS = ("evaluate", "evaluate_dense", "eval_seqlen", "eval_max_tokens", "keep_activations", "checkpoint_minutes")
+FREE_FIELDS = (
+    "evaluate",
+    "evaluate_dense",
+    "eval_seqlen",
+    "eval_max_tokens",
+    "keep_activations",
+    "checkpoint_minutes",
+    "scratch_dir",
+)
 LAMP_FIELDS = (
     "pruner",
     "effort",

@@ -200,6 +200,11 @@ def hash_file(path: Path) -> FileDigest:
         return digest_file(path)
 
 
+def hash_bytes(data: Bytes) -> FileDigest:
+    """Size and sha256 of bytes."""
+    return FileDigest(len(data), hashlib.sha256(data).hexdigest())
+
+
 def copy_file(source: Path, target: Path) -> FileDigest:
     """Size and sha256 of `target`, a new file with the bytes of `source`."""
     with FileWriter(target) as writer, _naming(source, "read"), open(source, "rb") as file:

@@ -51,6 +51,18 @@ class OutOfDisk(DiskError):
     """The disk, or the quota on it, is full. What was committed before is untouched."""
 
 
+class BucketError(DiskError):
+    """The object store refused an operation, or did not answer. The message says which, and on what address."""
+
+
+class BucketRefused(BucketError):
+    """The object store will never do it: there is no such bucket, or the credentials do not allow it."""
+
+
+class UnsupportedPlace(ConfigError):
+    """A run directory cannot lie at this kind of address, or what that needs is not installed."""
+
+
 class FileExists(PipelineError):
     """A create-only write found its name taken. Read it back: it may be the caller's own."""
 

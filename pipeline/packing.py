@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError, RunNotFound, StepOrderError
 from pipeline.plan import next_steps
 from pipeline.rundir import RunDirectory
 from pipeline.session import reopen, steps_of
+from pipeline.storage.objects import is_address
 from stages.packed import PackedSizes
 from stages.protocols import Watcher
 
@@ -23,18 +24,20 @@ class Packable:
     target: Path
 
 
-def find_packable(path: Path) -> Packable:
+def find_packable(place: str) -> Packable:
     """The model of a run, after making sure that it is what was committed; or a folder that is a model itself.
 
     Raises StepOrderError, naming the step to do first, for a run that is not exported; RunNotFound; DamagedData.
     """
-    path = path.resolve()
-    if (path / "run.json").exists():
-        run, config = reopen(path)
+    is_remote = is_address(place)
+    path = Path(place.rstrip("/").rpartition("/")[2] if is_remote else place).resolve()
+    if is_remote or (path / "run.json").exists():
+        run, config = reopen(place if is_remote else path)
         if run.commit_for("export") is None:
             todo = next_steps(steps_of(run, config)[0], [commit.step for commit in run.commits])
-            raise StepOrderError(f"there is no model to pack in {path} yet: do {todo[0].name} first")
-        return Packable(_published_model(run), path / f"{path.name}.packed.safetensors")
+            raise StepOrderError(f"there is no model to pack in {run.label} yet: do {todo[0].name} first")
+        name = f"{path.name}.packed.safetensors"
+        return Packable(_published_model(run), Path(name).absolute() if is_remote else path / name)
     if not (path / "config.json").exists():
         raise RunNotFound(f"{path} is no run and no model folder: it has neither run.json nor config.json")
     return Packable(path, path.with_name(f"{path.name}.packed.safetensors"))

@@ -66,7 +66,7 @@ def require_room(label: str, needed: int, free: int, what: str) -> None:
     if needed > free:
         raise OutOfDisk(
             f"{label} will need {_gb(needed)} for {what}, and has {_gb(free)}: nothing was begun. Free some space, "
-            "name another disk by --run-dir, or use a smaller --num-samples or --seqlen"
+            "name another disk by --run-dir or --scratch-dir, or use a smaller --num-samples or --seqlen"
         )
 
 

@@ -35,9 +35,10 @@ from pipeline.errors import (
     StepOrderError,
     Superseded,
 )
-from pipeline.manifest import INVALIDATE, Payload, RunManifest, StepCommit, finite_or_null, relative_path
+from pipeline.manifest import INVALIDATE, Payload, PayloadFile, RunManifest, StepCommit, finite_or_null, relative_path
 from pipeline.storage.base import Storage
 from pipeline.storage.folder import FolderStorage
+from pipeline.storage.locate import Place, locate
 
 if TYPE_CHECKING:
     from pipeline.store import ActivationStream
@@ -63,19 +64,19 @@ class RunDirectory:
 
     def __init__(self, storage: Storage, manifest: RunManifest, log: tuple[StepCommit, ...]) -> None:
         self.storage = storage
-        self.path = storage.folder
         self.label = storage.label
         self.manifest = manifest
         self.log = log
         self._checked: set[str] = set()
+        self._released: set[str] = set()
 
     @classmethod
-    def create(cls, place: Path | Storage, manifest: RunManifest) -> RunDirectory:
+    def create(cls, place: Place, manifest: RunManifest) -> RunDirectory:
         """A new run at `place`, which must be missing or empty.
 
         Raises NotARun for a folder that holds something else; FileExists if there is a run already.
         """
-        storage = _storage(place)
+        storage = locate(place)
         if storage.exists(_MANIFEST):
             raise FileExists(f"{storage.label} holds a run already")
         storage.prepare()
@@ -87,8 +88,13 @@ class RunDirectory:
         storage.create(_MANIFEST, manifest.to_bytes())
         return cls(storage, manifest, ())
 
+    @staticmethod
+    def is_at(storage: Storage) -> bool:
+        """Whether a run lies there, sound or not."""
+        return storage.exists(_MANIFEST)
+
     @classmethod
-    def open(cls, place: Path | Storage, *, to_go_on: bool = False) -> RunDirectory:
+    def open(cls, place: Place, *, to_go_on: bool = False) -> RunDirectory:
         """The run at `place`, replayed from its commits.
 
         to_go_on: the newest record may be torn, as a crash leaves it on a file system without hard links: it is set
@@ -96,7 +102,7 @@ class RunDirectory:
         Raises RunNotFound; NotARun; DamagedData naming the record that is torn, foreign or missing;
         ConfigMismatch if it was written by a newer version.
         """
-        storage = _storage(place)
+        storage = locate(place)
         if isinstance(storage, FolderStorage) and storage.folder.exists() and not storage.folder.is_dir():
             raise NotARun(f"{storage.label} is no folder")
         shown = f"{storage.label}/{_MANIFEST}"
@@ -112,6 +118,11 @@ class RunDirectory:
             if not (to_go_on and _set_torn_record_aside(storage)):
                 raise
             return cls(storage, manifest, _replay(storage, manifest))
+
+    @property
+    def path(self) -> Path:
+        """The folder on this machine that new payloads are written under: the run directory itself, if it is local."""
+        return self.storage.folder
 
     @property
     def commits(self) -> tuple[StepCommit, ...]:
@@ -141,10 +152,9 @@ class RunDirectory:
 
     def begin_again(self, step: str) -> Attempt:
         """A fresh attempt at a step that may be done, to make its payloads once more."""
-        disk.make_folder(self.path / "data")
         number = len(self.log)
         key = f"data/{_attempt_name(number)}"
-        return Attempt(self, number, step, self.storage.new_folder(key))
+        return Attempt(self, number, step, self.storage.new_folder(key, with_parents=True))
 
     def commit(
         self,
@@ -254,6 +264,9 @@ class RunDirectory:
             if file.path in self._checked:
                 return path
             found = disk.hash_file(path)
+            if found != FileDigest(file.size, file.sha256) and self.storage.drop_copy(file.path):
+                path = self.storage.local(file.path)
+                found = disk.hash_file(path)
         except FileGone:
             self.check_superseded()
             raise DamagedData(f"{shown} is missing. {_REPAIR}") from None
@@ -267,6 +280,7 @@ class RunDirectory:
     def forget_checks(self) -> None:
         """Check every file anew when it is next read."""
         self._checked.clear()
+        self._released.clear()
 
     def is_released(self, name: str) -> bool:
         """Whether the payload's files are gone, all of them."""
@@ -276,8 +290,10 @@ class RunDirectory:
         """Delete the files of payloads that nobody will read again. Released already is fine."""
         for name in names:
             root = self.payload(name).root
-            if self.storage.exists(root):
+            # Asked once for each: in a bucket every question is a request.
+            if root not in self._released and self.storage.exists(root):
                 self.storage.remove(root)
+            self._released.add(root)
 
     def clean(self) -> None:
         """Delete what crashes have left: attempts that came to nothing, temporaries, scratch.
@@ -322,9 +338,9 @@ class RunDirectory:
         """Write or replace a file that no commit vouches for, such as model/README.md."""
         self.storage.replace(_require_view(path), contents)
 
-    def _sources(self, name: str) -> dict[str, str]:
+    def _sources(self, name: str) -> dict[str, PayloadFile]:
         payload = self.payload(name)
-        return {payload.inner(file): file.path for file in payload.files}
+        return {payload.inner(file): file for file in payload.files}
 
     def event(self, kind: str, **fields: Any) -> None:
         """Add a line to events.jsonl."""
@@ -372,10 +388,6 @@ def in_force(records: Iterable[StepCommit]) -> tuple[StepCommit, ...]:
     return tuple(commits)
 
 
-def _storage(place: Path | Storage) -> Storage:
-    return FolderStorage(place) if isinstance(place, str | Path) else place
-
-
 def _attempt_name(number: int) -> str:
     return f"{number:06d}-{secrets.token_hex(4)}"
 
@@ -406,10 +418,15 @@ def _replay(storage: Storage, manifest: RunManifest) -> tuple[StepCommit, ...]:
 
 def _read_commit(storage: Storage, number: int) -> StepCommit:
     key = _commit_key(number)
-    is_newest = not storage.exists(_commit_key(number + 1))
-    # Nothing has been released on the strength of the newest commit: it may be redone.
-    redo = "It is the newest commit: `lampctl resume` does its step again, with the same result"
-    return StepCommit.from_bytes(storage.read(key), f"{storage.label}/{key}", redo if is_newest else _NO_REMEDY)
+    data, shown = storage.read(key), f"{storage.label}/{key}"
+    try:
+        return StepCommit.from_bytes(data, shown, _NO_REMEDY)
+    except DamagedData:
+        if storage.exists(_commit_key(number + 1)):
+            raise
+        # Nothing has been released on the strength of the newest commit: it may be redone.
+        redo = "It is the newest commit: `lampctl resume` does its step again, with the same result"
+        return StepCommit.from_bytes(data, shown, redo)
 
 
 def _last_number(storage: Storage) -> int:

@@ -24,20 +24,24 @@ from pipeline.preflight import most_needed, require_room
 from pipeline.prepare import RUNS, Prepared, chain_of, environment_record
 from pipeline.rundir import RunDirectory, find_runs
 from pipeline.settings import explain
+from pipeline.storage.base import Storage
 from pipeline.storage.folder import free_bytes
+from pipeline.storage.locate import Place, locate, scratch_folder
 
 log = logging.getLogger(__name__)
 
 Checks = Literal["sizes", "as needed", "all"]
 
 
-def start(prepared: Prepared, path: Path) -> RunDirectory:
-    """The run at `path`: a new one, or the one that is there if it is the same run.
+def start(prepared: Prepared, place: Place) -> RunDirectory:
+    """The run at `place`: a new one, or the one that is there if it is the same run.
 
     Raises ConfigMismatch, with the fields that differ, if another run lies there.
     """
-    if (path / "run.json").exists():
-        run = RunDirectory.open(path, to_go_on=True)
+    storage = locate(place)
+    _place_scratch(storage, prepared.config)
+    if RunDirectory.is_at(storage):
+        run = RunDirectory.open(storage, to_go_on=True)
         require_same(run, prepared)
         return run
     manifest = RunManifest.new(
@@ -51,11 +55,16 @@ def start(prepared: Prepared, path: Path) -> RunDirectory:
         plan=[step.name for step in prepared.steps],
     )
     try:
-        return RunDirectory.create(path, manifest)
+        return RunDirectory.create(storage, manifest)
     except FileExists:  # another process was first
-        run = RunDirectory.open(path)
+        run = RunDirectory.open(storage)
         require_same(run, prepared)
         return run
+
+
+def _place_scratch(storage: Storage, config: RunConfig) -> None:
+    if config.scratch_dir is not None:
+        storage.use_scratch(scratch_folder(Path(config.scratch_dir), storage))
 
 
 def require_same(run: RunDirectory, prepared: Prepared) -> None:
@@ -71,7 +80,7 @@ def require_same(run: RunDirectory, prepared: Prepared) -> None:
     if differing:
         lines = [f"  {field}: {old!r} there, {new!r} asked for" for field, (old, new) in differing.items()]
         raise ConfigMismatch(
-            f"{run.path} holds another run:\n" + "\n".join(lines) + "\n"
+            f"{run.label} holds another run:\n" + "\n".join(lines) + "\n"
             "use another --run-dir, or the same settings to go on with that run"
         )
 
@@ -82,7 +91,7 @@ def _require_same_text(run: RunDirectory, source: str, digest: Any) -> None:
         measured = commit.step.startswith("evaluate/") and commit.figures["source"] == source
         if measured and commit.figures["source_digest"] != digest:
             raise ConfigMismatch(
-                f"{source} has changed since {run.path} was evaluated on it: give the new text another name, so "
+                f"{source} has changed since {run.label} was evaluated on it: give the new text another name, so "
                 "that its figures stand beside the old ones"
             )
 
@@ -94,14 +103,19 @@ def require_exported(run: RunDirectory, config: RunConfig) -> None:
         raise StepOrderError(f"evaluate comes later: do {todo[0].name} first")
 
 
-def reopen(path: Path, *, to_go_on: bool = False) -> tuple[RunDirectory, RunConfig]:
+def reopen(place: Place, *, to_go_on: bool = False, scratch_dir: Path | None = None) -> tuple[RunDirectory, RunConfig]:
     """A run and its configuration, with the free settings that were last in force.
 
-    to_go_on: as `RunDirectory.open` has it.
+    to_go_on: as `RunDirectory.open` has it. scratch_dir: another one from now on.
     """
-    run = RunDirectory.open(path, to_go_on=to_go_on)
+    run = RunDirectory.open(place, to_go_on=to_go_on)
     config = RunConfig(**run.manifest.config)
-    return run, config.with_free(run.commits[-1].free) if run.commits else config
+    if run.commits:
+        config = config.with_free(run.commits[-1].free)
+    if scratch_dir is not None:
+        config = config.with_free({"scratch_dir": str(scratch_dir.absolute())})
+    _place_scratch(run.storage, config)
+    return run, config
 
 
 def change_evaluation(
@@ -186,6 +200,8 @@ def go_on(
         listener.warn(str(error))
         sound(is_deep=True)
         go()
+    if not next_steps(steps, [commit.step for commit in run.commits]):
+        run.storage.drop_copies()
 
 
 def _require_room(run: RunDirectory, config: RunConfig, steps: Sequence[Step], worker: Any) -> None:
@@ -197,9 +213,14 @@ def _require_room(run: RunDirectory, config: RunConfig, steps: Sequence[Step], w
         worker.scratch_of,
         keeps_activations=bool(config.keep_activations),
     )
-    where = f"the disk of {run.label}"
-    what = f"weights ({need.weights / 1e9:.2f} GB) and activations ({need.activations / 1e9:.2f} GB)"
-    require_room(where, need.total, free_bytes(run.path), what)
+    for disk in run.storage.disks:
+        wanted = {}
+        if disk.holds_weights:
+            wanted["weights"] = need.weights
+        if disk.holds_activations:
+            wanted["activations"] = need.activations
+        what = " and ".join(f"{kind} ({size / 1e9:.2f} GB)" for kind, size in wanted.items())
+        require_room(disk.label, sum(wanted.values()), free_bytes(disk.folder), what)
 
 
 def environment_changes(run: RunDirectory) -> list[str]:

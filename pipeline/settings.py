@@ -86,11 +86,18 @@ class Settings(BaseModel):
     eval_max_tokens: int | None = Field(None, ge=2)
     keep_activations: bool = False
     checkpoint_minutes: float = Field(10.0, ge=0)
+    scratch_dir: str | None = None
 
     @field_validator("evaluate", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("scratch_dir", mode="before")
+    @classmethod
+    def _from_here(cls, value: Any) -> Any:
+        # A run is resumed from anywhere.
+        return str(Path(value).expanduser().absolute()) if isinstance(value, str | Path) and str(value) else None
 
     @field_validator("ignore", mode="before")
     @classmethod

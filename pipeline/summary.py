@@ -6,7 +6,6 @@ import importlib.metadata
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig
@@ -76,7 +75,7 @@ class EvaluationResult:
 class RunStatus:
     """A run at a glance."""
 
-    path: Path
+    label: str  # of the run directory
     config: RunConfig
     is_finished: bool
     next_step: str | None
@@ -91,7 +90,7 @@ class RunStatus:
     num_prunable: int
     num_masked: int | None  # in the exported model; None before export
     num_other_zeros: int | None
-    model_path: Path | None
+    model: str | None  # where the exported one is
 
     @property
     def sparsity(self) -> float | None:
@@ -109,7 +108,7 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
     peaks = [c.peak_memory_bytes for c in run.commits if c.peak_memory_bytes is not None]
     pruning = [c for c in run.commits if c.step.partition("/")[0] in CHAIN_KINDS]
     return RunStatus(
-        path=run.path,
+        label=run.label,
         config=config,
         is_finished=not todo,
         next_step=todo[0].name if todo else None,
@@ -124,7 +123,7 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
         num_prunable=sum(layer["size"] for block in run.budget for layer in block["layers"]),
         num_masked=exported.figures["num_masked"] if exported else None,
         num_other_zeros=exported.figures["num_other_zeros"] if exported else None,
-        model_path=run.path / "model" if exported else None,
+        model=f"{run.label}/model" if exported else None,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline import disk
 from pipeline.disk import FileDigest
 from pipeline.errors import DamagedData, FileGone
 from pipeline.manifest import PayloadFile, StepCommit
@@ -95,7 +94,7 @@ def _size_damage(file: PayloadFile, size: int | None) -> str | None:
 
 def _digest_damage(run: RunDirectory, file: PayloadFile) -> str | None:
     try:
-        found = disk.hash_file(run.storage.local(file.path))
+        found = run.storage.digest(file.path)
     except FileGone:
         return "is missing"
     except DamagedData:

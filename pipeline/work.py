@@ -396,13 +396,12 @@ class StageWorker:
             "source_digest": source.digest(),
         }
 
-    def _published_model(self) -> Any:
+    def _published_model(self) -> Path:
         """The exported folder, after making sure that it is still what was committed."""
         payload = self.run.payload("model")
         for file in payload.files:
             self.run.open_file("model", payload.inner(file))
-        self.run.publish("model")
-        return self.run.path / "model"
+        return self.run.publish("model")
 
     def refresh_views(self) -> None:
         """Publish the exported model and write its card, if there is something new to say."""

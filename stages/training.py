@@ -228,7 +228,7 @@ class BlockTrainer:
             self._best_state = copy.deepcopy(self.block.state_dict())
         for parameter in parameters:
             parameter.requires_grad_(True)
-        self._optimizer = self._new_optimizer(parameters)
+        self._optimizer = torch.optim.Adam(parameters, lr=self.settings.lr, fused=True)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.choices.torch_dtype == torch.float16)
         self._course = _Course(best=before.judged)
         if self._restored is not None:
@@ -237,9 +237,6 @@ class BlockTrainer:
         if self._course.is_over:
             _freeze(parameters)
         return self._course
-
-    def _new_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Adam:
-        return torch.optim.Adam(parameters, lr=self.settings.lr, fused=True)
 
     def _train_epoch(self, course: _Course) -> None:
         """One pass over the samples trained on, in an order of its own, or the rest of one."""
@@ -265,7 +262,7 @@ class BlockTrainer:
             self.advance(loss=value, epoch=course.epoch)
 
     def _judge_epoch(self, course: _Course, parameters: Sequence[nn.Parameter]) -> None:
-        """Keep what the epoch has learnt or go back, and begin the next one, or end."""
+        """Keep what the epoch has learnt or take it back (Adam's moments stay), and begin the next one, or end."""
         aside = self._mean_loss(self.aside) if self.aside else None
         if self.settings.hold_aside:
             # The losses of an epoch are from before each of its own updates: they cannot judge them.
@@ -276,8 +273,6 @@ class BlockTrainer:
             else:
                 course.rate *= BACKTRACK
                 self._take_back()
-                # The moments are those of steps that led astray.
-                self._optimizer = self._new_optimizer(parameters)
         else:
             course.kept_epoch = course.epoch
         course.epochs.append(Losses(_mean(course.losses, [*course.losses]), aside))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 _HOW_TO_MEND = "lampctl resume RUN makes them again (with --check-all, if the run is finished)"
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory: a folder, or an address in a bucket.")]
 
 
 def verify(

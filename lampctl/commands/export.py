@@ -12,7 +12,7 @@ from lampctl.commands.steps import do_step
 
 def export(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A run directory; to be packed, also an exported model folder.")
+        str | None, typer.Argument(metavar="RUN", help="A run directory; to be packed, also an exported model folder.")
     ] = None,
     model_format: Annotated[
         str | None,
@@ -65,12 +65,12 @@ def export(
     do_step(run, "export")
 
 
-def _pack(path: Path, out: Path | None, force: bool, as_json: bool) -> None:
+def _pack(place: str, out: Path | None, force: bool, as_json: bool) -> None:
     from lampctl import show
     from lampctl.file_progress import showing_files
     from pipeline.packing import find_packable, pack_model
 
-    source = find_packable(path)
+    source = find_packable(place)
     target = out or source.target
     with showing_files(f"packing {source.folder}") as hooks:
         sizes = pack_model(source, target, hooks, force)

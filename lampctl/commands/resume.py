@@ -11,12 +11,20 @@ import typer
 
 def resume(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A run directory. [default: the newest unfinished under runs/]")
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A run directory: a folder, or an address in a bucket. [default: the newest unfinished under runs/]",
+        ),
     ] = None,
     check_all: Annotated[
         bool,
         typer.Option("--check-all", help="Compare every file of a finished run, too, and make damaged ones again."),
     ] = False,
+    scratch_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep activations there from now on. [default: as last used in this run]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Go on with an unfinished run, after its last completed step.
@@ -27,6 +35,7 @@ def resume(
     lampctl resume
     lampctl resume runs/opt-2.7b-s80-lamp
     lampctl resume runs/opt-2.7b-s80-lamp --check-all
+    lampctl resume s3://bucket/opt-2.7b --scratch-dir /mnt/ssd
     """
     from lampctl import show
     from lampctl.exits import end_now
@@ -35,11 +44,11 @@ def resume(
     from pipeline.prepare import RUNS
     from pipeline.session import go_on, newest_unfinished, reopen
 
-    run = run if run is not None else newest_unfinished()
-    if run is None:
+    place: str | Path | None = run if run is not None else newest_unfinished()
+    if place is None:
         print(f"nothing left to do: every run under {RUNS}/ is finished", file=sys.stderr)
         return
-    directory, config = reopen(run, to_go_on=True)
+    directory, config = reopen(place, to_go_on=True, scratch_dir=scratch_dir)
     with listening() as listener, StopRequest(end_now) as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop, checks="all" if check_all else "as needed")

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from pipeline.rundir import RunDirectory
 
 RunDir = Annotated[
-    Path | None,
-    typer.Option("--run-dir", metavar="DIR", help="Where the run is kept. [default: runs/<model>-s<percent>-<method>]"),
+    str | None,
+    typer.Option(
+        "--run-dir",
+        metavar="DIR",
+        help="Where the run is kept: a folder, or s3://, gs:// or az://BUCKET/PREFIX. "
+        "[default: runs/<model>-s<percent>-<method>]",
+    ),
 ]
 
 
@@ -55,12 +60,12 @@ def run(
         if method in (prepared.config.method, *(other.config.method for other in others)):
             raise ConfigError(f"--baseline {method}: this method runs already")
         others.append(prepare(sibling(gathered, method)))
-    path = run_dir or prepared.default_run_dir
+    place = run_dir or prepared.default_run_dir
     beside = [
         other.default_run_dir if run_dir is None else _sibling_of(run_dir, other.config.method) for other in others
     ]
     with listening() as listener, StopRequest(end_now) as stop:
-        main = _do(prepared, path, listener, stop)
+        main = _do(prepared, place, listener, stop)
         rest = [
             _do(other, place, listener, stop, shared_with=main) for other, place in zip(others, beside, strict=True)
         ]
@@ -68,26 +73,27 @@ def run(
     show.results([main, *rest], configs, as_json)
 
 
-def _sibling_of(run_dir: Path, method: str) -> Path:
+def _sibling_of(run_dir: str, method: str) -> str | Path:
     """Where a baseline's run lies: beside the run, with the method's name added."""
     from pipeline.errors import ConfigError
+    from pipeline.storage.locate import beside
 
-    place = run_dir.absolute() if run_dir.name else run_dir.resolve()
-    if not place.name:
-        raise ConfigError(f"--run-dir {run_dir}: a baseline's run lies beside it, and there is nothing beside {place}")
-    return place.with_name(f"{place.name}-{method}")
+    place = beside(run_dir, method)
+    if place is None:
+        raise ConfigError(f"--run-dir {run_dir}: a baseline's run lies beside it, and there is nothing beside it")
+    return place
 
 
 def _do(
     prepared: Prepared,
-    path: Path,
+    place: str | Path,
     listener: ProgressListener,
     stop: StopRequest,
     shared_with: RunDirectory | None = None,
 ) -> RunDirectory:
     from pipeline.session import go_on, start
 
-    run = start(prepared, path)
+    run = start(prepared, place)
     for notice in prepared.notices:
         listener.warn(notice)
     listener.attach(run, prepared.config)

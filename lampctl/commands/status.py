@@ -10,7 +10,11 @@ import typer
 
 def status(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A run directory. [default: the newest under runs/]")
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A run directory: a folder, or an address in a bucket. [default: the newest under runs/]",
+        ),
     ] = None,
     settings: Annotated[
         bool, typer.Option("--settings", help="Show every setting, and where its value came from.")
@@ -31,10 +35,11 @@ def status(
     from pipeline.session import reopen
     from pipeline.summary import status as status_of
 
-    if run is None:
+    place: str | Path | None = run
+    if place is None:
         found = find_runs(RUNS)
         if not found:
             raise RunNotFound(f"there are no runs under {RUNS}/; begin one with lampctl run, or name one")
-        run = found[0]
-    directory, config = reopen(run)
+        place = found[0]
+    directory, config = reopen(place)
     show.status(status_of(directory, config), directory.manifest.provenance if settings else None, as_json)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory made by lampctl init or run.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory made by lampctl init or run.")]
 Block = Annotated[
     int | None, typer.Option(metavar="I", min=0, help="Which block, from 0. [default: the one whose turn it is]")
 ]
@@ -106,7 +105,7 @@ def evaluate(
     show.results([directory], [config], as_json)
 
 
-def do_step(path: Path, kind: str, block: int | None = None) -> None:
+def do_step(place: str, kind: str, block: int | None = None) -> None:
     """Do the next step of that kind, or of that block, and say what comes then."""
     from lampctl import show
     from lampctl.exits import end_now
@@ -115,7 +114,7 @@ def do_step(path: Path, kind: str, block: int | None = None) -> None:
     from pipeline.plan import Step, next_steps
     from pipeline.session import go_on, reopen, steps_of
 
-    directory, config = reopen(path, to_go_on=True)
+    directory, config = reopen(place, to_go_on=True)
     steps, _ = steps_of(directory, config)
     if block is not None:
         wanted = Step(kind, block)

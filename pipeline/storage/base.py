@@ -8,8 +8,22 @@ folder on a disk flushes them, a bucket uploads them. What is read comes back as
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from pipeline.manifest import PayloadFile
+from stages.filedigest import FileDigest
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk of this machine that a run fills."""
+
+    label: str
+    folder: Path  # may not be there yet
+    holds_weights: bool
+    holds_activations: bool
 
 
 class Storage(Protocol):
@@ -42,12 +56,33 @@ class Storage(Protocol):
         """A file's bytes as they are in the run directory now."""
         ...
 
+    @property
+    def disks(self) -> tuple[Disk, ...]:
+        """The disks of this machine that the run needs room on."""
+        ...
+
+    def use_scratch(self, folder: Path) -> None:
+        """Keep activations in this folder from now on; it is made if it is not there, and may vanish at any time."""
+        ...
+
     def load(self, key: str) -> bytes:
         """A payload file's bytes; a bucket may answer from a local copy. The caller checks them."""
         ...
 
     def local(self, key: str) -> Path:
         """A payload file as a local one, for libraries that want a path. The caller checks it."""
+        ...
+
+    def digest(self, key: str) -> FileDigest:
+        """Size and sha256 of a payload file as it is in the run directory now, whatever copies there are."""
+        ...
+
+    def drop_copy(self, key: str) -> bool:
+        """Forget the local copy of a payload file that turned out damaged; False if there is no such thing."""
+        ...
+
+    def drop_copies(self) -> None:
+        """Forget all local copies: nothing more will be read."""
         ...
 
     def create(self, key: str, data: bytes) -> None:
@@ -62,11 +97,16 @@ class Storage(Protocol):
         """Add a line to a file for people; it may be lost."""
         ...
 
-    def new_folder(self, key: str, *, is_bulky: bool = False) -> Path:
+    def new_folder(self, key: str, *, is_bulky: bool = False, with_parents: bool = False) -> Path:
         """A new local folder for what is to be written under this key; FileExists if there is one.
 
         is_bulky: for activations, which can be rebuilt: they may lie on a scratch disk, and are then never kept.
+        with_parents: make those above it, durably; otherwise FileGone where there are none.
         """
+        ...
+
+    def same_as(self, key: str, source: str) -> None:
+        """Tell that the file just written under `key` has the bytes of the committed one at `source`."""
         ...
 
     def written(self, key: str) -> set[str]:
@@ -93,13 +133,13 @@ class Storage(Protocol):
         """Delete temporaries that crashes left: of the records `settled`, beside views, in the folders `attempts`."""
         ...
 
-    def publish(self, view: str, sources: Mapping[str, str]) -> Path:
-        """The local folder that shows the files `sources` ({path in the view: key}), and nothing else.
+    def publish(self, view: str, sources: Mapping[str, PayloadFile]) -> Path:
+        """The local folder that shows the files `sources` ({path in the view: file}), and nothing else.
 
         The view of that name in the run directory appears complete or not at all, and is replaced as a whole.
         """
         ...
 
-    def is_published(self, view: str, sources: Mapping[str, str]) -> bool:
+    def is_published(self, view: str, sources: Mapping[str, PayloadFile]) -> bool:
         """Whether the view shows all of these files."""
         ...

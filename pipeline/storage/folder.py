@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipeline import disk
 from pipeline.errors import DamagedData, FileGone, NotARun
-from pipeline.manifest import relative_path
+from pipeline.manifest import PayloadFile, relative_path
+from pipeline.storage.base import Disk
 
 MANIFEST = "run.json"
 
@@ -22,9 +23,23 @@ class FolderStorage:
     def __init__(self, folder: Path, scratch: Path | None = None) -> None:
         self.folder = Path(folder).absolute()
         self.label = str(self.folder)
+        self._set_roots(scratch)
+
+    def _set_roots(self, scratch: Path | None) -> None:
         self.scratch = scratch
         self._roots = (self.folder,) if scratch is None else (scratch, self.folder)
         self._real_roots = tuple(root.resolve() for root in self._roots)
+
+    def use_scratch(self, folder: Path) -> None:
+        disk.make_folder(folder)
+        self._set_roots(folder)
+
+    @property
+    def disks(self) -> tuple[Disk, ...]:
+        run = Disk(f"the disk of {self.label}", self.folder, True, self.scratch is None)
+        if self.scratch is None:
+            return (run,)
+        return (run, Disk(f"the scratch folder {self.scratch}", self.scratch, False, True))
 
     def is_free(self) -> bool:
         if not self.folder.exists():
@@ -76,6 +91,15 @@ class FolderStorage:
     def local(self, key: str) -> Path:
         return self._inside(key)
 
+    def digest(self, key: str) -> disk.FileDigest:
+        return disk.hash_file(self._inside(key))
+
+    def drop_copy(self, key: str) -> bool:
+        return False
+
+    def drop_copies(self) -> None:
+        """There are none: what is read is the run directory itself."""
+
     def create(self, key: str, data: bytes) -> None:
         path = self.folder / relative_path(key)
         disk.make_folder(path.parent)
@@ -89,12 +113,15 @@ class FolderStorage:
     def append(self, key: str, line: str) -> None:
         disk.append_line(self.folder / relative_path(key), line)
 
-    def new_folder(self, key: str, *, is_bulky: bool = False) -> Path:
+    def new_folder(self, key: str, *, is_bulky: bool = False, with_parents: bool = False) -> Path:
         path = (self._roots[0] if is_bulky else self.folder) / relative_path(key)
-        if is_bulky and self.scratch is not None:
+        if with_parents or (is_bulky and self.scratch is not None):
             disk.make_folder(path.parent)
         disk.make_new_folder(path)
         return path
+
+    def same_as(self, key: str, source: str) -> None:
+        """A hard link already is."""
 
     def written(self, key: str) -> set[str]:
         return set(self.sizes(key))
@@ -142,14 +169,14 @@ class FolderStorage:
                     if disk.LEFTOVER.match(path.name):
                         _remove(path)
 
-    def publish(self, view: str, sources: Mapping[str, str]) -> Path:
+    def publish(self, view: str, sources: Mapping[str, PayloadFile]) -> Path:
         shown = self._inside(view)
         if self.is_published(view, sources):
             return shown
         temporary = disk.temporary_folder(shown)
-        for inner, key in sources.items():
+        for inner, file in sources.items():
             disk.make_folder((temporary / relative_path(inner)).parent)
-            disk.link_or_copy(self._inside(key), temporary / inner)
+            disk.link_or_copy(self._inside(file.path), temporary / inner)
         disk.flush_tree(temporary)
         older = disk.set_aside(shown) if shown.exists() else None
         disk.rename(temporary, shown)
@@ -158,9 +185,9 @@ class FolderStorage:
             _remove(older)
         return shown
 
-    def is_published(self, view: str, sources: Mapping[str, str]) -> bool:
+    def is_published(self, view: str, sources: Mapping[str, PayloadFile]) -> bool:
         shown = self._inside(view)
-        return all(_is_same(self._inside(key), shown / relative_path(inner)) for inner, key in sources.items())
+        return all(_is_same(self._inside(file.path), shown / relative_path(inner)) for inner, file in sources.items())
 
     def _inside(self, key: str) -> Path:
         """The full path of a key. Raises DamagedData if a link leads it out of the run directory."""

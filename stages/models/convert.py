@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stages.cache import cache_dir
 from stages.errors import ResourceError, UsageError
 from stages.filedigest import digest_file
 from stages.models.weights import INDEX
@@ -27,14 +28,6 @@ PICKLES = "pytorch_model*.bin"
 _COPIED = ("*.json", "*.txt", "*.model")
 # Raised by one when a conversion changes what it writes.
 _VERSION = 1
-
-
-def cache_dir() -> Path:
-    """Where fetched and converted models are kept: $LAMPCTL_CACHE, or lampctl/ in the user's cache folder."""
-    own = os.environ.get("LAMPCTL_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lampctl"
 
 
 def from_pickles(folder: Path) -> Path:

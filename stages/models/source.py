@@ -16,10 +16,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.cache import cache_dir
 from stages.errors import ResourceError, UsageError
 from stages.filedigest import digest_file, local_path
 from stages.models.base import ModelFolder
-from stages.models.convert import PICKLES, cache_dir, from_gguf, from_pickles
+from stages.models.convert import PICKLES, from_gguf, from_pickles
 from stages.models.weights import WeightFiles, has_safetensors
 
 log = logging.getLogger(__name__)

@@ -252,6 +252,7 @@ def test_a_missing_file_may_have_a_better_explanation(tmp_path: Path) -> None:
 
 
 def test_scratch_streams_come_and_go(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
     with ScratchStreams(tmp_path / "scratch") as streams:
         scratch: Scratch = streams
         one = scratch.stream("targets of q/k/v", 1, SHAPE, torch.float32)
@@ -270,5 +271,6 @@ def test_scratch_is_never_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             raise AssertionError("flushed")
 
     monkeypatch.setattr(disk, "calls", NoFlush())
+    (tmp_path / "scratch").mkdir()
     with ScratchStreams(tmp_path / "scratch") as streams:
         streams.stream("x", 1, SHAPE, torch.float32).write(0, torch.zeros(SHAPE))

@@ -240,12 +240,11 @@ def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lo
     from stages.randomness import generator_for
 
     block.requires_grad_(True)
-    best, rate, adam = loss(aside).item(), 1.0, None
+    best, rate, adam = loss(aside).item(), 1.0, torch.optim.Adam(block.parameters(), fused=True)
     best_state = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
     for epoch in itertools.count(1):
         if epoch > settings.epochs:
             break
-        adam = adam or torch.optim.Adam(block.parameters(), fused=True)
         adam.param_groups[0]["lr"] = 0.3 * 0.9 ** (epoch - 1) * rate
         order = torch.randperm(4, generator=generator_for(0, "compensate", 1, epoch)).tolist()
         for i in (train_set[k] for k in order):
@@ -257,6 +256,6 @@ def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lo
             best_state = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
         else:
             block.load_state_dict(best_state)
-            rate, adam = rate * 0.35, None
+            rate *= 0.35
     assert rate < 1
     assert same(result.state, best_state)

@@ -1,0 +1,14 @@
+"""Where lampctl keeps what it can fetch or make again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Where fetched and converted models are kept: $LAMPCTL_CACHE, or lampctl/ in the user's cache folder."""
+    own = os.environ.get("LAMPCTL_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lampctl"
