@@ -27,6 +27,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (stage_errors.ResourceError, RESOURCE),
     (MemoryError, RESOURCE),
     (pipeline_errors.Superseded, SUPERSEDED),
+    (pipeline_errors.Occupied, SUPERSEDED),
     (pipeline_errors.Preempted, PREEMPTED),
     (pipeline_errors.Interrupted, INTERRUPTED),
     (KeyboardInterrupt, INTERRUPTED),

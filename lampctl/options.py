@@ -184,6 +184,30 @@ def _declared(
             "[default: with the run]",
         ),
     ] = None,
+    max_runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Stop after so long (3h30m, 45m), with exit code 75: for schedulers with a wall. [default: never]",
+        ),
+    ] = None,
+    watch_preemption: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLOUD", help="aws or gcp: stop when the cloud announces that it takes the machine. [default: none]"
+        ),
+    ] = None,
+    preemption_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where to ask for that. [default: the cloud's own address]")
+    ] = None,
+    allow_environment_change: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-environment-change/--refuse-environment-change",
+            help="Go on, too, on another device or with other library versions than the run began with. "
+            "[default: refuse]",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings as YAML or TOML. Flags win over it.")
     ] = None,

@@ -78,6 +78,10 @@ FREE_FIELDS = (
     "keep_activations",
     "checkpoint_minutes",
     "scratch_dir",
+    "max_runtime",
+    "watch_preemption",
+    "preemption_url",
+    "allow_environment_change",
 )
 LAMP_FIELDS = (
     "pruner",

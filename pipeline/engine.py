@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-from pipeline.errors import Interrupted, Preempted, StepOrderError
+from pipeline.errors import Interrupted, PipelineError, Preempted, StepOrderError, Superseded
 from pipeline.manifest import StepCommit
 from pipeline.plan import Step, is_stream, next_steps, releasable
 from pipeline.progress import StepProgress
@@ -79,11 +79,13 @@ class StopRequest:
     loses the step's work since its last progress record and nothing else: what is committed is safe at any instant.
     """
 
-    end_process: Callable[[Preempted | Interrupted], None]
+    end_process: Callable[[PipelineError], None]
     grace_s: float = _GRACE_S
-    signal_number: int | None = None
+    reason: PipelineError | None = None
     _previous: dict[int, Any] = field(default_factory=dict)
     _is_saving: bool = False
+    _has_signal: bool = False
+    _has_ended: bool = False
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -94,28 +96,36 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._has_ended = True
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None:
+        if self._has_signal:
             raise self._error(number)
-        self.request(number)
-        threading.Thread(target=self._end_in_time, name="grace", daemon=True).start()
+        self._has_signal = True
+        self.request(self._error(number))
 
-    def request(self, number: int = signal.SIGTERM) -> None:
-        """Ask for a stop at the next batch boundary."""
-        self.signal_number = number
+    def request(self, reason: PipelineError) -> None:
+        """Ask for a stop at the next batch boundary, by that error. From any thread; the first reason counts."""
+        if self.reason is None:
+            self.reason = reason
+            threading.Thread(target=self._end_in_time, name="grace", daemon=True).start()
 
     @property
     def is_requested(self) -> bool:
         """Whether the work is to stop at the next batch boundary."""
-        return self.signal_number is not None
+        return self.reason is not None
+
+    @property
+    def keeps_progress(self) -> bool:
+        """Whether a stop leaves work that somebody will go on with; who is superseded leaves none."""
+        return not isinstance(self.reason, Superseded)
 
     def check(self) -> None:
-        """Raise Preempted or Interrupted if a signal came."""
-        if self.signal_number is not None:
-            raise self._error(self.signal_number)
+        """Raise the reason to stop, if there is one."""
+        if self.reason is not None:
+            raise self.reason
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -131,10 +141,10 @@ class StopRequest:
         time.sleep(self.grace_s)
         while self._is_saving and time.monotonic() - start < _GRACE_SAVING_S:
             time.sleep(0.05)
-        if signal.getsignal(signal.SIGTERM) != self._receive:
+        if self._has_ended:
             return  # stopped already, and on its way out
-        assert self.signal_number is not None
-        self.end_process(self._error(self.signal_number))
+        assert self.reason is not None
+        self.end_process(self.reason)
 
     @staticmethod
     def _error(number: int) -> Preempted | Interrupted:
@@ -168,7 +178,7 @@ class _StepHooks:
 
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
         is_due = self._every_s > 0 and time.monotonic() - self._saved_at >= self._every_s
-        if self._progress is not None and (is_due or self._stop.is_requested):
+        if self._progress is not None and (is_due or self._stop.is_requested) and self._stop.keeps_progress:
             with self._stop.saving():
                 self._progress.save(make())
             self._saved_at = time.monotonic()
@@ -201,7 +211,7 @@ def advance(
 
     free: the free settings in force, recorded in each commit. keeps_activations: release none, for study.
     checkpoint_every_s: how often a step keeps how far it is, beside when it is stopped; 0: only then.
-    Raises Preempted or Interrupted when asked to stop, and whatever a step raises; the run stays resumable.
+    Raises Preempted, Interrupted or Superseded when asked to stop, and whatever a step raises; the run stays resumable.
     """
     _settle(run, steps, worker, keeps_activations)
     for step in next_steps(steps, [commit.step for commit in run.commits]):

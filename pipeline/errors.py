@@ -67,6 +67,10 @@ class FileExists(PipelineError):
     """A create-only write found its name taken. Read it back: it may be the caller's own."""
 
 
+class Occupied(PipelineError):
+    """Another process is working on this run now."""
+
+
 class Superseded(PipelineError):
     """Another process has committed the step this one was working on. Its data is not damaged."""
 

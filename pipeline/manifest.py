@@ -28,6 +28,7 @@ from pipeline.errors import ConfigMismatch, DamagedData
 
 # The step of a record that takes the commits from figures["from_number"] on out of force.
 INVALIDATE = "invalidate"
+ENVIRONMENT = "environment"  # from here on, another machine or other versions
 
 StreamDtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 
@@ -194,6 +195,8 @@ class StepCommit(Record):
             number = self.figures.get("from_number")
             if self.payloads or type(number) is not int or not 0 <= number < self.number:
                 raise ValueError("a record that invalidates names an earlier commit, and has no payloads")
+        if self.step == ENVIRONMENT and (self.payloads or not isinstance(self.figures.get("environment"), dict)):
+            raise ValueError("a record of another environment says which, and has no payloads")
         return self
 
 

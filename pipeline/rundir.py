@@ -17,7 +17,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,16 @@ from pipeline.errors import (
     StepOrderError,
     Superseded,
 )
-from pipeline.manifest import INVALIDATE, Payload, PayloadFile, RunManifest, StepCommit, finite_or_null, relative_path
+from pipeline.manifest import (
+    ENVIRONMENT,
+    INVALIDATE,
+    Payload,
+    PayloadFile,
+    RunManifest,
+    StepCommit,
+    finite_or_null,
+    relative_path,
+)
 from pipeline.storage.base import Storage
 from pipeline.storage.folder import FolderStorage
 from pipeline.storage.locate import Place, locate
@@ -119,6 +128,10 @@ class RunDirectory:
                 raise
             return cls(storage, manifest, _replay(storage, manifest))
 
+    def refresh(self) -> None:
+        """Take in what other processes have committed since. Raises as `open` does."""
+        self.log = _replay(self.storage, self.manifest, self.log)
+
     @property
     def path(self) -> Path:
         """The folder on this machine that new payloads are written under: the run directory itself, if it is local."""
@@ -198,14 +211,31 @@ class RunDirectory:
 
         For a payload that is damaged and cannot be made again bit for bit. Raises Superseded.
         """
+        return self._note(INVALIDATE, {"from_number": number, "reason": reason}, free)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions and device that the next step is to be done with: those of the beginning, unless they changed."""
+        changes = [record for record in self.log if record.step == ENVIRONMENT]
+        found: dict[str, Any] = changes[-1].figures["environment"] if changes else self.manifest.environment
+        return found
+
+    def change_environment(
+        self, environment: Mapping[str, Any], changes: Sequence[str], free: Mapping[str, Any]
+    ) -> StepCommit:
+        """Write into the chain that from here on another machine, or other versions, do the work. Raises Superseded."""
+        return self._note(ENVIRONMENT, {"environment": dict(environment), "changes": list(changes)}, free)
+
+    def _note(self, kind: str, figures: Mapping[str, Any], free: Mapping[str, Any]) -> StepCommit:
+        """A record that is no step."""
         return self._append(
             StepCommit.new(
                 number=len(self.log),
-                step=INVALIDATE,
+                step=kind,
                 parent=self.newest_digest,
                 attempt=_attempt_name(len(self.log)),
                 payloads={},
-                figures={"from_number": number, "reason": reason},
+                figures=dict(figures),
                 free=dict(free),
                 started_at=datetime.now(UTC),
                 elapsed_s=0.0,
@@ -383,7 +413,7 @@ def in_force(records: Iterable[StepCommit]) -> tuple[StepCommit, ...]:
     for record in records:
         if record.step == INVALIDATE:
             commits = [commit for commit in commits if commit.number < record.figures["from_number"]]
-        else:
+        elif record.step != ENVIRONMENT:
             commits.append(record)
     return tuple(commits)
 
@@ -392,9 +422,12 @@ def _attempt_name(number: int) -> str:
     return f"{number:06d}-{secrets.token_hex(4)}"
 
 
-def _replay(storage: Storage, manifest: RunManifest) -> tuple[StepCommit, ...]:
-    """All records from number 0 up, checked to be one unbroken chain that starts at this run.json."""
-    commits: list[StepCommit] = []
+def _replay(storage: Storage, manifest: RunManifest, known: Sequence[StepCommit] = ()) -> tuple[StepCommit, ...]:
+    """All records from number 0 up, checked to be one unbroken chain that starts at this run.json.
+
+    known: those that need not be read again.
+    """
+    commits: list[StepCommit] = list(known)
     while True:
         number = len(commits)
         key = _commit_key(number)

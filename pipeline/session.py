@@ -6,7 +6,7 @@ settings --pipeline.prepare--> configuration, model, budget, plan --start--> run
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pipeline.config import RunConfig, check_evaluation, differing_fields
 from pipeline.engine import Listener, StopRequest, advance
 from pipeline.errors import ConfigError, ConfigMismatch, DamagedData, FileExists, RunNotFound, StepOrderError
+from pipeline.lease import Lease
 from pipeline.manifest import RunManifest
 from pipeline.mend import mend
 from pipeline.plan import Evaluation, Step, evaluation_steps, next_steps, releasable
@@ -103,17 +104,23 @@ def require_exported(run: RunDirectory, config: RunConfig) -> None:
         raise StepOrderError(f"evaluate comes later: do {todo[0].name} first")
 
 
-def reopen(place: Place, *, to_go_on: bool = False, scratch_dir: Path | None = None) -> tuple[RunDirectory, RunConfig]:
+def reopen(
+    place: Place, *, to_go_on: bool = False, free: Mapping[str, Any] | None = None
+) -> tuple[RunDirectory, RunConfig]:
     """A run and its configuration, with the free settings that were last in force.
 
-    to_go_on: as `RunDirectory.open` has it. scratch_dir: another one from now on.
+    to_go_on: as `RunDirectory.open` has it. free: other free settings from now on; None among them: as they were.
+    Raises ConfigError for a wrong one.
     """
     run = RunDirectory.open(place, to_go_on=to_go_on)
     config = RunConfig(**run.manifest.config)
-    if run.commits:
-        config = config.with_free(run.commits[-1].free)
-    if scratch_dir is not None:
-        config = config.with_free({"scratch_dir": str(scratch_dir.absolute())})
+    if run.log:
+        config = config.with_free(run.log[-1].free)
+    changes = {field: value for field, value in (free or {}).items() if value is not None}
+    try:
+        config = config.with_free(changes)
+    except ValidationError as error:
+        raise ConfigError(explain(error, {})) from error
     _place_scratch(run.storage, config)
     return run, config
 
@@ -164,35 +171,51 @@ def go_on(
     until: Callable[[Step], bool] = lambda step: False,
     shared_with: RunDirectory | None = None,
     checks: Checks = "as needed",
+    takeover: bool = False,
 ) -> None:
     """Do what is left of a run, up to and with a step for which `until` holds, and make damaged data again.
 
     checks: what is compared first: "sizes"; "as needed", which is every digest if there is something left to do; or
-    "all", every digest in any case.
+    "all", every digest in any case. takeover: even if somebody else seems to be at work.
+    Raises Occupied if somebody else is; ConfigMismatch on another machine than the run's, unless that is allowed.
     """
-    steps, evaluations = steps_of(run, config)
-    is_finished = not next_steps(steps, [commit.step for commit in run.commits])
-    if is_finished and checks != "all" and run.is_published("model"):
+    if is_finished(run, config) and checks != "all" and run.is_published("model"):
         return
+    with Lease(run, stop.request, listener.warn, takeover=takeover):
+        run.refresh()
+        _settle_environment(run, config, listener)
+        _go_on(run, config, listener, stop, until, shared_with, checks)
+
+
+def _go_on(
+    run: RunDirectory,
+    config: RunConfig,
+    listener: Listener,
+    stop: StopRequest,
+    until: Callable[[Step], bool],
+    shared_with: RunDirectory | None,
+    checks: Checks,
+) -> None:
     from pipeline.work import StageWorker
     from stages import device
 
+    steps, evaluations = steps_of(run, config)
     worker = StageWorker(run, config, evaluations, shared_with)
-    for change in environment_changes(run):
-        listener.warn(change)
     device.apply(worker.choices)
+    has_more = not is_finished(run, config)
 
     def sound(*, is_deep: bool) -> None:
-        mend(run, steps, worker, config.free, listener, stop, is_deep=is_deep)
+        allows = config.allow_environment_change
+        mend(run, steps, worker, config.free, listener, stop, is_deep=is_deep, allows_other_bits=allows)
 
     def go() -> None:
         keeps = bool(config.keep_activations)
         every_s = 60 * config.checkpoint_minutes
         advance(run, steps, worker, config.free, listener, stop, until, keeps, every_s)
 
-    if not is_finished:
+    if has_more:
         _require_room(run, config, steps, worker)
-    sound(is_deep=checks == "all" or (checks == "as needed" and not is_finished))
+    sound(is_deep=checks == "all" or (checks == "as needed" and has_more))
     try:
         go()
     except DamagedData as error:
@@ -200,8 +223,25 @@ def go_on(
         listener.warn(str(error))
         sound(is_deep=True)
         go()
-    if not next_steps(steps, [commit.step for commit in run.commits]):
+    if is_finished(run, config):
         run.storage.drop_copies()
+
+
+def _settle_environment(run: RunDirectory, config: RunConfig, listener: Listener) -> None:
+    """See that this machine is the one that the run goes on with, or write down that it is another one."""
+    environment, changes = environment_here(run, config)
+    if not changes:
+        return
+    lines = "\n".join(f"  {change}" for change in changes)
+    if not config.allow_environment_change:
+        raise ConfigMismatch(
+            f"{run.label} was begun elsewhere, and its result could differ in the last bits here:\n{lines}\n"
+            "go on where it was begun, or allow it: lampctl resume --allow-environment-change (or "
+            "LAMPCTL_ALLOW_ENVIRONMENT_CHANGE=1)"
+        )
+    listener.warn(f"from here on, the run is done elsewhere:\n{lines}")
+    run.change_environment(environment, changes, config.free)
+    run.event("environment-changed", changes=changes)
 
 
 def _require_room(run: RunDirectory, config: RunConfig, steps: Sequence[Step], worker: Any) -> None:
@@ -223,16 +263,33 @@ def _require_room(run: RunDirectory, config: RunConfig, steps: Sequence[Step], w
         require_room(disk.label, sum(wanted.values()), free_bytes(disk.folder), what)
 
 
-def environment_changes(run: RunDirectory) -> list[str]:
-    """How this machine differs from the one that the run began on, one sentence each."""
-    began, now = run.manifest.environment, environment_record({})
-    began = {**began, "packages": {**began["packages"], "python": began["python"]}}
-    now = {**now, "packages": {**now["packages"], "python": now["python"]}}
-    return [
-        f"{name} is {now['packages'][name]} here, the run began with {version}: the result may differ in its last bits"
-        for name, version in began["packages"].items()
-        if now["packages"].get(name) != version
-    ]
+def environment_here(run: RunDirectory, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    """This machine as the run would have it, and how it differs from the one in force, one sentence each.
+
+    The arithmetic stays that of the run; threads and the like are chosen anew where the device is another one.
+    """
+    from stages import device
+
+    then = run.environment
+    choices = device.DeviceChoices(**then["device"])
+    changes = []
+    found = device.name_of(choices.device)
+    if found != choices.device_name:
+        what = found or "missing"
+        changes.append(f"{choices.device} is {what} here, it was {choices.device_name}")
+        choices = device.choose(config.device, choices.dtype)
+    now = environment_record(asdict(choices))
+    for name, version in _versions(then).items():
+        here = _versions(now).get(name)
+        if here != version:
+            changes.append(f"{name} is {here} here, it was {version}")
+    return now, changes
+
+
+def _versions(environment: Mapping[str, Any]) -> dict[str, str]:
+    """What may change the last bits: of Python, no more than 3.12 does."""
+    python = ".".join(environment["python"].split(".")[:2])
+    return {**environment["packages"], "python": python}
 
 
 def newest_unfinished(root: Path = RUNS) -> Path | None:

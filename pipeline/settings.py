@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import ConfigError
+from pipeline.watch import parse_duration
 from stages.errors import UsageError
 from stages.pruners.masks import Pattern
 
@@ -87,11 +88,26 @@ class Settings(BaseModel):
     keep_activations: bool = False
     checkpoint_minutes: float = Field(10.0, ge=0)
     scratch_dir: str | None = None
+    max_runtime: str | None = None
+    watch_preemption: Literal["none", "aws", "gcp"] = "none"
+    preemption_url: str | None = None
+    allow_environment_change: bool = False
 
     @field_validator("evaluate", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("max_runtime", mode="before")
+    @classmethod
+    def _check_duration(cls, value: Any) -> Any:
+        if value is None or str(value).strip().lower() in ("", "none"):
+            return None
+        try:
+            parse_duration(str(value))
+        except ConfigError as error:
+            raise ValueError(str(error).partition(": ")[2]) from error
+        return str(value)
 
     @field_validator("scratch_dir", mode="before")
     @classmethod

@@ -58,7 +58,7 @@ class StageWorker:
     ) -> None:
         """evaluations: by step name. shared_with: a run whose calibration set is taken over, if it has one."""
         self.run, self.config, self.evaluations, self.shared_with = run, config, evaluations, shared_with
-        self.choices = DeviceChoices(**run.manifest.environment["device"])
+        self.choices = DeviceChoices(**run.environment["device"])
         self._views_of: int | None = None
 
     @cached_property

@@ -67,6 +67,16 @@ def choose(device: str = "auto", dtype: str = "auto") -> DeviceChoices:
     return DeviceChoices("cpu", dtype, torch.get_num_threads(), _fp32_precision(), _processor_name())
 
 
+def name_of(device: str) -> str | None:
+    """What a device of this machine calls itself; None if there is no such device."""
+    chosen = torch.device(device)
+    if chosen.type != "cuda":
+        return _processor_name()
+    if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
+        return None
+    return torch.cuda.get_device_name(chosen)
+
+
 def apply(choices: DeviceChoices) -> None:
     """Make this process compute as `choices` says. Raises ResourceError if the device is gone."""
     if choices.torch_device.type == "cuda":

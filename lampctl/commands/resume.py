@@ -25,6 +25,32 @@ def resume(
         Path | None,
         typer.Option(metavar="DIR", help="Keep activations there from now on. [default: as last used in this run]"),
     ] = None,
+    max_runtime: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Stop after so long, e.g. 3h30m; none: never. [default: as last used]"),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float | None,
+        typer.Option(metavar="M", help="How often a long step keeps how far it is. [default: as last used]"),
+    ] = None,
+    watch_preemption: Annotated[
+        str | None, typer.Option(metavar="CLOUD", help="aws, gcp or none. [default: as last used]")
+    ] = None,
+    preemption_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where to ask for that. [default: as last used]")
+    ] = None,
+    allow_environment_change: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-environment-change/--refuse-environment-change",
+            envvar="LAMPCTL_ALLOW_ENVIRONMENT_CHANGE",
+            show_envvar=False,
+            help="Go on, too, on another device or with other library versions. [default: as last used]",
+        ),
+    ] = None,
+    takeover: Annotated[
+        bool, typer.Option("--takeover", help="Even if somebody else is working on it: the other one stops.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Go on with an unfinished run, after its last completed step.
@@ -38,9 +64,8 @@ def resume(
     lampctl resume s3://bucket/opt-2.7b --scratch-dir /mnt/ssd
     """
     from lampctl import show
-    from lampctl.exits import end_now
     from lampctl.progress import listening
-    from pipeline.engine import StopRequest
+    from lampctl.stopping import stopping
     from pipeline.prepare import RUNS
     from pipeline.session import go_on, newest_unfinished, reopen
 
@@ -48,8 +73,16 @@ def resume(
     if place is None:
         print(f"nothing left to do: every run under {RUNS}/ is finished", file=sys.stderr)
         return
-    directory, config = reopen(place, to_go_on=True, scratch_dir=scratch_dir)
-    with listening() as listener, StopRequest(end_now) as stop:
+    free = {
+        "scratch_dir": scratch_dir,
+        "max_runtime": max_runtime,
+        "checkpoint_minutes": checkpoint_minutes,
+        "watch_preemption": watch_preemption,
+        "preemption_url": preemption_url,
+        "allow_environment_change": allow_environment_change,
+    }
+    directory, config = reopen(place, to_go_on=True, free=free)
+    with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
-        go_on(directory, config, listener, stop, checks="all" if check_all else "as needed")
+        go_on(directory, config, listener, stop, checks="all" if check_all else "as needed", takeover=takeover)
     show.results([directory], [config], as_json)

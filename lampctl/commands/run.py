@@ -29,6 +29,7 @@ RunDir = Annotated[
 @with_settings
 def run(
     chosen: Chosen,
+    takeover: Annotated[bool, typer.Option("--takeover", help="Even if somebody else is working on this run.")] = False,
     baseline: Annotated[
         list[str] | None,
         typer.Option(metavar="METHOD", help="Also prune with METHOD, in a run of its own. May be repeated."),
@@ -47,9 +48,8 @@ def run(
     lampctl run --config settings.yaml
     """
     from lampctl import show
-    from lampctl.exits import end_now
     from lampctl.progress import listening
-    from pipeline.engine import StopRequest
+    from lampctl.stopping import stopping
     from pipeline.errors import ConfigError
     from pipeline.prepare import prepare, sibling
 
@@ -64,10 +64,11 @@ def run(
     beside = [
         other.default_run_dir if run_dir is None else _sibling_of(run_dir, other.config.method) for other in others
     ]
-    with listening() as listener, StopRequest(end_now) as stop:
-        main = _do(prepared, place, listener, stop)
+    with listening() as listener, stopping(prepared.config) as stop:
+        main = _do(prepared, place, listener, stop, takeover)
         rest = [
-            _do(other, place, listener, stop, shared_with=main) for other, place in zip(others, beside, strict=True)
+            _do(other, place, listener, stop, takeover, shared_with=main)
+            for other, place in zip(others, beside, strict=True)
         ]
     configs = [prepared.config, *(other.config for other in others)]
     show.results([main, *rest], configs, as_json)
@@ -89,6 +90,7 @@ def _do(
     place: str | Path,
     listener: ProgressListener,
     stop: StopRequest,
+    takeover: bool,
     shared_with: RunDirectory | None = None,
 ) -> RunDirectory:
     from pipeline.session import go_on, start
@@ -97,7 +99,7 @@ def _do(
     for notice in prepared.notices:
         listener.warn(notice)
     listener.attach(run, prepared.config)
-    go_on(run, prepared.config, listener, stop, shared_with=shared_with)
+    go_on(run, prepared.config, listener, stop, shared_with=shared_with, takeover=takeover)
     return run
 
 

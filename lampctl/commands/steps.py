@@ -91,15 +91,14 @@ def evaluate(
     lampctl evaluate runs/mine --evaluate pydocs,text:notes.txt --eval-seqlen 512
     """
     from lampctl import show
-    from lampctl.exits import end_now
     from lampctl.progress import listening
-    from pipeline.engine import StopRequest
+    from lampctl.stopping import stopping
     from pipeline.session import change_evaluation, go_on, reopen, require_exported
 
     directory, config = reopen(run, to_go_on=True)
     require_exported(directory, config)
     config = change_evaluation(directory, config, sources, eval_seqlen, eval_max_tokens)
-    with listening() as listener, StopRequest(end_now) as stop:
+    with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop)
     show.results([directory], [config], as_json)
@@ -108,9 +107,9 @@ def evaluate(
 def do_step(place: str, kind: str, block: int | None = None) -> None:
     """Do the next step of that kind, or of that block, and say what comes then."""
     from lampctl import show
-    from lampctl.exits import end_now
     from lampctl.progress import listening
-    from pipeline.engine import StopRequest, require_next
+    from lampctl.stopping import stopping
+    from pipeline.engine import require_next
     from pipeline.plan import Step, next_steps
     from pipeline.session import go_on, reopen, steps_of
 
@@ -122,7 +121,7 @@ def do_step(place: str, kind: str, block: int | None = None) -> None:
         todo = next_steps(steps, [commit.step for commit in directory.commits])
         wanted = _first(steps, todo, kind)
     require_next(directory, steps, wanted)
-    with listening(every_step=True) as listener, StopRequest(end_now) as stop:
+    with listening(every_step=True) as listener, stopping(config) as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop, until=lambda step: True, checks="sizes")
     show.next_step(directory, config)

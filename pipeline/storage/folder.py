@@ -106,7 +106,8 @@ class FolderStorage:
         disk.write_new(path, data)
 
     def replace(self, key: str, data: bytes) -> None:
-        path = self._inside(key)
+        path = self.folder / relative_path(key)
+        self._require_inside(path.parent)  # a link in the file's own place is replaced, never followed
         disk.make_folder(path.parent)
         disk.replace_file(path, data, self.folder)
 
@@ -193,9 +194,12 @@ class FolderStorage:
         """The full path of a key. Raises DamagedData if a link leads it out of the run directory."""
         paths = [root / relative_path(key) for root in self._roots]
         path = next((path for path in paths if path.exists()), paths[-1])
+        self._require_inside(path)
+        return path
+
+    def _require_inside(self, path: Path) -> None:
         if not any(path.resolve().is_relative_to(root) for root in self._real_roots):
             raise DamagedData(f"{path} leads out of the run directory: it was not followed")
-        return path
 
 
 def free_bytes(path: Path) -> int:

@@ -163,7 +163,7 @@ def test_a_checkpoint_is_kept_when_it_is_time_and_when_the_stage_is_stopped(run)
     often = hooks(run, stop, 1e-9)
     often.checkpoint(lambda: checkpoint(1))
     assert len(records(run)) == 1
-    stop.request()
+    stop.request(Preempted("the machine goes away"))
     with pytest.raises(Preempted):
         seldom.checkpoint(lambda: checkpoint(2))
     assert number_in(StepProgress(run, STEP).restore()) == 2
