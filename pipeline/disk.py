@@ -200,6 +200,20 @@ def hash_file(path: Path) -> FileDigest:
         return digest_file(path)
 
 
+def sizes_under(root: Path, key: str) -> dict[str, int]:
+    """The size of every file under the folder `key` of `root`, by its own key; links count as files.
+
+    What another process deletes meanwhile is left out.
+    """
+    found = {}
+    for parent, folders, files in os.walk(root / key):
+        for name in (*files, *(name for name in folders if os.path.islink(os.path.join(parent, name)))):
+            path = Path(parent, name)
+            with contextlib.suppress(FileNotFoundError):
+                found[path.relative_to(root).as_posix()] = path.stat(follow_symlinks=False).st_size
+    return found
+
+
 def hash_bytes(data: Bytes) -> FileDigest:
     """Size and sha256 of bytes."""
     return FileDigest(len(data), hashlib.sha256(data).hexdigest())

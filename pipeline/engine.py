@@ -223,15 +223,19 @@ def advance(
         hooks = _StepHooks(step, listener, stop, progress, checkpoint_every_s)
         started_at = datetime.now(UTC)
         attempt = run.begin(step.name)
-        result = worker.execute(step, attempt, hooks)
-        commit = run.commit(
-            attempt,
-            figures=result.figures,
-            free=free,
-            started_at=started_at,
-            elapsed_s=progress.elapsed_s,
-            peak_memory_bytes=result.peak_memory_bytes,
-        )
+        try:
+            result = worker.execute(step, attempt, hooks)
+            commit = run.commit(
+                attempt,
+                figures=result.figures,
+                free=free,
+                started_at=started_at,
+                elapsed_s=progress.elapsed_s,
+                peak_memory_bytes=result.peak_memory_bytes,
+            )
+        except BaseException:
+            run.abandon(attempt)
+            raise
         run.event("step-committed", step=step.name, number=commit.number, elapsed_s=commit.elapsed_s)
         _settle(run, steps, worker, keeps_activations)
         listener.step_finished(step, commit, position, len(steps))

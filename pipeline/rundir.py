@@ -90,6 +90,8 @@ class RunDirectory:
             raise FileExists(f"{storage.label} holds a run already")
         storage.prepare()
         if not storage.is_free():
+            if storage.exists(_MANIFEST):
+                raise FileExists(f"{storage.label} holds a run already")  # another process was first
             raise NotARun(
                 f"{storage.label} is not empty and holds no run: nothing was written there. "
                 "Name a new folder by --run-dir"
@@ -120,6 +122,8 @@ class RunDirectory:
         except FileGone:
             if storage.is_free():
                 raise RunNotFound(f"there is no run at {storage.label}: {shown} is missing") from None
+            if storage.exists(_MANIFEST):  # made by another process a moment ago
+                return cls.open(storage, to_go_on=to_go_on)
             raise NotARun(f"{storage.label} is no run directory: it has no {_MANIFEST}") from None
         try:
             return cls(storage, manifest, _replay(storage, manifest))
@@ -205,6 +209,25 @@ class RunDirectory:
             self.check_superseded()
             raise
         return self._append(commit)
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Delete what an attempt has written that will not be committed, so that failures do not fill the disk."""
+        try:
+            # Its record may be there, though making it ended in an error.
+            if not self._is_committed(attempt):
+                self.storage.remove(f"data/{attempt.id}")
+            if self.storage.exists(_commit_key(attempt.number)):
+                self.storage.remove(self.progress_folder)  # of a step that is done
+        except DiskError as error:
+            log.warning("an attempt that failed is left to `lampctl gc`: %s", error)
+
+    def _is_committed(self, attempt: Attempt) -> bool:
+        try:
+            return _read_commit(self.storage, attempt.number).attempt == attempt.id
+        except FileGone:
+            return False
+        except DamagedData:
+            return True  # for all that can be seen
 
     def invalidate(self, number: int, reason: str, free: Mapping[str, Any]) -> StepCommit:
         """Take the commits from `number` on out of force, by a commit of its own: their steps are to be done again.

@@ -67,7 +67,7 @@ class BucketStorage:
     def sizes(self, key: str) -> dict[str, int]:
         found = self.objects.sizes(relative_path(key))
         if self.scratch is not None:
-            found.update(_sizes(self.scratch, key))
+            found.update(disk.sizes_under(self.scratch, key))
         return found
 
     def read(self, key: str) -> bytes:
@@ -125,7 +125,7 @@ class BucketStorage:
         return path
 
     def written(self, key: str) -> set[str]:
-        return {found for root in self._local_roots() for found in _sizes(root, key)}
+        return {found for root in self._local_roots() for found in disk.sizes_under(root, relative_path(key))}
 
     def same_as(self, key: str, source: str) -> None:
         self._same_as[key] = source
@@ -133,7 +133,7 @@ class BucketStorage:
     def keep(self, key: str) -> None:
         if not (self.folder / relative_path(key)).is_dir():
             raise FileGone(f"{self.folder / key} is not there any more")
-        self._upload(_sizes(self.folder, key), key, key)
+        self._upload(disk.sizes_under(self.folder, key), key, key)
 
     def put_back(self, source: str, target: str) -> None:
         if self.scratch is not None and (self.scratch / relative_path(source)).exists():
@@ -143,7 +143,7 @@ class BucketStorage:
             disk.rename(self.scratch / source, old)
         new = self.folder / relative_path(source)
         if new.exists():
-            sizes = _sizes(self.folder, source)
+            sizes = disk.sizes_under(self.folder, source)
             superfluous = self.objects.sizes(target).keys() - {target + key.removeprefix(source) for key in sizes}
             self._upload(sizes, source, target)
             self.objects.delete(superfluous)
@@ -222,14 +222,6 @@ class BucketStorage:
 
 def _is_card(key: str, view: str) -> bool:
     return key == f"{view}/README.md"
-
-
-def _sizes(root: Path, key: str) -> dict[str, int]:
-    return {
-        path.relative_to(root).as_posix(): path.stat(follow_symlinks=False).st_size
-        for path in (root / relative_path(key)).rglob("*")
-        if not path.is_dir()
-    }
 
 
 def _children(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -75,12 +76,10 @@ class FolderStorage:
         return sorted(found)
 
     def sizes(self, key: str) -> dict[str, int]:
-        return {
-            path.relative_to(root).as_posix(): path.stat(follow_symlinks=False).st_size
-            for root in reversed(self._roots)  # what lies on the scratch disk wins, as it does in `load`
-            for path in (root / relative_path(key)).rglob("*")
-            if not path.is_dir()
-        }
+        found: dict[str, int] = {}
+        for root in reversed(self._roots):  # what lies on the scratch disk wins, as it does in `load`
+            found.update(disk.sizes_under(root, relative_path(key)))
+        return found
 
     def read(self, key: str) -> bytes:
         return disk.read_file(self.folder / relative_path(key))
@@ -156,7 +155,8 @@ class FolderStorage:
                 disk.remove_file(path)
             else:
                 # In one step, so that a payload is there or released, never half of it.
-                disk.remove_tree(disk.set_aside(path))
+                with contextlib.suppress(FileGone):  # another process does the same
+                    disk.remove_tree(disk.set_aside(path))
 
     def tidy(self, settled: Collection[str], attempts: Collection[str]) -> None:
         names = {Path(key).name for key in settled}
@@ -165,7 +165,7 @@ class FolderStorage:
             if leftover and leftover["name"] in names:
                 disk.remove_file(path)
         for root in self._roots:
-            for folder in [root, *(root / key for key in attempts)]:
+            for folder in [root, root / "data", root / "progress", *(root / key for key in attempts)]:
                 for path in _children(folder):
                     if disk.LEFTOVER.match(path.name):
                         _remove(path)

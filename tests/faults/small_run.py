@@ -1,0 +1,182 @@
+"""A run of three blocks by the real engine, run directory and store, whose stages only compute digests.
+
+So thousands of crashes fit into a minute. What a step writes follows from what it reads, to the last byte, as it does
+in the real stages; streams can be made again from the calibration set and the pruned blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.engine import StepResult, StopRequest, advance
+from pipeline.errors import PipelineError, RunNotFound
+from pipeline.manifest import RunManifest
+from pipeline.mend import mend
+from pipeline.plan import Step, chain, is_stream
+from pipeline.rundir import Attempt, RunDirectory
+from pipeline.storage.base import Storage
+from stages.protocols import Checkpoint, Hooks
+
+STEPS = chain("lamp", 3, refines=True)
+_SHAPE = (2, 2)
+_NUM_SAMPLES = 2
+_NUM_BATCHES = 2
+_FREE: dict[str, Any] = {}
+
+
+class Silent:
+    """A `pipeline.engine.Listener` that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def step_started(self, step: Step, position: int, total: int) -> None:
+        """Nobody listens."""
+
+    def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
+        """Nobody listens."""
+
+    def step_finished(self, step: Step, commit: Any, position: int, total: int) -> None:
+        """Nobody listens."""
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+class StandIn:
+    """A `pipeline.engine.Worker` whose results are digests of what it read."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.executed: list[str] = []
+        self._fresh: dict[str, bytes] = {}
+
+    def execute(self, step: Step, attempt: Attempt, hooks: Hooks) -> StepResult:
+        self.executed.append(step.name)
+        restored = hooks.restore()
+        done = 0 if restored is None else restored.figures["done"]
+        for batch in range(done, _NUM_BATCHES):
+            hooks.checkpoint(lambda batch=batch: Checkpoint({"state": torch.full((2,), float(batch))}, {"done": batch}))
+            hooks.report(batch + 1, _NUM_BATCHES, "batches")
+        read = [self._contents(name) for name in step.reads]
+        self._fresh = {}
+        # Streams last: they follow from the weights that the step writes.
+        for name in sorted(step.writes, key=is_stream):
+            if is_stream(name) or name == "calibration":
+                self._write_stream(name, attempt)
+            elif name == "model":
+                self._write_model(attempt)
+            else:
+                self._fresh[name] = _digest(name.encode(), *read) * 20
+                attempt.write_file(name, "block.safetensors", self._fresh[name])
+        return StepResult({"read": _digest(*read).hex()})
+
+    def replay(self, name: str, attempt: Attempt, hooks: Hooks) -> None:
+        hooks.check_stop()
+        self._write_stream(name, attempt)
+
+    def refresh_views(self) -> None:
+        if self.run.commit_for("export") is not None:
+            self.run.publish("model")
+            self.run.write_view("model/README.md", b"card")
+
+    def _write_stream(self, name: str, attempt: Attempt) -> None:
+        is_precious = name == "calibration"
+        stream = attempt.stream(name, _NUM_SAMPLES, _SHAPE, torch.float32, is_precious=is_precious)
+        kind, _, number = name.partition("/")
+        sources = [] if is_precious else [self._contents("calibration")]
+        if kind == "biased":
+            sources += [self._contents(f"pruned/{block}") for block in range(int(number))]
+        for index in range(_NUM_SAMPLES):
+            digest = _digest(name.encode(), bytes([index]), *sources)
+            stream.write(index, torch.tensor(list(digest[:4]), dtype=torch.float32).reshape(_SHAPE))
+
+    def _write_model(self, attempt: Attempt) -> None:
+        folder = attempt.folder("model")
+        for block in range(3):
+            folder.link(f"block-{block}.safetensors", self.run.payload(f"pruned/{block}").files[0])
+        folder.write("config.json", b"{}")
+
+    def _contents(self, name: str) -> bytes:
+        if name in self._fresh:
+            return self._fresh[name]
+        if is_stream(name) or name == "calibration":
+            stream = self.run.open_stream(name)
+            return b"".join(stream[index].numpy().tobytes() for index in range(len(stream)))
+        return self.run.open_file(name).read_bytes()
+
+
+def _digest(*parts: bytes) -> bytes:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.digest()
+
+
+def manifest() -> RunManifest:
+    """The same for every run, so that all of them have the same digests."""
+    return RunManifest.new(
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        config={},
+        provenance={},
+        identity={},
+        model={},
+        environment={},
+        budget=[],
+        plan=[step.name for step in STEPS],
+    )
+
+
+def open_or_create(place: Path | Storage) -> RunDirectory:
+    """The run at `place`, begun if it is not there: what `lampctl run` does, again and again."""
+    try:
+        return RunDirectory.open(place, to_go_on=True)
+    except RunNotFound:
+        return RunDirectory.create(place, manifest())
+
+
+def go(place: Path | Storage, stop: StopRequest | None = None, checkpoint_every_s: float = 1e-9) -> StandIn:
+    """Do all that is left of the run, and mend what is damaged; gives the worker, which knows what it did."""
+    run = open_or_create(place)
+    worker, listener = StandIn(run), Silent()
+    stop = stop or StopRequest(_never)
+    mend(run, STEPS, worker, _FREE, listener, stop)
+    advance(run, STEPS, worker, _FREE, listener, stop, checkpoint_every_s=checkpoint_every_s)
+    return worker
+
+
+def _never(error: PipelineError) -> None:
+    raise AssertionError(error)
+
+
+def result(place: Path | Storage) -> dict[str, Any]:
+    """What must be the same in every run: the steps in order, and every payload's digests, released ones too."""
+    run = RunDirectory.open(place)
+    return {
+        commit.step: {
+            "figures": commit.figures,
+            "payloads": {
+                name: sorted((payload.inner(file), file.sha256) for file in payload.files)
+                for name, payload in commit.payloads.items()
+            },
+        }
+        for commit in run.commits
+    }
+
+
+def require_clean(place: Path, expected: Mapping[str, Any]) -> None:
+    """The finished run is the undisturbed one, its view is whole, and nothing that crashes left is still there."""
+    assert result(place) == expected
+    run = RunDirectory.open(place)
+    assert run.is_published("model")
+    assert run.leftovers() == []
+    kept = {commit.attempt for commit in run.commits}
+    assert {path.name for path in (place / "data").iterdir()} <= kept
+    allowed = {"run.json", "commits", "data", "progress", "model", "events.jsonl"}
+    assert {path.name for path in place.iterdir()} <= allowed, sorted(path.name for path in place.iterdir())
