@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from lampctl.commands.run import init, run
 from lampctl.commands.status import status
 from lampctl.commands.steps import allocate, calibrate, capture, compensate_block, evaluate, prune_block, refine_block
 from lampctl.exits import BUG, exit_code, message
+from pipeline.scrub import scrub
 
 app = typer.Typer(
     name="lampctl",
@@ -63,7 +65,7 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        print(prefix + self.format(record), file=sys.stderr, flush=True)
+        print(scrub(prefix + self.format(record)), file=sys.stderr, flush=True)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -95,6 +97,7 @@ def main() -> None:
                 "lampctl: this is a bug of ours; please report it with the lines below. What was committed is safe.",
                 file=sys.stderr,
             )
-            raise
+            print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
+            sys.exit(BUG)
         print(f"lampctl: {message(error)}", file=sys.stderr)
         sys.exit(code)

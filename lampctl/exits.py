@@ -7,6 +7,7 @@ import os
 import sys
 
 from pipeline import errors as pipeline_errors
+from pipeline.scrub import scrub
 from stages import errors as stage_errors
 
 BUG = 1
@@ -64,7 +65,11 @@ def exit_code(error: BaseException) -> int:
 
 
 def message(error: BaseException) -> str:
-    """What the user reads after ``lampctl: ``."""
+    """What the user reads after ``lampctl: ``, without any secret."""
+    return scrub(_message(error))
+
+
+def _message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on where it was"
     if type(error).__name__ == "OutOfMemoryError":

@@ -49,6 +49,13 @@ def _declared(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option(
+            "--trust-remote-code/--no-trust-remote-code",
+            help="Run the Python code that MODEL comes with. [default: no: it could do anything]",
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(

@@ -81,6 +81,8 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
             "next_step": state.next_step,
             "num_done": state.num_done,
             "remaining_s": state.remaining_s,
+            "holder": state.holder,
+            "environment_changes": list(state.environment_changes),
             "steps": [asdict(step) for step in state.steps],
             "blocks": [asdict(block) for block in state.blocks],
             "provenance": dict(provenance) if provenance is not None else None,
@@ -98,6 +100,10 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
         if state.remaining_s is not None:
             how_far += f"; about {duration(state.remaining_s)} left"
     console.print(how_far, highlight=False, soft_wrap=True)
+    if state.holder is not None:
+        console.print(f"is being worked on by {state.holder}", highlight=False, soft_wrap=True)
+    for change in state.environment_changes:
+        console.print(change, highlight=False, soft_wrap=True)
     if provenance is not None:
         console.print(_settings_table(state.config, provenance))
     console.print(_blocks_table(state.blocks))

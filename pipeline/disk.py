@@ -44,7 +44,7 @@ class Calls:
 
     def open_to_append(self, path: Path) -> int:
         """A descriptor that reads anywhere in `path` and writes at its end."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
     def write(self, descriptor: int, data: memoryview) -> int:
         """How many bytes of `data` were written."""

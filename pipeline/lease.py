@@ -105,13 +105,14 @@ class Lease:
     def _acquire(self) -> None:
         while True:
             holder = holder_of(self._run)
-            if holder is None and not self._run.storage.exists(_KEY):
+            if holder is None:
                 try:
                     self._run.storage.create(_KEY, _encode(self._own))
                     return
                 except FileExists:
-                    continue
-            if holder is not None and not self._may_take_over(holder):
+                    if holder_of(self._run) is not None:
+                        continue  # somebody was quicker; else it is one that nobody can read, and nobody's
+            elif not self._may_take_over(holder):
                 continue
             self._run.storage.replace(_KEY, _encode(self._own))
             # Of two who do this at once, the later one has it.

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from pipeline.errors import ConfigMismatch, DamagedData
+from pipeline.migrations import migrate
 
 # The step of a record that takes the commits from figures["from_number"] on out of force.
 INVALIDATE = "invalidate"
@@ -140,6 +141,8 @@ class Record(BaseModel):
             # The bytes, too: a digest of the contents knows nothing of white space.
             if raw.get("digest") != _digest(body) or data != _file_bytes(raw):
                 raise ValueError("its contents do not match its digest")
+            if version != cls.newest_schema:
+                data = json.dumps(migrate(cls.__name__, raw, cls.newest_schema)).encode()
             return cls.model_validate_json(data, strict=True)
         except (ValueError, RecursionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,12 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pipeline.config import BASELINE, LAMP_FIELDS, RunConfig, check_combinations, complete
 from pipeline.errors import ConfigError
 from pipeline.plan import Step, chain
 from pipeline.settings import Gathered, Method
+
+if TYPE_CHECKING:
+    from stages.models.base import ModelFolder
 
 RUNS = Path("runs")
 
@@ -57,7 +60,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     settings = _with_absolute_paths(gathered)
     gathered = Gathered(settings, gathered.origins, gathered.preset)
     choices = choose(settings.device, settings.dtype)
-    folder = resolve(settings.model, settings.revision)
+    folder = resolve(settings.model, settings.revision, trusts_code=settings.trust_remote_code)
     model = open_model(folder)
     shapes = prunable_layers(model, settings.ignore)
     widest = max(layer.cols for block in shapes for layer in block)
@@ -93,7 +96,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
         origins=origins,
         notices=(*notices, *more_notices),
         model=_model_record(model, folder),
-        data=_check_sources(config, folder.path, model.vocab_size),
+        data=_check_sources(config, folder, model.vocab_size),
         environment=environment_record(asdict(choices)),
         budget=budget,
         steps=chain_of(config, model.num_blocks),
@@ -177,12 +180,12 @@ def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping
     return allocate(blocks, config.target_sparsity, config.alpha, config.beta, fixed)
 
 
-def _check_sources(config: RunConfig, model_path: Path, vocab_size: int) -> dict[str, Any]:
+def _check_sources(config: RunConfig, folder: ModelFolder, vocab_size: int) -> dict[str, Any]:
     """The digest of each local source, after making sure that each can be read and is long enough."""
     from stages.data.sources import parse_source
     from stages.data.text import load_tokenizer, require_length
 
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_tokenizer(folder.path, trusts_code=folder.trusts_code)
     digests: dict[str, Any] = {}
     if config.calibration is not None:
         assert config.num_samples is not None

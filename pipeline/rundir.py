@@ -45,6 +45,7 @@ from pipeline.manifest import (
     finite_or_null,
     relative_path,
 )
+from pipeline.scrub import scrub, scrub_values
 from pipeline.storage.base import Storage
 from pipeline.storage.folder import FolderStorage
 from pipeline.storage.locate import Place, locate
@@ -234,7 +235,7 @@ class RunDirectory:
 
         For a payload that is damaged and cannot be made again bit for bit. Raises Superseded.
         """
-        return self._note(INVALIDATE, {"from_number": number, "reason": reason}, free)
+        return self._note(INVALIDATE, {"from_number": number, "reason": scrub(reason)}, free)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -397,7 +398,7 @@ class RunDirectory:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Add a line to events.jsonl."""
-        line = {"at": datetime.now(UTC).isoformat(), "kind": kind, **finite_or_null(fields)}
+        line = {"at": datetime.now(UTC).isoformat(), "kind": kind, **scrub_values(finite_or_null(fields))}
         try:
             self.storage.append("events.jsonl", json.dumps(line))
         except DiskError as error:

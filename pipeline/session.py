@@ -21,6 +21,7 @@ from pipeline.lease import Lease
 from pipeline.manifest import RunManifest
 from pipeline.mend import mend
 from pipeline.plan import Evaluation, Step, evaluation_steps, next_steps, releasable
+from pipeline.plausible import configuration_of, making_sense
 from pipeline.preflight import most_needed, require_room
 from pipeline.prepare import RUNS, Prepared, chain_of, environment_record
 from pipeline.rundir import RunDirectory, find_runs
@@ -113,9 +114,10 @@ def reopen(
     Raises ConfigError for a wrong one.
     """
     run = RunDirectory.open(place, to_go_on=to_go_on)
-    config = RunConfig(**run.manifest.config)
+    config = configuration_of(run)
     if run.log:
-        config = config.with_free(run.log[-1].free)
+        with making_sense(f"{run.label}/commits/{run.log[-1].number:06d}.json"):
+            config = config.with_free(run.log[-1].free)
     changes = {field: value for field, value in (free or {}).items() if value is not None}
     try:
         config = config.with_free(changes)

@@ -53,6 +53,7 @@ class Settings(BaseModel):
     group_size: int | None = Field(None, ge=1)
     method: Method = "lamp"
     revision: str | None = None
+    trust_remote_code: bool = False
     alpha: float | None = Field(None, gt=0, le=1)
     beta: float | None = Field(None, ge=0, le=1)
     budget: Literal["uniform", "outliers"] | None = None
@@ -97,6 +98,13 @@ class Settings(BaseModel):
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("preemption_url")
+    @classmethod
+    def _no_credentials(cls, url: str | None) -> str | None:
+        if url is not None and "@" in url.partition("://")[2].partition("/")[0]:
+            raise ValueError("an address with a name or password would be written into the run directory")
+        return url
 
     @field_validator("max_runtime", mode="before")
     @classmethod

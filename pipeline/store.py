@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ _DTYPES: dict[StreamDtype, torch.dtype] = {
     "int32": torch.int32,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_CHECKSUM_BYTES = 4  # crc32c
 
 REPAIR = "Nothing was computed with it. `lampctl resume` makes it again"
 
@@ -107,14 +110,30 @@ def open_stream(
     if files.keys() != _keys(spec):
         raise DamagedData(f"the commit of {origin or payload.root} does not list one chunk per sample")
     folder = Path(f"{storage.label}/{payload.root}")  # as messages name it
+    _require_chunks_of(spec, files, folder)
     committed = _Committed(storage, payload.root, files, set() if checked is None else checked)
     store = _ChunkStore(folder, explain_missing, committed, origin)
     store.check_sizes()
     with _translating(folder / _METADATA, origin):
         array = zarr.open_array(store, mode="r", zarr_format=3)
-    if array.shape != (spec.num_samples, *spec.sample_shape) or array.chunks != (1, *spec.sample_shape):
+    is_ours = (
+        array.shape == (spec.num_samples, *spec.sample_shape)
+        and array.chunks == (1, *spec.sample_shape)
+        and str(array.dtype) == ("uint16" if spec.dtype == "bfloat16" else spec.dtype)
+        # Another codec could make a small file a large one.
+        and [type(codec).__name__ for codec in getattr(array.metadata, "codecs", ())] == ["BytesCodec", "Crc32cCodec"]
+    )
+    if not is_ours:
         raise DamagedData(f"{folder / _METADATA} describes another array than its commit. {REPAIR}")
     return ActivationStream(array, store, spec)
+
+
+def _require_chunks_of(spec: StreamSpec, files: Mapping[str, PayloadFile], folder: Path) -> None:
+    """Raise DamagedData unless each chunk has just the size of a sample: nothing larger is ever made room for."""
+    size = math.prod(spec.sample_shape) * _DTYPES[spec.dtype].itemsize + _CHECKSUM_BYTES
+    for key, file in files.items():
+        if key != _METADATA and file.size != size:
+            raise DamagedData(f"the commit says {file.size} bytes of {folder / key}, a sample of it has {size}")
 
 
 class ActivationStream:
@@ -386,6 +405,9 @@ def _translating(path: Path, origin: str) -> Iterator[None]:
         yield
     except (DamagedData, DiskError):
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError, OverflowError),
+        *(NotImplementedError, RecursionError, ImportError),
+    ) as error:
         # crc32c and reshaping failures are both plain ValueErrors in zarr 3.1.
         raise DamagedData(f"{path}{_of(origin)} is damaged: {error}. {REPAIR}") from error

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.manifest import StepCommit
+from pipeline.lease import holder_of
+from pipeline.manifest import ENVIRONMENT, StepCommit
 from pipeline.plan import CHAIN_KINDS, Step
+from pipeline.plausible import making_sense
 from pipeline.rundir import RunDirectory
 from pipeline.session import steps_of
 
@@ -91,6 +93,8 @@ class RunStatus:
     num_masked: int | None  # in the exported model; None before export
     num_other_zeros: int | None
     model: str | None  # where the exported one is
+    environment_changes: tuple[str, ...]  # how the machine, or versions, changed since the run began
+    holder: str | None  # who is working on it now, as far as its lease says
 
     @property
     def sparsity(self) -> float | None:
@@ -99,7 +103,12 @@ class RunStatus:
 
 
 def status(run: RunDirectory, config: RunConfig) -> RunStatus:
-    """The state of a run, from its manifest and commits alone."""
+    """The state of a run, from its manifest and commits alone. Raises DamagedData where those make no sense."""
+    with making_sense(f"{run.label}/commits"):
+        return _status(run, config)
+
+
+def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
     steps, _ = steps_of(run, config)
     by_name = {commit.step: commit for commit in run.commits}
     states = tuple(_step_state(step, by_name.get(step.name)) for step in steps)
@@ -124,6 +133,13 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
         num_masked=exported.figures["num_masked"] if exported else None,
         num_other_zeros=exported.figures["num_other_zeros"] if exported else None,
         model=f"{run.label}/model" if exported else None,
+        environment_changes=tuple(
+            f"from commit {record.number} on: {change}"
+            for record in run.log
+            if record.step == ENVIRONMENT
+            for change in record.figures["changes"]
+        ),
+        holder=None if todo == [] else _holder(run),
     )
 
 
@@ -149,6 +165,11 @@ def side_by_side(
         key = (result.source, result.seqlen, result.num_tokens, result.is_partial)
         rows.setdefault(key, {})[result.which] = result
     return rows
+
+
+def _holder(run: RunDirectory) -> str | None:
+    holder = holder_of(run)
+    return None if holder is None else holder.shown
 
 
 def _step_state(step: Step, commit: StepCommit | None) -> StepState:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config import RunConfig
 from pipeline.engine import StepResult
-from pipeline.errors import ConfigMismatch
+from pipeline.errors import ConfigMismatch, DamagedData
 from pipeline.plan import Evaluation, Step
 from pipeline.prepare import fixed_sparsities, prunable_layers
 from pipeline.rundir import Attempt, RunDirectory
@@ -70,7 +70,7 @@ class StageWorker:
                 f"{self.config.model}, the model that this run was begun with, is gone: put it back (a symbolic link "
                 "will do)"
             )
-        folder = resolve(self.config.model, recorded["revision"])
+        folder = resolve(self.config.model, recorded["revision"], trusts_code=self.config.trust_remote_code)
         found = {name: digest.sha256 for name, digest in folder.files.items()}
         expected = {name: digest["sha256"] for name, digest in recorded["files"].items()}
         if found != expected:
@@ -159,7 +159,7 @@ class StageWorker:
             )
         tokens = calibrate(
             source,
-            self.model.source.path,
+            self.model.source,
             num_samples=config.num_samples,
             seqlen=config.seqlen,
             sampling=config.calibration_sampling,
@@ -376,8 +376,8 @@ class StageWorker:
 
     def _evaluate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         what = self.evaluations[step.name]
-        model = self.model if what.which == "dense" else open_model(resolve(str(self._published_model()), None))
-        tokenizer = load_tokenizer(self.model.source.path)
+        model = self.model if what.which == "dense" else self._open_published()
+        tokenizer = load_tokenizer(self.model.source.path, trusts_code=self.config.trust_remote_code)
         source = parse_source(what.source)
         tokens = evaluation_tokens(source, tokenizer)
         require_vocabulary(tokens, self.model.vocab_size, self.config.model)
@@ -395,6 +395,9 @@ class StageWorker:
             "is_partial": result.num_windows < num_available,
             "source_digest": source.digest(),
         }
+
+    def _open_published(self) -> BlockModel:
+        return open_model(resolve(str(self._published_model()), trusts_code=self.config.trust_remote_code))
 
     def _published_model(self) -> Path:
         """The exported folder, after making sure that it is still what was committed."""
@@ -414,7 +417,10 @@ class StageWorker:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise DamagedData(f"{path} is no safetensors file: {error}") from error
 
 
 def _write_state(attempt: Attempt, name: str, state: Mapping[str, Tensor]) -> None:

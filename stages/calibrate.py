@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
 from stages.data.sources import Source
 from stages.data.text import calibration_tokens, load_tokenizer
+from stages.models.base import ModelFolder
 
 
 def calibrate(
     source: Source,
-    model_folder: Path,
+    model: ModelFolder,
     *,
     num_samples: int,
     seqlen: int,
@@ -24,5 +23,5 @@ def calibrate(
 
     Raises UsageError if the source holds too few tokens, ResourceError if it is out of reach.
     """
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(model.path, trusts_code=model.trusts_code)
     return calibration_tokens(source, tokenizer, num_samples, seqlen, sampling, skip, seed)

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from stages.errors import DamagedFileError
 from stages.pruners.quantize import Grid
 
 FOLDER = "masks"
@@ -53,7 +54,14 @@ def mask_file(layers: Mapping[str, PrunedWeight]) -> bytes:
 
 
 def read_mask_file(path: Path, only: str | None = None) -> dict[str, PrunedWeight]:
-    """The layers of one file, or only one of them, by name. Raises ValueError if it is no such file."""
+    """The layers of one file, or only one of them, by name. Raises DamagedFileError if it is no such file."""
+    try:
+        return _read(path, only)
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+        raise DamagedFileError(f"{path} is no file of masks that this version reads: {error}") from error
+
+
+def _read(path: Path, only: str | None) -> dict[str, PrunedWeight]:
     layers = {}
     with safe_open(path, framework="pt") as file:
         for name, about in _described(path, file.metadata()).items():

@@ -82,7 +82,9 @@ class FolderStorage:
         return found
 
     def read(self, key: str) -> bytes:
-        return disk.read_file(self.folder / relative_path(key))
+        path = self.folder / relative_path(key)
+        self._require_inside(path.parent)
+        return disk.read_file(path)
 
     def load(self, key: str) -> bytes:
         return disk.read_file(self._inside(key))
@@ -101,6 +103,7 @@ class FolderStorage:
 
     def create(self, key: str, data: bytes) -> None:
         path = self.folder / relative_path(key)
+        self._require_inside(path.parent)
         disk.make_folder(path.parent)
         disk.write_new(path, data)
 
@@ -115,6 +118,7 @@ class FolderStorage:
 
     def new_folder(self, key: str, *, is_bulky: bool = False, with_parents: bool = False) -> Path:
         path = (self._roots[0] if is_bulky else self.folder) / relative_path(key)
+        self._require_inside(path.parent)
         if with_parents or (is_bulky and self.scratch is not None):
             disk.make_folder(path.parent)
         disk.make_new_folder(path)
@@ -136,6 +140,7 @@ class FolderStorage:
             new, old = root / relative_path(source), root / relative_path(target)
             if not new.exists():
                 continue
+            self._require_inside(old.parent)
             disk.make_folder(old.parent)
             disk.flush_tree(new)
             self.remove(target)

@@ -17,12 +17,15 @@ from stages.hub import reason_of
 _MAX_REJECTIONS = 2000
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that the model in `folder` ships with. Raises UsageError if it has none that works."""
+def load_tokenizer(folder: Path, *, trusts_code: bool = False) -> Any:
+    """The tokenizer that the model in `folder` ships with; code of its own is run only if that is trusted.
+
+    Raises UsageError if it has none that works.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise UsageError(f"{folder} holds no tokenizer that transformers can read ({reason_of(error)})") from error
 

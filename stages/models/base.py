@@ -27,12 +27,16 @@ class ModelFolder:
     path: Path
     source: str  # "hub", "folder", "pickle", "gguf", "wheel"
     revision: str | None  # commit of the hub
+    trusts_code: bool = False  # whether Python code that comes with the model may be run
 
     @cached_property
     def files(self) -> dict[str, FileDigest]:
         """Size and sha256 of every file that decides what the model computes."""
-        names = sorted(p.name for p in self.path.iterdir() if p.name in _DECIDING or p.suffix == ".safetensors")
+        names = sorted(p.name for p in self.path.iterdir() if self._decides(p))
         return {name: digest_file(self.path / name) for name in names}
+
+    def _decides(self, path: Path) -> bool:
+        return path.name in _DECIDING or path.suffix == ".safetensors" or (self.trusts_code and path.suffix == ".py")
 
 
 _DECIDING = {

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from stages.errors import UsageError
+from stages.errors import DamagedFileError, UsageError
 from stages.hub import reason_of
 from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part
 from stages.models.recorders import Recorder, StopForward, Tape, output_of
@@ -62,7 +62,9 @@ class Decoder:
         self.source, self.config, self._files = folder, config, files
         # Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed; parameters are not.
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=folder.trusts_code
+            )
         model.eval().requires_grad_(False)
         model.tie_weights()
         self._model = model
@@ -119,7 +121,13 @@ class Decoder:
             state = {name: _copied(tensor, dtype, device) for name, tensor in state.items()}
         # A buffer that the files lack keeps the value that the model computed for it.
         whole = {**{name: buffer for name, buffer in block.state_dict().items() if not buffer.is_meta}, **state}
-        block.load_state_dict(whole, strict=True, assign=True)
+        try:
+            block.load_state_dict(whole, strict=True, assign=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DamagedFileError(
+                f"the weights of block {block_index} are not those of such a block: {reason}"
+            ) from error
         block.to(device)
         _require_materialised(block, f"block {block_index} of {self.source.name}")
         return block.eval().requires_grad_(False)
@@ -173,7 +181,8 @@ class Decoder:
             settings["dtype"] = requested_dtype
             settings.pop("torch_dtype", None)
         yield "config.json", (json.dumps(settings, indent=2) + "\n").encode()
-        for name in _COPIED:
+        code = sorted(path.name for path in self.source.path.glob("*.py")) if self.source.trusts_code else []
+        for name in (*_COPIED, *code):
             if (self.source.path / name).is_file():
                 yield name, (self.source.path / name).read_bytes()
 
@@ -316,10 +325,16 @@ def _read_config(folder: ModelFolder) -> PreTrainedConfig:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        config = AutoConfig.from_pretrained(folder.path)
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=folder.trusts_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{folder.name} comes with Python code of its own, which is not run unless you say "
+                "--trust-remote-code: read it first"
+            ) from error
         raise UsageError(f"{folder.name}: transformers cannot read its config.json ({reason_of(error)})") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+    is_own = folder.trusts_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_own) or getattr(config, "is_encoder_decoder", False):
         raise UsageError(f"{folder.name} is a {config.model_type} model, no decoder-only language model")
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(f"{folder.name} is quantized: name the original model")

