@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOL_ARGS := --sparsity 0.6 --preset quick --baseline sparsegpt
 
-.PHONY: help setup test lint demo bench soak clean
+.PHONY: help setup test lint demo bench docker-check soak clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -37,6 +37,9 @@ bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines and 
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/quality.py --jobs 2
+
+docker-check: ## Build the image and stop and resume a run in it (needs buildah; BASE=image, TORCH=torch)
+	.ci/docker_check.sh
 
 soak: $(READY) ## The long tests: real models, many kills
 	$(BIN)/python -m pytest -m 'slow or smollm2'
