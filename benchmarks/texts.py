@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,16 +32,29 @@ def parse_text(words: str, work: Path) -> Text:
     return Text(label if equals else path.stem, f"text:{as_text_file(path, work)}")
 
 
+def say_embedded(purpose: str, missing: Path) -> None:
+    """Tell loudly that the figures will be of another text than those of the README."""
+    print(
+        f"NOTE: {missing} is not there: {purpose} on Python's own documentation ({EMBEDDED}) instead. Its figures do "
+        "not compare with those of the README; name other files by --calibration and --evaluate",
+        file=sys.stderr,
+    )
+
+
 def default_calibration() -> Text:
     """WikiText-2's validation file, or the embedded corpus's own part for calibration."""
     path = SHARED / "wikitext-2-raw.wiki.valid.raw"
-    return Text("wikitext2-valid", f"text:{path}") if path.exists() else Text(EMBEDDED, EMBEDDED)
+    if path.exists():
+        return Text("wikitext2-valid", f"text:{path}")
+    say_embedded("calibration", path)
+    return Text(EMBEDDED, EMBEDDED)
 
 
 def default_evaluation(work: Path) -> tuple[Text, ...]:
     """WikiText-2's test file and documents of C4, or the embedded corpus's own part for evaluation."""
     wikitext, c4 = SHARED / "wikitext-2-raw.wiki.test.raw", SHARED / "c4_prompts.pf-decoding.jsonl"
     if not wikitext.exists():
+        say_embedded("evaluation", wikitext)
         return (Text(EMBEDDED, EMBEDDED),)
     return (
         Text("wikitext2", f"text:{wikitext}"),

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from texts import SHARED, as_text_file
+from texts import EMBEDDED, SHARED, as_text_file, say_embedded
 
 from stages.budget import BlockBudget, LayerShape, allocate, follow_pattern
 from stages.capture import capture
@@ -42,10 +42,8 @@ def main() -> None:
     model = open_model(resolve(args.model, None))
     choices = dataclasses.replace(choose("cpu", args.dtype), num_threads=args.threads)
     apply(choices)
-    calibration, evaluation = (
-        f"text:{as_text_file(path, args.work)}" if path.exists() else "pydocs"
-        for path in (SHARED / "c4_demo.jsonl", SHARED / "c4_prompts.pf-decoding.jsonl")
-    )
+    calibration = _text(args.calibration, SHARED / "c4_demo.jsonl", "calibration", args.work)
+    evaluation = _text(args.evaluate, SHARED / "c4_prompts.pf-decoding.jsonl", "evaluation", args.work)
     tokenizer = load_tokenizer(model.source.path)
     tokens = calibration_tokens(parse_source(calibration), tokenizer, args.num_samples, args.seqlen, None, 0, 0)
     inputs = ListStream(len(tokens), (args.seqlen,), tokens.dtype)
@@ -63,6 +61,15 @@ def main() -> None:
     print(json.dumps(line))
     with args.out.open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def _text(named: Path | None, usual: Path, purpose: str, work: Path) -> str:
+    """lampctl's name of a text: the file that was named, else the usual one, else the embedded corpus, said loudly."""
+    path = named or usual
+    if named is None and not usual.exists():
+        say_embedded(purpose, usual)
+        return EMBEDDED
+    return f"text:{as_text_file(path, work)}"
 
 
 def prune_first_blocks(
@@ -118,6 +125,8 @@ def _budgets(model: BlockModel, pattern: Pattern | None, args: argparse.Namespac
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", type=Path, help="text or JSON lines; default: C4 in ../shared/data, or pydocs")
+    parser.add_argument("--evaluate", type=Path, help="other text or JSON lines; default: likewise")
     parser.add_argument("--blocks", type=int, default=12, help="how many to prune, from the first on")
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--pattern", help="N:M in place of --sparsity")

@@ -230,4 +230,6 @@ def _label(step: Step) -> str:
 def _losses(figures: Mapping[str, Any]) -> str:
     side = "_aside" if figures["loss_before_aside"] is not None else ""
     before, after = figures[f"loss_before{side}"], figures[f"loss_after{side}"]
+    if not figures["kept_epoch"]:
+        return f"loss {before:.4g} (kept as it was: no epoch helped)"
     return f"loss {before:.4g} -> {after:.4g}"

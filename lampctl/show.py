@@ -144,6 +144,11 @@ def next_step(run: RunDirectory, config: RunConfig) -> None:
     _console().print(line, highlight=False, soft_wrap=True)
 
 
+def model_is_back(run: RunDirectory) -> None:
+    """The exported folder was made once more."""
+    _console().print(f"The pruned model: {_shown(f'{run.label}/model')}", highlight=False, soft_wrap=True)
+
+
 def packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> None:
     """What a packed file takes on disk, part by part, beside what the model's folder does, and where it is."""
     if as_json:

@@ -117,7 +117,9 @@ def check_combinations(gathered: Gathered) -> None:
                     f"layer: it excludes {flag_of(field)}{origin(field)}"
                 )
     if settings.budget == "outliers" and settings.method == "magnitude":
-        raise ConfigError(f"--budget outliers{origin('budget')}: magnitude pruning looks at no data")
+        is_baseline = gathered.origins.get("method") == BASELINE
+        remedy = "; leave out --baseline magnitude" if is_baseline else ""
+        raise ConfigError(f"--budget outliers{origin('budget')}: magnitude pruning looks at no data{remedy}")
     if settings.budget_spread is not None and settings.budget != "outliers":
         where = f"{settings.budget_spread:g}{origin('budget_spread')}"
         raise ConfigError(f"--budget-spread {where} is about --budget outliers")
@@ -180,6 +182,13 @@ def complete(
             fill(field, getattr(defaults, field))
         else:
             _drop(field, gathered, values, [] if "lamp" in baselines else notices, "it is about --method lamp")
+    if is_lamp and gathered.preset == "paper":
+        fixed = ("alpha", "beta", *(field for field in LAMP_FIELDS if field != "effort"))
+        others = [
+            flag_of(field) for field in fixed if gathered.given(field) and values[field] != getattr(defaults, field)
+        ]
+        if others:
+            notices.append(f"{', '.join(others)}: this departs from the paper's settings (--preset paper)")
     if is_lamp and not values["refine"]:
         values["refine_epochs"] = values["refine_lr"] = None
         if not values["epochs"]:

@@ -246,6 +246,13 @@ def _settle_environment(run: RunDirectory, config: RunConfig, listener: Listener
     run.event("environment-changed", changes=changes)
 
 
+def show_model(run: RunDirectory, config: RunConfig) -> None:
+    """Make the exported model's folder, and its card, once more."""
+    from pipeline.work import StageWorker
+
+    StageWorker(run, config, {}).refresh_views()
+
+
 def _require_room(run: RunDirectory, config: RunConfig, steps: Sequence[Step], worker: Any) -> None:
     """Raise OutOfDisk, with the numbers, where the disk is too small for what is left to do."""
     need = most_needed(

@@ -241,11 +241,7 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
         figures.append(
             CardFigure(source, dense.perplexity if dense else None, pruned.perplexity if pruned else None, note)
         )
-    settings = {
-        k: v
-        for k, v in config.identity.items()
-        if k not in ("model", "revision", "method", "sparsity", "pattern", "bits")
-    }
+    settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision")}
     assert state.num_masked is not None
     assert state.num_other_zeros is not None
     return CardFacts(

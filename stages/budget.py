@@ -114,12 +114,15 @@ def follow_pattern(blocks: Sequence[Sequence[LayerShape]], pattern: Pattern) -> 
 
     Raises BudgetError for a layer whose columns are no whole number of groups.
     """
-    for layer in (layer for block in blocks for layer in block):
-        if layer.cols % pattern.group:
-            raise BudgetError(
-                f"--pattern {pattern}: {layer.name} has {layer.cols} columns, no multiple of {pattern.group}; leave "
-                f"such layers dense with --ignore '{re.escape(layer.name.rpartition('.')[2])}$' or use another pattern"
-            )
+    unfit = [layer for block in blocks for layer in block if layer.cols % pattern.group]
+    if unfit:
+        first = unfit[0]
+        kinds = sorted({layer.name.rpartition(".")[2] for layer in unfit})
+        others = f" (and {len(unfit) - 1} other layers: {', '.join(kinds)})" if len(unfit) > 1 else ""
+        raise BudgetError(
+            f"--pattern {pattern}: {first.name} has {first.cols} columns, no multiple of {pattern.group}{others}; leave "
+            f"such layers dense with --ignore '({'|'.join(map(re.escape, kinds))})$' or use another pattern"
+        )
     return tuple(
         BlockBudget(tuple(LayerBudget(x.name, x.role, x.size, pattern.count(x.size)) for x in block))
         for block in blocks

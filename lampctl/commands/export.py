@@ -62,7 +62,21 @@ def export(
         return
     if out is not None or force or as_json:
         raise ConfigError("--out, --force and --json belong to --format packed; RUN/model is where the folder goes")
-    do_step(run, "export")
+    if not _show_again(run):
+        do_step(run, "export")
+
+
+def _show_again(place: str) -> bool:
+    """Make RUN/model again, if the run is exported and somebody has moved the folder away."""
+    from lampctl import show
+    from pipeline.session import reopen, show_model
+
+    directory, config = reopen(place)
+    if directory.commit_for("export") is None or directory.is_published("model"):
+        return False
+    show_model(directory, config)
+    show.model_is_back(directory)
+    return True
 
 
 def _pack(place: str, out: Path | None, force: bool, as_json: bool) -> None:

@@ -471,3 +471,23 @@ def test_a_budget_from_the_data_is_a_step_that_commits_its_table(lampctl, tmp_pa
         for layer, wanted in zip(block["layers"], expected["layers"], strict=True):
             assert layer["num_masked"] == wanted["num_masked"]
             assert (model.get_submodule(layer["name"]).weight == 0).sum() >= wanted["num_masked"]
+
+
+def test_a_model_folder_that_was_moved_away_is_made_again(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    assert lampctl("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r").code == 0
+    before = {p.relative_to("r/model"): p.read_bytes() for p in Path("r/model").rglob("*") if p.is_file()}
+    Path("r/model").rename(tmp_path / "elsewhere")
+    answer = lampctl("export", "r")
+    assert answer.code == 0, answer.err
+    assert "The pruned model: r/model" in answer.out
+    assert {p.relative_to("r/model"): p.read_bytes() for p in Path("r/model").rglob("*") if p.is_file()} == before
+    assert lampctl("export", "r").code == 2  # it is there now
+
+
+def test_departing_from_the_paper_is_said(lampctl, tmp_path):
+    original = save(tmp_path / "m", "llama")
+    flags = ("--sparsity", "0.5", *DATA, "--preset", "paper")
+    assert "departs" not in lampctl("init", original, *flags, "--run-dir", "r").out
+    answer = lampctl("init", original, *flags, "--refine", "--pruner", "alps", "--run-dir", "r2")
+    assert "--pruner, --refine: this departs from the paper's settings" in answer.out
