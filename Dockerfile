@@ -33,8 +33,8 @@ ENV PATH=/opt/lampctl/bin:$PATH \
     HOME=/work \
     HF_HOME=/work/.cache/huggingface \
     LAMPCTL_CACHE=/work/.cache/lampctl
+# Mount a volume here: what a container keeps for itself goes with it.
 WORKDIR /work
-VOLUME /work
 USER 10001:10001
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["lampctl"]

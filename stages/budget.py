@@ -119,10 +119,11 @@ def follow_pattern(blocks: Sequence[Sequence[LayerShape]], pattern: Pattern) -> 
         first = unfit[0]
         kinds = sorted({layer.name.rpartition(".")[2] for layer in unfit})
         which = "|".join(map(re.escape, kinds))
+        which = which if len(kinds) == 1 else f"({which})"
         others = f" (and {len(unfit) - 1} other layers: {', '.join(kinds)})" if len(unfit) > 1 else ""
         raise BudgetError(
             f"--pattern {pattern}: {first.name} has {first.cols} columns, no multiple of {pattern.group}{others}; "
-            f"leave such layers dense with --ignore '{which if len(kinds) == 1 else f'({which})'}$' or use another pattern"
+            f"leave such layers dense with --ignore '{which}$' or use another pattern"
         )
     return tuple(
         BlockBudget(tuple(LayerBudget(x.name, x.role, x.size, pattern.count(x.size)) for x in block))
