@@ -85,7 +85,7 @@ def weight_keys(path: Path) -> dict[str, str]:
 def _described(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     header = json.loads((metadata or {}).get(_HEADER, "{}"))
     if header.get("version") != _VERSION:
-        raise ValueError(f"{path} is no file of masks that this version reads")
+        raise ValueError(f"{path.name}: its header is no mask file's of this version")
     layers: dict[str, Any] = header["layers"]
     return layers
 

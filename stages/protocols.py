@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+# Whoever only asks how far a run is needs none of its second of import.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Stream(Protocol):

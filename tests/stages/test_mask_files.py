@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from stages.errors import DamagedFileError
 from stages.mask_files import PrunedWeight, mask_file, pack_bits, read_mask_file, unpack_bits
 from stages.pruners.quantize import fit_grid
 
@@ -41,7 +42,7 @@ def test_the_same_masks_are_the_same_bytes():
 
 def test_another_file_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "m", {"format": "pt"})
-    with pytest.raises(ValueError, match="no file of masks"):
+    with pytest.raises(DamagedFileError, match="no file of masks"):
         read_mask_file(tmp_path / "m")
 
 
