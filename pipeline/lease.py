@@ -181,6 +181,12 @@ def holder_of(run: RunDirectory) -> _Holder | None:
         return None
 
 
+def is_known_dead(holder: _Holder) -> bool:
+    """Whether the holder was a process of this machine that is no more. Of another machine nobody here knows."""
+    host, boot, _, _ = _this_process()
+    return (holder.host, holder.boot) == (host, boot) and not _is_running(holder)
+
+
 def _holds(holder: _Holder | None, own: _Holder) -> bool:
     return holder is not None and holder.token == own.token
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.lease import holder_of
+from pipeline.lease import holder_of, is_known_dead
 from pipeline.manifest import ENVIRONMENT, StepCommit
 from pipeline.plan import CHAIN_KINDS, Step
 from pipeline.plausible import making_sense
@@ -169,7 +169,7 @@ def side_by_side(
 
 def _holder(run: RunDirectory) -> str | None:
     holder = holder_of(run)
-    return None if holder is None else holder.shown
+    return None if holder is None or is_known_dead(holder) else holder.shown
 
 
 def _step_state(step: Step, commit: StepCommit | None) -> StepState:
