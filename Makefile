@@ -42,7 +42,7 @@ docker-check: ## Build the image and stop and resume a run in it (needs buildah;
 	.ci/docker_check.sh
 
 soak: $(READY) ## The long tests: real models, many kills
-	$(BIN)/python -m pytest -m 'slow or smollm2'
+	$(BIN)/python -m pytest -n0 -s -m 'slow or smollm2'
 
 clean: ## Remove the environment and caches, never runs
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info build dist
