@@ -218,7 +218,7 @@ def _open(address: str) -> ObjectStore:
         from obstore.store import from_url
     except ImportError:
         raise UnsupportedPlace(
-            f"{address}: run directories in a bucket need obstore: pip install 'lampctl[bucket]'"
+            f"{address}: run directories in a bucket need obstore: pip install obstore"
         ) from None
     try:
         # Options that are given replace those of the environment, all of them.

@@ -216,7 +216,7 @@ def test_every_kind_of_bucket_opens_with_what_the_environment_says(monkeypatch):
 
 def test_without_obstore_the_way_to_it_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
-    with pytest.raises(UnsupportedPlace, match=r"pip install 'lampctl\[bucket\]'"):
+    with pytest.raises(UnsupportedPlace, match=r"pip install obstore"):
         locate("s3://bucket/prefix")
 
 
