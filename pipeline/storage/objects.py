@@ -217,9 +217,7 @@ def _open(address: str) -> ObjectStore:
         from obstore import exceptions
         from obstore.store import from_url
     except ImportError:
-        raise UnsupportedPlace(
-            f"{address}: run directories in a bucket need obstore: pip install obstore"
-        ) from None
+        raise UnsupportedPlace(f"{address}: run directories in a bucket need obstore: pip install obstore") from None
     try:
         # Options that are given replace those of the environment, all of them.
         allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes")
