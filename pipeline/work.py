@@ -248,9 +248,10 @@ class StageWorker:
                 for name, layer in result.outcome.layers.items()
             }
         }
-        if result.finished is None:
+        if result.state is not None:
             _write_state(attempt, f"unrefined/{block}", result.state)
             return figures
+        assert result.finished is not None
         return {**figures, **self._finish(attempt, block, result.finished)}
 
     def _biased_out(self, step: Step, attempt: Attempt) -> Any:

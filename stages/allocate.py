@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.budget import BlockBudget, BudgetError, LayerShape, allocate
-from stages.capture import batch_of_one
-from stages.device import DeviceChoices, computing
+from stages.device import DeviceChoices
 from stages.models.base import BlockModel
+from stages.passes import BlockPass, Counter
 from stages.protocols import Hooks, Scratch, Stream
 
 _OUTLYING = 5.0
@@ -37,23 +37,17 @@ def outlier_shares(
 
     inputs: token ids of the N samples. hidden: N samples (tokens, hidden), the input of block 0.
     """
-    device = choices.torch_device
-    ends = model.load_ends(device, part="enter")
+    counter = Counter(hooks, model.num_blocks * len(inputs), "samples")
     passed = scratch.stream("hidden", len(inputs), tuple(hidden[0].shape), choices.torch_dtype)
-    shares, total = [], model.num_blocks * len(inputs)
+    shares = []
     for block_index in range(model.num_blocks):
-        block = model.load_block(block_index, device)
+        block = model.load_block(block_index, choices.torch_device)
         layers = {x.path: block.get_submodule(x.path) for x in model.layers(block_index) if x.name in prunable}
         squares: dict[str, Tensor] = {}
         handles = [layer.register_forward_pre_hook(_adder(squares, path)) for path, layer in layers.items()]
-        for index in range(len(inputs)):
-            hooks.check_stop()
-            source = hidden if block_index == 0 else passed
-            with computing(choices):
-                call = ends.enter(batch_of_one(inputs[index], device)).calls[block_index]
-                output = model.run_block(block, batch_of_one(source[index], device), call)
-            passed.write(index, output[0])
-            hooks.report(block_index * len(inputs) + index + 1, total, "samples")
+        source = hidden if block_index == 0 else passed
+        block_pass = BlockPass(model, block, block_index, inputs, choices)
+        block_pass.propagate(source, passed, hooks.check_stop, counter.advance)
         for handle in handles:
             handle.remove()
         shares.append(_outlying_share(model, layers, squares))

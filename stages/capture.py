@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
-from torch import Tensor
 
 from stages.device import DeviceChoices, computing
 from stages.models.base import BlockModel
+from stages.overlap import Reading, Writing
+from stages.passes import micro_batches
 from stages.protocols import Hooks, Stream
 
 
@@ -27,18 +30,18 @@ def capture(
     device = choices.torch_device
     ends = model.load_ends(device, part="enter")
     block = model.load_block(0, device) if dense_out is not None else None
-    for index in range(len(inputs)):
-        hooks.check_stop()
-        with computing(choices):
-            entry = ends.enter(batch_of_one(inputs[index], device))
-        hidden = entry.hidden.to(choices.torch_dtype)
-        biased.write(index, hidden[0])
-        if dense_out is not None and block is not None:
+    batches = micro_batches(range(len(inputs)), inputs, choices)
+    with contextlib.ExitStack() as stack:
+        read = stack.enter_context(Reading(batches, (inputs,), device))
+        biased_out = stack.enter_context(Writing(biased, device))
+        blocks_out = stack.enter_context(Writing(dense_out, device)) if dense_out is not None else None
+        for numbers, (tokens,) in read:
+            hooks.check_stop()
             with computing(choices):
-                dense_out.write(index, model.run_block(block, hidden, entry.calls[0])[0])
-        hooks.report(index + 1, len(inputs), "samples")
-
-
-def batch_of_one(sample: Tensor, device: torch.device) -> Tensor:
-    """`sample` (...) as (1, ...) on the device."""
-    return sample.to(device, non_blocking=True)[None]
+                entry = ends.enter(tokens)
+            hidden = entry.hidden.to(choices.torch_dtype)
+            biased_out.write(numbers, hidden)
+            if blocks_out is not None and block is not None:
+                with computing(choices):
+                    blocks_out.write(numbers, model.run_block(block, hidden, entry.calls[0]))
+            hooks.report(numbers[-1] + 1, len(inputs), "samples")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stages.device import DeviceChoices
-from stages.models.base import BlockCall, BlockModel
-from stages.protocols import Hooks, Stream
+from stages.models.base import BlockModel
+from stages.protocols import Hooks, Scratch, Stream
 from stages.training import BlockTrainer, Training, TrainingSettings
 
 
@@ -34,24 +34,23 @@ def compensate_block(
     settings: TrainingSettings,
     choices: DeviceChoices,
     hooks: Hooks,
+    spill: Scratch | None = None,
 ) -> CompensatedBlock:
     """Train block `block_index` to give, on the biased stream, what the original gives on the dense one.
 
     inputs: token ids of the N samples. biased_in, dense_in, dense_out: N samples (tokens, hidden); `dense_out`
     is written first, by the original block, and then is the target. With no epochs, that is all that is done.
+    spill: room for the best weights so far, which otherwise are a second block in memory.
     Raises NumericalError if the loss stops being finite.
     """
     block = model.load_block(block_index, choices.torch_device)
     trainer = BlockTrainer(
         *(model, block, block_index, inputs, biased_in, dense_out, settings, choices, hooks),
         purpose="compensate",
+        spill=spill,
         passes_before=2,
     )
 
-    def write_target(index: int, call: BlockCall) -> None:
-        dense_out.write(index, trainer.forward(dense_in, index, call)[0])
-
-    trainer.first_pass(before_each=write_target)
+    trainer.first_pass(makes_targets_of=dense_in)
     training = trainer.train(list(block.parameters()))
-    state = {name: tensor.to("cpu", copy=True) for name, tensor in block.state_dict().items()}
-    return CompensatedBlock(state, training)
+    return CompensatedBlock({name: tensor.to("cpu") for name, tensor in block.state_dict().items()}, training)

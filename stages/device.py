@@ -35,6 +35,8 @@ class DeviceChoices:
     num_threads: int
     matmul_precision: str  # torch.set_float32_matmul_precision
     device_name: str  # for people: what the machine calls itself
+    # Tokens that share a forward pass where nothing is trained, as whole samples, at least one.
+    batch_tokens: int = 0
 
     @property
     def torch_device(self) -> torch.device:

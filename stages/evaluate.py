@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.capture import batch_of_one
 from stages.device import DeviceChoices, computing
 from stages.metrics.perplexity import perplexity, window_loss
 from stages.models.base import BlockModel
+from stages.overlap import Reading, Writing
+from stages.passes import BlockPass, micro_batches
 from stages.protocols import Checkpoint, Hooks, Scratch, Stream
 
 # Windows that pass through a block before the next is loaded: many, since each block is read once for them all.
@@ -51,6 +52,19 @@ def evaluate_perplexity(
     return PerplexityResult(perplexity(measuring.losses), num_windows, seqlen)
 
 
+class _Windows:
+    """Windows of text as `Samples`."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self._windows = windows
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        return self._windows[index].clone()
+
+
 class _Measuring:
     """The losses of the windows that are done, and how the next ones are measured."""
 
@@ -63,38 +77,42 @@ class _Measuring:
         restored = hooks.restore()
         if restored is not None and restored.figures["text"] == self._text:
             self.losses = restored.figures["losses"]
-        self._passes = model.num_blocks + 1
+        self._passes = model.num_blocks + 2  # in, through each block, out
         self._done = len(self.losses) * self._passes
 
     def measure(self, numbers: Sequence[int]) -> None:
         """Add the losses of these windows, no more than the stream holds."""
+        inputs = _Windows(self.windows[numbers[0] : numbers[-1] + 1])
+        places = range(len(inputs))
         ends = self.model.load_ends(self.device, part="enter")
-        for block_index in range(self.model.num_blocks):
-            block = self.model.load_block(block_index, self.device)
-            for place, number in enumerate(numbers):
+        batches = micro_batches(places, inputs, self.choices)
+        with Reading(batches, (inputs,), self.device) as read, Writing(self.stream, self.device) as out:
+            for group, (tokens,) in read:
                 self._boundary()
                 with computing(self.choices):
-                    entry = ends.enter(batch_of_one(self.windows[number], self.device))
-                    hidden = entry.hidden if block_index == 0 else batch_of_one(self.stream[place], self.device)
-                    hidden = self.model.run_block(block, hidden, entry.calls[block_index])
-                self.stream.write(place, hidden[0])
-                self._advance()
-            del block
+                    hidden = ends.enter(tokens).hidden
+                out.write(group, hidden)
+                self._advance(len(group))
         del ends
+        for block_index in range(self.model.num_blocks):
+            block = self.model.load_block(block_index, self.device)
+            block_pass = BlockPass(self.model, block, block_index, inputs, self.choices)
+            block_pass.propagate(self.stream, self.stream, self._boundary, self._advance)
+            del block, block_pass
         ends = self.model.load_ends(self.device, part="leave")
-        losses = []
-        for place, number in enumerate(numbers):
-            self._boundary()
-            window = batch_of_one(self.windows[number], self.device)
-            with computing(self.choices):
-                logits = ends.leave(window, batch_of_one(self.stream[place], self.device))
-            losses.append(window_loss(logits, window))
-            self._advance(perplexity=perplexity([*self.losses, *losses]))
+        losses: list[float] = []
+        with Reading([[place] for place in places], (inputs, self.stream), self.device) as read:
+            for _, (window, hidden) in read:
+                self._boundary()
+                with computing(self.choices):
+                    logits = ends.leave(window, hidden)
+                losses.append(window_loss(logits, window))
+                self._advance(perplexity=perplexity([*self.losses, *losses]))
         self.losses = [*self.losses, *losses]
 
     def _boundary(self) -> None:
         self.hooks.checkpoint(lambda: Checkpoint(figures={"text": self._text, "losses": self.losses}))
 
-    def _advance(self, **figures: float) -> None:
-        self._done += 1
+    def _advance(self, count: int = 1, **figures: float) -> None:
+        self._done += count
         self.hooks.report(self._done, len(self.windows) * self._passes, "windows", **figures)

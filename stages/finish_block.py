@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.budget import BlockBudget
-from stages.capture import batch_of_one
-from stages.device import DeviceChoices, computing
+from stages.device import DeviceChoices
 from stages.errors import NumericalError
 from stages.models.base import BlockModel
+from stages.passes import BlockPass
 from stages.protocols import Stream
 from stages.pruners.masks import Pattern
 from stages.pruners.quantize import Grid, most_levels
@@ -77,7 +77,7 @@ def finish_block(
     block_index: int,
     outcome: PruneOutcome,
     choices: DeviceChoices,
-    advance: Callable[[], None],
+    advance: Callable[[int], None],
     *,
     export_dtypes: Mapping[str, torch.dtype],
     inputs: Stream | None,
@@ -89,7 +89,7 @@ def finish_block(
 
     export_dtypes: dtype of each entry of the block's state in the exported model.
     inputs: token ids of the N samples; biased, biased_out: N samples (tokens, hidden).
-    boundary, advance: called before and after each sample.
+    boundary: called before each micro-batch. advance: told how many samples have passed.
     """
     infos = [info for info in model.layers(block_index) if info.name in outcome.layers]
     for info in infos:  # -0.0 is no pruned weight's value
@@ -113,15 +113,7 @@ def finish_block(
     if biased_out is not None:
         assert inputs is not None
         assert biased is not None
-        device = choices.torch_device
-        ends = model.load_ends(device, part="enter")
-        for index in range(len(inputs)):
-            boundary()
-            with computing(choices):
-                call = ends.enter(batch_of_one(inputs[index], device)).calls[block_index]
-                hidden = model.run_block(block, batch_of_one(biased[index], device), call)
-            biased_out.write(index, hidden[0])
-            advance()
+        BlockPass(model, block, block_index, inputs, choices).propagate(biased, biased_out, boundary, advance)
     return FinishedBlock(rounded, layers)
 
 

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Stream(Protocol):
-    """A fixed number of activation samples, each (tokens, hidden), read and written one at a time."""
+class Samples(Protocol):
+    """A fixed number of samples, read one at a time, from any thread."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Tensor:
         """Sample `index` on the CPU, as it was written, bit for bit. The caller may change it."""
         ...
+
+
+class Stream(Samples, Protocol):
+    """A fixed number of activation samples, each (tokens, hidden), read and written one at a time."""
 
     def write(self, index: int, sample: Tensor, /) -> None:
         """Store sample `index`, converted to the stream's own dtype."""

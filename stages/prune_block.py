@@ -6,6 +6,7 @@ same input (q, k and v; gate and up) share one Hessian and one factorisation of 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.budget import BlockBudget
-from stages.capture import batch_of_one
-from stages.device import DeviceChoices, computing
+from stages.device import DeviceChoices
 from stages.errors import NumericalError
 from stages.finish_block import FinishedBlock, LayerOutcome, PruneOutcome, finish_block, require_budget
 from stages.models.base import BlockModel
+from stages.passes import BlockPass, Counter
 from stages.protocols import Checkpoint, Hooks, Stream
 from stages.pruners.alps import Splitting, alps, split
 from stages.pruners.hessian import Factor, HessianSum, factorise
@@ -42,11 +43,11 @@ class PruneSettings:
 
 @dataclass(frozen=True)
 class PrunedBlock:
-    """A block after pruning: its fp32 state, and what happened to each layer."""
+    """A block after pruning, and what happened to each layer."""
 
-    state: dict[str, Tensor]
     outcome: PruneOutcome
-    finished: FinishedBlock | None  # in the export dtype; None: it is not finished yet
+    state: dict[str, Tensor] | None = None  # in fp32; None: it is finished
+    finished: FinishedBlock | None = None  # in the export dtype; None: it is not finished yet
 
 
 @dataclass
@@ -119,11 +120,11 @@ def prune_block(
     collected: _Collected | None = None
     num_passes = (1 if inputs is not None else 0) + (1 if biased_out is not None else 0)
     total = len(infos) + num_passes * (len(inputs) if inputs is not None else 0)
-    progress = _Progress(hooks, total)
+    counter = Counter(hooks, total, "passes")
     if settings.pruner != "magnitude":
         if inputs is None or biased is None:
             raise ValueError(f"{settings.pruner} needs the calibration set and the biased stream")
-        collected = _collect(model, block, block_index, modules, inputs, biased, choices, progress)
+        collected = _collect(model, block, block_index, modules, inputs, biased, choices, hooks, counter)
         groups = collected.groups
     group_of = {path: group for group in groups for path in group.paths}
 
@@ -156,22 +157,21 @@ def prune_block(
         error = _relative_error(weight, pruned, group.hessian.matrix()) if group is not None else None
         model.set_weight_matrix(modules[info.path], pruned)
         layers[info.name] = LayerOutcome(mask, grid, error, solver.factor.damping if solver else None)
-        progress.advance()
+        counter.advance()
 
     outcome = PruneOutcome({info.name: layers[info.name] for info in infos}, settings.pattern)
     require_budget(outcome, budget)
-    unrounded = {name: tensor.to("cpu", copy=True) for name, tensor in block.state_dict().items()}
-    finished = None
-    if export_dtypes is not None:
-        finished = finish_block(
-            *(model, block, block_index, outcome, choices, progress.advance),
-            export_dtypes=export_dtypes,
-            inputs=inputs,
-            biased=biased,
-            biased_out=biased_out,
-            boundary=boundary,
-        )
-    return PrunedBlock(unrounded, outcome, finished)
+    if export_dtypes is None:
+        return PrunedBlock(outcome, state={name: tensor.to("cpu") for name, tensor in block.state_dict().items()})
+    finished = finish_block(
+        *(model, block, block_index, outcome, choices, counter.advance),
+        export_dtypes=export_dtypes,
+        inputs=inputs,
+        biased=biased,
+        biased_out=biased_out,
+        boundary=boundary,
+    )
+    return PrunedBlock(outcome, finished=finished)
 
 
 @dataclass(frozen=True)
@@ -185,15 +185,6 @@ class _Named:
         self.hooks.warn(f"{self.where}: {message}")
 
 
-class _Progress:
-    def __init__(self, hooks: Hooks, total: int) -> None:
-        self.hooks, self._done, self._total = hooks, 0, total
-
-    def advance(self, count: int = 1) -> None:
-        self._done += count
-        self.hooks.report(self._done, self._total, "passes")
-
-
 def _collect(
     model: BlockModel,
     block: nn.Module,
@@ -202,13 +193,17 @@ def _collect(
     inputs: Stream,
     biased: Stream,
     choices: DeviceChoices,
-    progress: _Progress,
+    hooks: Hooks,
+    counter: Counter,
 ) -> _Collected:
-    """Sums over the inputs of every layer, one sum per distinct input, from one pass over the stream."""
-    device = choices.torch_device
-    collected = _Collected.restored(progress.hooks.restore(), device)
+    """Sums over the inputs of every layer, one sum per distinct input, from one pass over the stream.
+
+    The pass ends where the last layer has got its input: what it and whatever follows would compute is of no use.
+    """
+    collected = _Collected.restored(hooks.restore(), choices.torch_device)
     groups = collected.groups
-    seen: dict[int, tuple[Tensor, _LayerInputs]] = {}  # in the current sample: the tensor itself, kept alive
+    seen: dict[int, tuple[Tensor, _LayerInputs]] = {}  # in the current batch: the tensor itself, kept alive
+    waited_for: set[str] = set()  # layers that have not got their input in the current batch
     assigned = {path: group for group in groups for path in group.paths}
 
     def hook(path: str, cols: int) -> object:
@@ -222,12 +217,15 @@ def _collect(
                 group = _LayerInputs(HessianSum(cols, x.device))
                 groups.append(group)
             if assigned.setdefault(path, group) is not group:
-                raise AssertionError(f"{path} shared its input with other layers in one sample but not in another")
+                raise AssertionError(f"{path} shared its input with other layers in one batch but not in another")
             if path not in group.paths:
                 group.paths.append(path)
             if first_reader:
                 seen[id(x)] = (x, group)
                 group.hessian.add(x.reshape(-1, cols))
+            waited_for.discard(path)
+            if not waited_for:
+                raise _AllSeen
 
         return record
 
@@ -235,17 +233,19 @@ def _collect(
         module.register_forward_pre_hook(hook(path, model.weight_matrix(module).shape[1]))  # type: ignore[arg-type]
         for path, module in modules.items()
     ]
-    ends = model.load_ends(device, part="enter")
-    progress.advance(collected.num_samples)
+    counter.advance(collected.num_samples)
+    block_pass = BlockPass(model, block, block_index, inputs, choices)
+    batches = block_pass.batches(range(collected.num_samples, len(inputs)))
     try:
-        for index in range(collected.num_samples, len(inputs)):
-            progress.hooks.checkpoint(collected.checkpoint)
-            seen.clear()
-            with computing(choices):
-                call = ends.enter(batch_of_one(inputs[index], device)).calls[block_index]
-                model.run_block(block, batch_of_one(biased[index], device), call)
-            collected.num_samples = index + 1
-            progress.advance()
+        with block_pass.reading(batches, biased) as read:
+            for batch in read:
+                hooks.checkpoint(collected.checkpoint)
+                waited_for.update(modules)
+                with contextlib.suppress(_AllSeen):
+                    block_pass.forward(batch.samples[0], batch.call)
+                seen.clear()
+                collected.num_samples += len(batch.numbers)
+                counter.advance(len(batch.numbers))
     finally:
         for handle in handles:
             handle.remove()
@@ -253,6 +253,10 @@ def _collect(
     if unread:
         raise AssertionError(f"block {block_index}: no input ever reached {', '.join(unread)}")
     return collected
+
+
+class _AllSeen(Exception):  # noqa: N818 - no error: all that was wanted is known
+    """Ends a forward pass once every layer has got its input."""
 
 
 @dataclass(frozen=True)

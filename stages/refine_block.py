@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from stages.device import DeviceChoices
 from stages.finish_block import FinishedBlock, PruneOutcome, finish_block
 from stages.models.base import BlockModel
-from stages.protocols import Hooks, Stream
+from stages.protocols import Hooks, Scratch, Stream
 from stages.pruners.quantize import Grid
 from stages.training import BlockTrainer, Training, TrainingSettings
 
@@ -45,11 +45,13 @@ def refine_block(
     *,
     export_dtypes: Mapping[str, torch.dtype],
     biased_out: Stream | None,
+    spill: Scratch | None = None,
 ) -> RefinedBlock:
     """Train pruned block `block_index`, round it to the export dtype, run the biased stream through the result.
 
     state: the pruned block in fp32. outcome: masks, grids and the pattern, which hold afterwards as before.
     inputs: token ids of the N samples. biased_in, dense_out, biased_out: N samples (tokens, hidden).
+    spill: room for the best weights so far, which otherwise are a second block in memory.
     Raises NumericalError if the loss stops being finite.
     """
     block = model.load_block(block_index, choices.torch_device, state=state)
@@ -57,6 +59,7 @@ def refine_block(
     trainer = BlockTrainer(
         *(model, block, block_index, inputs, biased_in, dense_out, settings, choices, hooks),
         purpose="refine",
+        spill=spill,
         passes_before=1,
         passes_after=1 if biased_out is not None else 0,
     )

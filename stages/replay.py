@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from stages.capture import batch_of_one, capture
-from stages.device import DeviceChoices, computing
+from stages.capture import capture
+from stages.device import DeviceChoices
 from stages.models.base import BlockModel
+from stages.passes import BlockPass, Counter
 from stages.protocols import Hooks, Scratch, Stream
 
 StateOf = Callable[[int], Mapping[str, Tensor] | None]
@@ -42,14 +43,11 @@ def replay(
     shape = (*inputs[0].shape, model.hidden_size)
     hidden = scratch.stream("replay", len(inputs), shape, choices.torch_dtype)
     capture(model, inputs, hidden, None, choices, hooks)
-    device = choices.torch_device
-    ends = model.load_ends(device, part="enter")
+    total = num_blocks * len(inputs)
     for block_index in range(num_blocks):
-        block = model.load_block(block_index, device, state=state_of(block_index))
+        block = model.load_block(block_index, choices.torch_device, state=state_of(block_index))
         target = out if block_index == num_blocks - 1 else hidden
-        for index in range(len(inputs)):
-            hooks.check_stop()
-            with computing(choices):
-                call = ends.enter(batch_of_one(inputs[index], device)).calls[block_index]
-                target.write(index, model.run_block(block, batch_of_one(hidden[index], device), call)[0])
-            hooks.report(block_index * len(inputs) + index + 1, num_blocks * len(inputs), "samples")
+        counter = Counter(hooks, total, "samples", done=block_index * len(inputs))
+        BlockPass(model, block, block_index, inputs, choices).propagate(
+            hidden, target, hooks.check_stop, counter.advance
+        )

@@ -8,7 +8,6 @@ T: tokens of a sample.    H: hidden size.    One sample a step.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from stages.block_loss import block_loss, split_samples
-from stages.capture import batch_of_one
-from stages.device import DeviceChoices, computing
+from stages.device import DeviceChoices
 from stages.errors import NumericalError
-from stages.models.base import BlockCall, BlockModel, Ends
-from stages.protocols import Checkpoint, Hooks, Stream
+from stages.models.base import BlockModel
+from stages.overlap import Writing
+from stages.passes import BlockPass
+from stages.protocols import Checkpoint, Hooks, Scratch, Stream
 from stages.randomness import generator_for
+from stages.snapshot import Snapshot
 
 # After an epoch that did not help, training goes on from the best weights at the rate times this (docs/experiments.md).
 BACKTRACK = 0.35
@@ -93,8 +94,8 @@ class BlockTrainer:
 
     block: fp32, on the device of `choices`. inputs: token ids of the N samples. stream_in, targets: N samples
     (T, H), what the block gets and what it should give; `targets` may still be filled in the first pass.
-    purpose: names the random order of the samples, and what is trained in messages. passes_before: passes over
-    all samples that the caller makes itself, for the progress shown.
+    purpose: names the random order of the samples, and what is trained in messages. passes_before: of all samples in
+    `first_pass`, for the progress shown. spill: room for the best weights so far; None: they stay in memory.
 
     `first_pass`, then `train`, then whatever the caller does, with `boundary` at its batch boundaries.
     """
@@ -114,45 +115,32 @@ class BlockTrainer:
         purpose: str,
         passes_before: int = 0,
         passes_after: int = 0,
+        spill: Scratch | None = None,
     ) -> None:
-        self.model, self.block, self.block_index = model, block, block_index
+        self.block, self.block_index = block, block_index
         self.inputs, self.stream_in, self.targets = inputs, stream_in, targets
         self.settings, self.choices, self.hooks, self.purpose = settings, choices, hooks, purpose
         self.device = choices.torch_device
-        self.ends: Ends = model.load_ends(self.device, part="enter")
+        self._pass = BlockPass(model, block, block_index, inputs, choices)
+        self._spill = spill
         self.train_set, self.aside = split_samples(len(inputs), settings.hold_aside)
         if settings.hold_aside and not self.aside and settings.epochs:
             hooks.warn("only one calibration sample: none is kept aside, training is judged on itself")
         num_steps = settings.epochs * len(self.train_set)
         self._num_after = passes_after * len(inputs)
         self._total = passes_before * len(inputs) + num_steps + self._num_after
-        self._done = 0
+        self._done = 0  # of them, samples
         self._restored = hooks.restore() if settings.epochs else None
         self._before: Losses | None = None
         self._course: _Course | None = None  # None: training has not begun
         self._optimizer: torch.optim.Adam | None = None
         self._scaler: torch.amp.GradScaler | None = None
-        self._best_state: dict[str, Tensor] | None = None
+        self._best: Snapshot | None = None
         self._ended: Checkpoint | None = None
 
-    def call(self, index: int) -> BlockCall:
-        """The block's arguments beside the hidden state, for one sample."""
-        with torch.no_grad(), computing(self.choices):
-            return self.ends.enter(batch_of_one(self.inputs[index], self.device)).calls[self.block_index]
-
-    def forward(self, stream: Stream, index: int, call: BlockCall) -> Tensor:
-        """The block's output (1, T, H) for one sample of a stream."""
-        with computing(self.choices):
-            return self.model.run_block(self.block, batch_of_one(stream[index], self.device), call)
-
-    def loss(self, index: int, call: BlockCall) -> Tensor:
-        """The loss of one sample."""
-        hidden = self.forward(self.stream_in, index, call)
-        return block_loss(hidden, batch_of_one(self.targets[index], self.device), self.settings.loss)
-
-    def advance(self, **figures: float) -> None:
-        """Tell that one more sample has passed."""
-        self._done += 1
+    def advance(self, count: int = 1, **figures: float) -> None:
+        """Tell that `count` more samples have passed."""
+        self._done += count
         self.hooks.report(self._done, self._total, "samples", **figures)
 
     def boundary(self) -> None:
@@ -166,29 +154,60 @@ class BlockTrainer:
             self.hooks.check_stop()
 
     @torch.no_grad()
-    def first_pass(self, before_each: Callable[[int, BlockCall], None] | None = None) -> Losses:
-        """The mean loss over all samples before any training. before_each: done first, sample by sample.
+    def first_pass(self, makes_targets_of: Stream | None = None) -> Losses:
+        """The mean loss over all samples before any training.
 
-        In an attempt that goes on from a checkpoint the losses are known, and only `before_each` is done.
+        makes_targets_of: the targets are not there yet; they are what the block, as it is, makes of this stream, and
+        are written on the way. In an attempt that goes on from a checkpoint the losses are known, and that is all.
         """
+        everything = range(len(self.inputs))
         if self._restored is not None:
-            if before_each is not None:
-                for index in range(len(self.inputs)):
-                    self.hooks.check_stop()
-                    before_each(index, self.call(index))
-                    self.advance()
+            if makes_targets_of is not None:
+                self._pass.propagate(makes_targets_of, self.targets, self.hooks.check_stop, self.advance)
             self._before = Losses(**self._restored.figures["before"])
             return self._before
-        values: dict[int, float] = {}
-        for index in range(len(self.inputs)):
-            self.hooks.check_stop()
-            call = self.call(index)
-            if before_each is not None:
-                before_each(index, call)
-            values[index] = self.loss(index, call).item()
-            self.advance()
+        if makes_targets_of is None:
+            values = self._losses(everything, self.hooks.check_stop)
+        else:
+            values = self._losses_and_targets(makes_targets_of)
         self._before = Losses(_mean(values, self.train_set), _mean(values, self.aside) if self.aside else None)
         return self._before
+
+    def _losses_and_targets(self, source: Stream) -> dict[int, float]:
+        """The loss of every sample against what the block makes of `source`, which is written to the targets."""
+        values: dict[int, float] = {}
+        batches = self._pass.batches(range(len(self.inputs)))
+        with (
+            self._pass.reading(batches, source, self.stream_in) as read,
+            Writing(self.targets, self.device) as out,
+        ):
+            for batch in read:
+                self.hooks.check_stop()
+                target = self._pass.forward(batch.samples[0], batch.call)
+                out.write(batch.numbers, target)
+                target = target.to(self.choices.torch_dtype)  # as the stream holds it
+                values |= self._losses_of(batch.numbers, self._pass.forward(batch.samples[1], batch.call), target)
+                self.advance(len(batch.numbers))
+        return values
+
+    @torch.no_grad()
+    def _losses(self, indices: Sequence[int], boundary: Callable[[], None]) -> dict[int, float]:
+        """The loss of each of these samples as the block is now."""
+        values: dict[int, float] = {}
+        with self._pass.reading(self._pass.batches(indices), self.stream_in, self.targets) as read:
+            for batch in read:
+                boundary()
+                hidden = self._pass.forward(batch.samples[0], batch.call)
+                values |= self._losses_of(batch.numbers, hidden, batch.samples[1])
+                if self._course is None:
+                    self.advance(len(batch.numbers))
+        return values
+
+    def _losses_of(self, numbers: Sequence[int], hidden: Tensor, target: Tensor) -> dict[int, float]:
+        losses = [
+            block_loss(hidden[k : k + 1], target[k : k + 1], self.settings.loss).item() for k in range(len(numbers))
+        ]
+        return dict(zip(numbers, losses, strict=True))
 
     def train(self, parameters: Sequence[nn.Parameter]) -> Training:
         """Train `parameters` of the block, after `first_pass`; leaves the weights that were best.
@@ -208,7 +227,7 @@ class BlockTrainer:
         while not course.is_over:
             self._train_epoch(course)
             self._judge_epoch(course, parameters)
-        self._optimizer = self._best_state = None
+        self._optimizer = self._best = None
         after = before
         if course.kept_epoch:
             after = Losses(self._mean_loss(self.train_set), self._mean_loss(self.aside) if self.aside else None)
@@ -225,7 +244,7 @@ class BlockTrainer:
     def _begin(self, before: Losses, parameters: Sequence[nn.Parameter]) -> _Course:
         """Training about to begin, or as the checkpoint has it."""
         if self.settings.hold_aside:
-            self._best_state = copy.deepcopy(self.block.state_dict())
+            self._best = Snapshot(self.block, self._spill)
         for parameter in parameters:
             parameter.requires_grad_(True)
         self._optimizer = torch.optim.Adam(parameters, lr=self.settings.lr, fused=True)
@@ -246,20 +265,23 @@ class BlockTrainer:
         order = [self.train_set[i] for i in torch.randperm(len(self.train_set), generator=generator).tolist()]
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.lr * self.settings.lr_decay ** (course.epoch - 1) * course.rate
-        for index in order[len(course.losses) :]:
-            self.boundary()
-            loss = self.loss(index, self.call(index))
-            value = loss.item()
-            if not math.isfinite(value):
-                raise NumericalError(
-                    f"block {self.block_index}: the loss became {value} in epoch {course.epoch}; {self._advice()}"
-                )
-            self._optimizer.zero_grad(set_to_none=True)
-            self._scaler.scale(loss).backward()
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-            course.losses[index] = value
-            self.advance(loss=value, epoch=course.epoch)
+        steps = [[index] for index in order[len(course.losses) :]]
+        with self._pass.reading(steps, self.stream_in, self.targets) as read:
+            for batch in read:
+                self.boundary()
+                hidden, target = batch.samples
+                loss = block_loss(self._pass.forward(hidden, batch.call), target, self.settings.loss)
+                self._optimizer.zero_grad(set_to_none=True)
+                self._scaler.scale(loss).backward()
+                self._scaler.step(self._optimizer)
+                self._scaler.update()
+                value = loss.item()  # a GPU is waited for only now, with all of the step handed over
+                if not math.isfinite(value):
+                    raise NumericalError(
+                        f"block {self.block_index}: the loss became {value} in epoch {course.epoch}; {self._advice()}"
+                    )
+                course.losses[batch.numbers[0]] = value
+                self.advance(loss=value, epoch=course.epoch)
 
     def _judge_epoch(self, course: _Course, parameters: Sequence[nn.Parameter]) -> None:
         """Keep what the epoch has learnt or take it back (Adam's moments stay), and begin the next one, or end."""
@@ -267,12 +289,13 @@ class BlockTrainer:
         if self.settings.hold_aside:
             # The losses of an epoch are from before each of its own updates: they cannot judge them.
             judged = aside if aside is not None else self._mean_loss(self.train_set)
+            assert self._best is not None
             if judged < course.best:
                 course.best, course.kept_epoch = judged, course.epoch
-                self._best_state = copy.deepcopy(self.block.state_dict())
+                self._best.take()
             else:
                 course.rate *= BACKTRACK
-                self._take_back()
+                self._best.give_back()
         else:
             course.kept_epoch = course.epoch
         course.epochs.append(Losses(_mean(course.losses, [*course.losses]), aside))
@@ -282,18 +305,13 @@ class BlockTrainer:
             course.is_over = True
             _freeze(parameters)
 
-    def _take_back(self) -> None:
-        """Give the block the best weights so far."""
-        assert self._best_state is not None
-        self.block.load_state_dict(self._best_state)
-
     def _checkpoint(self) -> Checkpoint:
         course, before = self._course, self._before
         assert course is not None
         assert before is not None
         tensors = {f"block.{name}": tensor for name, tensor in self.block.state_dict().items()}
-        if self._best_state is not None and course.kept_epoch and not course.is_over:
-            tensors.update((f"best.{name}", tensor) for name, tensor in self._best_state.items())
+        if self._best is not None and course.kept_epoch and not course.is_over:
+            tensors.update((f"best.{name}", tensor) for name, tensor in self._best.tensors().items())
         if self._optimizer is not None and not course.is_over:
             for number, state in self._optimizer.state_dict()["state"].items():
                 tensors.update((f"adam.{number}.{name}", value) for name, value in state.items())
@@ -312,8 +330,8 @@ class BlockTrainer:
         self._done = figures["done"]
         self._scaler.load_state_dict(figures["scaler"])
         best = _named(tensors, "best.")
-        if best:
-            self._best_state = {name: tensor.to(self.device) for name, tensor in best.items()}
+        if best and self._best is not None:
+            self._best.set(best)
         self.block.load_state_dict(_named(tensors, "block."))
         for number, parameter in enumerate(parameters):
             state = _named(tensors, f"adam.{number}.")
@@ -324,13 +342,8 @@ class BlockTrainer:
         flag = "--refine-lr" if self.purpose == "refine" else "--lr"
         return f"use a smaller {flag} than {self.settings.lr:g}"
 
-    @torch.no_grad()
     def _mean_loss(self, indices: Sequence[int]) -> float:
-        values: dict[int, float] = {}
-        for index in indices:
-            self.boundary()
-            values[index] = self.loss(index, self.call(index)).item()
-        return _mean(values, indices)
+        return _mean(self._losses(indices, self.boundary), indices)
 
 
 def _freeze(parameters: Sequence[nn.Parameter]) -> None:

@@ -9,12 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stages.filedigest import FileDigest, digest_file
+
+if TYPE_CHECKING:
+    from stages.models.calls import Calls
 
 Part = Literal["enter", "leave", "all"]
 
@@ -118,6 +121,10 @@ class BlockModel(Protocol):
 
     def load_ends(self, device: torch.device, part: Part = ...) -> Ends:
         """Embeddings ("enter"), or all that lies outside the blocks ("leave", "all")."""
+        ...
+
+    def calls(self, device: torch.device) -> Calls:
+        """What the blocks get beside the hidden state: one object per device, which remembers."""
         ...
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:

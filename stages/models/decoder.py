@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.errors import DamagedFileError, UsageError
 from stages.hub import reason_of
 from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part
+from stages.models.calls import Calls
 from stages.models.recorders import Recorder, StopForward, Tape, output_of
 from stages.models.roles import role_of
 from stages.models.weights import WeightFiles, match_names
@@ -81,6 +82,7 @@ class Decoder:
         self._stored = self._match_weights()
         self._returns_tuple: bool | None = None
         self._ends: tuple[torch.device, Part, DecoderEnds] | None = None
+        self._calls: dict[torch.device, Calls] = {}
 
     # -- what is in it
 
@@ -145,8 +147,16 @@ class Decoder:
 
     # -- what lies around the blocks
 
+    def calls(self, device: torch.device) -> Calls:
+        if device not in self._calls:
+            self._calls[device] = Calls(lambda: self.load_ends(device, "enter"), self._drop_ends)
+        return self._calls[device]
+
+    def _drop_ends(self) -> None:
+        self._ends = None
+
     def load_ends(self, device: torch.device, part: Part = "all") -> DecoderEnds:
-        """The one instance of a device and part is kept: it holds the embeddings, which every step needs."""
+        """The last instance is kept until somebody has no more use for it: it holds the embeddings."""
         if self._ends is not None and self._ends[0] == device and self._ends[1] in (part, "all"):
             return self._ends[2]
         self._ends = None

@@ -38,6 +38,7 @@ class WeightFiles:
         """Raises ResourceError if a file that the index names is missing or is no safetensors file."""
         self._folder = folder
         self._file_of = _index(folder)
+        self._described: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}  # by file, then by name
 
     def __contains__(self, key: str) -> bool:
         return key in self._file_of
@@ -49,16 +50,23 @@ class WeightFiles:
 
     def dtype(self, key: str) -> torch.dtype:
         """How the tensor is stored. Raises UsageError for a dtype that is no plain number (a quantized model)."""
-        with _opened(self._folder / self._file_of[key]) as file:
-            name = file.get_slice(key).get_dtype()
+        name, _ = self._describe(key)
         if name not in _DTYPES:
             raise UsageError(f"{self._folder}: {key} is stored as {name}; load a model that is not quantized")
         return _DTYPES[name]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
-        with _opened(self._folder / self._file_of[key]) as file:
-            return tuple(file.get_slice(key).get_shape())
+        return self._describe(key)[1]
+
+    def _describe(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """The name of its dtype in the file, and its shape; each file's header is read once."""
+        filename = self._file_of[key]
+        if filename not in self._described:
+            with _opened(self._folder / filename) as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+                self._described[filename] = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+        return self._described[filename][key]
 
     def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         """A copy of the tensor in memory that torch allocated.

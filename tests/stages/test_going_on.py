@@ -198,7 +198,7 @@ def test_evaluation_goes_on_after_the_last_group_of_windows(model, monkeypatch):
     def run(hooks):
         return evaluate_perplexity(model, windows, ListScratch(), FP32, hooks)
 
-    passes = 2 * (model.num_blocks + 1)
+    passes = 2 * (model.num_blocks + 2)
     for at, expected, found, hooks, quiet in every_stop(run):
         assert found == expected
         assert len(hooks.kept.figures["losses"]) == 2 * (at // passes)
@@ -215,7 +215,7 @@ def test_groups_of_windows_do_not_change_the_perplexity(model, monkeypatch):
 def test_the_losses_of_another_text_are_not_gone_on_with(model, monkeypatch):
     monkeypatch.setattr("stages.evaluate._TOKENS_AT_ONCE", 2 * T)
     one, other = (torch.randint(4, VOCAB, (4, T), generator=torch.Generator().manual_seed(i)) for i in range(2))
-    hooks = StoppingHooks(at=2 * (model.num_blocks + 1))
+    hooks = StoppingHooks(at=2 * (model.num_blocks + 2))
     with pytest.raises(Stopped):
         evaluate_perplexity(model, one, ListScratch(), FP32, hooks)
     assert len(hooks.kept.figures["losses"]) == 2
