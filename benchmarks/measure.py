@@ -50,7 +50,7 @@ def main() -> None:
             {"source": source.name, "perplexity": result.perplexity, "num_tokens": result.num_tokens}
         )
     report["elapsed_s"] = time.monotonic() - started
-    report["peak_memory_bytes"] = peak.bytes()
+    report["peak_memory_bytes"] = peak.device_bytes() or peak.process_bytes()
     print(json.dumps(report))
 
 

@@ -165,6 +165,25 @@ def _declared(
             "[default: auto: bfloat16 on GPUs that have it]",
         ),
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Threads of the processor. [default: OMP_NUM_THREADS, else what is fastest]"),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Samples that share a forward pass where nothing is trained. [default: what fills the device]",
+        ),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Take no more memory than this (8GB, 7.5GiB; of the GPU if there is one): smaller micro-batches, best "
+            "weights on the disk; refused if it cannot be done. [default: none]",
+        ),
+    ] = None,
     export_dtype: Annotated[
         str | None,
         typer.Option(metavar="DTYPE", help="Of the result: original, float32, bfloat16, float16. [default: original]"),

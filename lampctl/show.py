@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from lampctl.units import duration, size
 from pipeline.storage.objects import is_address
-from pipeline.summary import BlockState, EvaluationResult, RunStatus, side_by_side
+from pipeline.summary import BlockState, EvaluationResult, RunStatus, StepState, side_by_side
 from pipeline.summary import status as status_of
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def result_record(state: RunStatus) -> dict[str, Any]:
         "pruning_s": state.pruning_s,
         "elapsed_s": state.elapsed_s,
         "peak_memory_bytes": state.peak_memory_bytes,
+        "peak_device_bytes": state.peak_device_bytes,
         "model": state.model,
         "evaluations": [asdict(result) for result in state.evaluations if _is_current(state, result)],
         "config": state.config.model_dump(mode="json"),
@@ -107,6 +109,8 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
     if provenance is not None:
         console.print(_settings_table(state.config, provenance))
     console.print(_blocks_table(state.blocks))
+    if state.num_done:
+        console.print(_kinds_table(state.steps))
     if state.evaluations:
         console.print(_evaluations_table(state))
     if state.model is not None:
@@ -232,8 +236,36 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
             *(_perplexity(found.get((number, "pruned", source))) for source in sources),
             "-" if state.sparsity is None else f"{100 * state.sparsity:.4f}%",
             duration(state.pruning_s),
-            "-" if state.peak_memory_bytes is None else size(state.peak_memory_bytes),
+            _memory(state.peak_memory_bytes, state.peak_device_bytes),
         )
+    return table
+
+
+def _memory(process: int | None, device: int | None) -> str:
+    """Peak memory: the GPU's, which is the scarce one, where there was one."""
+    if device is not None:
+        return f"{size(device)} (GPU)"
+    return "-" if process is None else size(process)
+
+
+def _kinds_table(steps: Sequence[StepState]) -> Table:
+    """What each kind of step has taken."""
+    done: dict[str, list[StepState]] = {}
+    for step in steps:
+        if step.is_done:
+            done.setdefault(step.kind, []).append(step)
+    has_device = any(step.peak_device_bytes is not None for step in steps)
+    table = Table("kind of step")
+    titles = ("done", "one takes", "in all", "peak memory")
+    for title in (*titles, "peak GPU memory") if has_device else titles:
+        table.add_column(title, justify="right")
+    for kind, those in done.items():
+        seconds = [step.elapsed_s or 0.0 for step in those]
+        row = [kind, str(len(those)), duration(statistics.median(seconds)), duration(sum(seconds))]
+        row.append(size(max(step.peak_memory_bytes or 0 for step in those)))
+        if has_device:
+            row.append(size(max(step.peak_device_bytes or 0 for step in those)))
+        table.add_row(*row)
     return table
 
 

@@ -76,6 +76,7 @@ FREE_FIELDS = (
     "eval_seqlen",
     "eval_max_tokens",
     "keep_activations",
+    "memory_limit",
     "checkpoint_minutes",
     "scratch_dir",
     "max_runtime",

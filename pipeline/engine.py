@@ -52,7 +52,8 @@ class StepResult:
     """What a step leaves beside its payloads."""
 
     figures: Mapping[str, Any]
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None  # of the process
+    peak_device_bytes: int | None = None  # of a GPU
 
 
 class Worker(Protocol):
@@ -232,6 +233,7 @@ def advance(
                 started_at=started_at,
                 elapsed_s=progress.elapsed_s,
                 peak_memory_bytes=result.peak_memory_bytes,
+                peak_device_bytes=result.peak_device_bytes,
             )
         except BaseException:
             run.abandon(attempt)

@@ -179,6 +179,7 @@ class StepCommit(Record):
     started_at: AwareDatetime
     elapsed_s: float = Field(ge=0, allow_inf_nan=False)
     peak_memory_bytes: int | None = Field(default=None, ge=0)
+    peak_device_bytes: int | None = Field(default=None, ge=0)
 
     @field_validator("figures", mode="before")
     @classmethod

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from pipeline.config import BASELINE, LAMP_FIELDS, RunConfig, check_combinations, complete
 from pipeline.errors import ConfigError
 from pipeline.plan import Step, chain
-from pipeline.settings import Gathered, Method
+from pipeline.settings import Gathered, Method, parse_size
 
 if TYPE_CHECKING:
+    from stages.memory import Fit
     from stages.models.base import ModelFolder
 
 RUNS = Path("runs")
@@ -51,7 +52,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     """
     from stages.budget import feasible_alpha, feasible_beta
     from stages.defaults import measured, published
-    from stages.device import choose
+    from stages.device import choose, micro_batches
     from stages.models.decoder import open_model
     from stages.models.source import resolve
     from stages.pruners.masks import Pattern
@@ -59,7 +60,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     check_combinations(gathered)
     settings = _with_absolute_paths(gathered)
     gathered = Gathered(settings, gathered.origins, gathered.preset)
-    choices = choose(settings.device, settings.dtype)
+    choices = choose(settings.device, settings.dtype, settings.threads)
     folder = resolve(settings.model, settings.revision, trusts_code=settings.trust_remote_code)
     model = open_model(folder)
     shapes = prunable_layers(model, settings.ignore)
@@ -90,6 +91,9 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
                 notices.append(f"{name} is {value:.4g} instead of {default:.4g}: no layer can be pruned above 100%")
         defaults = replace(defaults, alpha=alpha, beta=beta)
     config, origins, more_notices = complete(gathered, model.max_positions, defaults, baselines)
+    at_once = micro_batches(choices.torch_device, config.seqlen, config.micro_batch)
+    fitting = fit_memory(model, config, choices, at_once)
+    choices = replace(choices, batch_tokens=fitting.samples_at_once * config.seqlen)
     budget = _allocate(shapes, config, fixed)
     return Prepared(
         config=config,
@@ -100,6 +104,30 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
         environment=environment_record(asdict(choices)),
         budget=budget,
         steps=chain_of(config, model.num_blocks),
+    )
+
+
+def fit_memory(model: Any, config: RunConfig, choices: Any, at_once: Sequence[int]) -> Fit:
+    """The memory that a run will take, and the choices that keep it within --memory-limit.
+
+    at_once: numbers of samples that may share a forward pass, rising. Raises ResourceError where none will do.
+    """
+    from stages.device import memory_in_use
+    from stages.memory import Shapes, Work, fit
+
+    work = Work(
+        pruner=config.pruner or ("sparsegpt" if config.method == "lamp" else config.method),
+        trains=config.method == "lamp",
+        is_quantized=config.bits is not None,
+        eval_tokens=config.eval_seqlen if config.evaluate else 0,
+    )
+    return fit(
+        Shapes.of(model, config.seqlen, choices.torch_dtype.itemsize),
+        work,
+        memory_in_use(choices.torch_device),
+        parse_size(config.memory_limit) if config.memory_limit is not None else None,
+        at_once,
+        "memory" if choices.torch_device.type == "cpu" else "GPU memory",
     )
 
 

@@ -183,6 +183,7 @@ class RunDirectory:
         started_at: datetime,
         elapsed_s: float,
         peak_memory_bytes: int | None = None,
+        peak_device_bytes: int | None = None,
     ) -> StepCommit:
         """Make the attempt's step done, for good: when this returns, no crash can undo it.
 
@@ -203,6 +204,7 @@ class RunDirectory:
             started_at=started_at,
             elapsed_s=elapsed_s,
             peak_memory_bytes=peak_memory_bytes,
+            peak_device_bytes=peak_device_bytes,
         )
         try:
             self.storage.keep(f"data/{attempt.id}")

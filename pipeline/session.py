@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -217,6 +217,7 @@ def _go_on(
 
     if has_more:
         _require_room(run, config, steps, worker)
+        worker.fit_memory()
     sound(is_deep=checks == "all" or (checks == "as needed" and has_more))
     try:
         go()
@@ -286,7 +287,8 @@ def environment_here(run: RunDirectory, config: RunConfig) -> tuple[dict[str, An
     if found != choices.device_name:
         what = found or "missing"
         changes.append(f"{choices.device} is {what} here, it was {choices.device_name}")
-        choices = device.choose(config.device, choices.dtype)
+        chosen = device.choose(config.device, choices.dtype, config.threads)
+        choices = replace(chosen, batch_tokens=choices.batch_tokens)
     now = environment_record(asdict(choices))
     for name, version in _versions(then).items():
         here = _versions(now).get(name)

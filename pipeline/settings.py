@@ -79,6 +79,8 @@ class Settings(BaseModel):
     export_dtype: Literal["original", "float32", "bfloat16", "float16"] = "original"
     ignore: tuple[str, ...] = ()
     layer_sparsity: dict[str, float] = {}
+    threads: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1)
     damping: float = Field(0.01, gt=0)
     column_block: int = Field(128, ge=1)
 
@@ -87,6 +89,7 @@ class Settings(BaseModel):
     eval_seqlen: int | None = Field(None, ge=2)
     eval_max_tokens: int | None = Field(None, ge=2)
     keep_activations: bool = False
+    memory_limit: str | None = None
     checkpoint_minutes: float = Field(10.0, ge=0)
     scratch_dir: str | None = None
     max_runtime: str | None = None
@@ -115,6 +118,14 @@ class Settings(BaseModel):
             parse_duration(str(value))
         except ConfigError as error:
             raise ValueError(str(error).partition(": ")[2]) from error
+        return str(value)
+
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        if value is None or str(value).strip().lower() in ("", "none"):
+            return None
+        parse_size(str(value))
         return str(value)
 
     @field_validator("scratch_dir", mode="before")
@@ -161,6 +172,18 @@ class Settings(BaseModel):
             if not 0 <= sparsity <= 1:
                 raise ValueError(f"the sparsity of {pattern} is {sparsity}; it must lie in [0, 1]")
         return overrides
+
+
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes: "8GB", "7.5GiB", "800MB", or a plain number of bytes. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    size = int(float(match.group(1)) * _SIZES[match.group(2) or ""]) if match else 0
+    if size <= 0:
+        raise ValueError("expected a size such as 8GB, 7.5GiB or 800MB")
+    return size
 
 
 def _check_regex(pattern: str) -> None:

@@ -25,8 +25,9 @@ class StepState:
     kind: str
     block: int | None
     is_done: bool
-    elapsed_s: float | None
-    peak_memory_bytes: int | None
+    elapsed_s: float | None = None
+    peak_memory_bytes: int | None = None  # of the process
+    peak_device_bytes: int | None = None  # of a GPU; None: there was none
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class RunStatus:
     elapsed_s: float
     remaining_s: float | None  # estimated; None while nothing comparable has run
     pruning_s: float  # calibrate to export, without evaluations
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int | None  # of the process, in these steps
+    peak_device_bytes: int | None  # of a GPU
     steps: tuple[StepState, ...]
     blocks: tuple[BlockState, ...]
     evaluations: tuple[EvaluationResult, ...]
@@ -114,8 +116,8 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
     states = tuple(_step_state(step, by_name.get(step.name)) for step in steps)
     todo = [state for state in states if not state.is_done]
     exported = by_name.get("export")
-    peaks = [c.peak_memory_bytes for c in run.commits if c.peak_memory_bytes is not None]
     pruning = [c for c in run.commits if c.step.partition("/")[0] in CHAIN_KINDS]
+    measured = pruning or run.commits
     return RunStatus(
         label=run.label,
         config=config,
@@ -125,7 +127,8 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
         elapsed_s=sum(commit.elapsed_s for commit in run.commits),
         remaining_s=_remaining_s(states),
         pruning_s=sum(commit.elapsed_s for commit in pruning),
-        peak_memory_bytes=max((c.peak_memory_bytes or 0 for c in pruning), default=0) or max(peaks, default=None),
+        peak_memory_bytes=max((c.peak_memory_bytes or 0 for c in measured), default=0) or None,
+        peak_device_bytes=max((c.peak_device_bytes or 0 for c in measured), default=0) or None,
         steps=states,
         blocks=tuple(_block_state(i, b, by_name, bool(config.refine)) for i, b in enumerate(run.budget)),
         evaluations=evaluations_of(run),
@@ -174,8 +177,9 @@ def _holder(run: RunDirectory) -> str | None:
 
 def _step_state(step: Step, commit: StepCommit | None) -> StepState:
     if commit is None:
-        return StepState(step.name, step.kind, step.block, False, None, None)
-    return StepState(step.name, step.kind, step.block, True, commit.elapsed_s, commit.peak_memory_bytes)
+        return StepState(step.name, step.kind, step.block, False)
+    peaks = (commit.peak_memory_bytes, commit.peak_device_bytes)
+    return StepState(step.name, step.kind, step.block, True, commit.elapsed_s, *peaks)
 
 
 def _remaining_s(states: Sequence[StepState]) -> float | None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 from torch import Tensor
 
 from pipeline.config import RunConfig
+from pipeline.disk import FileWriter
 from pipeline.engine import StepResult
-from pipeline.errors import ConfigMismatch, DamagedData
+from pipeline.errors import ConfigMismatch
 from pipeline.plan import Evaluation, Step
-from pipeline.prepare import fixed_sparsities, prunable_layers
+from pipeline.prepare import fit_memory, fixed_sparsities, prunable_layers
 from pipeline.rundir import Attempt, RunDirectory
 from pipeline.summary import card_facts
 from stages import export
@@ -36,10 +37,12 @@ from stages.metrics.perplexity import windows
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.source import resolve
-from stages.protocols import Hooks
+from stages.models.weights import StateFile, serialized
+from stages.protocols import Hooks, Scratch
 from stages.prune_block import PruneSettings, prune_block
 from stages.refine_block import refine_block
 from stages.replay import replay
+from stages.tensor_bytes import Bytes
 from stages.training import Training, TrainingSettings
 
 # Of WikiText-2's test file, about; how long another text is, is known when it is evaluated.
@@ -60,6 +63,7 @@ class StageWorker:
         self.run, self.config, self.evaluations, self.shared_with = run, config, evaluations, shared_with
         self.choices = DeviceChoices(**run.environment["device"])
         self._views_of: int | None = None
+        self._spills = False
 
     @cached_property
     def model(self) -> BlockModel:
@@ -95,7 +99,15 @@ class StageWorker:
             "evaluate": self._evaluate,
         }[step.kind]
         figures = work(step, attempt, hooks)
-        return StepResult(figures, peak.bytes())
+        return StepResult(figures, peak.process_bytes(), peak.device_bytes())
+
+    def fit_memory(self) -> None:
+        """Keep what is left of the run within --memory-limit. Raises ResourceError where nothing will do.
+
+        How many samples share a forward pass was settled when the run began: it decides last bits.
+        """
+        at_once = [max(self.choices.batch_tokens // self.config.seqlen, 1)]
+        self._spills = fit_memory(self.model, self.config, self.choices, at_once).spills
 
     def size_of(self, payload: str) -> int:
         """About how many bytes a payload takes on the disk, by its name."""
@@ -130,8 +142,7 @@ class StageWorker:
         kind, _, number = name.partition("/")
 
         def pruned(block: int) -> Mapping[str, Tensor]:
-            shard = _read_state(self.run.open_file(f"pruned/{block}"))
-            return export.block_state(self.model, block, shard)
+            return export.block_state(self.model, block, self.run.open_file(f"pruned/{block}"))
 
         replay(
             self.model,
@@ -217,7 +228,7 @@ class StageWorker:
         assert block is not None
         state = None
         if f"compensated/{block}" in step.reads:
-            state = _read_state(self.run.open_file(f"compensated/{block}"))
+            state = StateFile(self.run.open_file(f"compensated/{block}"))
         uses_data = f"biased/{block}" in step.reads
         is_finished = f"pruned/{block}" in step.writes
         result = prune_block(
@@ -262,8 +273,8 @@ class StageWorker:
 
     def _finish(self, attempt: Attempt, block: int, finished: FinishedBlock) -> dict[str, Any]:
         """Write a block as it will be exported; gives the figures of its weights."""
-        shard = export.block_shard(self.model, block, finished.state)
-        attempt.write_file(f"pruned/{block}", f"block-{block:05d}.safetensors", shard)
+        pieces = export.block_shard(self.model, block, finished.state)
+        attempt.write_file(f"pruned/{block}", f"block-{block:05d}.safetensors", _all(pieces))
         return {
             "num_masked": sum(layer.num_masked for layer in finished.layers),
             "num_other_zeros": sum(layer.num_other_zeros for layer in finished.layers),
@@ -290,6 +301,10 @@ class StageWorker:
             config.loss or "mse",
         )
 
+    def _spill(self, attempt: Attempt) -> Scratch | None:
+        """Room on the disk for what would not fit into memory, if anything."""
+        return attempt.scratch() if self._spills else None
+
     def _compensate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         block, config = step.block, self.config
         assert block is not None
@@ -311,6 +326,7 @@ class StageWorker:
             self._training(config.epochs, config.lr),
             self.choices,
             hooks,
+            self._spill(attempt),
         )
         _write_state(attempt, f"compensated/{block}", result.state)
         return _training_figures(result.training)
@@ -324,13 +340,14 @@ class StageWorker:
             self.run.open_stream("calibration"),
             self.run.open_stream(f"biased/{block}"),
             self.run.open_stream(f"dense/{block + 1}"),
-            _read_state(self.run.open_file(f"unrefined/{block}")),
+            StateFile(self.run.open_file(f"unrefined/{block}")),
             export.outcome_of(read_mask_file(self.run.open_file(f"masks/{block}")), config.n_of_m),
             self._training(config.refine_epochs, config.refine_lr),
             self.choices,
             hooks,
             export_dtypes=export.block_dtypes(self.model, block, config.export_dtype),
             biased_out=self._biased_out(step, attempt),
+            spill=self._spill(attempt),
         )
         return {**_training_figures(result.training), **self._finish(attempt, block, result.finished)}
 
@@ -345,19 +362,19 @@ class StageWorker:
             folder.link(path.name, payload.files[0])
             masks = self.run.open_file(f"masks/{block}")
             folder.link(f"{MASKS}/{masks.name}", self.run.payload(f"masks/{block}").files[0])
-            with safetensors.safe_open(path, framework="pt") as shard:
-                files[path.name] = list(shard.keys())
+            with safetensors.safe_open(path, framework="pt") as weights:
+                files[path.name] = list(weights.keys())
                 # Once more on the files themselves, whatever the commits say.
-                counted = export.count_block(shard, read_mask_file(masks), self.config.n_of_m)
+                counted = export.count_block(weights, read_mask_file(masks), self.config.n_of_m)
             total_size += payload.files[0].size
             num_masked += counted.num_masked
             num_other_zeros += counted.num_other_zeros
             most_levels = max(most_levels, counted.num_levels)
             hooks.report(block + 1, self.model.num_blocks + 1, "blocks")
-        for name, contents, keys in export.outside_shards(self.model, self.config.export_dtype):
-            folder.write(name, contents)
-            files[name] = keys
-            total_size += len(contents)
+        for shard in export.outside_shards(self.model, self.config.export_dtype):
+            written = folder.write(shard.filename, _all(shard.pieces()))
+            files[shard.filename] = list(shard.tensors)
+            total_size += written.size
         folder.write("model.safetensors.index.json", export.index_json(files, total_size))
         for name, contents in self.model.export_extras(self.config.export_dtype):
             folder.write(name, contents)
@@ -417,16 +434,18 @@ class StageWorker:
         self._views_of = len(self.run.commits)
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise DamagedData(f"{path} is no safetensors file: {error}") from error
-
-
 def _write_state(attempt: Attempt, name: str, state: Mapping[str, Tensor]) -> None:
-    contents = safetensors.torch.save({k: v.contiguous() for k, v in state.items()})
-    attempt.write_file(name, "block.safetensors", contents)
+    attempt.write_file(name, "block.safetensors", _all(serialized(state)))
+
+
+def _all(pieces: Iterable[Bytes]) -> Callable[[FileWriter], None]:
+    """The contents of a file that is never whole in memory."""
+
+    def write(writer: FileWriter) -> None:
+        for piece in pieces:
+            writer.write(piece)
+
+    return write
 
 
 def _training_figures(training: Training) -> dict[str, Any]:

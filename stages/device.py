@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 from stages.errors import ResourceError, UsageError
+from stages.tuning import tuned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The relative error that an fp32 product of these sizes may have. Plain fp32 accumulation stays near 3e-7;
-# anything reduced (TF32, bf16) is above 1e-4.
-_FP32_PRODUCT_ERROR = 3e-6
-_PROBE_ROWS, _PROBE_COLS = 256, 1024
+# Samples share a forward pass up to so many tokens. A GPU is kept busy by thousands; on a processor nothing is gained
+# above a few hundred (docs/performance.md).
+_BATCH_TOKENS = {"cuda": 16384, "cpu": 256}
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class DeviceChoices:
         return DTYPES[self.dtype]
 
 
-def choose(device: str = "auto", dtype: str = "auto") -> DeviceChoices:
-    """Resolve "auto" and find the fastest fp32 matrix product of full fp32 accuracy.
+def choose(device: str = "auto", dtype: str = "auto", threads: int | None = None) -> DeviceChoices:
+    """Resolve "auto", and find how many threads and which path of fp32 products are fastest here (`stages.tuning`).
 
     Raises UsageError for a device or dtype that does not exist, ResourceError for a GPU that is not there.
     """
@@ -65,8 +65,22 @@ def choose(device: str = "auto", dtype: str = "auto") -> DeviceChoices:
     if chosen.type == "cuda":
         # TF32 would cost the Hessians and solves their last 13 bits.
         name = torch.cuda.get_device_name(chosen)
-        return DeviceChoices(str(chosen), dtype, torch.get_num_threads(), "highest", name)
-    return DeviceChoices("cpu", dtype, torch.get_num_threads(), _fp32_precision(), _processor_name())
+        return DeviceChoices(str(chosen), dtype, threads or torch.get_num_threads(), "highest", name)
+    tuning = tuned(_processor_name(), threads)
+    return DeviceChoices("cpu", dtype, tuning.num_threads, tuning.matmul_precision, _processor_name())
+
+
+def micro_batches(device: torch.device, tokens: int, wanted: int | None = None) -> list[int]:
+    """How many samples of so many tokens may share a forward pass where nothing is trained: what to try, rising."""
+    if wanted is not None:
+        return [wanted]
+    most = max(_BATCH_TOKENS[device.type] // tokens, 1)
+    return [2**k for k in range(most.bit_length())]
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that are taken before a model is: of the process; on a GPU, whose context nobody counts, none."""
+    return 0 if device.type == "cuda" else _from_status("VmRSS")
 
 
 def name_of(device: str) -> str | None:
@@ -126,28 +140,6 @@ def _resolve_device(device: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _fp32_precision() -> str:
-    """ "medium" where that is faster at full fp32 accuracy, else "highest".
-
-    On AMD processors MKL takes a slow path for fp32 products and "medium" moves them to oneDNN at the same
-    error. Where the processor has matrix units for bf16 it means reduced precision: the error is measured.
-    The rule looks at no clock, so that two runs on one machine never choose differently.
-    """
-    if "AuthenticAMD" not in _processor_facts().get("vendor_id", ""):
-        return "highest"
-    generator = torch.Generator().manual_seed(0)
-    left = torch.randn(_PROBE_ROWS, _PROBE_COLS, generator=generator)
-    right = torch.randn(_PROBE_COLS, _PROBE_COLS, generator=generator)
-    exact = left.double() @ right.double()
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        error = ((left @ right - exact).norm() / exact.norm()).item()
-    finally:
-        torch.set_float32_matmul_precision(before)
-    return "medium" if error < _FP32_PRODUCT_ERROR else "highest"
-
-
 def _processor_facts() -> dict[str, str]:
     """What Linux says of the first processor; empty elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -163,27 +155,35 @@ def _processor_name() -> str:
     return _processor_facts().get("model name") or platform.processor() or platform.machine()
 
 
+def _from_status(field: str) -> int:
+    """A number of bytes that Linux says of this process; 0 elsewhere."""
+    path = Path("/proc/self/status")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 class PeakMemory:
-    """The most memory used since the object was made: of the GPU if there is one, else of the process."""
+    """The most memory used since the object was made, of the process and of the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._is_reset = False
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            return
         try:  # Linux forgets a process's old peak when asked; elsewhere the peak covers its whole life
             Path("/proc/self/clear_refs").write_text("5")
             self._is_reset = True
         except OSError:
             self._is_reset = False
 
-    def bytes(self) -> int:
-        """Peak memory in bytes."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+    def device_bytes(self) -> int | None:
+        """Of the GPU's memory; None on a CPU, whose memory is the process's."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+
+    def process_bytes(self) -> int:
+        """Of the machine's memory: resident pages, those of mapped files among them."""
         if self._is_reset:
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+            return _from_status("VmHWM")
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from stages.device import DTYPES
 from stages.finish_block import LayerOutcome, PruneOutcome, check_layer
 from stages.mask_files import FOLDER, PrunedWeight
 from stages.models.base import BlockModel
+from stages.models.weights import StateFile, serialized
 from stages.pruners.masks import Pattern
+from stages.tensor_bytes import Bytes
 
-_SHARD_BYTES = 2_000_000_000
+_SHARD_BYTES = 256_000_000  # a larger tensor has a file of its own: no more than one is in memory
+_METADATA = {"format": "pt"}
 
 
 def export_dtype(requested: str, original: torch.dtype) -> torch.dtype:
@@ -34,15 +37,15 @@ def block_dtypes(model: BlockModel, block_index: int, requested: str) -> dict[st
     return {name: export_dtype(requested, d) for name, d in model.original_dtypes(block_index).items()}
 
 
-def block_shard(model: BlockModel, block_index: int, state: Mapping[str, Tensor]) -> bytes:
-    """A pruned block as one safetensors file, under the names that the model's own files have for them."""
+def block_shard(model: BlockModel, block_index: int, state: Mapping[str, Tensor]) -> Iterator[Bytes]:
+    """A pruned block as one safetensors file, under the names that the model's own files have for them, in pieces."""
     names = model.stored_names(block_index)
-    return save({names[name]: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"})
+    return serialized({names[name]: tensor for name, tensor in state.items()}, _METADATA)
 
 
-def block_state(model: BlockModel, block_index: int, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The block's state, names relative to the block, of the tensors in its file: `block_shard` undone."""
-    return {name: shard[key] for name, key in model.stored_names(block_index).items() if key in shard}
+def block_state(model: BlockModel, block_index: int, path: Path) -> StateFile:
+    """The block's state, names relative to the block, of its file: `block_shard` undone."""
+    return StateFile(path, model.stored_names(block_index))
 
 
 def pruned_weights(model: BlockModel, block_index: int, outcome: PruneOutcome) -> dict[str, PrunedWeight]:
@@ -86,19 +89,31 @@ def count_block(shard: Any, weights: Mapping[str, PrunedWeight], pattern: Patter
     return BlockCount(num_masked, num_other_zeros, num_levels)
 
 
-def outside_shards(model: BlockModel, requested: str) -> Iterator[tuple[str, bytes, list[str]]]:
-    """The untouched weights as (file name, safetensors bytes, key names), about 2 GB a file."""
+@dataclass(frozen=True)
+class Shard:
+    """Weights that go into one file."""
+
+    filename: str
+    tensors: Mapping[str, Tensor]
+
+    def pieces(self) -> Iterator[Bytes]:
+        """The file's bytes."""
+        return serialized(self.tensors, _METADATA)
+
+
+def outside_shards(model: BlockModel, requested: str) -> Iterator[Shard]:
+    """The untouched weights, some of them a file."""
     shard: dict[str, Tensor] = {}
     size = number = 0
     for name, tensor in model.outside_state():
-        tensor = tensor.to(export_dtype(requested, tensor.dtype)).contiguous()
+        tensor = tensor.to(export_dtype(requested, tensor.dtype))
         if shard and size + tensor.nbytes > _SHARD_BYTES:
-            yield f"outside-{number:05d}.safetensors", save(shard, {"format": "pt"}), list(shard)
+            yield Shard(f"outside-{number:05d}.safetensors", shard)
             shard, size, number = {}, 0, number + 1
         shard[name] = tensor
         size += tensor.nbytes
     if shard:
-        yield f"outside-{number:05d}.safetensors", save(shard, {"format": "pt"}), list(shard)
+        yield Shard(f"outside-{number:05d}.safetensors", shard)
 
 
 def index_json(files: Mapping[str, Iterable[str]], total_size: int) -> bytes:

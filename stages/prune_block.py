@@ -149,7 +149,7 @@ def prune_block(
             if id(group) not in solvers:
                 solvers.clear()
                 try:
-                    solvers[id(group)] = _Solver.of(group.hessian.matrix(), settings, _Named(hooks, where))
+                    solvers[id(group)] = _Solver.of(group, settings, _Named(hooks, where))
                 except NumericalError as failure:
                     raise NumericalError(f"{where}: {failure}") from failure
             solver = solvers[id(group)]
@@ -268,9 +268,13 @@ class _Solver:
     splitting: Splitting | None  # ALPS
 
     @classmethod
-    def of(cls, hessian: Tensor, settings: PruneSettings, on_retry: Callable[[str], None]) -> _Solver:
+    def of(cls, group: _LayerInputs, settings: PruneSettings, on_retry: Callable[[str], None]) -> _Solver:
+        hessian = group.hessian.matrix()
         factor = factorise(hessian, settings.damping, on_retry=on_retry)
-        return cls(hessian, factor, split(hessian, factor) if settings.pruner == "alps" else None)
+        splitting = None
+        if settings.pruner == "alps":
+            splitting = split(hessian, factor, is_shared=len(group.paths) > 1)
+        return cls(hessian, factor, splitting)
 
 
 def _prune_matrix(

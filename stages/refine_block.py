@@ -7,7 +7,8 @@ grid: the forward pass rounds them, the gradient passes straight through the rou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,14 +65,8 @@ def refine_block(
         passes_after=1 if biased_out is not None else 0,
     )
     trainer.first_pass()
-    infos = {info.name: info for info in model.layers(block_index)}
-    for name, layer in outcome.layers.items():
-        info = infos[name]
-        module = block.get_submodule(info.path)
-        parametrize.register_parametrization(module, "weight", _Kept(layer.mask, layer.grid, info.transposed))
-    training = trainer.train(list(block.parameters()))
-    for name in outcome.layers:
-        parametrize.remove_parametrizations(block.get_submodule(infos[name].path), "weight", leave_parametrized=True)
+    with _kept_masked(model, block, block_index, outcome):
+        training = trainer.train(list(block.parameters()))
     finished = finish_block(
         *(model, block, block_index, outcome, choices, trainer.advance),
         export_dtypes=export_dtypes,
@@ -83,18 +78,56 @@ def refine_block(
     return RefinedBlock(finished, training)
 
 
-class _Kept(nn.Module):
-    """What a layer computes with: its weights where they were kept, on the grid if there is one, else zero."""
+@contextlib.contextmanager
+def _kept_masked(model: BlockModel, block: nn.Module, block_index: int, outcome: PruneOutcome) -> Iterator[None]:
+    """Inside, training leaves masked weights at zero, and the layers compute with weights on their grids.
 
-    def __init__(self, mask: Tensor, grid: Grid | None, transposed: bool) -> None:
+    Without a grid it is enough that a masked weight gets no gradient: it is zero, Adam's moments of it stay zero, and
+    so does its step. With one, the layer computes with a rounded weight, beside the one that is trained.
+    """
+    infos = {info.name: info for info in model.layers(block_index) if info.name in outcome.layers}
+    handles, rounded = [], []
+    for name, info in infos.items():
+        module, layer = block.get_submodule(info.path), outcome.layers[name]
+        mask = layer.mask.T if info.transposed else layer.mask
+        with torch.no_grad():
+            module.weight.masked_fill_(mask, 0)  # type: ignore[operator]
+        if layer.grid is None:
+            parameter: nn.Parameter = module.weight  # type: ignore[assignment]
+            handles.append(_without_gradient(parameter, mask))
+        else:
+            parametrize.register_parametrization(module, "weight", _OnGrid(layer.mask, layer.grid, info.transposed))
+            rounded.append(module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in rounded:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def _without_gradient(parameter: nn.Parameter, mask: Tensor) -> Any:
+    """Have the gradient of a parameter zeroed under the mask whenever it is made; `remove` ends it."""
+
+    def zero(changed: Tensor) -> None:
+        assert changed.grad is not None
+        changed.grad.masked_fill_(mask, 0)
+
+    parameter.requires_grad_(True)
+    return parameter.register_post_accumulate_grad_hook(zero)
+
+
+class _OnGrid(nn.Module):
+    """What a quantized layer computes with: its weights rounded to the grid where they were kept, else zero."""
+
+    def __init__(self, mask: Tensor, grid: Grid, transposed: bool) -> None:
         super().__init__()
         self._mask, self._grid, self._transposed = mask, grid, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
         matrix = weight.T if self._transposed else weight
-        if self._grid is not None:
-            matrix = _Rounded.apply(matrix, self._grid)
-        matrix = matrix.masked_fill(self._mask, 0)
+        matrix = _Rounded.apply(matrix, self._grid).masked_fill(self._mask, 0)
         return matrix.T if self._transposed else matrix
 
 

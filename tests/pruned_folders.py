@@ -72,12 +72,12 @@ def pruned_folder(
             layers[info.name] = PrunedWeight(key, info.transposed, mask, grid)
         state = {name: tensor.to(dtypes[name]) for name, tensor in block.state_dict().items()}
         name = f"block-{index:05d}.safetensors"
-        (folder / name).write_bytes(export.block_shard(model, index, state))
+        (folder / name).write_bytes(b"".join(export.block_shard(model, index, state)))
         (folder / mask_files.FOLDER / name).write_bytes(mask_files.mask_file(layers))
         files[name] = [names[entry] for entry in state]
-    for name, contents, keys in export.outside_shards(model, "original"):
-        (folder / name).write_bytes(contents)
-        files[name] = keys
+    for shard in export.outside_shards(model, "original"):
+        (folder / shard.filename).write_bytes(b"".join(shard.pieces()))
+        files[shard.filename] = list(shard.tensors)
     size = sum((folder / name).stat().st_size for name in files)
     (folder / "model.safetensors.index.json").write_bytes(export.index_json(files, size))
     for name, contents in model.export_extras("original"):

@@ -1,10 +1,11 @@
-"""A model's weights on disk: read one tensor at a time from safetensors, whatever the files are called."""
+"""Weights on disk: safetensors, read and written one tensor at a time, whatever the files are called."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stages.errors import ResourceError, UsageError
+from stages.errors import DamagedFileError, ResourceError, UsageError
+from stages.tensor_bytes import Bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_DTYPES = {
+_DTYPES = {  # in the order in which the library lays them into a file
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
 
 
 class WeightFiles:
@@ -78,6 +82,58 @@ class WeightFiles:
             tensor = file.get_tensor(key)
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=device, dtype=wanted, copy=True)
+
+
+class StateFile(Mapping[str, Tensor]):
+    """The tensors of one safetensors file by name, each read when it is asked for and kept by nobody.
+
+    names: other names for them, {name: name in the file}; tensors that are not named are left out.
+    """
+
+    def __init__(self, path: Path, names: Mapping[str, str] | None = None) -> None:
+        """Raises DamagedFileError if it is no safetensors file."""
+        self._path = path
+        with self._open() as file:
+            stored = list(file.keys())
+        known = {name: name for name in stored} if names is None else names
+        self._stored = {name: key for name, key in known.items() if key in set(stored)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self._open() as file:
+            tensor: Tensor = file.get_tensor(self._stored[name])
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def _open(self) -> Any:
+        try:
+            return safe_open(self._path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise DamagedFileError(f"{self._path} is no safetensors file: {error}") from error
+
+
+def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Bytes]:
+    """The bytes of a safetensors file, a tensor at a time: those that the library gives, without a second copy of all.
+
+    tensors: on the CPU. The library writes several entries of `metadata` in no fixed order: give one at most.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0]))
+    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in ordered:
+        offsets = [end, end + tensor.nbytes]
+        described[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        end += tensor.nbytes
+    header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = header.ljust((len(header) + 7) // 8 * 8)
+    yield struct.pack("<Q", len(padded)) + padded
+    for _, tensor in ordered:
+        if tensor.nbytes:
+            yield memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def has_safetensors(folder: Path) -> bool:

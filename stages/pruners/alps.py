@@ -12,11 +12,13 @@ R: output rows of a weight.    C: its columns, the input channels.    L: penalti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stages.errors import NumericalError
 from stages.pruners.hessian import Factor
 from stages.pruners.masks import Pattern
 from stages.pruners.selection import smallest
@@ -29,16 +31,24 @@ _FIRST_PENALTY, _LAST_PENALTY = 0.1, 1.0
 
 @dataclass(frozen=True)
 class Splitting:
-    """What ADMM needs of a Hessian, whose size it has L + 1 times. Layers with the same input share one."""
+    """What ADMM needs of a Hessian. Layers with the same input share one."""
 
     scaled: Tensor  # S (C, C): the damped Hessian, rows and columns scaled so that its diagonal is 1
     scale: Tensor  # (C,): the square root of the damped Hessian's diagonal
     penalties: tuple[float, ...]  # rising
-    inverses: tuple[Tensor, ...]  # (S + penalty I)^-1, each (C, C)
+    kept: tuple[Tensor, ...]  # the inverses, each (C, C), where several layers use them; else they are made on the way
+
+    def inverses(self) -> Iterator[Tensor]:
+        """(S + penalty I)^-1 for each penalty, not to be changed."""
+        yield from self.kept or (_shifted_inverse(self.scaled, penalty) for penalty in self.penalties)
 
 
-def split(hessian: Tensor, factor: Factor, num_penalties: int = 5) -> Splitting:
-    """The splitting of `hessian` (C, C), with the damping that its factor needed, in the Hessian's dtype."""
+def split(hessian: Tensor, factor: Factor, num_penalties: int = 5, *, is_shared: bool = True) -> Splitting:
+    """The splitting of `hessian` (C, C), with the damping that its factor needed, in the Hessian's dtype.
+
+    is_shared: several layers will use it, so that keeping its inverses, each as large as the Hessian, saves making them
+    again.
+    """
     damped = hessian.clone()
     damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
     damped.diagonal().masked_fill_(factor.dead, 1.0)
@@ -46,13 +56,21 @@ def split(hessian: Tensor, factor: Factor, num_penalties: int = 5) -> Splitting:
     scaled = damped.div_(scale).div_(scale[:, None])
     growth = _LAST_PENALTY / _FIRST_PENALTY
     penalties = tuple(_FIRST_PENALTY * growth ** (i / max(num_penalties - 1, 1)) for i in range(num_penalties))
-    inverses = []
-    for penalty in penalties:
-        # Positive definite: the damped Hessian has a factor, and this one is further from singular.
-        shifted = scaled.clone()
-        shifted.diagonal().add_(penalty)
-        inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(shifted)))
-    return Splitting(scaled, scale, penalties, tuple(inverses))
+    kept = tuple(_shifted_inverse(scaled, penalty) for penalty in penalties) if is_shared else ()
+    return Splitting(scaled, scale, penalties, kept)
+
+
+def _shifted_inverse(scaled: Tensor, penalty: float) -> Tensor:
+    """(S + penalty I)^-1. It exists: the damped Hessian has a factor, and this one is further from singular."""
+    shifted = scaled.clone()
+    shifted.diagonal().add_(penalty)
+    work = shifted.T  # LAPACK's order: it then works in place
+    failed = torch.empty((), dtype=torch.int32, device=work.device)
+    torch.linalg.cholesky_ex(work, out=(work, failed))
+    if int(failed):
+        raise NumericalError(f"the scaled Hessian plus {penalty:g} has no Cholesky factor")
+    torch.cholesky_inverse(work, out=work)
+    return work
 
 
 def alps(
@@ -96,7 +114,7 @@ def _admm(
     """Weights (R, C), not yet zero under the mask, and the mask; the target is in scaled units."""
     pull = target @ splitting.scaled
     fitted, dual = target.clone(), torch.zeros_like(target)  # B and V
-    for penalty, inverse in zip(splitting.penalties, splitting.inverses, strict=True):
+    for penalty, inverse in zip(splitting.penalties, splitting.inverses(), strict=True):
         for _ in range(num_iterations):
             sparse = torch.add(fitted, dual, alpha=1 / penalty)  # D
             sparse.masked_fill_(_smallest_squares(sparse, num_masked, pattern), 0)

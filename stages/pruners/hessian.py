@@ -18,15 +18,15 @@ _NUM_RETRIES = 3
 _RETRY_FACTOR = 10.0
 
 
-# A symmetric sum of this many columns or more is added up in so many strips, each from its diagonal on: 10/16 of the
-# products. Narrower ones gain nothing.
-_STRIPS, _NARROWEST_IN_STRIPS = 4, 512
+# A symmetric sum is added up in strips, each from its diagonal on: little more than half of the products. Of so many
+# columns at least, since narrow products are slow, and so many at most, since each is a call.
+_NARROWEST_STRIP, _MOST_STRIPS = 96, 8
 
 
 class HessianSum:
     """Adds up x x^T over tokens, in fp32. Once it has been read, nothing can be added.
 
-    Of a wide matrix only the upper triangle is kept up to date, in strips; reading it fills in the rest.
+    Only the upper triangle is kept up to date, in strips; reading it fills in the rest.
     """
 
     def __init__(self, cols: int, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class HessianSum:
 
     def _strips(self) -> list[slice]:
         cols = len(self._sum)
-        count = _STRIPS if cols >= _NARROWEST_IN_STRIPS else 1
+        count = max(1, min(_MOST_STRIPS, cols // _NARROWEST_STRIP))
         edges = [cols * k // count for k in range(count + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
@@ -100,9 +100,8 @@ def factorise(hessian: Tensor, damping: float, on_retry: Callable[[str], None]) 
         damped = hessian.clone()
         damped.diagonal().add_(share * mean)
         damped.diagonal().masked_fill_(dead, 1.0)
-        upper = _inverse_factor(damped)
-        if upper is not None:
-            return Factor(upper, dead, share)
+        if _to_inverse_factor(damped):
+            return Factor(damped.T, dead, share)
         if attempt < _NUM_RETRIES:
             share *= _RETRY_FACTOR
             on_retry(f"the Hessian has no Cholesky factor; trying again with damping {share:g}")
@@ -112,12 +111,17 @@ def factorise(hessian: Tensor, damping: float, on_retry: Callable[[str], None]) 
     )
 
 
-def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """U with U^T U = matrix^-1, or None if the matrix, in this precision, is not positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(matrix)
+def _to_inverse_factor(matrix: Tensor) -> bool:
+    """Put U^T, with U^T U = matrix^-1, in the matrix's own place; False: in this precision it has no factor.
+
+    In place, since the Hessian of a wide layer may be larger than its block: LAPACK wants its columns contiguous, and
+    makes copies of anything else.
+    """
+    work = matrix.T  # symmetric: the same matrix, column by column
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(work, out=(work, failed))
     if int(failed):
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if int(failed) or not bool(torch.isfinite(upper).all()):
-        return None
-    return upper
+        return False
+    torch.cholesky_inverse(work, out=work)
+    torch.linalg.cholesky_ex(work, upper=True, out=(work, failed))
+    return not int(failed) and bool(torch.isfinite(work).all())

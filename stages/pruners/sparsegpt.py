@@ -55,19 +55,20 @@ def sparsegpt(
         columns = work[:, start:stop].T.contiguous()  # (block, R)
         pruned = chosen[:, start:stop].T.contiguous()
         errors = torch.empty_like(columns)
-        for j, pivot in enumerate(pivots.tolist()):
+        # Views made at once: a column costs a few calls, and there are as many as the layer has inputs.
+        each = zip(pivots.tolist(), columns.unbind(), pruned.unbind(), errors.unbind(), strict=True)
+        for j, (pivot, column, is_pruned, error) in enumerate(each):
             if pattern is not None and j % pattern.group == 0:
                 group = slice(j, j + pattern.group)
                 pruned[group] = pattern.mask((columns[group].T / pivots[group]).square()).T
             if grid is None:
-                error = (columns[j] * pruned[j]).div_(pivot)
-                columns[j].masked_fill_(pruned[j], 0)
+                torch.mul(column, is_pruned, out=error).div_(pivot)
+                column.masked_fill_(is_pruned, 0)
             else:
-                kept = _quantized(columns[j], grid, start + j).masked_fill_(pruned[j], 0)
-                error = (columns[j] - kept).div_(pivot)
-                columns[j] = kept
+                kept = _quantized(column, grid, start + j).masked_fill_(is_pruned, 0)
+                torch.sub(column, kept, out=error).div_(pivot)
+                column.copy_(kept)
             columns[j + 1 :].addr_(corner[j, j + 1 :], error, alpha=-1)
-            errors[j] = error
         work[:, start:stop] = columns.T
         chosen[:, start:stop] = pruned.T
         work[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1)
