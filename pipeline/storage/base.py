@@ -62,7 +62,7 @@ class Storage(Protocol):
         ...
 
     def use_scratch(self, folder: Path) -> None:
-        """Keep activations in this folder from now on; it is made if it is not there, and may vanish at any time."""
+        """Keep activations in this folder from now on; it is made when there are some, and may vanish at any time."""
         ...
 
     def load(self, key: str) -> bytes:

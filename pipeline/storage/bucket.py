@@ -38,7 +38,6 @@ class BucketStorage:
         self._lines: dict[str, bytes] = {}
 
     def use_scratch(self, folder: Path) -> None:
-        disk.make_folder(folder)
         self.scratch = folder
 
     @property

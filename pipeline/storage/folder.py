@@ -32,7 +32,6 @@ class FolderStorage:
         self._real_roots = tuple(root.resolve() for root in self._roots)
 
     def use_scratch(self, folder: Path) -> None:
-        disk.make_folder(folder)
         self._set_roots(folder)
 
     @property

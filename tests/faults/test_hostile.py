@@ -84,13 +84,13 @@ def examine(place: Path, tmp_path: Path) -> str:
 
 
 def read_file(name: str, path: Path) -> None:
-    from pipeline.work import _read_state
     from stages.mask_files import read_mask_file
+    from stages.models.weights import StateFile
 
     if name.startswith("masks/"):
         read_mask_file(path)
     else:
-        _read_state(path)
+        _ = dict(StateFile(path))
 
 
 def snapshot(tmp_path: Path, place: Path) -> dict[str, int]:

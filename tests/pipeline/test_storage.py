@@ -227,3 +227,12 @@ def test_names_beside_and_on_scratch(tmp_path):
     one, other = (scratch_folder(tmp_path, FolderStorage(tmp_path / name)) for name in "ab")
     assert one.parent == other.parent == tmp_path
     assert one != other
+
+
+def test_naming_a_scratch_disk_makes_nothing_there_until_there_is_something_to_keep(tmp_path):
+    storage = FolderStorage(tmp_path / "run")
+    storage.use_scratch(tmp_path / "scratch" / "run")
+    assert not (tmp_path / "scratch").exists()
+    (tmp_path / "run").mkdir()
+    storage.new_folder("data/000000-00000000/biased", is_bulky=True)
+    assert (tmp_path / "scratch" / "run" / "data" / "000000-00000000" / "biased").is_dir()
