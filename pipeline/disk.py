@@ -15,10 +15,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pipeline.errors import DiskError, FileExists, FileGone, OutOfDisk
 from stages.filedigest import FileDigest, digest_file
@@ -29,6 +30,7 @@ Bytes = bytes | bytearray | memoryview
 LEFTOVER = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{8}\.(tmp|old)$")
 
 _COPY_BYTES = 1 << 22
+_PIECE_BYTES = 1 << 20  # hashed by another thread from this size on
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # A payload may also come from another file system, or have as many names as its file system allows.
@@ -92,8 +94,11 @@ class FileWriter:
         """The number of bytes written, which is all of them. Raises OutOfDisk or DiskError."""
         assert self._descriptor is not None, "the file is closed"
         view = memoryview(data).cast("B")
-        _write_all(self._descriptor, view, self.path)
-        self._hash.update(view)
+        hashed = _hash_beside(self._hash, view)
+        try:
+            _write_all(self._descriptor, view, self.path)
+        finally:
+            hashed()
         self._size += len(view)
         return len(view)
 
@@ -192,6 +197,27 @@ def read_file(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         with open(descriptor, "rb") as file:
             return file.read()
+
+
+def read_into(path: Path, buffer: memoryview, *, with_digest: bool) -> FileDigest:
+    """Read a plain file into `buffer`, and no further: size and sha256 of what it holds ("" unless asked for).
+
+    The size is the file's own; where it is not the buffer's, the rest of the buffer is as it was. Raises FileGone if
+    it is not there, DiskError for a symbolic link.
+    """
+    digest, size = hashlib.sha256(), 0
+    with _naming(path, "read"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        hashed: Callable[[], None] = _nothing
+        with open(descriptor, "rb", buffering=0) as file:
+            while size < len(buffer) and (read := file.readinto(buffer[size : size + _PIECE_BYTES])):
+                hashed()  # of the piece before
+                if with_digest:
+                    hashed = _hash_beside(digest, buffer[size : size + read])
+                size += read
+            hashed()
+            size = max(size, os.fstat(file.fileno()).st_size)
+    return FileDigest(size, digest.hexdigest() if with_digest else "")
 
 
 def hash_file(path: Path) -> FileDigest:
@@ -337,6 +363,23 @@ def _write_flushed(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 calls.unlink(path)
             raise
+
+
+def _hash_beside(digest: Any, data: memoryview) -> Callable[[], None]:
+    """Have `data` hashed while the caller reads or writes; what is returned waits for it, and must be called.
+
+    Of small data, hashing is quicker than handing it over.
+    """
+    if len(data) < _PIECE_BYTES:
+        digest.update(data)
+        return _nothing
+    thread = threading.Thread(target=digest.update, args=(data,), name="hash", daemon=True)
+    thread.start()
+    return thread.join
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
 
 
 def _write_all(descriptor: int, view: memoryview, path: Path) -> None:

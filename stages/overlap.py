@@ -53,8 +53,7 @@ class Reading:
 
     def __iter__(self) -> Iterator[tuple[Sequence[int], tuple[Tensor, ...]]]:
         while True:
-            item = self._ready.get()
-            self._room.release()
+            item = self._take()
             if item is None:
                 return
             if isinstance(item, BaseException):
@@ -68,6 +67,12 @@ class Reading:
             del item
             yield numbers, tensors
             del tensors  # before the next one is waited for
+
+    def _take(self) -> Any:
+        """The next micro-batch, waited for; from now on, another one may be read."""
+        item = self._ready.get()
+        self._room.release()
+        return item
 
     def _read(self) -> None:
         try:
@@ -117,17 +122,25 @@ class Writing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_given_up = error is not None
-        self._waiting.put(None)
-        self._thread.join()
+        self._finish()
         if self._error is not None and error is None:
             raise self._error
 
+    def _finish(self) -> None:
+        """Until everything is written."""
+        self._waiting.put(None)
+        self._thread.join()
+
     def write(self, numbers: Sequence[int], samples: Tensor) -> None:
         """Have `samples` (len(numbers), ...) stored; they must not be changed afterwards."""
-        self._room.acquire()
+        self._wait_for_room()
         if self._error is not None:
             raise self._error
         self._waiting.put((numbers, *self._on_its_way(samples)))
+
+    def _wait_for_room(self) -> None:
+        """Until what was handed over before is written."""
+        self._room.acquire()
 
     def _on_its_way(self, samples: Tensor) -> tuple[Tensor, Any]:
         return (samples, None) if self._download is None else self._download.start(samples)

@@ -1,11 +1,13 @@
 """Activation streams: bit for bit what was written, or an error with a name."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import zarr
 from torch import Tensor
 
 from pipeline import disk
@@ -274,3 +276,37 @@ def test_scratch_is_never_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "scratch").mkdir()
     with ScratchStreams(tmp_path / "scratch") as streams:
         streams.stream("x", 1, SHAPE, torch.float32).write(0, torch.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32])
+def test_zarr_itself_reads_a_stream_and_writes_the_same_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
+    samples = hard_samples(dtype)
+    written(tmp_path, samples)
+    # Without it, zarr leaves out a chunk that equals the fill value.
+    array = zarr.open_array(tmp_path / "s", mode="r+", zarr_format=3).with_config({"write_empty_chunks": True})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
+    for index, sample in enumerate(samples):
+        stored = sample.view(torch.uint16) if dtype == torch.bfloat16 else sample
+        assert array[index].tobytes() == stored.numpy().tobytes()
+        array[index] = stored.numpy()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()} == before
+
+
+@pytest.mark.parametrize("megabytes", [1, 3])
+def test_large_chunks_are_hashed_beside_and_damage_anywhere_in_them_is_found(tmp_path: Path, megabytes: int) -> None:
+    payload = written(tmp_path, [torch.randn(megabytes << 8, 1 << 10) for _ in range(2)])
+    for file in payload.files:
+        assert hashlib.sha256((tmp_path / file.path).read_bytes()).hexdigest() == file.sha256
+    reopened(tmp_path, payload)[1]
+    for place in (0, 1 << 19, (megabytes << 20) - 1, (megabytes << 20) + 3):
+        chunk = tmp_path / "s" / "c.1.0.0"
+        whole = bytearray(chunk.read_bytes())
+        whole[place] ^= 1
+        chunk.write_bytes(whole)
+        with pytest.raises(DamagedData, match="sha256"):
+            reopened(tmp_path, payload)[1]
+        whole[place] ^= 1
+        chunk.write_bytes(whole)
+    chunk.write_bytes(bytes(whole) + b"\0")
+    with pytest.raises(DamagedData):
+        reopened(tmp_path, payload)

@@ -1,0 +1,194 @@
+"""How near the arithmetic and the activation store come to what the machine can do (P1 and P8 of speed.py)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.store import stream_spec, write_stream
+from stages.budget import BlockBudget, LayerShape, allocate
+from stages.capture import capture
+from stages.compensate_block import compensate_block
+from stages.device import DTYPES, DeviceChoices, apply, choose
+from stages.models.base import BlockModel
+from stages.models.decoder import open_model
+from stages.models.source import resolve
+from stages.protocols import ListStream, NullHooks
+from stages.prune_block import PruneSettings, prune_block
+from stages.training import TrainingSettings
+from stages.tuning import best_of
+
+NUM_SAMPLES, SEQLEN = 16, 256
+_STORE_BYTES = 64 << 20
+_CHUNKS_MB = (0.5, 4, 16)
+
+
+def arithmetic(model_name: str, dtype: str, repeats: int = 3) -> list[dict[str, Any]]:
+    """P1: the rate of model FLOP of each kind of pass over the machine's best rate for its products."""
+    choices = choose("cpu", dtype)
+    apply(choices)
+    model = open_model(resolve(model_name))
+    torch.manual_seed(0)
+    inputs = ListStream(NUM_SAMPLES, (SEQLEN,), torch.int64)
+    for index in range(NUM_SAMPLES):
+        inputs.write(index, torch.randint(0, model.vocab_size, (SEQLEN,)))
+    biased, dense, dense_out, biased_out = (
+        ListStream(NUM_SAMPLES, (SEQLEN, model.hidden_size), choices.torch_dtype) for _ in range(4)
+    )
+    capture(model, inputs, biased, dense, choices, NullHooks())
+    one_pass_s = _ideal_pass_s(model, choices) * NUM_SAMPLES
+    settings = TrainingSettings(epochs=1, lr=1e-4, lr_decay=1.0, hold_aside=False, seed=0)
+    budget = _budget(model)
+    dtypes = dict.fromkeys(model.entry_sizes(1), torch.float32)
+
+    def do_capture() -> None:
+        capture(model, inputs, biased, dense, choices, NullHooks())
+
+    def do_propagate(pruner: str = "magnitude") -> None:
+        needs_data = pruner != "magnitude"
+        prune_block(
+            model,
+            1,
+            budget,
+            PruneSettings(pruner),
+            choices,
+            NullHooks(),
+            export_dtypes=dtypes,
+            inputs=inputs,
+            biased=biased,
+            biased_out=biased_out,
+        )
+        assert needs_data or pruner == "magnitude"
+
+    def do_compensate() -> None:
+        compensate_block(model, 1, inputs, biased, dense, dense_out, settings, choices, NullHooks())
+
+    # Forward passes that each does over all samples; a training step is three. Two passes come before training, one
+    # after it, for the loss that is reported.
+    work: dict[str, tuple[Callable[[], None], float]] = {
+        "capture": (do_capture, 1),
+        "propagate": (do_propagate, 1),
+        "compensate": (do_compensate, 2 + 3 + 1),
+    }
+    rows = []
+    for name, (do, passes) in work.items():
+        seconds = best_of(do, repeats)
+        rows.append({"pass": name, "dtype": dtype, "share": passes * one_pass_s / seconds, "seconds": seconds})
+    return rows
+
+
+def _ideal_pass_s(model: BlockModel, choices: DeviceChoices) -> float:
+    """Seconds that the matrix products of one forward pass over a sample take, each at its best rate here."""
+    block = model.load_block(0, choices.torch_device)
+    seconds = flops = 0.0
+    with torch.no_grad():
+        for layer in model.layers(0):
+            weight = model.weight_matrix(block.get_submodule(layer.path)).to(DTYPES[choices.dtype])
+            x = torch.randn(SEQLEN, layer.cols).to(weight.dtype)
+            seconds += best_of(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), 20)
+            flops += 2 * SEQLEN * weight.numel()
+    attention = 4 * SEQLEN * SEQLEN * model.hidden_size
+    return seconds * (1 + attention / flops)  # attention's two products at the mean rate of the others
+
+
+def _budget(model: BlockModel) -> BlockBudget:
+    blocks = [[LayerShape(x.name, x.role, x.rows, x.cols) for x in model.layers(i)] for i in range(model.num_blocks)]
+    return allocate(blocks, 0.5, 1.0, 0.0)[1]
+
+
+def store(folder: Path, repeats: int = 5) -> list[dict[str, Any]]:
+    """P8: rates of the activation store over raw files of the same bytes, both flushed; reads from a cold cache."""
+    rows = []
+    for megabytes in _CHUNKS_MB:
+        size = int(megabytes * (1 << 20))
+        count = max(_STORE_BYTES // size, 2)
+        samples = [torch.randn(SEQLEN, size // 4 // SEQLEN) for _ in range(2)]
+        times: dict[str, list[float]] = {}
+        for _ in range(repeats):
+            for name, seconds in _store_once(folder, samples, count).items():
+                times.setdefault(name, []).append(seconds)
+        best = {name: min(found) for name, found in times.items()}
+        rows.append(
+            {
+                "chunk_mb": megabytes,
+                "write_ratio": best["raw write"] / best["store write"],
+                "read_ratio": best["raw read"] / best["store read"],
+                "raw_write_mb_s": count * megabytes / best["raw write"],
+                "raw_read_mb_s": count * megabytes / best["raw read"],
+            }
+        )
+    return rows
+
+
+def _store_once(folder: Path, samples: list[torch.Tensor], count: int) -> dict[str, float]:
+    from pipeline import disk
+
+    shutil.rmtree(folder, ignore_errors=True)
+    raw, ours = folder / "raw", folder / "ours"
+    raw.mkdir(parents=True)
+    ours.mkdir()
+    spec = stream_spec(count, tuple(samples[0].shape), torch.float32)
+
+    def write_raw() -> None:
+        for index in range(count):
+            with (raw / str(index)).open("wb") as file:
+                file.write(memoryview(samples[index % 2].numpy()))
+        disk.flush_tree(raw)
+
+    def write_ours() -> None:
+        stream = write_stream(ours, spec)
+        for index in range(count):
+            stream.write(index, samples[index % 2])
+        stream.seal("data")
+        disk.flush_tree(ours)
+
+    def read_raw() -> None:
+        for index in range(count):
+            (raw / str(index)).read_bytes()
+
+    def read_ours() -> None:
+        from pipeline.storage.folder import FolderStorage
+        from pipeline.store import open_stream
+
+        stream = open_stream(FolderStorage(folder), payload)
+        for index in range(count):
+            _ = stream[index]
+
+    found = {"raw write": _once(write_raw), "store write": _once(write_ours)}
+    payload = _payload(ours, spec)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _forget(path)
+    return {**found, "raw read": _once(read_raw), "store read": _once(read_ours)}
+
+
+def _payload(folder: Path, spec: Any) -> Any:
+    from pipeline import disk
+    from pipeline.manifest import Payload, PayloadFile
+
+    files = []
+    for path in sorted(folder.iterdir()):
+        digest = disk.hash_file(path)
+        files.append(PayloadFile(path=f"{folder.name}/{path.name}", size=digest.size, sha256=digest.sha256))
+    return Payload(kind="stream", root=folder.name, files=tuple(files), stream=spec)
+
+
+def _forget(path: Path) -> None:
+    """Take a file out of the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def _once(work: Callable[[], None]) -> float:
+    import time
+
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
