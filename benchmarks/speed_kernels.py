@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.store import stream_spec, write_stream
-from stages.budget import BlockBudget, LayerShape, allocate
+from pipeline import disk
+from pipeline.manifest import Payload, PayloadFile, StreamSpec
+from pipeline.storage.folder import FolderStorage
+from pipeline.store import open_stream, stream_spec, write_stream
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.device import DTYPES, DeviceChoices, apply, choose
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.source import resolve
+from stages.passes import BlockPass
 from stages.protocols import ListStream, NullHooks
-from stages.prune_block import PruneSettings, prune_block
 from stages.training import TrainingSettings
 from stages.tuning import best_of
 
@@ -43,27 +46,15 @@ def arithmetic(model_name: str, dtype: str, repeats: int = 3) -> list[dict[str, 
     capture(model, inputs, biased, dense, choices, NullHooks())
     one_pass_s = _ideal_pass_s(model, choices) * NUM_SAMPLES
     settings = TrainingSettings(epochs=1, lr=1e-4, lr_decay=1.0, hold_aside=False, seed=0)
-    budget = _budget(model)
-    dtypes = dict.fromkeys(model.entry_sizes(1), torch.float32)
 
     def do_capture() -> None:
         capture(model, inputs, biased, dense, choices, NullHooks())
 
-    def do_propagate(pruner: str = "magnitude") -> None:
-        needs_data = pruner != "magnitude"
-        prune_block(
-            model,
-            1,
-            budget,
-            PruneSettings(pruner),
-            choices,
-            NullHooks(),
-            export_dtypes=dtypes,
-            inputs=inputs,
-            biased=biased,
-            biased_out=biased_out,
-        )
-        assert needs_data or pruner == "magnitude"
+    block = model.load_block(1, choices.torch_device)
+    block_pass = BlockPass(model, block, 1, inputs, choices)
+
+    def do_propagate() -> None:
+        block_pass.propagate(biased, biased_out, lambda: None, lambda count: None)
 
     def do_compensate() -> None:
         compensate_block(model, 1, inputs, biased, dense, dense_out, settings, choices, NullHooks())
@@ -96,11 +87,6 @@ def _ideal_pass_s(model: BlockModel, choices: DeviceChoices) -> float:
     return seconds * (1 + attention / flops)  # attention's two products at the mean rate of the others
 
 
-def _budget(model: BlockModel) -> BlockBudget:
-    blocks = [[LayerShape(x.name, x.role, x.rows, x.cols) for x in model.layers(i)] for i in range(model.num_blocks)]
-    return allocate(blocks, 0.5, 1.0, 0.0)[1]
-
-
 def store(folder: Path, repeats: int = 5) -> list[dict[str, Any]]:
     """P8: rates of the activation store over raw files of the same bytes, both flushed; reads from a cold cache."""
     rows = []
@@ -126,8 +112,6 @@ def store(folder: Path, repeats: int = 5) -> list[dict[str, Any]]:
 
 
 def _store_once(folder: Path, samples: list[torch.Tensor], count: int) -> dict[str, float]:
-    from pipeline import disk
-
     shutil.rmtree(folder, ignore_errors=True)
     raw, ours = folder / "raw", folder / "ours"
     raw.mkdir(parents=True)
@@ -152,8 +136,6 @@ def _store_once(folder: Path, samples: list[torch.Tensor], count: int) -> dict[s
             (raw / str(index)).read_bytes()
 
     def read_ours() -> None:
-        from pipeline.storage.folder import FolderStorage
-        from pipeline.store import open_stream
 
         stream = open_stream(FolderStorage(folder), payload)
         for index in range(count):
@@ -167,10 +149,7 @@ def _store_once(folder: Path, samples: list[torch.Tensor], count: int) -> dict[s
     return {**found, "raw read": _once(read_raw), "store read": _once(read_ours)}
 
 
-def _payload(folder: Path, spec: Any) -> Any:
-    from pipeline import disk
-    from pipeline.manifest import Payload, PayloadFile
-
+def _payload(folder: Path, spec: StreamSpec) -> Payload:
     files = []
     for path in sorted(folder.iterdir()):
         digest = disk.hash_file(path)
@@ -187,8 +166,6 @@ def _forget(path: Path) -> None:
 
 
 def _once(work: Callable[[], None]) -> float:
-    import time
-
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -21,6 +21,7 @@ from stages.pruners.masks import Pattern
 Method = Literal["lamp", "sparsegpt", "alps", "wanda", "magnitude"]
 Effort = Literal["low", "medium", "high"]
 ENVIRONMENT_PREFIX = "LAMPCTL_"
+_LONGEST_NAME = 255  # bytes, in every file system in use
 # LAMPCTL_CACHE places the cache; it is no setting of a run.
 _OTHER_VARIABLES = {"LAMPCTL_CACHE"}
 
@@ -131,8 +132,11 @@ class Settings(BaseModel):
     @field_validator("scratch_dir", mode="before")
     @classmethod
     def _from_here(cls, value: Any) -> Any:
-        # A run is resumed from anywhere.
-        return str(Path(value).expanduser().absolute()) if isinstance(value, str | Path) and str(value) else None
+        if not isinstance(value, str | Path) or not str(value):
+            return None
+        if "\0" in str(value) or any(len(part.encode()) > _LONGEST_NAME for part in Path(value).parts):
+            raise ValueError("no file system has such a folder")
+        return str(Path(value).expanduser().absolute())  # a run is resumed from anywhere
 
     @field_validator("ignore", mode="before")
     @classmethod

@@ -211,3 +211,9 @@ def test_the_projects_own_version_is_one():
     root = Path(__file__).parents[2]
     version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     assert f"## {version} " in (root / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 256, "fine/" + "é" * 200])
+def test_a_scratch_folder_that_cannot_be_is_refused(name):
+    with pytest.raises(ConfigError, match="--scratch-dir"):
+        gather({"model": "m", "sparsity": 0.5, "scratch_dir": name}, environ={})

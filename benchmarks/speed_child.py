@@ -1,0 +1,98 @@
+"""`lampctl` in this process, under stop watches: how long it waits, and when the first useful arithmetic begins.
+
+    python benchmarks/speed_child.py REPORT [--until-compute] -- run smollm2-135m ...
+
+Writes REPORT as JSON: seconds since the process began (`wall`, `first_compute`), the seconds in which the thread that
+computes does not (`waits`, by kind), and when samples of one pass were read, used and written (`timeline`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from durability import StopWatch, watch_durability
+
+_TIMELINE_STEP, _TIMELINE_EVENTS = "refine-block/1", 400
+
+
+def since_start() -> float:
+    """Seconds since this process was begun, by the clock of the system."""
+    started = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+class _Ended(BaseException):
+    """All that was to be seen has been seen."""
+
+
+def main() -> None:
+    report, arguments = Path(sys.argv[1]), sys.argv[2:]
+    until_compute = arguments[0] == "--until-compute"
+    arguments = arguments[arguments.index("--") + 1 :]
+    watch = StopWatch(main_only=True)
+    found: dict[str, Any] = {"first_compute": None, "timeline": []}
+
+    from lampctl import app
+    from pipeline import disk, engine
+    from stages import overlap, passes
+
+    watch_durability(watch)
+    watch.around(disk.FileWriter, "write", "write")
+    watch.around(overlap.Reading, "_take", "wait for reading")
+    watch.around(overlap.Writing, "_wait_for_room", "wait for writing")
+    watch.around(overlap.Writing, "_finish", "wait for writing")
+    current = {"step": ""}
+    begin = engine.RunDirectory.begin
+
+    @functools.wraps(begin)
+    def noting(run: Any, step: str) -> Any:
+        current["step"] = step
+        return begin(run, step)
+
+    engine.RunDirectory.begin = noting  # type: ignore[method-assign]
+
+    def line(owner: Any, name: str, kind: str) -> None:
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            if kind == "compute" and found["first_compute"] is None:
+                found["first_compute"] = since_start()
+                if until_compute:
+                    raise _Ended
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if current["step"] == _TIMELINE_STEP and len(found["timeline"]) < _TIMELINE_EVENTS:
+                    found["timeline"].append((kind, start, time.perf_counter()))
+
+        setattr(owner, name, timed)
+
+    line(passes.BlockPass, "forward", "compute")
+    line(overlap, "_stacked", "read")
+    from pipeline.store import ActivationStream
+
+    line(ActivationStream, "write", "write")
+    sys.argv = ["lampctl", *arguments]
+    try:
+        app.main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    except _Ended:
+        report.write_text(json.dumps({**found, "wall": since_start(), "waits": {}}))
+        os._exit(0)  # the run's own threads have nothing to tidy that a crash would not leave as well
+    assert threading.current_thread() is threading.main_thread()
+    report.write_text(json.dumps({**found, "wall": since_start(), "waits": watch.seconds}))
+
+
+if __name__ == "__main__":
+    main()

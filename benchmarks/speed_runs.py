@@ -1,0 +1,216 @@
+"""Whole runs under the clock: time against a peer, waiting, memory, growth, starting (all but P1 and P8 of speed.py).
+
+Each function gives rows {"case", "value", "unit"} and, where a target is one of them, "met".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+from speed_models import llama_like, opt_6_7b_like
+
+BENCHMARKS = Path(__file__).parent
+LAMPCTL = (sys.executable, "-m", "lampctl")
+_QUIET = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+_PLAIN = ("--calibration", "pydocs", "--evaluate", "", "--no-evaluate-dense")
+_SMALL = ("--num-samples", "32", "--seqlen", "256", *_PLAIN)
+Row = dict[str, Any]
+
+
+def call(command: Sequence[str], cwd: Path | None = None) -> tuple[float, float]:
+    """Wall and processor seconds of a command. Raises SystemExit, with what it said, if it fails."""
+    before = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_QUIET, cwd=cwd) as child:
+        assert child.stdout is not None
+        said = child.stdout.read().decode(errors="replace")
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)}\nexit code {child.returncode}\n{said[-3000:]}")
+    return time.perf_counter() - before, usage.ru_utime + usage.ru_stime
+
+
+def run(model: str | Path, run_dir: Path, *flags: str) -> tuple[float, float]:
+    """`lampctl run` from nothing."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    return call((*LAMPCTL, "run", str(model), "--run-dir", str(run_dir), *flags))
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The commits of a run, as they are on the disk."""
+    return [json.loads(path.read_text()) for path in sorted((run_dir / "commits").glob("*.json"))]
+
+
+def against_peer(work: Path, peer_python: Path, method: str, repeats: int) -> list[Row]:
+    """P2, P3: from the start of the process to the pruned folder, with the same windows; ours and theirs in turn."""
+    laid = work / "peer"
+    flags = ("--num-samples", "32", "--seqlen", "256")
+    call((sys.executable, str(BENCHMARKS / "windows.py"), "smollm2-135m", "pydocs", str(laid), *flags))
+    prune = (str(peer_python), str(BENCHMARKS / "peer_prune.py"), str(laid), "--pruner", method, "--sparsity", "0.5")
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours.append(run("smollm2-135m", work / "ours", "--sparsity", "0.5", "--method", method, *_SMALL))
+        theirs.append(call(prune))
+    rows = []
+    for place, kind in ((0, "wall"), (1, "processor")):
+        a, b = (min(times[place] for times in found) for found in (ours, theirs))
+        rows.append({"case": f"{method}, {kind} time, ours / llm-compressor's", "value": a / b, "unit": "ratio"})
+        rows.append({"case": f"{method}, {kind} time, ours", "value": a, "unit": "s"})
+        rows.append({"case": f"{method}, {kind} time, llm-compressor's", "value": b, "unit": "s"})
+    return rows
+
+
+def lamp_against_sparsegpt(work: Path) -> list[Row]:
+    """P4: what LAMP at its default effort costs, in the time of SparseGPT."""
+    flags = ("--sparsity", "0.7", *_SMALL)
+    pruned = run("smollm2-135m", work / "sparsegpt", "--method", "sparsegpt", *flags)
+    lamp = run("smollm2-135m", work / "lamp", "--method", "lamp", *flags)
+    return [
+        {"case": "LAMP, effort medium / SparseGPT, wall time", "value": lamp[0] / pruned[0], "unit": "ratio"},
+        {"case": "LAMP, effort medium / SparseGPT, processor time", "value": lamp[1] / pruned[1], "unit": "ratio"},
+        {"case": "LAMP, effort medium, wall time", "value": lamp[0], "unit": "s"},
+        {"case": "SparseGPT, wall time", "value": pruned[0], "unit": "s"},
+    ]
+
+
+def not_hidden(work: Path) -> tuple[list[Row], list[Any]]:
+    """P5: the share of wall time in which the thread that computes waits for disks, digests or commits; a timeline."""
+    rows, timeline = [], []
+    for name, flags in (("SparseGPT", ("--method", "sparsegpt")), ("LAMP, effort low", ("--effort", "low"))):
+        report = _child(work, "run", "smollm2-135m", "--sparsity", "0.6", *flags, *_SMALL)
+        share = sum(report["waits"].values()) / report["wall"]
+        rows.append({"case": f"{name}, together", "value": share, "unit": "share", "met": share <= 0.03})
+        for kind, seconds in sorted(report["waits"].items(), key=lambda item: -item[1]):
+            rows.append({"case": f"{name}, {kind}", "value": seconds / report["wall"], "unit": "share"})
+        timeline = report["timeline"] or timeline
+    return rows, timeline
+
+
+def _child(work: Path, *arguments: str, until_compute: bool = False, run_dir: Path | None = None) -> dict[str, Any]:
+    report, place = work / "report.json", run_dir or work / "watched"
+    if run_dir is None:
+        shutil.rmtree(place, ignore_errors=True)
+        arguments = (*arguments, "--run-dir", str(place))
+    options = ("--until-compute",) if until_compute else ()
+    call((sys.executable, str(BENCHMARKS / "speed_child.py"), str(report), *options, "--", *arguments))
+    return json.loads(report.read_text())
+
+
+def memory_of_depth(work: Path, blocks: Sequence[int]) -> tuple[list[Row], list[Row]]:
+    """P6 and P10, by the number of equal blocks: peak memory, and how the time of a block grows with its number."""
+    flags = ("--sparsity", "0.5", "--effort", "low", "--num-samples", "8", "--seqlen", "256", *_PLAIN)
+    peaks, growth = [], []
+    for count in blocks:
+        run(llama_like(work / f"llama-{count}", count), work / "deep", *flags)
+        commits = steps_of(work / "deep")
+        peaks.append({"case": f"{count} blocks", "value": _peak(commits), "unit": "MB"})
+    for kind in ("prune-block", "refine-block", "compensate-block"):
+        times = [commit["elapsed_s"] for commit in commits if commit["step"].startswith(kind)]
+        slope = numpy.polyfit(range(len(times)), times, 1)[0] * (len(times) - 1) / statistics.mean(times)
+        growth.append(
+            {
+                "case": f"{kind}, last block against first of {len(times)} (fitted line)",
+                "value": float(slope),
+                "unit": "share",
+                "met": abs(slope) <= 0.05,
+            }
+        )
+    return [*peaks, _flat(peaks)], growth
+
+
+def memory_of_samples(work: Path, counts: Sequence[int]) -> tuple[list[Row], list[Row]]:
+    """P6 and P10, by the size of the calibration set: peak memory, and whether time is linear in tokens."""
+    model = llama_like(work / "llama-3", 3)
+    peaks, seconds = [], []
+    for count in counts:
+        flags = ("--sparsity", "0.5", "--effort", "low", "--num-samples", str(count), "--seqlen", "256", *_PLAIN)
+        run(model, work / "wide", *flags)
+        commits = steps_of(work / "wide")
+        peaks.append({"case": f"{count} samples", "value": _peak(commits), "unit": "MB"})
+        seconds.append(sum(c["elapsed_s"] for c in commits if "-block" in c["step"]))
+    line = numpy.polyfit(counts, seconds, 1)
+    off = max(abs(numpy.polyval(line, n) - s) / s for n, s in zip(counts[1:], seconds[1:], strict=True))
+    growth = {"case": "furthest from a line in tokens", "value": float(off), "unit": "share", "met": off <= 0.05}
+    return [*peaks, _flat(peaks)], [growth]
+
+
+def _peak(commits: list[dict[str, Any]]) -> float:
+    """Of the steps on blocks, whose memory is what must not grow; MB."""
+    return max(c["peak_memory_bytes"] for c in commits if "-block" in c["step"]) / 1e6
+
+
+def _flat(peaks: list[Row]) -> Row:
+    values = [row["value"] for row in peaks]
+    spread = max(values) / min(values) - 1
+    what = peaks[0]["case"].split()[1]
+    return {"case": f"largest over smallest, by {what}", "value": spread, "unit": "share", "met": spread <= 0.05}
+
+
+def memory_of_a_large_block(work: Path) -> list[Row]:
+    """P7: the first two blocks of OPT-6.7B's shape, against what one block and its optimizer take."""
+    model = opt_6_7b_like(work / "opt-6.7b-like", 2)
+    flags = ("--sparsity", "0.5", "--preset", "paper", "--epochs", "1", "--no-hold-aside", "--num-samples", "2")
+    run(model, work / "large", *flags, "--seqlen", "2048", *_PLAIN)
+    commits = steps_of(work / "large")
+    block = 4 * sum(4 * 4096 * 4096 + 2 * 4096 * 16384 for _ in range(1))
+    chunk = 4 * 2048 * 4096
+    bound = (block * 5 + 4 * chunk + 1e9) / 1e6
+    base = _base_mb()
+    rows = [{"case": "bound: 5 blocks, 2 x 2 chunks, 1 GB", "value": bound, "unit": "MB"}]
+    for kind in ("capture", "prune-block", "compensate-block", "export"):
+        peak = max(c["peak_memory_bytes"] for c in commits if c["step"].startswith(kind)) / 1e6
+        rows.append({"case": f"{kind}, peak", "value": peak, "unit": "MB", "met": peak <= bound})
+    rows.append({"case": "of it, Python with torch and transformers imported", "value": base, "unit": "MB"})
+    return rows
+
+
+def _base_mb() -> float:
+    code = "import pipeline.work, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    answer = subprocess.run((sys.executable, "-c", code), capture_output=True, check=True, text=True, env=_QUIET)
+    return int(answer.stdout) * 1024 / 1e6
+
+
+def starting(work: Path, repeats: int) -> list[Row]:
+    """P9: commands that need no model, over a Python that imports what the command line is made of."""
+    if not (work / "deep" / "run.json").exists():
+        memory_of_depth(work, [4])
+    commands = {
+        "bare": (sys.executable, "-c", "import typer, rich"),
+        "--help": (*LAMPCTL, "--help"),
+        "status": (*LAMPCTL, "status", str(work / "deep")),
+    }
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            times[name].append(call(command)[0])
+    bare = min(times["bare"])
+    rows = [{"case": "python -c 'import typer, rich'", "value": bare, "unit": "s"}]
+    for name in ("--help", "status"):
+        ratio = min(times[name]) / bare
+        rows.append({"case": f"lampctl {name} over it", "value": ratio, "unit": "ratio", "met": ratio <= 1.5})
+    return rows
+
+
+def resuming(work: Path, repeats: int) -> list[Row]:
+    """P11: from the start of `lampctl resume` to the first forward pass of the step that is next."""
+    place = work / "resumed"
+    shutil.rmtree(place, ignore_errors=True)
+    call((*LAMPCTL, "init", "smollm2-135m", "--sparsity", "0.6", "--run-dir", str(place), *_SMALL))
+    for step in ("calibrate", "capture", "prune-block"):
+        call((*LAMPCTL, step, str(place)))
+    found = []
+    for _ in range(repeats):
+        report = _child(work, "resume", str(place), until_compute=True, run_dir=place)
+        found.append(report["first_compute"])
+    best = min(found)
+    return [{"case": "seconds to the first forward pass", "value": best, "unit": "s", "met": best < 5}]
