@@ -176,6 +176,14 @@ def _declared(
             help="Samples that share a forward pass where nothing is trained. [default: what fills the device]",
         ),
     ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="LAMP only: training steps by torch.compile, which needs a C++ compiler. [default: no; gains are in "
+            "docs/performance.md]",
+        ),
+    ] = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(
@@ -269,7 +277,8 @@ class Chosen:
     def __init__(self, values: dict[str, Any]) -> None:
         self.config_file: Path | None = values.pop("config")
         self.preset: str | None = values.pop("preset")
-        self.flags = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v not in (None, [])}
+        given = {name.rstrip("_"): value for name, value in values.items() if value not in (None, [])}
+        self.flags = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
     def gather(self) -> Any:
         """The settings (`pipeline.config.Gathered`). Raises ConfigError."""

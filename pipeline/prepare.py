@@ -93,7 +93,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     config, origins, more_notices = complete(gathered, model.max_positions, defaults, baselines)
     at_once = micro_batches(choices.torch_device, config.seqlen, config.micro_batch)
     fitting = fit_memory(model, config, choices, at_once)
-    choices = replace(choices, batch_tokens=fitting.samples_at_once * config.seqlen)
+    choices = replace(choices, batch_tokens=fitting.samples_at_once * config.seqlen, compiles=bool(config.compile))
     budget = _allocate(shapes, config, fixed)
     return Prepared(
         config=config,

@@ -288,7 +288,7 @@ def environment_here(run: RunDirectory, config: RunConfig) -> tuple[dict[str, An
         what = found or "missing"
         changes.append(f"{choices.device} is {what} here, it was {choices.device_name}")
         chosen = device.choose(config.device, choices.dtype, config.threads)
-        choices = replace(chosen, batch_tokens=choices.batch_tokens)
+        choices = replace(chosen, batch_tokens=choices.batch_tokens, compiles=choices.compiles)
     now = environment_record(asdict(choices))
     for name, version in _versions(then).items():
         here = _versions(now).get(name)

@@ -82,6 +82,7 @@ class Settings(BaseModel):
     layer_sparsity: dict[str, float] = {}
     threads: int | None = Field(None, ge=1)
     micro_batch: int | None = Field(None, ge=1)
+    compile: bool | None = None
     damping: float = Field(0.01, gt=0)
     column_block: int = Field(128, ge=1)
 

@@ -21,9 +21,9 @@ from stages.tuning import tuned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Samples share a forward pass up to so many tokens. A GPU is kept busy by thousands; on a processor nothing is gained
-# above a few hundred (docs/performance.md).
-_BATCH_TOKENS = {"cuda": 16384, "cpu": 256}
+# Samples share a forward pass up to so many tokens. A GPU is kept busy by a few thousand, and more would take more memory
+# than training a block does; on a processor nothing is gained above a few hundred (docs/performance.md).
+_BATCH_TOKENS = {"cuda": 4096, "cpu": 256}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class DeviceChoices:
     device_name: str  # for people: what the machine calls itself
     # Tokens that share a forward pass where nothing is trained, as whole samples, at least one.
     batch_tokens: int = 0
+    compiles: bool = False  # the training step by torch.compile
 
     @property
     def torch_device(self) -> torch.device:

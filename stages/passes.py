@@ -61,6 +61,8 @@ class BlockPass:
         self._model, self._block, self._block_index = model, block, block_index
         self._inputs, self._choices, self._device = inputs, choices, choices.torch_device
         self._calls = model.calls(self._device)
+        # Compiled code is kept by torch for all blocks of a kind: only the first one of a run waits for it.
+        self._trained: nn.Module = torch.compile(block, dynamic=False) if choices.compiles else block  # type: ignore[assignment]
 
     def batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
         """The micro-batches of these samples."""
@@ -87,6 +89,11 @@ class BlockPass:
         """The block's output, (samples, T, H) as `hidden` is."""
         with computing(self._choices):
             return self._model.run_block(self._block, hidden, call)
+
+    def training_forward(self, hidden: Tensor, call: BlockCall) -> Tensor:
+        """The same for a training step, by way of torch.compile if that was chosen: up to rounding the same values."""
+        with computing(self._choices):
+            return self._model.run_block(self._trained, hidden, call)
 
     @torch.no_grad()
     def propagate(

@@ -270,7 +270,7 @@ class BlockTrainer:
             for batch in read:
                 self.boundary()
                 hidden, target = batch.samples
-                loss = block_loss(self._pass.forward(hidden, batch.call), target, self.settings.loss)
+                loss = block_loss(self._pass.training_forward(hidden, batch.call), target, self.settings.loss)
                 self._optimizer.zero_grad(set_to_none=True)
                 self._scaler.scale(loss).backward()
                 self._scaler.step(self._optimizer)

@@ -90,5 +90,5 @@ def test_short_samples_share_a_pass_and_long_ones_do_not():
     cpu = torch.device("cpu")
     assert device.micro_batches(cpu, 32) == [1, 2, 4, 8]
     assert device.micro_batches(cpu, 2048) == [1]
-    assert device.micro_batches(torch.device("cuda"), 2048) == [1, 2, 4, 8]
+    assert device.micro_batches(torch.device("cuda"), 2048) == [1, 2]
     assert device.micro_batches(cpu, 32, wanted=5) == [5]
