@@ -17,7 +17,7 @@ from stages.device import DeviceChoices
 from stages.errors import NumericalError
 from stages.models.decoder import open_model
 from stages.models.source import resolve
-from stages.protocols import ListStream, NullHooks
+from stages.protocols import ListScratch, ListStream, NullHooks
 from stages.prune_block import PruneSettings, prune_block
 from stages.pruners.masks import Pattern
 from stages.refine_block import refine_block
@@ -360,3 +360,16 @@ def test_the_rate_falls_by_epoch(model, inputs, monkeypatch):
     chosen = settings(epochs=3, lr_decay=0.5, hold_aside=False)
     compensate_block(model, 1, inputs, biased[1], dense[1], stream(), chosen, CHOICES, NullHooks())
     assert rates == [1e-3] * N + [5e-4] * N + [2.5e-4] * N
+
+
+def test_best_weights_on_the_disk_change_nothing(model, inputs):
+    biased, dense = stream(), stream()
+    capture(model, inputs, biased, dense, CHOICES, NullHooks())
+    found = []
+    for spill in (None, ListScratch()):
+        result = compensate_block(
+            *(model, 1, inputs, biased, dense, stream(), settings(epochs=3, lr=3e-2), CHOICES, NullHooks()), spill
+        )
+        found.append(result)
+    assert found[0].training == found[1].training
+    assert all(torch.equal(tensor, found[1].state[name]) for name, tensor in found[0].state.items())
