@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOL_ARGS := --sparsity 0.6 --preset quick --baseline sparsegpt
 
-.PHONY: help setup test lint demo bench docker-check soak clean
+.PHONY: help setup test lint demo bench bench-speed docker-check soak clean
 
 help: ## Show what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(READY) ## Make .venv with lampctl and its development tools
 
@@ -37,6 +37,11 @@ bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines and 
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/quality.py --jobs 2
+
+bench-speed: $(READY) ## Speed and memory: the table of docs/performance.md (an hour and a half on 2 quiet cores)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/speed.py
 
 docker-check: ## Build the image and stop and resume a run in it (needs buildah; BASE=image, TORCH=torch)
 	.ci/docker_check.sh

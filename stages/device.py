@@ -21,8 +21,8 @@ from stages.tuning import tuned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Samples share a forward pass up to so many tokens. A GPU is kept busy by a few thousand, and more would take more memory
-# than training a block does; on a processor nothing is gained above a few hundred (docs/performance.md).
+# Samples share a forward pass up to so many tokens. A GPU is kept busy by a few thousand, and more would take more
+# memory than training a block does; on a processor nothing is gained above a few hundred (docs/performance.md).
 _BATCH_TOKENS = {"cuda": 4096, "cpu": 256}
 
 
