@@ -10,7 +10,7 @@ SMOL_ARGS := --sparsity 0.6 --preset quick --baseline sparsegpt
 .PHONY: help setup test lint demo bench bench-speed docker-check soak clean
 
 help: ## Show what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## Make .venv with lampctl and its development tools
 

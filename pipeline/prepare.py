@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from pipeline.config import BASELINE, LAMP_FIELDS, RunConfig, check_combinations, complete
 from pipeline.errors import ConfigError
 from pipeline.plan import Step, chain
-from pipeline.settings import Gathered, Method, parse_size
+from pipeline.quantities import parse_size
+from pipeline.settings import Gathered, Method
 
 if TYPE_CHECKING:
     from stages.memory import Fit

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import ConfigError
-from pipeline.watch import parse_duration
+from pipeline.quantities import parse_duration, parse_size
 from stages.errors import UsageError
 from stages.pruners.masks import Pattern
 
@@ -179,18 +178,6 @@ class Settings(BaseModel):
         return overrides
 
 
-_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes: "8GB", "7.5GiB", "800MB", or a plain number of bytes. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    size = int(float(match.group(1)) * _SIZES[match.group(2) or ""]) if match else 0
-    if size <= 0:
-        raise ValueError("expected a size such as 8GB, 7.5GiB or 800MB")
-    return size
-
-
 def _check_regex(pattern: str) -> None:
     try:
         re.compile(pattern)
@@ -249,6 +236,8 @@ def gather(
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
+    import yaml
+
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import logging
-import re
 import threading
 import time
 import urllib.error
@@ -16,7 +15,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import Literal
 
-from pipeline.errors import ConfigError, Preempted
+from pipeline.errors import Preempted
+from pipeline.quantities import parse_duration
 
 log = logging.getLogger(__name__)
 
@@ -24,21 +24,6 @@ Cloud = Literal["aws", "gcp"]
 _ADDRESSES: dict[Cloud, str] = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
 _EVERY_S = 5.0
 _TIMEOUT_S = 2.0
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def parse_duration(text: str) -> float:
-    """Seconds: "3h30m", "45m", "90s", "1d", or a plain number of seconds. Raises ConfigError."""
-    plain = text.strip().lower()
-    if re.fullmatch(r"\d+(\.\d+)?", plain):
-        seconds = float(plain)
-    elif re.fullmatch(r"(\d+(\.\d+)?[dhms]\s*)+", plain):
-        seconds = sum(float(number) * _UNITS[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([dhms])", plain))
-    else:
-        raise ConfigError(f"--max-runtime {text}: expected a time such as 3h30m, 45m, 90s or 1d")
-    if seconds <= 0:
-        raise ConfigError(f"--max-runtime {text}: that is no time at all")
-    return seconds
 
 
 class RunTimer:

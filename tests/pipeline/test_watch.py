@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pipeline.errors import ConfigError, Preempted
-from pipeline.watch import PreemptionWatcher, RunTimer, parse_duration
+from pipeline.quantities import parse_duration
+from pipeline.watch import PreemptionWatcher, RunTimer
 
 
 @pytest.mark.parametrize(
