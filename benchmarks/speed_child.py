@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,6 @@ def since_start() -> float:
     """Seconds since this process was begun, by the clock of the system."""
     started = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-
-
-class _Ended(BaseException):
-    """All that was to be seen has been seen."""
 
 
 def main() -> None:
@@ -66,8 +61,9 @@ def main() -> None:
             start = time.perf_counter()
             if kind == "compute" and found["first_compute"] is None:
                 found["first_compute"] = since_start()
-                if until_compute:
-                    raise _Ended
+                if until_compute:  # all that was to be seen: what is left is what a crash would leave
+                    report.write_text(json.dumps({**found, "wall": since_start(), "waits": {}}))
+                    os._exit(0)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -87,10 +83,6 @@ def main() -> None:
     except SystemExit as end:
         if end.code:
             raise
-    except _Ended:
-        report.write_text(json.dumps({**found, "wall": since_start(), "waits": {}}))
-        os._exit(0)  # the run's own threads have nothing to tidy that a crash would not leave as well
-    assert threading.current_thread() is threading.main_thread()
     report.write_text(json.dumps({**found, "wall": since_start(), "waits": watch.seconds}))
 
 

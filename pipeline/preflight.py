@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ def most_needed(
 
     size_of: bytes of a payload, by name. scratch_of: bytes of a step's own intermediate streams.
     """
-    done = list(committed)
+    done, size_of = list(committed), functools.cache(size_of)
     held = {name for step in steps if step.name in set(done) for name in step.writes}
 
     def release() -> None:
