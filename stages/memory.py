@@ -95,11 +95,14 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str
     found = {"capture": ends + block * work.trains + passing + shapes.chunks(3, samples)}
     found["prune-block"] = block + _pruning(shapes, work) + passing + shapes.chunks(2, samples)
     if work.trains:
-        copies = 4 if spills else 5  # weights, gradients, two moments, the best so far
+        copies = 3 if spills else 4  # weights, two moments, the best so far
         # A straight-through grid computes with weights of its own, and remembers them.
         copies += work.is_quantized
-        training = max(shapes.remembered(), passing) + shapes.chunks(2, max(samples, 1))
-        found["training"] = copies * block + shapes.block + training
+        # Gradients appear while what was remembered for them goes.
+        low, high = sorted((block, shapes.remembered()))
+        backward = max(high + low // 2, passing)
+        masks = shapes.block
+        found["training"] = copies * block + masks + backward + shapes.chunks(2, samples)
     if work.eval_tokens:
         logits = 3 * _FP32 * work.eval_tokens * shapes.vocabulary
         found["evaluate"] = max(2 * ends + logits, ends + passing, block + passing) + shapes.chunks(2, samples)

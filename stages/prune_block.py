@@ -158,7 +158,10 @@ def prune_block(
         model.set_weight_matrix(modules[info.path], pruned)
         layers[info.name] = LayerOutcome(mask, grid, error, solver.factor.damping if solver else None)
         counter.advance()
+        del weight, pruned, mask
 
+    solvers.clear()
+    solver = None
     outcome = PruneOutcome({info.name: layers[info.name] for info in infos}, settings.pattern)
     require_budget(outcome, budget)
     if export_dtypes is None:

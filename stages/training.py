@@ -271,10 +271,11 @@ class BlockTrainer:
                 self.boundary()
                 hidden, target = batch.samples
                 loss = block_loss(self._pass.training_forward(hidden, batch.call), target, self.settings.loss)
-                self._optimizer.zero_grad(set_to_none=True)
                 self._scaler.scale(loss).backward()
                 self._scaler.step(self._optimizer)
                 self._scaler.update()
+                # Not before the next backward pass: the forward pass before it has room of its own to take.
+                self._optimizer.zero_grad(set_to_none=True)
                 value = loss.item()  # a GPU is waited for only now, with all of the step handed over
                 if not math.isfinite(value):
                     raise NumericalError(

@@ -18,7 +18,7 @@ def opt_6_7b(tokens=2048):
     return Shapes(sum(x.rows * x.cols for x in layers), layers, width, 50272, tokens, 4)
 
 
-def test_a_trained_block_takes_five_copies_and_four_if_the_best_is_on_the_disk():
+def test_a_trained_block_takes_five_copies_with_its_gradient_and_four_if_the_best_is_on_the_disk():
     shapes = opt_6_7b(tokens=16)
     block = 4 * shapes.block
     kept, spilt = (peaks(shapes, LAMP, 1, spills=spills)["training"] for spills in (False, True))
