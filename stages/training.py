@@ -274,7 +274,7 @@ class BlockTrainer:
                 self._scaler.scale(loss).backward()
                 self._scaler.step(self._optimizer)
                 self._scaler.update()
-                # Not before the next backward pass: the forward pass before it has room of its own to take.
+                # Now, and not before the next backward pass: the forward pass between needs the room.
                 self._optimizer.zero_grad(set_to_none=True)
                 value = loss.item()  # a GPU is waited for only now, with all of the step handed over
                 if not math.isfinite(value):

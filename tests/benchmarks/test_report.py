@@ -10,17 +10,6 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_importable(monkeypatch):
-    """Its modules import each other by their bare names, as scripts beside each other do."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", None)):
-            del sys.modules[name]
-
-
 def row(method: str, draw: str, perplexity: float, point: str = "70%", seconds: float = 10, **more: str) -> dict:
     amount = ("-",) * 3 if draw == "-" else ("words", "32", "256")
     return {
