@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -62,6 +63,7 @@ class StageWorker:
         """evaluations: by step name. shared_with: a run whose calibration set is taken over, if it has one."""
         self.run, self.config, self.evaluations, self.shared_with = run, config, evaluations, shared_with
         self.choices = DeviceChoices(**run.environment["device"])
+        gc.freeze()  # what is here now stays: only what steps leave is looked at when they end
         self._views_of: int | None = None
         self._spills = False
 
@@ -99,7 +101,10 @@ class StageWorker:
             "evaluate": self._evaluate,
         }[step.kind]
         figures = work(step, attempt, hooks)
-        return StepResult(figures, peak.process_bytes(), peak.device_bytes())
+        result = StepResult(figures, peak.process_bytes(), peak.device_bytes())
+        # Modules, hooks and optimizers refer to each other in circles: a block would stay in memory beside the next.
+        gc.collect()
+        return result
 
     def fit_memory(self) -> None:
         """Keep what is left of the run within --memory-limit. Raises ResourceError where nothing will do.
