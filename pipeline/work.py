@@ -28,7 +28,7 @@ from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.data.sources import parse_source
 from stages.data.text import evaluation_tokens, load_tokenizer, require_vocabulary
-from stages.device import DeviceChoices, PeakMemory
+from stages.device import DeviceChoices, PeakMemory, release_memory
 from stages.errors import ResourceError
 from stages.evaluate import evaluate_perplexity
 from stages.finish_block import FinishedBlock
@@ -102,8 +102,7 @@ class StageWorker:
         }[step.kind]
         figures = work(step, attempt, hooks)
         result = StepResult(figures, peak.process_bytes(), peak.device_bytes())
-        # Modules, hooks and optimizers refer to each other in circles: a block would stay in memory beside the next.
-        gc.collect()
+        release_memory(self.choices.torch_device)
         return result
 
     def fit_memory(self) -> None:

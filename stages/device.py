@@ -7,9 +7,12 @@ are a record (`DeviceChoices`) that the caller stores and applies again.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 import platform
 import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +157,20 @@ def _processor_facts() -> dict[str, str]:
 
 def _processor_name() -> str:
     return _processor_facts().get("model name") or platform.processor() or platform.machine()
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what the work before has left, so that it does not stand beside what comes next.
+
+    Modules, hooks and optimizers refer to each other in circles, which only the collector breaks; and the C library
+    keeps pieces of up to 32 MB for later, some 400 MB of them with blocks of 100 MB, unless it is asked for them.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's has nothing to ask
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _from_status(field: str) -> int:
