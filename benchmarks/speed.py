@@ -40,7 +40,7 @@ class Figure:
 def _arithmetic(work: Path) -> list[Row]:
     rows = []
     for dtype in ("float32", "bfloat16"):
-        for found in arithmetic("smollm2-135m", dtype):
+        for found in arithmetic("smollm2-135m", dtype, work / "arithmetic"):
             case = f"{found['pass']}, {dtype}"
             rows.append({"case": case, "value": found["share"], "unit": "share", "met": found["share"] >= 0.7})
     return rows

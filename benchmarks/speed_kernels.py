@@ -14,7 +14,7 @@ import torch
 from pipeline import disk
 from pipeline.manifest import Payload, PayloadFile, StreamSpec
 from pipeline.storage.folder import FolderStorage
-from pipeline.store import open_stream, stream_spec, write_stream
+from pipeline.store import ScratchStreams, open_stream, stream_spec, write_stream
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.device import DTYPES, DeviceChoices, apply, choose
@@ -26,13 +26,13 @@ from stages.protocols import ListStream, NullHooks
 from stages.training import TrainingSettings
 from stages.tuning import best_of
 
-NUM_SAMPLES, SEQLEN = 16, 256
+NUM_SAMPLES, SEQLEN = 32, 256
 _STORE_BYTES = 64 << 20
 _CHUNKS_MB = (0.5, 4, 16)
 
 
-def arithmetic(model_name: str, dtype: str, repeats: int = 3) -> list[dict[str, Any]]:
-    """P1: the rate of model FLOP of each kind of pass over the machine's best rate for its products."""
+def arithmetic(model_name: str, dtype: str, folder: Path, repeats: int = 3) -> list[dict[str, Any]]:
+    """P1: the rate of model FLOP of each kind of pass, streams on the disk, over the best rate for its products."""
     choices = choose("cpu", dtype)
     apply(choices)
     model = open_model(resolve(model_name))
@@ -40,8 +40,12 @@ def arithmetic(model_name: str, dtype: str, repeats: int = 3) -> list[dict[str, 
     inputs = ListStream(NUM_SAMPLES, (SEQLEN,), torch.int64)
     for index in range(NUM_SAMPLES):
         inputs.write(index, torch.randint(0, model.vocab_size, (SEQLEN,)))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    scratch = ScratchStreams(folder)
     biased, dense, dense_out, biased_out = (
-        ListStream(NUM_SAMPLES, (SEQLEN, model.hidden_size), choices.torch_dtype) for _ in range(4)
+        scratch.stream(name, NUM_SAMPLES, (SEQLEN, model.hidden_size), choices.torch_dtype)
+        for name in ("biased", "dense", "dense out", "biased out")
     )
     capture(model, inputs, biased, dense, choices, NullHooks())
     one_pass_s = _ideal_pass_s(model, choices) * NUM_SAMPLES
@@ -70,6 +74,7 @@ def arithmetic(model_name: str, dtype: str, repeats: int = 3) -> list[dict[str, 
     for name, (do, passes) in work.items():
         seconds = best_of(do, repeats)
         rows.append({"pass": name, "dtype": dtype, "share": passes * one_pass_s / seconds, "seconds": seconds})
+    scratch.close()
     return rows
 
 
