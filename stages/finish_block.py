@@ -27,7 +27,7 @@ class LayerOutcome:
 
     mask: Tensor  # (R, C) bool, True where pruned
     grid: Grid | None
-    relative_error: float | None = None  # |W x - W' x|^2 / |W x|^2 over the calibration set; None without data
+    relative_error: float | None = None  # |W x - W' x|^2 / |W x|^2 over the calibration set; None without a Hessian
     damping: float | None = None  # what the factorisation needed in the end
 
     def to(self, device: torch.device) -> LayerOutcome:

@@ -113,7 +113,8 @@ def _pruning(shapes: Shapes, work: Work) -> int:
     """Bytes of statistics and of solving for the layer that takes most."""
     if work.pruner == "magnitude":
         return _FP32 * _WEIGHT_COPIES["magnitude"] * max(layer.rows * layer.cols for layer in shapes.layers)
-    sums = sum(_FP32 * group[0].cols ** 2 for group in shapes.inputs.values())
+    power = 1 if work.pruner == "wanda" else 2  # Wanda needs the diagonals alone
+    sums = sum(_FP32 * group[0].cols ** power for group in shapes.inputs.values())
     most = 0
     for group in shapes.inputs.values():
         matrices = 0

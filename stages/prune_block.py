@@ -21,7 +21,7 @@ from stages.models.base import BlockModel
 from stages.passes import BlockPass, Counter
 from stages.protocols import Checkpoint, Hooks, Stream
 from stages.pruners.alps import Splitting, alps, split
-from stages.pruners.hessian import Factor, HessianSum, factorise
+from stages.pruners.hessian import Factor, HessianSum, SquareSum, factorise
 from stages.pruners.magnitude import magnitude_mask
 from stages.pruners.masks import Pattern
 from stages.pruners.quantize import Grid, fit_grid
@@ -54,7 +54,7 @@ class PrunedBlock:
 class _LayerInputs:
     """Statistics of one distinct input, and which layers read it."""
 
-    hessian: HessianSum
+    sums: HessianSum | SquareSum
     paths: list[str] = field(default_factory=list)
 
 
@@ -66,7 +66,7 @@ class _Collected:
     num_samples: int = 0
 
     def checkpoint(self) -> Checkpoint:
-        states = [group.hessian.state() for group in self.groups]
+        states = [group.sums.state() for group in self.groups]
         return Checkpoint(
             {f"hessian.{number}": matrix for number, (matrix, _) in enumerate(states)},
             {
@@ -84,8 +84,9 @@ class _Collected:
             return cls()
         groups = []
         for number, group in enumerate(checkpoint.figures["groups"]):
-            hessian = HessianSum.restored(checkpoint.tensors[f"hessian.{number}"], group["counts"], device)
-            groups.append(_LayerInputs(hessian, list(group["paths"])))
+            kept = checkpoint.tensors[f"hessian.{number}"]
+            kind = HessianSum if kept.ndim == 2 else SquareSum
+            groups.append(_LayerInputs(kind.restored(kept, group["counts"], device), list(group["paths"])))
         return cls(groups, checkpoint.figures["num_samples"])
 
 
@@ -124,7 +125,7 @@ def prune_block(
     if settings.pruner != "magnitude":
         if inputs is None or biased is None:
             raise ValueError(f"{settings.pruner} needs the calibration set and the biased stream")
-        collected = _collect(model, block, block_index, modules, inputs, biased, choices, hooks, counter)
+        collected = _collect(model, block, block_index, modules, inputs, biased, settings, choices, hooks, counter)
         groups = collected.groups
     group_of = {path: group for group in groups for path in group.paths}
 
@@ -154,7 +155,9 @@ def prune_block(
                     raise NumericalError(f"{where}: {failure}") from failure
             solver = solvers[id(group)]
         pruned, mask, grid = _prune_matrix(weight, by_name[info.name].num_masked, group, solver, settings)
-        error = _relative_error(weight, pruned, group.hessian.matrix()) if group is not None else None
+        error = None
+        if group is not None and isinstance(group.sums, HessianSum):
+            error = _relative_error(weight, pruned, group.sums.matrix())
         model.set_weight_matrix(modules[info.path], pruned)
         layers[info.name] = LayerOutcome(mask, grid, error, solver.factor.damping if solver else None)
         counter.advance()
@@ -195,6 +198,7 @@ def _collect(
     modules: Mapping[str, nn.Module],
     inputs: Stream,
     biased: Stream,
+    settings: PruneSettings,
     choices: DeviceChoices,
     hooks: Hooks,
     counter: Counter,
@@ -204,6 +208,7 @@ def _collect(
     The pass ends where the last layer has got its input: what it and whatever follows would compute is of no use.
     """
     collected = _Collected.restored(hooks.restore(), choices.torch_device)
+    kind = SquareSum if settings.pruner == "wanda" else HessianSum
     groups = collected.groups
     seen: dict[int, tuple[Tensor, _LayerInputs]] = {}  # in the current batch: the tensor itself, kept alive
     waited_for: set[str] = set()  # layers that have not got their input in the current batch
@@ -217,7 +222,7 @@ def _collect(
             if group is None:
                 group = assigned.get(path)
             if group is None:
-                group = _LayerInputs(HessianSum(cols, x.device))
+                group = _LayerInputs(kind(cols, x.device))
                 groups.append(group)
             if assigned.setdefault(path, group) is not group:
                 raise AssertionError(f"{path} shared its input with other layers in one batch but not in another")
@@ -225,7 +230,7 @@ def _collect(
                 group.paths.append(path)
             if first_reader:
                 seen[id(x)] = (x, group)
-                group.hessian.add(x.reshape(-1, cols))
+                group.sums.add(x.reshape(-1, cols))
             waited_for.discard(path)
             if not waited_for:
                 raise _AllSeen
@@ -272,7 +277,8 @@ class _Solver:
 
     @classmethod
     def of(cls, group: _LayerInputs, settings: PruneSettings, on_retry: Callable[[str], None]) -> _Solver:
-        hessian = group.hessian.matrix()
+        assert isinstance(group.sums, HessianSum)
+        hessian = group.sums.matrix()
         factor = factorise(hessian, settings.damping, on_retry=on_retry)
         splitting = None
         if settings.pruner == "alps":
@@ -306,8 +312,8 @@ def _prune_matrix(
         return pruned, mask, grid
     if settings.pruner == "magnitude":
         mask = magnitude_mask(weight, num_masked, settings.pattern)
-    elif settings.pruner == "wanda" and group is not None:
-        mask = wanda_mask(weight, group.hessian.mean_square(), num_masked, settings.pattern)
+    elif settings.pruner == "wanda" and group is not None and isinstance(group.sums, SquareSum):
+        mask = wanda_mask(weight, group.sums.mean_square(), num_masked, settings.pattern)
     else:
         raise ValueError(f"unknown pruner {settings.pruner}")
     kept = grid.nearest(weight) if grid is not None else weight

@@ -69,9 +69,33 @@ class HessianSum:
         hessian._num_tokens, hessian._is_scaled = counts["num_tokens"], bool(counts["is_scaled"])
         return hessian
 
+
+class SquareSum:
+    """Adds up x^2 per input channel, in fp32: of a Hessian, the diagonal, which is all that Wanda asks for."""
+
+    def __init__(self, cols: int, device: torch.device) -> None:
+        self._sum = torch.zeros(cols, device=device)
+        self._num_tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the tokens of `x` (tokens, cols)."""
+        self._sum.add_(x.float().square().sum(dim=0))
+        self._num_tokens += len(x)
+
     def mean_square(self) -> Tensor:
         """The mean of x^2 per input channel, (cols,)."""
-        return self.matrix().diagonal() / 2
+        return self._sum / self._num_tokens
+
+    def state(self) -> tuple[Tensor, dict[str, int]]:
+        """What `restored` needs."""
+        return self._sum, {"num_tokens": self._num_tokens}
+
+    @classmethod
+    def restored(cls, sums: Tensor, counts: Mapping[str, int], device: torch.device) -> SquareSum:
+        """The sum that had this `state`."""
+        squares = cls(0, device)
+        squares._sum, squares._num_tokens = sums.to(device), counts["num_tokens"]
+        return squares
 
 
 @dataclass(frozen=True)

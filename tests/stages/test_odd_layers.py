@@ -14,7 +14,7 @@ from stages.models.source import resolve
 from stages.protocols import ListStream, NullHooks
 from stages.prune_block import PruneSettings, prune_block
 from stages.pruners.alps import alps
-from stages.pruners.hessian import HessianSum, factorise
+from stages.pruners.hessian import HessianSum, SquareSum, factorise
 from stages.pruners.masks import Pattern
 from stages.pruners.quantize import fit_grid
 from stages.pruners.sparsegpt import sparsegpt
@@ -54,7 +54,9 @@ def test_every_pruner_keeps_its_promises_on_odd_layers(layer, bits):
     grid = fit_grid(weight, bits) if bits else None
     swept, mask = sparsegpt(weight, factor, count, pattern=pattern, grid=grid)
     solved, other = alps(weight, hessian.matrix(), factor, count, pattern=pattern)
-    third = wanda_mask(weight, hessian.mean_square(), count, pattern)
+    squares = SquareSum(weight.shape[1], torch.device("cpu"))
+    squares.add(x)
+    third = wanda_mask(weight, squares.mean_square(), count, pattern)
     for result, chosen in ((swept, mask), (solved, other), (weight.masked_fill(third, 0), third)):
         assert torch.isfinite(result).all()
         assert chosen.sum() == count

@@ -91,7 +91,7 @@ def test_pruning_and_losses_do_not_depend_on_it_either(models):
         biased, dense, out = stream(), stream(), stream()
         capture(model, inputs, biased, dense, ONE, NullHooks())
         result = prune_block(
-            *(model, 0, allocate(blocks, 0.5, 1.0, 0.0)[0], PruneSettings("wanda"), choices, NullHooks()),
+            *(model, 0, allocate(blocks, 0.5, 1.0, 0.0)[0], PruneSettings("sparsegpt"), choices, NullHooks()),
             export_dtypes=dtypes,
             inputs=inputs,
             biased=biased,
@@ -104,8 +104,8 @@ def test_pruning_and_losses_do_not_depend_on_it_either(models):
         losses.append(BlockTrainer(*targets, purpose="compensate").first_pass().trained)
     for result, out in results[1:]:
         for name, layer in results[0][0].outcome.layers.items():
-            assert (layer.mask == result.outcome.layers[name].mask).double().mean() > 0.99
-            assert layer.relative_error == pytest.approx(result.outcome.layers[name].relative_error, rel=1e-3)
+            assert (layer.mask == result.outcome.layers[name].mask).double().mean() > 0.97
+            assert layer.relative_error == pytest.approx(result.outcome.layers[name].relative_error, rel=1e-2)
         assert (out - results[0][1]).norm() < 1e-2 * out.norm()
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
 
