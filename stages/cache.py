@@ -11,4 +11,9 @@ def cache_dir() -> Path:
     own = os.environ.get("LAMPCTL_CACHE")
     if own:
         return Path(own).expanduser()
+    return machine_cache_dir()
+
+
+def machine_cache_dir() -> Path:
+    """Where what was found out about this machine is kept: lampctl/ in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lampctl"

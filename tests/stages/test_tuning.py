@@ -12,9 +12,9 @@ from stages.tuning import Tuning, tuned
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LAMPCTL_CACHE", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    return tmp_path / "tuning.json"
+    return tmp_path / "lampctl" / "tuning.json"
 
 
 def test_the_first_measurement_is_kept_and_used_again(cache, monkeypatch):
@@ -36,6 +36,7 @@ def test_another_processor_or_a_number_of_threads_is_measured_by_itself(cache):
     "text", ["", "{", "[]", '{"k": 1}', '{"k": {"num_threads": 0, "matmul_precision": "medium"}}', '{"k": {"x": 1}}']
 )
 def test_a_strange_file_is_measured_over(cache, text):
+    cache.parent.mkdir()
     cache.write_text(text)
     assert tuned("a processor").num_threads >= 1
     assert "a processor" in cache.read_text()
@@ -43,7 +44,7 @@ def test_a_strange_file_is_measured_over(cache, text):
 
 def test_it_measures_where_the_cache_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("LAMPCTL_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert tuned("a processor").num_threads >= 1
 
 
@@ -57,7 +58,7 @@ def test_a_path_of_reduced_precision_is_never_chosen(monkeypatch):
 
 
 def test_noise_alone_does_not_change_the_usual_choice(monkeypatch):
-    seconds = {(4, "highest"): 1.0, (4, "medium"): 0.95, (2, "highest"): 0.93, (2, "medium"): 0.92}
+    seconds = {(4, "highest"): 1.0, (4, "medium"): 0.97, (2, "highest"): 0.96, (2, "medium"): 0.955}
     now = lambda: seconds[(torch.get_num_threads(), torch.get_float32_matmul_precision())]  # noqa: E731
     monkeypatch.setattr(tuning, "_product_s", now)
     monkeypatch.setattr(tuning, "product_error", lambda: 3e-7)
