@@ -53,7 +53,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     """
     from stages.budget import feasible_alpha, feasible_beta
     from stages.defaults import measured, published
-    from stages.device import choose, micro_batches
+    from stages.device import choose, micro_batches, require_compiler
     from stages.models.decoder import open_model
     from stages.models.source import resolve
     from stages.pruners.masks import Pattern
@@ -62,6 +62,8 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     settings = _with_absolute_paths(gathered)
     gathered = Gathered(settings, gathered.origins, gathered.preset)
     choices = choose(settings.device, settings.dtype, settings.threads)
+    if settings.compile:
+        require_compiler(choices.torch_device)
     folder = resolve(settings.model, settings.revision, trusts_code=settings.trust_remote_code)
     model = open_model(folder)
     shapes = prunable_layers(model, settings.ignore)

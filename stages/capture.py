@@ -43,5 +43,6 @@ def capture(
             biased_out.write(numbers, hidden)
             if blocks_out is not None and block is not None:
                 with computing(choices):
-                    blocks_out.write(numbers, model.run_block(block, hidden, entry.calls[0]))
+                    # A copy: the writer may not be done with `hidden`, and some block might work in place.
+                    blocks_out.write(numbers, model.run_block(block, hidden.clone(), entry.calls[0]))
             hooks.report(numbers[-1] + 1, len(inputs), "samples")

@@ -12,6 +12,7 @@ import gc
 import os
 import platform
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,6 +73,13 @@ def choose(device: str = "auto", dtype: str = "auto", threads: int | None = None
         return DeviceChoices(str(chosen), dtype, threads or torch.get_num_threads(), "highest", name)
     tuning = tuned(_processor_name(), threads)
     return DeviceChoices("cpu", dtype, tuning.num_threads, tuning.matmul_precision, _processor_name())
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise UsageError where torch.compile would find nothing to compile with."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
+        raise UsageError("--compile needs a C++ compiler: install g++ or clang++, name one by CXX, or leave it out")
 
 
 def micro_batches(device: torch.device, tokens: int, wanted: int | None = None) -> list[int]:

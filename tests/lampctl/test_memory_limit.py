@@ -69,3 +69,11 @@ def test_status_shows_what_each_kind_of_step_took(lampctl, model, tmp_path):
     assert all(step["peak_memory_bytes"] > 10**8 for step in state["steps"])
     assert state["peak_memory_bytes"] == max(step["peak_memory_bytes"] for step in state["steps"])
     assert state["peak_device_bytes"] is None
+
+
+def test_compiling_without_a_compiler_is_refused(lampctl, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    answer = lampctl("run", model, *DATA, "--compile", "--run-dir", tmp_path / "run")
+    assert answer.code == 2
+    assert "--compile needs a C++ compiler" in answer.err
