@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -155,7 +156,12 @@ class FolderStorage:
         self._inside(key)
         for root in self._roots:
             path = root / relative_path(key)
-            if path.is_symlink() or not path.is_dir():
+            try:
+                # Looked at once: what is not there now may be a folder of another process in a moment.
+                is_folder = stat.S_ISDIR(path.lstat().st_mode)
+            except FileNotFoundError:
+                continue
+            if not is_folder:
                 disk.remove_file(path)
             else:
                 # In one step, so that a payload is there or released, never half of it.
