@@ -236,3 +236,12 @@ def test_naming_a_scratch_disk_makes_nothing_there_until_there_is_something_to_k
     (tmp_path / "run").mkdir()
     storage.new_folder("data/000000-00000000/biased", is_bulky=True)
     assert (tmp_path / "scratch" / "run" / "data" / "000000-00000000" / "biased").is_dir()
+
+
+def test_what_is_not_there_is_not_deleted_as_a_file_since_another_process_may_make_it_a_folder(tmp_path, monkeypatch):
+    storage = FolderStorage(tmp_path)
+    monkeypatch.setattr("pipeline.disk.remove_file", lambda path: pytest.fail(f"{path} was taken for a file"))
+    storage.remove("progress/000000")
+    (tmp_path / "progress" / "000000").mkdir(parents=True)
+    storage.remove("progress/000000")
+    assert not (tmp_path / "progress" / "000000").exists()
