@@ -82,17 +82,22 @@ class StopWatch:
 def run_one(arguments: list[str], report: Path) -> None:
     """`lampctl` with these arguments in this process; its seconds go to `report`."""
     start = time.perf_counter()
-    from lampctl import app
-
     watch = StopWatch()
     watch_durability(watch)
+    run_lampctl(arguments)
+    report.write_text(json.dumps({"wall": time.perf_counter() - start, "seconds": watch.seconds}))
+
+
+def run_lampctl(arguments: list[str]) -> None:
+    """The command line in this process. Raises SystemExit if it fails."""
+    from lampctl import app
+
     sys.argv = ["lampctl", *arguments]
     try:
         app.main()
     except SystemExit as end:
         if end.code:
             raise
-    report.write_text(json.dumps({"wall": time.perf_counter() - start, "seconds": watch.seconds}))
 
 
 def watch_durability(watch: StopWatch) -> None:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from durability import StopWatch, watch_durability
+from durability import StopWatch, run_lampctl, watch_durability
 
 _TIMELINE_STEP, _TIMELINE_EVENTS = "refine-block/1", 400
 
@@ -34,7 +34,6 @@ def main() -> None:
     watch = StopWatch(main_only=True)
     found: dict[str, Any] = {"first_compute": None, "timeline": []}
 
-    from lampctl import app
     from pipeline import disk, engine
     from stages import overlap, passes
 
@@ -77,12 +76,7 @@ def main() -> None:
     from pipeline.store import ActivationStream
 
     line(ActivationStream, "write", "write")
-    sys.argv = ["lampctl", *arguments]
-    try:
-        app.main()
-    except SystemExit as end:
-        if end.code:
-            raise
+    run_lampctl(arguments)
     report.write_text(json.dumps({**found, "wall": since_start(), "waits": watch.seconds}))
 
 

@@ -18,6 +18,7 @@ from pipeline.engine import StepResult
 from pipeline.errors import ConfigMismatch
 from pipeline.plan import Evaluation, Step
 from pipeline.prepare import fit_memory, fixed_sparsities, prunable_layers
+from pipeline.quantities import parse_size
 from pipeline.rundir import Attempt, RunDirectory
 from pipeline.summary import card_facts
 from stages import export
@@ -102,8 +103,17 @@ class StageWorker:
         }[step.kind]
         figures = work(step, attempt, hooks)
         result = StepResult(figures, peak.process_bytes(), peak.device_bytes())
+        self._tell_excess(result, hooks)
         release_memory(self.choices.torch_device)
         return result
+
+    def _tell_excess(self, result: StepResult, hooks: Hooks) -> None:
+        """Warn of a step that took more than --memory-limit: what it would take was only estimated."""
+        if self.config.memory_limit is None:
+            return
+        taken = result.peak_device_bytes or result.peak_memory_bytes or 0
+        if taken > parse_size(self.config.memory_limit):
+            hooks.warn(f"this step took {taken / 1e9:.2f} GB, more than --memory-limit {self.config.memory_limit}")
 
     def fit_memory(self) -> None:
         """Keep what is left of the run within --memory-limit. Raises ResourceError where nothing will do.

@@ -3,8 +3,8 @@
 P: numbers of a block.    C, R: input and output width of a layer.    N: tokens in one forward pass.    H: hidden size.
 V: vocabulary.    All arithmetic is fp32, 4 bytes a number; with bf16 it takes no more.
 
-The figures are the sum of what the code is known to hold at once, and of activations counted layer by layer; measured
-peaks stay within a tenth of a gigabyte below them (tests/stages/test_memory.py, benchmarks/speed.py).
+The figures are the sum of what the code is known to hold at once, and of activations counted layer by layer: estimates.
+A step that takes more than the limit says so, with what it took (`pipeline/work.py`).
 """
 
 from __future__ import annotations

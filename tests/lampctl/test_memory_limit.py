@@ -77,3 +77,10 @@ def test_compiling_without_a_compiler_is_refused(lampctl, model, tmp_path, monke
     answer = lampctl("run", model, *DATA, "--compile", "--run-dir", tmp_path / "run")
     assert answer.code == 2
     assert "--compile needs a C++ compiler" in answer.err
+
+
+def test_a_step_that_takes_more_than_the_limit_says_so(lampctl, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.device.PeakMemory.process_bytes", lambda self: 9 * 10**9)
+    answer = lampctl("run", model, *DATA, "--memory-limit", "8GB", "--run-dir", tmp_path / "run")
+    assert answer.code == 0
+    assert "this step took 9.00 GB, more than --memory-limit 8GB" in answer.err
