@@ -22,6 +22,8 @@ _SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", 
 _WEIGHT_COPIES = {"sparsegpt": 5, "alps": 9, "wanda": 4, "magnitude": 3}
 # ALPS: scaled Hessian, an inverse and what it is made from; five inverses where several layers use them.
 _ALPS_MATRICES, _ALPS_SHARED_MATRICES = 3, 7
+# What the export gathers before it writes (`stages.export`).
+_EXPORTED_AT_ONCE = 256_000_000
 # Allocators keep some of what was freed, and small things add up.
 _SLACK = 1.05
 
@@ -103,6 +105,7 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str
         backward = max(high + low // 2, passing)
         masks = shapes.block
         found["training"] = copies * block + masks + backward + shapes.chunks(2, samples)
+    found["export"] = ends + _EXPORTED_AT_ONCE
     if work.eval_tokens:
         logits = 3 * _FP32 * work.eval_tokens * shapes.vocabulary
         found["evaluate"] = max(2 * ends + logits, ends + passing, block + passing) + shapes.chunks(2, samples)
