@@ -5,9 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SCENES := runs/scenes
+SAM_ARGS := --sparsity 0.7 --calibration coco:$(SCENES)/calibration --evaluate coco:$(SCENES)/evaluation
 SMOL_ARGS := --sparsity 0.6 --preset quick --baseline sparsegpt
 
-.PHONY: help setup test lint demo bench bench-speed docker-check soak clean
+.PHONY: help setup test lint demo demo-vision bench bench-speed docker-check soak clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +34,13 @@ test: lint ## Lint, then the default tests
 
 demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (minutes on 2 quiet cores)
 	$(BIN)/lampctl run smollm2-135m $(SMOL_ARGS)
+
+demo-vision: $(READY) ## Prune sam-tiny to 70% and compare with SparseGPT, with pictures (minutes on 2 cores)
+	$(BIN)/python examples/drawn_scenes.py $(SCENES)/calibration --count 128 --first 0
+	$(BIN)/python examples/drawn_scenes.py $(SCENES)/evaluation --count 200
+	$(BIN)/lampctl run examples/sam-tiny $(SAM_ARGS) --baseline sparsegpt
+	$(BIN)/python examples/sam_predict.py examples/sam-tiny runs/sam-tiny-s70-sparsegpt/model \
+		runs/sam-tiny-s70-lamp/model --titles dense,SparseGPT,LAMP --out runs/sam-tiny-s70.png
 
 bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines and peers (a long day on 2 cores)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

@@ -19,8 +19,8 @@ def _declared(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="Alias (opt-125m, opt-1.3b, opt-2.7b, opt-6.7b, llama-2-7b, smollm2-135m), name on the Hugging Face "
-            "hub, folder, or GGUF file.",
+            help="Alias (opt-125m, opt-1.3b, opt-2.7b, opt-6.7b, llama-2-7b, smollm2-135m, sam-vit-b, sam-vit-l, "
+            "sam-vit-h), name on the Hugging Face hub, folder, GGUF file, or Segment Anything checkpoint (.pth).",
         ),
     ] = None,
     sparsity: Annotated[
@@ -93,7 +93,12 @@ def _declared(
         typer.Option(metavar="REGEX", help="Leave the layers whose name matches dense. May be repeated."),
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(metavar="SRC", help="c4, wikitext2, ptb, pydocs or text:PATH. [default: c4]")
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="c4, wikitext2, ptb, pydocs or text:PATH; of Segment Anything sa1b:DIR, coco:DIR or images:DIR. "
+            "[default: c4; images must be named]",
+        ),
     ] = None,
     num_samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration samples. [default: 128]")] = None,
     seqlen: Annotated[
@@ -101,7 +106,7 @@ def _declared(
     ] = None,
     calibration_sampling: Annotated[
         str | None,
-        typer.Option(metavar="HOW", help="contiguous or random. [default: random for c4, else contiguous]"),
+        typer.Option(metavar="HOW", help="contiguous or random. [default: random for c4 and images, else contiguous]"),
     ] = None,
     calibration_skip: Annotated[
         int | None, typer.Option(metavar="N", help="Leave out the first N samples. [default: 0]")
@@ -198,7 +203,11 @@ def _declared(
     ] = None,
     evaluate: Annotated[
         str | None,
-        typer.Option(metavar="SRC,...", help="Measure perplexity on these sources; '' for none. [default: wikitext2]"),
+        typer.Option(
+            metavar="SRC,...",
+            help="Measure on these sources, perplexity or (coco:DIR, sa1b:DIR) single-point IoU; '' for none. "
+            "[default: wikitext2; no images]",
+        ),
     ] = None,
     evaluate_dense: Annotated[
         bool | None,
@@ -209,6 +218,17 @@ def _declared(
     ] = None,
     eval_max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Stop after N tokens: a quick look, marked as partial.")
+    ] = None,
+    eval_points: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="Segment Anything: the point in each mask: annotation (SA-1B's own), interior (farthest from the "
+            "edge), random, box-center, or auto: annotation where there is one, else interior. [default: auto]",
+        ),
+    ] = None,
+    eval_max_images: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after N images: a quick look, marked as partial.")
     ] = None,
     keep_activations: Annotated[
         bool | None,

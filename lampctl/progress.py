@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lampctl.units import duration
+from stages.figures import METRICS, figure_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,10 +100,15 @@ class ProgressListener:
             return _losses(figures)
         if step.kind == "evaluate":
             partial = " (partial)" if figures["is_partial"] else ""
-            value = figures["perplexity"]
-            return f"perplexity {'infinite' if value is None else format(value, '.2f')}{partial}"
+            metric = figures.get("metric", "perplexity")
+            value = figures[metric]
+            shown = "infinite" if value is None else figure_text(metric, value)
+            return f"{METRICS[metric].title} {shown}{partial}"
         if step.kind == "calibrate":
-            return f"{figures['num_tokens']:,} tokens of {figures['source']}"
+            what = "images" if "num_images" in figures else "tokens"
+            passed_over = sum(figures.get("skipped", {}).values())
+            note = f", {passed_over} passed over" if passed_over else ""
+            return f"{figures[f'num_{what}']:,} {what} of {figures['source']}{note}"
         if step.kind == "export":
             return f"{figures['num_masked']:,} of {figures['num_prunable']:,} weights masked"
         return ""

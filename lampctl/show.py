@@ -14,8 +14,9 @@ from rich.table import Table
 
 from lampctl.units import duration, size
 from pipeline.storage.objects import is_address
-from pipeline.summary import BlockState, EvaluationResult, RunStatus, StepState, side_by_side
+from pipeline.summary import BlockState, EvaluationResult, RunStatus, StepState, described, side_by_side
 from pipeline.summary import status as status_of
+from stages.figures import METRICS, figure_text
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -41,7 +42,7 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
         console.print(_results_table(states))
         partial = [e for e in main.evaluations if _is_current(main, e) and e.is_partial]
         if partial:
-            console.print(f"* partial: the first {partial[0].num_tokens:,} tokens only")
+            console.print(f"* partial: {described(partial[0])}")
     else:
         for state in states:
             console.print(_summary_line(state))
@@ -51,7 +52,8 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
     if main.model is not None:
         console.print("\nThe pruned model:", _shown(main.model), soft_wrap=True, highlight=False)
         if not is_address(main.model):
-            load = f'AutoModelForCausalLM.from_pretrained("{_shown(main.model)}", dtype="auto")'
+            opens = "SamModel" if main.task == "vision" else "AutoModelForCausalLM"
+            load = f'{opens}.from_pretrained("{_shown(main.model)}", dtype="auto")'
             console.print("Load it:          " + load, soft_wrap=True, highlight=False)
 
 
@@ -70,7 +72,7 @@ def result_record(state: RunStatus) -> dict[str, Any]:
         "peak_memory_bytes": state.peak_memory_bytes,
         "peak_device_bytes": state.peak_device_bytes,
         "model": state.model,
-        "evaluations": [asdict(result) for result in state.evaluations if _is_current(state, result)],
+        "evaluations": [result.record() for result in state.evaluations if _is_current(state, result)],
         "config": state.config.model_dump(mode="json"),
     }
 
@@ -214,26 +216,26 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
     """Dense first, then the baselines, then the run itself."""
     main = states[0]
     found = {
-        (number, result.which, result.source): result
+        (number, result.which, (result.metric, result.source)): result
         for number, state in enumerate(states)
         for result in state.evaluations
         if _is_current(state, result)
     }
-    sources = list(dict.fromkeys(source for _, _, source in found))
+    measured = list(dict.fromkeys(what for _, _, what in found))
     table = Table(title=f"{Path(main.config.model).name} at {main.config.goal}", title_justify="left")
     table.add_column("method")
-    for source in sources:
-        table.add_column(f"perplexity\n{_short(source)}", justify="right")
+    for metric, source in measured:
+        table.add_column(f"{METRICS[metric].title}\n{_short(source)}", justify="right")
     for title in ("sparsity", "pruning time", "peak memory"):
         table.add_column(title, justify="right")
     if any(which == "dense" for _, which, _ in found):
-        table.add_row("dense", *(_perplexity(found.get((0, "dense", s))) for s in sources), "0%", "-", "-")
+        table.add_row("dense", *(_marked(found.get((0, "dense", what))) for what in measured), "0%", "-", "-")
     order = [*range(1, len(states)), 0]
     for number in order:
         state = states[number]
         table.add_row(
             _METHODS[state.config.method],
-            *(_perplexity(found.get((number, "pruned", source))) for source in sources),
+            *(_marked(found.get((number, "pruned", what))) for what in measured),
             "-" if state.sparsity is None else f"{100 * state.sparsity:.4f}%",
             duration(state.pruning_s),
             _memory(state.peak_memory_bytes, state.peak_device_bytes),
@@ -271,29 +273,30 @@ def _kinds_table(steps: Sequence[StepState]) -> Table:
 
 def _evaluations_table(state: RunStatus) -> Table:
     """Every figure that the run has measured, on whatever settings."""
-    table = Table("perplexity on", "window", "tokens")
+    table = Table("measured", "on", "how")
     table.add_column("dense", justify="right")
     table.add_column(_METHODS[state.config.method], justify="right")
-    for (source, seqlen, num_tokens, is_partial), pair in side_by_side(state.evaluations).items():
-        tokens = f"first {num_tokens:,} only" if is_partial else f"all ({num_tokens:,})"
-        table.add_row(_short(source), str(seqlen), tokens, *(_value(pair.get(which)) for which in ("dense", "pruned")))
+    for pair in side_by_side(state.evaluations):
+        either = next(iter(pair.values()))
+        values = (_value(pair.get(which)) for which in ("dense", "pruned"))
+        table.add_row(METRICS[either.metric].title, _short(either.source), described(either), *values)
     return table
 
 
 def _short(source: str) -> str:
-    return Path(source.removeprefix("text:")).name if source.startswith("text:") else source
+    kind, colon, path = source.partition(":")
+    return f"{'' if kind == 'text' else f'{kind}:'}{Path(path).name}" if colon else source
 
 
-def _perplexity(result: EvaluationResult | None) -> str:
-    if result is None:
-        return "-"
-    return _value(result) + ("*" if result.is_partial else "")
+def _marked(result: EvaluationResult | None) -> str:
+    """With a star where only a part was measured."""
+    return _value(result) + ("*" if result is not None and result.is_partial else "")
 
 
 def _value(result: EvaluationResult | None) -> str:
     if result is None:
         return "-"
-    return "infinite" if result.perplexity is None else f"{result.perplexity:.2f}"
+    return "infinite" if result.value is None else figure_text(result.metric, result.value)
 
 
 def _settings_table(config: RunConfig, origins: Mapping[str, str]) -> Table:

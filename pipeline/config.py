@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings import Gathered, Settings, flag_of
 from stages.defaults import TrainingDefaults
 from stages.pruners.masks import Pattern
+from stages.tasks.base import EvaluationProtocol, Task
 
 
 class RunConfig(Settings):
@@ -55,6 +56,11 @@ class RunConfig(Settings):
         grouped = f"g{self.group_size}" if self.group_size else ""
         return what + (f"-int{self.bits}{grouped}" if self.bits else "")
 
+    @property
+    def evaluation_protocol(self) -> EvaluationProtocol:
+        """How the model is measured."""
+        return EvaluationProtocol(self.eval_seqlen, self.eval_max_tokens, self.eval_points, self.eval_max_images)
+
     def with_free(self, free: Mapping[str, Any]) -> RunConfig:
         """This configuration with other free settings."""
         return RunConfig(**{**self.model_dump(), **free})
@@ -75,6 +81,8 @@ FREE_FIELDS = (
     "evaluate_dense",
     "eval_seqlen",
     "eval_max_tokens",
+    "eval_points",
+    "eval_max_images",
     "keep_activations",
     "memory_limit",
     "checkpoint_minutes",
@@ -141,11 +149,16 @@ def check_combinations(gathered: Gathered) -> None:
 
 
 def complete(
-    gathered: Gathered, max_positions: int | None, defaults: TrainingDefaults, baselines: Sequence[str] = ()
+    gathered: Gathered,
+    max_positions: int | None,
+    defaults: TrainingDefaults,
+    task: Task,
+    baselines: Sequence[str] = (),
 ) -> tuple[RunConfig, dict[str, str], list[str]]:
     """Fill in what nobody gave. Gives the configuration, each field's origin, and notices for the user.
 
-    baselines: methods that take the same settings beside this run; what one of them uses is worth no notice.
+    task: what a model of this kind is calibrated on and measured by, unless somebody says. baselines: methods that
+    take the same settings beside this run; what one of them uses is worth no notice.
 
     `defaults.alpha` and `.beta` must be feasible already, and the combination checked. Raises ConfigError where the
     model cannot do what was asked for.
@@ -195,14 +208,18 @@ def complete(
         if not values["epochs"]:
             raise ConfigError(f"--epochs 0 without --refine trains nothing: that is --method {values['pruner']}")
     if uses_calibration:
-        fill("calibration", "c4")
+        fill("calibration", task.default_calibration)
+        if values["calibration"] is None:
+            raise ConfigError(task.missing_calibration)
         fill("num_samples", 128)
-        fill("calibration_sampling", "random" if values["calibration"] == "c4" else "contiguous")
+        fill("calibration_sampling", task.default_sampling(values["calibration"]))
     else:
         for field in CALIBRATION_FIELDS:
             _drop(field, gathered, values, [] if baselines else notices, "magnitude pruning looks at no data")
         values["calibration_skip"] = 0
-    fill("evaluate", ("wikitext2",))
+    if values["evaluate"] is None and task.missing_evaluation is not None:
+        notices.append(task.missing_evaluation)
+    fill("evaluate", task.default_evaluation)
     for field in values:
         origins.setdefault(field, "default")
     config = RunConfig(**values)

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from stages.tasks.base import EvaluationProtocol
+
 CHAIN_KINDS = ("calibrate", "capture", "allocate", "prune-block", "compensate-block", "refine-block", "export")
 EVALUATE = "evaluate"
 
@@ -41,14 +43,12 @@ class Evaluation:
 
     which: str  # "dense" or "pruned"
     source: str
-    seqlen: int
-    max_tokens: int | None
+    protocol: EvaluationProtocol
 
     @property
     def subject(self) -> str:
         """The part of the step's name after ``evaluate/``: two evaluations with one subject are the same."""
-        limit = f":{self.max_tokens}" if self.max_tokens is not None else ""
-        return f"{self.which}/{self.source}@{self.seqlen}{limit}"
+        return f"{self.which}/{self.source}@{self.protocol.label}"
 
 
 def chain(method: str, num_blocks: int, refines: bool = False, allocates: bool = False) -> tuple[Step, ...]:
@@ -96,11 +96,11 @@ def chain(method: str, num_blocks: int, refines: bool = False, allocates: bool =
 
 
 def evaluation_steps(
-    sources: Iterable[str], seqlen: int, max_tokens: int | None, with_dense: bool
+    sources: Iterable[str], protocol: EvaluationProtocol, with_dense: bool
 ) -> tuple[tuple[Step, Evaluation], ...]:
     """The evaluate steps: of the pruned model first, because that is what the user waits for."""
     kinds = ("pruned", "dense") if with_dense else ("pruned",)
-    evaluations = [Evaluation(which, source, seqlen, max_tokens) for source in sources for which in kinds]
+    evaluations = [Evaluation(which, source, protocol) for source in sources for which in kinds]
     return tuple(
         (Step(EVALUATE, subject=e.subject, reads=("model",) if e.which == "pruned" else ()), e)
         for e in dict.fromkeys(evaluations)

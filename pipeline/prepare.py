@@ -14,11 +14,12 @@ from pipeline.config import BASELINE, LAMP_FIELDS, RunConfig, check_combinations
 from pipeline.errors import ConfigError
 from pipeline.plan import Step, chain
 from pipeline.quantities import parse_size
-from pipeline.settings import Gathered, Method
+from pipeline.settings import Gathered, Method, flag_of
 
 if TYPE_CHECKING:
     from stages.memory import Fit
-    from stages.models.base import ModelFolder
+    from stages.models.base import BlockModel
+    from stages.tasks.base import Drawing, Task
 
 RUNS = Path("runs")
 
@@ -54,9 +55,9 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     from stages.budget import feasible_alpha, feasible_beta
     from stages.defaults import measured, published
     from stages.device import choose, micro_batches, require_compiler
-    from stages.models.decoder import open_model
     from stages.models.source import resolve
     from stages.pruners.masks import Pattern
+    from stages.tasks.named import open_model, task_named
 
     check_combinations(gathered)
     settings = _with_absolute_paths(gathered)
@@ -66,6 +67,9 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
         require_compiler(choices.torch_device)
     folder = resolve(settings.model, settings.revision, trusts_code=settings.trust_remote_code)
     model = open_model(folder)
+    task = task_named(model.task)
+    gathered = _without_foreign_data(_with_fixed_samples(gathered, model), model)
+    settings = gathered.values
     shapes = prunable_layers(model, settings.ignore)
     widest = max(layer.cols for block in shapes for layer in block)
     if settings.group_size is not None and settings.group_size > widest:
@@ -93,7 +97,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
             if getattr(settings, name) is None and value != default:
                 notices.append(f"{name} is {value:.4g} instead of {default:.4g}: no layer can be pruned above 100%")
         defaults = replace(defaults, alpha=alpha, beta=beta)
-    config, origins, more_notices = complete(gathered, model.max_positions, defaults, baselines)
+    config, origins, more_notices = complete(gathered, model.max_positions, defaults, task, baselines)
     at_once = micro_batches(choices.torch_device, config.seqlen, config.micro_batch)
     fitting = fit_memory(model, config, choices, at_once)
     choices = replace(choices, batch_tokens=fitting.samples_at_once * config.seqlen, compiles=bool(config.compile))
@@ -103,7 +107,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
         origins=origins,
         notices=(*notices, *more_notices),
         model=_model_record(model, folder),
-        data=_check_sources(config, folder, model.vocab_size),
+        data=_check_sources(config, model, task),
         environment=environment_record(asdict(choices)),
         budget=budget,
         steps=chain_of(config, model.num_blocks),
@@ -148,8 +152,8 @@ def sibling(gathered: Gathered, method: str) -> Gathered:
 
 def _with_absolute_paths(gathered: Gathered) -> Any:
     """The settings with local paths made absolute: a run can be resumed from another folder."""
-    from stages.data.sources import parse_source
     from stages.filedigest import local_path
+    from stages.tasks.named import parse_source
 
     settings = gathered.values
     changes: dict[str, Any] = {}
@@ -161,6 +165,36 @@ def _with_absolute_paths(gathered: Gathered) -> Any:
     if settings.evaluate is not None:
         changes["evaluate"] = tuple(parse_source(source).name for source in settings.evaluate)
     return settings.model_copy(update=changes)
+
+
+def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
+    """The settings with the number of tokens that every sample of this model has, if it leaves no choice."""
+    if model.fixed_tokens is None:
+        return gathered
+    for field in ("seqlen", "eval_seqlen", "eval_max_tokens"):
+        if gathered.given(field):
+            raise ConfigError(
+                f"{flag_of(field)}: every sample of {model.source.name} has {model.fixed_tokens} patches; leave it out"
+            )
+    fixed = {"seqlen": model.fixed_tokens, "eval_seqlen": model.fixed_tokens, "eval_max_tokens": None}
+    points = gathered.values.eval_points or "auto"
+    values = gathered.values.model_copy(update={**fixed, "eval_points": points})
+    return Gathered(values, gathered.origins, gathered.preset)
+
+
+def _without_foreign_data(gathered: Gathered, model: BlockModel) -> Gathered:
+    """The settings without the data that a preset names for another kind of model."""
+    from stages.tasks.named import parse_source
+
+    settings = gathered.values
+    named = {"calibration": (settings.calibration,), "evaluate": settings.evaluate}
+    foreign = [
+        field
+        for field, names in named.items()
+        if not gathered.given(field) and any(parse_source(name).task != model.task for name in names or () if name)
+    ]
+    changes = dict.fromkeys(foreign)
+    return Gathered(settings.model_copy(update=changes), gathered.origins, gathered.preset)
 
 
 def prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
@@ -211,29 +245,33 @@ def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping
     return allocate(blocks, config.target_sparsity, config.alpha, config.beta, fixed)
 
 
-def _check_sources(config: RunConfig, folder: ModelFolder, vocab_size: int) -> dict[str, Any]:
-    """The digest of each local source, after making sure that each can be read and is long enough."""
-    from stages.data.sources import parse_source
-    from stages.data.text import load_tokenizer, require_length
+def _check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str, Any]:
+    """The digest of each local source, after making sure that each can be read and is large enough."""
+    from stages.tasks.base import require_task
+    from stages.tasks.named import parse_source
 
-    tokenizer = load_tokenizer(folder.path, trusts_code=folder.trusts_code)
     digests: dict[str, Any] = {}
     if config.calibration is not None:
-        assert config.num_samples is not None
         source = parse_source(config.calibration)
-        is_random = config.calibration_sampling == "random"
-        num_windows = 1 if is_random else config.calibration_skip + config.num_samples
+        require_task(source, model)
         source.check()
-        remedy = "lower --num-samples, --calibration-skip or --seqlen, or use more text"
-        require_length(source, tokenizer, "calibration", num_windows * config.seqlen + is_random, vocab_size, remedy)
+        task.require_samples(model, source, drawing_of(config))
         digests[config.calibration] = source.digest()
     for name in config.evaluate:
         source = parse_source(name)
+        require_task(source, model)
         source.check()
-        remedy = "lower --eval-seqlen or use more text"
-        require_length(source, tokenizer, "evaluation", config.eval_seqlen, vocab_size, remedy)
+        task.require_measurable(model, source, config.evaluation_protocol)
         digests[name] = source.digest()
     return digests
+
+
+def drawing_of(config: RunConfig) -> Drawing:
+    """Which samples the calibration set is made of."""
+    from stages.tasks.base import Drawing
+
+    assert config.num_samples is not None
+    return Drawing(config.num_samples, config.seqlen, config.calibration_sampling, config.calibration_skip, config.seed)
 
 
 def _model_record(model: Any, folder: Any) -> dict[str, Any]:
@@ -243,6 +281,7 @@ def _model_record(model: Any, folder: Any) -> dict[str, Any]:
         "revision": folder.revision,
         "files": {name: {"size": d.size, "sha256": d.sha256} for name, d in folder.files.items()},
         "model_type": model.name,
+        "task": model.task,
         "num_blocks": model.num_blocks,
         "hidden_size": model.hidden_size,
         "max_positions": model.max_positions,

@@ -128,18 +128,14 @@ def reopen(
 
 
 def change_evaluation(
-    run: RunDirectory, config: RunConfig, sources: str | None, seqlen: int | None, max_tokens: int | None
+    run: RunDirectory, config: RunConfig, sources: str | None, settings: Mapping[str, Any]
 ) -> RunConfig:
     """The configuration with other evaluation settings (None: as they are). Raises ConfigError, UsageError."""
-    from stages.data.sources import parse_source
+    from stages.tasks.named import parse_source
 
-    changes: dict[str, Any] = {}
+    changes = {field: value for field, value in settings.items() if value is not None}
     if sources is not None:
         changes["evaluate"] = [parse_source(name.strip()).name for name in sources.split(",") if name.strip()]
-    if seqlen is not None:
-        changes["eval_seqlen"] = seqlen
-    if max_tokens is not None:
-        changes["eval_max_tokens"] = max_tokens
     try:
         changed = config.with_free(changes)
     except ValidationError as error:
@@ -154,7 +150,7 @@ def change_evaluation(
 
 def steps_of(run: RunDirectory, config: RunConfig) -> tuple[tuple[Step, ...], dict[str, Evaluation]]:
     """All steps of a run under `config`, and what each evaluate step measures, by step name."""
-    evaluations = evaluation_steps(config.evaluate, config.eval_seqlen, config.eval_max_tokens, config.evaluate_dense)
+    evaluations = evaluation_steps(config.evaluate, config.evaluation_protocol, config.evaluate_dense)
     steps = chain_of(config, run.manifest.model["num_blocks"])
     return (*steps, *(step for step, _ in evaluations)), {step.name: what for step, what in evaluations}
 

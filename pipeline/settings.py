@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.quantities import parse_duration, parse_size
 from stages.errors import UsageError
 from stages.pruners.masks import Pattern
+from stages.tasks.base import Points
 
 Method = Literal["lamp", "sparsegpt", "alps", "wanda", "magnitude"]
 Effort = Literal["low", "medium", "high"]
@@ -89,6 +90,8 @@ class Settings(BaseModel):
     evaluate_dense: bool = True
     eval_seqlen: int | None = Field(None, ge=2)
     eval_max_tokens: int | None = Field(None, ge=2)
+    eval_points: Points | None = None
+    eval_max_images: int | None = Field(None, ge=1)
     keep_activations: bool = False
     memory_limit: str | None = None
     checkpoint_minutes: float = Field(10.0, ge=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,15 +63,30 @@ class BlockState:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """One perplexity."""
+    """What one evaluate step measured."""
 
-    step: str  # which evaluate step measured it
+    step: str
     which: str  # "dense" or "pruned"
     source: str
-    perplexity: float | None  # None: it overflowed
-    num_tokens: int
-    seqlen: int
+    metric: str  # the name of the figure that counts: "perplexity", "iou"
+    figures: Mapping[str, Any]  # that one, and what it was measured on
     is_partial: bool
+
+    @property
+    def value(self) -> float | None:
+        """The figure that counts; None: it overflowed."""
+        found: float | None = self.figures[self.metric]
+        return found
+
+    @property
+    def protocol(self) -> tuple[Any, ...]:
+        """What two results must share to be compared."""
+        return tuple(self.figures.get(name) for name in ("seqlen", "num_tokens", "points", "num_masks"))
+
+    def record(self) -> dict[str, Any]:
+        """For JSON, all in one."""
+        about = {"step": self.step, "which": self.which, "source": self.source, "metric": self.metric}
+        return {**about, **self.figures, "is_partial": self.is_partial}
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,7 @@ class RunStatus:
     """A run at a glance."""
 
     label: str  # of the run directory
+    task: str  # "language", "vision"
     config: RunConfig
     is_finished: bool
     next_step: str | None
@@ -120,6 +136,7 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
     measured = pruning or run.commits
     return RunStatus(
         label=run.label,
+        task=run.manifest.model.get("task", "language"),
         config=config,
         is_finished=not todo,
         next_step=todo[0].name if todo else None,
@@ -147,27 +164,39 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
 
 
 def evaluations_of(run: RunDirectory) -> tuple[EvaluationResult, ...]:
-    """All perplexities that the run has measured, in the order of their commits."""
-    fields = set(EvaluationResult.__dataclass_fields__) - {"step"}
+    """All that the run has measured, in the order of its commits."""
     return tuple(
-        EvaluationResult(step=commit.step, **{name: commit.figures[name] for name in fields})
-        for commit in run.commits
-        if commit.step.startswith("evaluate/")
+        _evaluation(commit.step, commit.figures) for commit in run.commits if commit.step.startswith("evaluate/")
     )
+
+
+def _evaluation(step: str, figures: Mapping[str, Any]) -> EvaluationResult:
+    metric = figures.get("metric", "perplexity")
+    about = ("which", "source", "source_digest", "metric", "is_partial")
+    rest = {name: value for name, value in figures.items() if name not in about}
+    assert metric in rest
+    return EvaluationResult(step, figures["which"], figures["source"], metric, rest, figures["is_partial"])
 
 
 def side_by_side(
     evaluations: Sequence[EvaluationResult],
-) -> dict[tuple[str, int, int, bool], dict[str, EvaluationResult]]:
-    """Dense and pruned results together where both were measured on the very same tokens, and only there.
-
-    {(source, window, number of tokens, is partial): {"dense" or "pruned": result}}.
-    """
-    rows: dict[tuple[str, int, int, bool], dict[str, EvaluationResult]] = {}
+) -> list[dict[str, EvaluationResult]]:
+    """Dense and pruned results together where both were measured on the very same data, and only there."""
+    rows: dict[tuple[Any, ...], dict[str, EvaluationResult]] = {}
     for result in evaluations:
-        key = (result.source, result.seqlen, result.num_tokens, result.is_partial)
+        key = (result.metric, result.source, result.is_partial, *result.protocol)
         rows.setdefault(key, {})[result.which] = result
-    return rows
+    return list(rows.values())
+
+
+def described(result: EvaluationResult) -> str:
+    """How a figure was measured, in a few words."""
+    figures = result.figures
+    if result.metric == "iou":
+        masks = f"{figures['num_masks']} masks, {figures['points']} points"
+        return masks + (", partial" if result.is_partial else "")
+    partial = f", partial: first {figures['num_tokens']} tokens" if result.is_partial else ""
+    return f"{figures['seqlen']} tokens a window{partial}"
 
 
 def _holder(run: RunDirectory) -> str | None:
@@ -239,16 +268,16 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
 
     state = status(run, config)
     figures = []
-    for (source, seqlen, num_tokens, is_partial), pair in side_by_side(state.evaluations).items():
-        note = f"{seqlen} tokens a window" + (f", partial: first {num_tokens} tokens" if is_partial else "")
+    for pair in side_by_side(state.evaluations):
         dense, pruned = pair.get("dense"), pair.get("pruned")
-        figures.append(
-            CardFigure(source, dense.perplexity if dense else None, pruned.perplexity if pruned else None, note)
-        )
+        either = next(iter(pair.values()))
+        values = [found.value if found else None for found in (dense, pruned)]
+        figures.append(CardFigure(either.source, either.metric, values[0], values[1], described(either)))
     settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision")}
     assert state.num_masked is not None
     assert state.num_other_zeros is not None
     return CardFacts(
+        task=run.manifest.model.get("task", "language"),
         base_model=run.manifest.model["name"],
         revision=run.manifest.model["revision"],
         method=config.method,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 from torch import Tensor
@@ -17,33 +18,29 @@ from pipeline.disk import FileWriter
 from pipeline.engine import StepResult
 from pipeline.errors import ConfigMismatch
 from pipeline.plan import Evaluation, Step
-from pipeline.prepare import fit_memory, fixed_sparsities, prunable_layers
+from pipeline.prepare import drawing_of, fit_memory, fixed_sparsities, prunable_layers
 from pipeline.quantities import parse_size
 from pipeline.rundir import Attempt, RunDirectory
 from pipeline.summary import card_facts
 from stages import export
 from stages.allocate import budget_by_outliers, outlier_shares
 from stages.budget import BlockBudget, LayerBudget
-from stages.calibrate import calibrate
 from stages.capture import capture
 from stages.compensate_block import compensate_block
-from stages.data.sources import parse_source
-from stages.data.text import evaluation_tokens, load_tokenizer, require_vocabulary
 from stages.device import DeviceChoices, PeakMemory, release_memory
 from stages.errors import ResourceError
-from stages.evaluate import evaluate_perplexity
 from stages.finish_block import FinishedBlock
 from stages.mask_files import FOLDER as MASKS
 from stages.mask_files import mask_file, read_mask_file
-from stages.metrics.perplexity import windows
 from stages.models.base import BlockModel
-from stages.models.decoder import open_model
 from stages.models.source import resolve
-from stages.models.weights import StateFile, serialized
-from stages.protocols import Hooks, Scratch
+from stages.models.weights import Joined, StateFile, serialized
+from stages.protocols import Hooks, Samples, Scratch
 from stages.prune_block import PruneSettings, prune_block
 from stages.refine_block import refine_block
 from stages.replay import replay
+from stages.tasks.base import Task
+from stages.tasks.named import open_model, parse_source, task_named
 from stages.tensor_bytes import Bytes
 from stages.training import Training, TrainingSettings
 
@@ -128,7 +125,7 @@ class StageWorker:
         kind, _, number = payload.partition("/")
         tokens = (self.config.num_samples or 0) * self.config.seqlen
         if kind == "calibration":
-            return tokens * 8
+            return tokens * self.model.input_bytes_per_token
         if kind in ("biased", "dense"):
             return tokens * self.model.hidden_size * self.choices.torch_dtype.itemsize
         if kind == "model":  # the blocks are links
@@ -145,8 +142,7 @@ class StageWorker:
         """About how many bytes a step's own intermediate streams take on the disk."""
         stream = self.size_of("biased/0") if self.config.num_samples else 0
         if step.kind == "evaluate":
-            what = self.evaluations[step.name]
-            tokens = what.max_tokens or _USUAL_EVALUATION_TOKENS
+            tokens = self.evaluations[step.name].protocol.max_tokens or _USUAL_EVALUATION_TOKENS
             return tokens * self.model.hidden_size * self.choices.torch_dtype.itemsize
         targets_only = step.kind == "compensate-block" and len(step.writes) == 1
         return stream if step.kind == "allocate" or targets_only else 0
@@ -176,36 +172,32 @@ class StageWorker:
             return {**shared.figures, "shared_with": self.shared_with.manifest.digest}
         config = self.config
         assert config.calibration is not None
-        assert config.num_samples is not None
         source = parse_source(config.calibration)
         if source.digest() != self.run.manifest.identity["data"][config.calibration]:
             raise ConfigMismatch(
-                f"{config.calibration} has changed since this run began: put the old text back, or start a new run"
+                f"{config.calibration} has changed since this run began: put the old data back, or start a new run"
             )
-        tokens = calibrate(
-            source,
-            self.model.source,
-            num_samples=config.num_samples,
-            seqlen=config.seqlen,
-            sampling=config.calibration_sampling,
-            skip=config.calibration_skip,
-            seed=config.seed,
-        )
-        require_vocabulary(tokens, self.model.vocab_size, self.config.model)
-        stream = attempt.stream("calibration", len(tokens), tuple(tokens.shape[1:]), tokens.dtype, is_precious=True)
-        for index, sample in enumerate(tokens):
+        drawn = self._task.draw(self.model, source, drawing_of(config))
+        samples, first = drawn.samples, drawn.samples[0]
+        stream = attempt.stream("calibration", len(samples), tuple(first.shape), first.dtype, is_precious=True)
+        for index in range(len(samples)):
             hooks.check_stop()
-            stream.write(index, sample)
-            hooks.report(index + 1, len(tokens), "samples")
-        return {"source": config.calibration, "num_tokens": tokens.numel()}
+            stream.write(index, samples[index])
+            hooks.report(index + 1, len(samples), "samples")
+        return {"source": config.calibration, **drawn.figures}
+
+    @property
+    def _task(self) -> Task:
+        """What this kind of model is calibrated on and measured by."""
+        return task_named(self.model.task)
 
     def _activations(self, attempt: Attempt, name: str) -> Any:
-        return attempt.stream(
-            name,
-            len(self.run.open_stream("calibration")),
-            (self.config.seqlen, self.model.hidden_size),
-            self.choices.torch_dtype,
-        )
+        inputs = self.run.open_stream("calibration")
+        return attempt.stream(name, len(inputs), self._hidden_shape(inputs), self.choices.torch_dtype)
+
+    def _hidden_shape(self, inputs: Samples) -> tuple[int, ...]:
+        """Of a sample's activations."""
+        return self.model.hidden_shape(tuple(inputs[0].shape))
 
     def _capture(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         dense = self._activations(attempt, "dense/1") if "dense/1" in step.writes else None
@@ -328,7 +320,7 @@ class StageWorker:
         if dense_name in step.writes:
             dense_out = self._activations(attempt, dense_name)
         else:
-            shape = (config.seqlen, self.model.hidden_size)
+            shape = self._hidden_shape(self.run.open_stream("calibration"))
             dense_out = attempt.scratch().stream("targets", len(biased), shape, self.choices.torch_dtype)
         result = compensate_block(
             self.model,
@@ -385,13 +377,19 @@ class StageWorker:
             num_other_zeros += counted.num_other_zeros
             most_levels = max(most_levels, counted.num_levels)
             hooks.report(block + 1, self.model.num_blocks + 1, "blocks")
+        outside: dict[str, Tensor] = {}
         for shard in export.outside_shards(self.model, self.config.export_dtype):
             written = folder.write(shard.filename, _all(shard.pieces()))
+            if self.model.has_other_forms:
+                outside.update(shard.tensors)
             files[shard.filename] = list(shard.tensors)
             total_size += written.size
         folder.write("model.safetensors.index.json", export.index_json(files, total_size))
         for name, contents in self.model.export_extras(self.config.export_dtype):
             folder.write(name, contents)
+        blocks = (StateFile(self.run.open_file(f"pruned/{block}")) for block in range(self.model.num_blocks))
+        for name, write in self.model.other_forms(Joined((outside, *blocks)) if self.model.has_other_forms else {}):
+            folder.write(name, _through(write))
         budget = [_budget_of(block) for block in self.run.budget]
         if num_masked != sum(block.num_masked for block in budget):
             raise AssertionError("the masks do not add up to the budget")
@@ -409,24 +407,9 @@ class StageWorker:
     def _evaluate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         what = self.evaluations[step.name]
         model = self.model if what.which == "dense" else self._open_published()
-        tokenizer = load_tokenizer(self.model.source.path, trusts_code=self.config.trust_remote_code)
         source = parse_source(what.source)
-        tokens = evaluation_tokens(source, tokenizer)
-        require_vocabulary(tokens, self.model.vocab_size, self.config.model)
-        cut = windows(tokens, what.seqlen, what.max_tokens, source.max_windows)
-        num_available = len(windows(tokens, what.seqlen, None, source.max_windows))
-        result = evaluate_perplexity(model, cut, attempt.scratch(), self.choices, hooks)
-        return {
-            "which": what.which,
-            "source": what.source,
-            "perplexity": result.perplexity,
-            "num_windows": result.num_windows,
-            "num_tokens": result.num_tokens,
-            "num_tokens_available": tokens.numel(),
-            "seqlen": result.seqlen,
-            "is_partial": result.num_windows < num_available,
-            "source_digest": source.digest(),
-        }
+        figures = self._task.evaluate(model, self.model, source, what.protocol, attempt.scratch(), self.choices, hooks)
+        return {"which": what.which, "source": what.source, "source_digest": source.digest(), **figures}
 
     def _open_published(self) -> BlockModel:
         return open_model(resolve(str(self._published_model()), trusts_code=self.config.trust_remote_code))
@@ -460,6 +443,23 @@ def _all(pieces: Iterable[Bytes]) -> Callable[[FileWriter], None]:
             writer.write(piece)
 
     return write
+
+
+def _through(write: Callable[[IO[bytes]], None]) -> Callable[[FileWriter], None]:
+    """What writes to an open file, writing to the run's own writer."""
+
+    class Sink(io.RawIOBase):
+        def __init__(self, writer: FileWriter) -> None:
+            self._writer = writer
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, piece: Any, /) -> int:
+            self._writer.write(bytes(piece))
+            return len(piece)
+
+    return lambda writer: write(Sink(writer))  # type: ignore[arg-type]
 
 
 def _training_figures(training: Training) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from stages.device import DeviceChoices, computing
-from stages.models.base import BlockModel
+from stages.models.base import BlockModel, tokens_of
 from stages.overlap import Reading, Writing
 from stages.passes import micro_batches
 from stages.protocols import Hooks, Stream
@@ -24,13 +24,13 @@ def capture(
 ) -> None:
     """Write the input of block 0 to `biased` and, if asked, block 0's own output to `dense_out`.
 
-    inputs: N samples of token ids, each (tokens,). biased, dense_out: N samples (tokens, hidden).
+    inputs: N samples, token ids (tokens,) or pixels. biased, dense_out: N samples of hidden states.
     The dense output is computed from the input as stored, so that rebuilding it later gives the same bits.
     """
     device = choices.torch_device
     ends = model.load_ends(device, part="enter")
     block = model.load_block(0, device) if dense_out is not None else None
-    batches = micro_batches(range(len(inputs)), inputs, choices)
+    batches = micro_batches(range(len(inputs)), tokens_of(model, inputs), choices)
     with contextlib.ExitStack() as stack:
         read = stack.enter_context(Reading(batches, (inputs,), device))
         biased_out = stack.enter_context(Writing(biased, device))

@@ -67,8 +67,10 @@ def published(model_type: str, sparsity: float) -> TrainingDefaults:
     """The paper's settings, published for 70% (LAMP section 4 and the ICP code); no early stop, no refinement.
 
     OPT: rate 1e-4, 12 epochs, alpha 0.691, beta 0.2 at 70%, which is the middle of the 0.6(1-s) to 0.8(1-s) that
-    the paper found best. Others: as Llama-2-7B.
+    the paper found best. Segment Anything: rate 5e-4, 8 epochs, decay 0.9, alpha 0.85. Others: as Llama-2-7B.
     """
+    if model_type == "sam":
+        return TrainingDefaults(0.85, 0.0, "sparsegpt", None, 8, 5e-4, 0.9, "mse", False, False, 1, 5e-4)
     is_opt = model_type == "opt"
     return TrainingDefaults(
         alpha=0.691 if is_opt else 0.7,

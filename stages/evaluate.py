@@ -85,7 +85,7 @@ class _Measuring:
         inputs = _Windows(self.windows[numbers[0] : numbers[-1] + 1])
         places = range(len(inputs))
         ends = self.model.load_ends(self.device, part="enter")
-        batches = micro_batches(places, inputs, self.choices)
+        batches = micro_batches(places, self.windows.shape[1], self.choices)
         with Reading(batches, (inputs,), self.device) as read, Writing(self.stream, self.device) as out:
             for group, (tokens,) in read:
                 self._boundary()

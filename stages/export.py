@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stages.device import DTYPES
+from stages.figures import METRICS, figure_text
 from stages.finish_block import LayerOutcome, PruneOutcome, check_layer
 from stages.mask_files import FOLDER, PrunedWeight
 from stages.models.base import BlockModel
@@ -128,6 +129,7 @@ class CardFigure:
     """One line of the model card's table of results."""
 
     source: str
+    metric: str  # "perplexity", "iou"
     dense: float | None
     pruned: float | None
     note: str  # "partial: first 10240 tokens", or ""
@@ -137,6 +139,7 @@ class CardFigure:
 class CardFacts:
     """What the model card tells."""
 
+    task: str  # "language", "vision"
     base_model: str
     revision: str | None
     method: str
@@ -179,15 +182,32 @@ def model_card(facts: CardFacts) -> bytes:
         "",
     ]
     if facts.figures:
-        lines += ["| perplexity on | original | pruned | |", "|---|---|---|---|"]
-        lines += [f"| {f.source} | {_cell(f.dense)} | {_cell(f.pruned)} | {f.note} |" for f in facts.figures]
+        lines += ["| | original | pruned | |", "|---|---|---|---|"]
+        for figure in facts.figures:
+            cells = (figure_text(figure.metric, value) for value in (figure.dense, figure.pruned))
+            lines.append(f"| {METRICS[figure.metric].title} on {figure.source} | {' | '.join(cells)} | {figure.note} |")
         lines.append("")
-    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += ['model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER", dtype="auto")']
-    lines += ['tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")', "```", "", "## Settings", ""]
+    lines += ["```python", *_LOADING[facts.task], "```", "", "## Settings", ""]
     lines += [f"- {name}: {value}" for name, value in facts.settings.items() if value not in (None, (), [], {})]
     return ("\n".join(lines) + "\n").encode()
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+_LOADING = {
+    "language": (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER", dtype="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
+    ),
+    "vision": (
+        "from transformers import SamModel, SamProcessor",
+        "",
+        'model = SamModel.from_pretrained("PATH/TO/THIS/FOLDER")',
+        'processor = SamProcessor.from_pretrained("PATH/TO/THIS/FOLDER")',
+        "",
+        "# or, of Meta's three sizes, by Meta's package:",
+        "from segment_anything import sam_model_registry",
+        "",
+        'sam = sam_model_registry["vit_b"](checkpoint="PATH/TO/THIS/FOLDER/sam.pth")',
+    ),
+}

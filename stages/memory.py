@@ -38,13 +38,22 @@ class Shapes:
     vocabulary: int  # V
     tokens: int  # of one sample
     itemsize: int  # bytes of a stored activation
+    attention: int = 0  # numbers that a block's attention writes out for one sample
 
     @classmethod
     def of(cls, model: BlockModel, tokens: int, itemsize: int) -> Shapes:
         """Of `model` with samples of so many tokens."""
         sizes = [sum(model.entry_sizes(index).values()) for index in range(model.num_blocks)]
         largest = max(range(model.num_blocks), key=sizes.__getitem__)
-        return cls(sizes[largest], model.layers(largest), model.hidden_size, model.vocab_size, tokens, itemsize)
+        return cls(
+            sizes[largest],
+            model.layers(largest),
+            model.hidden_size,
+            model.vocab_size,
+            tokens,
+            itemsize,
+            model.attention_numbers,
+        )
 
     @property
     def inputs(self) -> dict[str, list[LayerInfo]]:
@@ -62,12 +71,13 @@ class Shapes:
         """Bytes of a forward pass that remembers nothing: one layer's input and output, and the residual stream."""
         widest = max((layer.rows + layer.cols for layer in self.layers), default=0)
         # Gated and attention layers hold two outputs at once.
-        return _FP32 * samples * self.tokens * (2 * widest + 4 * self.hidden)
+        return _FP32 * samples * (self.tokens * (2 * widest + 4 * self.hidden) + self.attention)
 
     def remembered(self) -> int:
         """Bytes of a forward pass over one sample that remembers everything for its gradient."""
         distinct = sum(group[0].cols for group in self.inputs.values())
-        return _FP32 * self.tokens * (2 * distinct + 2 * sum(layer.rows for layer in self.layers) + 6 * self.hidden)
+        linear = 2 * distinct + 2 * sum(layer.rows for layer in self.layers) + 6 * self.hidden
+        return _FP32 * (self.tokens * linear + 2 * self.attention)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.device import DeviceChoices, computing
-from stages.models.base import BlockCall, BlockModel
+from stages.models.base import BlockCall, BlockModel, tokens_of
 from stages.overlap import Reading, Writing
 from stages.protocols import Samples, Stream, Watcher
 
@@ -40,9 +40,9 @@ class Batch:
     samples: tuple[Tensor, ...]  # of each stream that was asked for, (samples, T, H)
 
 
-def micro_batches(indices: Sequence[int], inputs: Samples, choices: DeviceChoices) -> list[Sequence[int]]:
-    """`indices` in their order, as many together as `choices` has it for samples like these: at least one."""
-    size = samples_at_once(choices, inputs[0].numel()) if len(indices) else 1
+def micro_batches(indices: Sequence[int], tokens: int, choices: DeviceChoices) -> list[Sequence[int]]:
+    """`indices` in their order, as many together as `choices` has it for samples of so many tokens: at least one."""
+    size = samples_at_once(choices, tokens)
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
@@ -66,7 +66,7 @@ class BlockPass:
 
     def batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
         """The micro-batches of these samples."""
-        return micro_batches(indices, self._inputs, self._choices)
+        return micro_batches(indices, tokens_of(self._model, self._inputs), self._choices) if len(indices) else []
 
     @contextlib.contextmanager
     def reading(self, batches: Sequence[Sequence[int]], *streams: Samples) -> Iterator[Iterator[Batch]]:

@@ -40,7 +40,7 @@ def replay(
     if not num_blocks:
         capture(model, inputs, out, None, choices, hooks)
         return
-    shape = (*inputs[0].shape, model.hidden_size)
+    shape = model.hidden_shape(tuple(inputs[0].shape))
     hidden = scratch.stream("replay", len(inputs), shape, choices.torch_dtype)
     capture(model, inputs, hidden, None, choices, hooks)
     total = num_blocks * len(inputs)

@@ -80,15 +80,22 @@ def evaluate(
     eval_max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Stop after N tokens. [default: as last used in this run]")
     ] = None,
+    eval_points: Annotated[
+        str | None, typer.Option(metavar="WHERE", help="Where the points are. [default: as last used in this run]")
+    ] = None,
+    eval_max_images: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after N images. [default: as last used in this run]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Measure perplexity of the exported model, and of the original.
+    """Measure perplexity, or single-point IoU, of the exported model and of the original.
 
     What is given is kept for the next evaluation of this run; all figures are in lampctl status.
 
     \b
     lampctl evaluate runs/mine
     lampctl evaluate runs/mine --evaluate pydocs,text:notes.txt --eval-seqlen 512
+    lampctl evaluate runs/sam --evaluate coco:val2017 --eval-points random
     """
     from lampctl import show
     from lampctl.progress import listening
@@ -97,7 +104,13 @@ def evaluate(
 
     directory, config = reopen(run, to_go_on=True)
     require_exported(directory, config)
-    config = change_evaluation(directory, config, sources, eval_seqlen, eval_max_tokens)
+    changes = {
+        "eval_seqlen": eval_seqlen,
+        "eval_max_tokens": eval_max_tokens,
+        "eval_points": eval_points,
+        "eval_max_images": eval_max_images,
+    }
+    config = change_evaluation(directory, config, sources, changes)
     with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop)

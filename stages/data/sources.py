@@ -82,6 +82,8 @@ class Source:
     name: str  # canonical: local paths are absolute
     path: Path | None = None  # of a local file
 
+    task = "language"
+
     @property
     def is_local(self) -> bool:
         """Whether it can be read without the hub."""

@@ -1,15 +1,16 @@
 """What a model family must say, so that stages can prune it one block at a time.
 
-T: tokens of a sample.    H: hidden size.    V: vocabulary.    Batches have one sample.
+T: tokens of a sample.    H: hidden size.    V: vocabulary.    G: patches on a side.    N: samples of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from stages.filedigest import FileDigest, digest_file
 
 if TYPE_CHECKING:
     from stages.models.calls import Calls
+    from stages.protocols import Samples
 
 Part = Literal["enter", "leave", "all"]
 
@@ -77,9 +79,9 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Entry:
-    """A sample on its way in."""
+    """Samples on their way in."""
 
-    hidden: Tensor  # (1, T, H): the input of block 0
+    hidden: Tensor  # (N, T, H), of images (N, G, G, H): the input of block 0
     calls: tuple[BlockCall, ...]  # one per block
 
 
@@ -87,23 +89,37 @@ class Ends(Protocol):
     """The model without its blocks: embeddings before them, final norm and head after them."""
 
     def enter(self, inputs: Tensor) -> Entry:
-        """What the blocks get for `inputs`, token ids (1, T)."""
+        """What the blocks get for `inputs`: token ids (N, T), or pixels (N, 3, S, S)."""
         ...
 
     def leave(self, inputs: Tensor, hidden: Tensor) -> Tensor:
-        """Logits (1, T, V) from the last block's output (1, T, H). Needs the part "leave" or "all"."""
+        """Logits (N, T, V), or image embeddings, from the last block's output. Needs the part "leave" or "all"."""
         ...
+
+
+def tokens_of(model: BlockModel, samples: Samples) -> int:
+    """How many tokens each of the samples has, as far as the work on them goes."""
+    return math.prod(model.hidden_shape(tuple(samples[0].shape))[:-1])
 
 
 class BlockModel(Protocol):
     """A model whose weights stay on disk, except those of one block and of the ends."""
 
     name: str  # the family: transformers' `config.model_type`
+    task: str  # "language", "vision": see stages/tasks
     source: ModelFolder
     num_blocks: int
     hidden_size: int
     vocab_size: int  # rows of the embedding matrix
     max_positions: int | None  # None: as many as one likes
+    fixed_tokens: int | None  # of a sample, where the model leaves no choice
+    input_bytes_per_token: int  # of a sample as the calibration set keeps it
+    has_other_forms: bool  # whether an exported folder holds the model a second time, in another form
+    attention_numbers: int  # that a block's attention writes out for one sample; 0: its scores are never whole
+
+    def hidden_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a sample's hidden state, by that of its inputs: (T, H), (G, G, H)."""
+        ...
 
     def layers(self, block_index: int) -> tuple[LayerInfo, ...]:
         """The layers of a block that can be pruned, in the order of the module."""
@@ -149,6 +165,13 @@ class BlockModel(Protocol):
 
     def outside_state(self) -> Iterable[tuple[str, Tensor]]:
         """Every weight outside the blocks, under its name and in its dtype in the model's own files."""
+        ...
+
+    def other_forms(self, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Callable[[IO[bytes]], None]]]:
+        """Further files of the whole exported model: (file name, what writes it).
+
+        tensors: the exported weights, by their names in the model's own files.
+        """
         ...
 
     def export_extras(self, requested_dtype: str) -> Iterable[tuple[str, bytes]]:

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from stages.cache import cache_dir
 from stages.errors import ResourceError, UsageError
@@ -40,7 +39,7 @@ def from_pickles(folder: Path) -> Path:
 
     files = sorted(folder.glob(PICKLES))
     digests = [f"{path.name}:{digest_file(path).sha256}" for path in (folder / "config.json", *files)]
-    with _converted(hashlib.sha256("\n".join(digests).encode()).hexdigest()) as (target, is_new):
+    with converted(hashlib.sha256("\n".join(digests).encode()).hexdigest()) as (target, is_new):
         if is_new:
             log.info("converting %s to safetensors, once", folder)
             weight_map: dict[str, str] = {}
@@ -60,7 +59,7 @@ def from_pickles(folder: Path) -> Path:
                 for path in folder.glob(pattern):
                     if not path.name.startswith("pytorch_model"):
                         shutil.copyfile(path, target / path.name)
-    return _cached(target)
+    return cached(target)
 
 
 def from_gguf(fetch: Callable[[], Path], sha256: str | None = None) -> Path:
@@ -70,7 +69,7 @@ def from_gguf(fetch: Callable[[], Path], sha256: str | None = None) -> Path:
     Raises UsageError for an architecture that transformers does not read from GGUF.
     """
     digest = sha256 or digest_file(fetch()).sha256
-    with _converted(digest) as (target, is_new):
+    with converted(digest) as (target, is_new):
         if is_new:
             path = fetch()
             log.info("converting %s to safetensors, once", path.name)
@@ -79,7 +78,7 @@ def from_gguf(fetch: Callable[[], Path], sha256: str | None = None) -> Path:
             except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UsageError(f"{path}: transformers cannot read this GGUF file ({reason})") from error
-    return _cached(target)
+    return cached(target)
 
 
 def _write_gguf_model(path: Path, target: Path) -> None:
@@ -114,7 +113,7 @@ def _convert_gguf(path: Path, target: Path) -> None:
 
 
 @contextmanager
-def _converted(digest: str) -> Iterator[tuple[Path, bool]]:
+def converted(digest: str) -> Iterator[tuple[Path, bool]]:
     """A folder to fill, and whether it is new; it takes its place in the cache only once it is full."""
     final = cache_dir() / "models" / f"{digest[:24]}-v{_VERSION}"
     if final.is_dir():
@@ -148,8 +147,8 @@ def _take_place(temporary: Path, final: Path) -> None:
             raise
 
 
-def _cached(target: Path) -> Any:
-    """The place in the cache that a folder given by `_converted` has taken."""
+def cached(target: Path) -> Path:
+    """The place in the cache that a folder given by `converted` has taken."""
     if not target.name.startswith("."):
         return target
     return target.parent / target.name.removeprefix(".").rpartition(".")[0]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
-from stages.errors import DamagedFileError, UsageError
+from stages.errors import UsageError
 from stages.hub import reason_of
 from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part
 from stages.models.calls import Calls
+from stages.models.materialise import copied, materialised, require_materialised
 from stages.models.recorders import Recorder, StopForward, Tape, output_of
 from stages.models.roles import role_of
 from stages.models.weights import WeightFiles, match_names
@@ -57,6 +59,12 @@ def open_model(folder: ModelFolder) -> Decoder:
 class Decoder:
     """A `stages.models.base.BlockModel`. Build one with `open_model`."""
 
+    task = "language"
+    fixed_tokens: int | None = None
+    input_bytes_per_token = 8  # token ids
+    attention_numbers = 0
+    has_other_forms = False
+
     def __init__(self, folder: ModelFolder, config: PreTrainedConfig, files: WeightFiles) -> None:
         from accelerate import init_empty_weights
 
@@ -86,6 +94,9 @@ class Decoder:
 
     # -- what is in it
 
+    def hidden_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*input_shape, self.hidden_size)
+
     def layers(self, block_index: int) -> tuple[LayerInfo, ...]:
         return self._layers[block_index]
 
@@ -112,7 +123,6 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         state: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
-        block = copy.deepcopy(self._blocks[block_index])
         if state is None:
             state = {
                 name: self._files.load(key, dtype, device)
@@ -120,19 +130,8 @@ class Decoder:
                 if key in self._files
             }
         else:
-            state = {name: _copied(tensor, dtype, device) for name, tensor in state.items()}
-        # A buffer that the files lack keeps the value that the model computed for it.
-        whole = {**{name: buffer for name, buffer in block.state_dict().items() if not buffer.is_meta}, **state}
-        try:
-            block.load_state_dict(whole, strict=True, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise DamagedFileError(
-                f"the weights of block {block_index} are not those of such a block: {reason}"
-            ) from error
-        block.to(device)
-        _require_materialised(block, f"block {block_index} of {self.source.name}")
-        return block.eval().requires_grad_(False)
+            state = {name: copied(tensor, dtype, device) for name, tensor in state.items()}
+        return materialised(self._blocks[block_index], state, device, block_index, self.source.name)
 
     def run_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         return output_of(block(hidden, *call.args, **call.kwargs))
@@ -172,7 +171,7 @@ class Decoder:
         ends = DecoderEnds(skeleton, self._list_name, self._blocks)
         for name, module in skeleton.named_modules():
             if not (head and (name + ".").startswith(head)):
-                _require_materialised(module, f"{name} of {self.source.name}", recurse=False)
+                require_materialised(module, f"{name} of {self.source.name}", recurse=False)
                 for key, buffer in module.named_buffers(recurse=False):
                     setattr(module, key, buffer.to(device))
         if self._returns_tuple is None:
@@ -195,6 +194,9 @@ class Decoder:
         for name in (*_COPIED, *code):
             if (self.source.path / name).is_file():
                 yield name, (self.source.path / name).read_bytes()
+
+    def other_forms(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Callable[[IO[bytes]], None]]]:
+        yield from ()
 
     # -- inside
 
@@ -364,16 +366,3 @@ def _find_blocks(model: PreTrainedModel, num_blocks: int) -> tuple[str, Iterable
         raise UsageError(f"{type(model).__name__} has no list of {num_blocks} blocks: this family cannot be pruned")
     name = max(lists, key=lists.__getitem__)
     return name, model.get_submodule(name)
-
-
-def _copied(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """In memory that torch allocated, floating point in `dtype`."""
-    wanted = dtype if tensor.is_floating_point() else tensor.dtype
-    return tensor.to(device=device, dtype=wanted, copy=True)
-
-
-def _require_materialised(module: nn.Module, what: str, recurse: bool = True) -> None:
-    tensors = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
-    empty = [name for name, tensor in tensors if tensor.is_meta]
-    if empty:
-        raise UsageError(f"{what}: nothing in its files fills {', '.join(empty)}")

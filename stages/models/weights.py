@@ -116,6 +116,22 @@ class StateFile(Mapping[str, Tensor]):
             raise DamagedFileError(f"{self._path} is no safetensors file: {error}") from error
 
 
+class Joined(Mapping[str, Tensor]):
+    """Several mappings of tensors as one. No two may share a name."""
+
+    def __init__(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
+        self._part_of = {name: part for part in parts for name in part}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._part_of[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._part_of)
+
+    def __len__(self) -> int:
+        return len(self._part_of)
+
+
 def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Bytes]:
     """The bytes of a safetensors file, a tensor at a time: those that the library gives, without a second copy of all.
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import small_sam
+
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
-FLAGS = (
-    *("--sparsity", "0.6", "--calibration", "pydocs", "--num-samples", "6", "--seqlen", "64", "--epochs", "2"),
-    *("--evaluate", "pydocs", "--eval-max-tokens", "512", "--device", "cpu"),
-)
+TEXT = ("--calibration", "pydocs", "--seqlen", "64", "--evaluate", "pydocs", "--eval-max-tokens", "512")
+COMMON = ("--sparsity", "0.6", "--num-samples", "6", "--epochs", "2", "--device", "cpu")
 
 # Runs the command line with a bomb: the process kills itself when a step of kind sys.argv[1] reports progress
 # for the second time, in the middle of its work.
@@ -61,16 +61,27 @@ def attempts_per_step(run: Path) -> dict[str, int]:
     return counts
 
 
+@pytest.fixture(scope="module", params=["language", "vision"])
+def begin(request, tmp_path_factory):
+    """The command that begins a run, for each task."""
+    if request.param == "language":
+        return ("run", str(TINY_OPT), *COMMON, *TEXT)
+    folder = tmp_path_factory.mktemp("vision")
+    images = f"coco:{small_sam.coco(folder / 'images')}"
+    model = small_sam.save(folder / "sam")
+    return ("run", str(model), *COMMON, "--calibration", images, "--evaluate", images)
+
+
 @pytest.fixture(scope="module")
-def quiet_run(tmp_path_factory):
+def quiet_run(begin, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quiet")
-    finished = lampctl("run", str(TINY_OPT), *FLAGS, "--run-dir", "run", cwd=folder)
+    finished = lampctl(*begin, "--run-dir", "run", cwd=folder)
     assert finished.returncode == 0, finished.stderr
     return folder / "run"
 
 
-def test_a_run_killed_once_in_every_stage_ends_with_the_same_weights(quiet_run, tmp_path):
-    first = lampctl("run", str(TINY_OPT), *FLAGS, "--run-dir", "runs/killed", bomb="calibrate", cwd=tmp_path)
+def test_a_run_killed_once_in_every_stage_ends_with_the_same_weights(begin, quiet_run, tmp_path):
+    first = lampctl(*begin, "--run-dir", "runs/killed", bomb="calibrate", cwd=tmp_path)
     assert first.returncode == -signal.SIGKILL, first.stderr
     for kind in ("capture", "prune-block", "refine-block", "compensate-block", "export", "evaluate"):
         killed = lampctl("resume", bomb=kind, cwd=tmp_path)
@@ -95,8 +106,8 @@ def test_a_run_killed_once_in_every_stage_ends_with_the_same_weights(quiet_run, 
 
 # SIGTERM: tests/faults/test_stops_inside_steps.py
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130)])
-def test_a_signal_stops_at_a_batch_boundary_and_the_run_goes_on_later(number, code, quiet_run, tmp_path):
-    command = [sys.executable, "-m", "lampctl", "run", str(TINY_OPT), *FLAGS, "--run-dir", "run"]
+def test_a_signal_stops_at_a_batch_boundary_and_the_run_goes_on_later(number, code, begin, quiet_run, tmp_path):
+    command = [sys.executable, "-m", "lampctl", *begin, "--run-dir", "run"]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     events = tmp_path / "run" / "events.jsonl"
     while running.poll() is None and not (events.exists() and "prune-block/0" in events.read_text()):

@@ -11,13 +11,14 @@ from pipeline.config import FREE_FIELDS, RunConfig, check_combinations, complete
 from pipeline.errors import ConfigError
 from pipeline.settings import Effort, Settings, gather
 from stages.defaults import measured, published
+from stages.tasks.language import Language
 
 DEFAULTS = measured("llama", 0.7, 30, "medium")
 GIVEN = {"model": "m", "sparsity": 0.7}
 
 
 def completed(flags=None, max_positions=2048, preset=None):
-    return complete(gather({**GIVEN, **(flags or {})}, preset=preset, environ={}), max_positions, DEFAULTS)
+    return complete(gather({**GIVEN, **(flags or {})}, preset=preset, environ={}), max_positions, DEFAULTS, Language())
 
 
 def test_lamp_gets_the_measured_defaults_and_others_are_uniform():
@@ -53,7 +54,7 @@ def test_seqlen_is_the_papers_unless_the_model_has_fewer_positions():
 
 
 def test_the_paper_preset_is_what_was_published():
-    config, _, _ = complete(gather({**GIVEN}, preset="paper", environ={}), 2048, published("opt", 0.7))
+    config, _, _ = complete(gather({**GIVEN}, preset="paper", environ={}), 2048, published("opt", 0.7), Language())
     assert (config.calibration, config.num_samples, config.seqlen) == ("c4", 128, 2048)
     assert (config.epochs, config.lr, config.lr_decay, config.hold_aside) == (12, 1e-4, 0.87, False)
     assert (config.pruner, config.loss, config.refine, config.refine_epochs) == ("sparsegpt", "mse", False, None)

@@ -5,6 +5,7 @@ import pytest
 from pipeline.engine import require_next
 from pipeline.errors import StepOrderError
 from pipeline.plan import Step, chain, evaluation_steps, next_steps, releasable
+from stages.tasks.base import EvaluationProtocol
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 7])
@@ -78,11 +79,14 @@ def test_what_lies_on_disk_does_not_grow_with_the_number_of_blocks(refines):
 
 
 def test_evaluations_of_the_pruned_model_come_first_and_none_twice():
-    steps = evaluation_steps(["a", "b", "a"], 128, None, with_dense=True)
+    steps = evaluation_steps(["a", "b", "a"], EvaluationProtocol(128), with_dense=True)
     assert [s.name for s, _ in steps] == [
         *("evaluate/pruned/a@128", "evaluate/dense/a@128", "evaluate/pruned/b@128", "evaluate/dense/b@128")
     ]
-    assert evaluation_steps(["a"], 128, 1000, with_dense=False)[0][0].name == "evaluate/pruned/a@128:1000"
+    few = EvaluationProtocol(128, 1000)
+    assert evaluation_steps(["a"], few, with_dense=False)[0][0].name == "evaluate/pruned/a@128:1000"
+    points = EvaluationProtocol(4096, None, "interior", 80)
+    assert evaluation_steps(["a"], points, with_dense=False)[0][0].name == "evaluate/pruned/a@interior:80"
 
 
 class Run:

@@ -47,10 +47,9 @@ def calibration():
 
 
 def test_samples_are_grouped_in_their_order_with_a_shorter_last_group():
-    inputs = calibration()
-    assert micro_batches(range(N), inputs, together(2)) == [range(2), range(2, 4), range(4, 5)]
-    assert micro_batches(range(N), inputs, ONE) == [range(i, i + 1) for i in range(N)]
-    assert micro_batches([], inputs, ONE) == []
+    assert micro_batches(range(N), T, together(2)) == [range(2), range(2, 4), range(4, 5)]
+    assert micro_batches(range(N), T, ONE) == [range(i, i + 1) for i in range(N)]
+    assert micro_batches([], T, ONE) == []
     assert samples_at_once(together(3), T) == 3
     assert samples_at_once(ONE, T) == 1
 

@@ -1,0 +1,45 @@
+"""From a module on `meta` and weights on disk to a module that runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import DamagedFileError, UsageError
+
+
+def materialised(
+    block: nn.Module, state: Mapping[str, Tensor], device: torch.device, block_index: int, model: str
+) -> nn.Module:
+    """A copy of `block` (on `meta`) with the weights of `state`, in eval mode, on the device, without gradients.
+
+    Buffers that `state` lacks keep the value that the model computed for them. model: its name, for messages.
+    Raises DamagedFileError for weights of another shape or name, UsageError for an entry that nothing fills.
+    """
+    block = copy.deepcopy(block)
+    whole = {**{name: buffer for name, buffer in block.state_dict().items() if not buffer.is_meta}, **state}
+    try:
+        block.load_state_dict(whole, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DamagedFileError(f"the weights of block {block_index} are not those of such a block: {reason}") from error
+    block.to(device)
+    require_materialised(block, f"block {block_index} of {model}")
+    return block.eval().requires_grad_(False)
+
+
+def copied(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """In memory that torch allocated, floating point in `dtype`."""
+    wanted = dtype if tensor.is_floating_point() else tensor.dtype
+    return tensor.to(device=device, dtype=wanted, copy=True)
+
+
+def require_materialised(module: nn.Module, what: str, recurse: bool = True) -> None:
+    """Raise UsageError, naming them, if weights or buffers of the module hold no numbers."""
+    tensors = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+    empty = [name for name, tensor in tensors if tensor.is_meta]
+    if empty:
+        raise UsageError(f"{what}: nothing in its files fills {', '.join(empty)}")

@@ -1,0 +1,1 @@
+"""What a kind of model is calibrated on and measured by: language, vision."""

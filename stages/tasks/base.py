@@ -1,0 +1,137 @@
+"""What a run needs to know of its task: where samples come from, and how the result is measured.
+
+A model says by its `task` ("language", "vision") which of these is its own; whoever runs the steps never asks further.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.device import DeviceChoices
+    from stages.models.base import BlockModel
+    from stages.protocols import Hooks, Samples, Scratch
+
+# Where in a mask the one point is that asks for it; "auto": the annotation's own, else the interior one.
+Points = Literal["auto", "annotation", "interior", "random", "box-center"]
+
+
+class DataSource(Protocol):
+    """Data that a user named."""
+
+    @property
+    def name(self) -> str:
+        """Canonical: local paths are absolute."""
+        ...
+
+    @property
+    def task(self) -> str:
+        """Which task it is for."""
+        ...
+
+    def check(self) -> None:
+        """Raise UsageError or ResourceError unless it can be read. Downloads nothing."""
+        ...
+
+    def digest(self) -> Any:
+        """What tells it from another one under its name, ready for JSON; None where nobody could."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Which samples are drawn."""
+
+    num_samples: int
+    tokens: int  # of a sample
+    sampling: str | None  # "contiguous", "random"
+    skip: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """How a model is measured: a free choice, which changes no weight."""
+
+    seqlen: int  # language: tokens of a window
+    max_tokens: int | None = None
+    points: Points | None = None  # vision: where in each mask the point is
+    max_images: int | None = None
+
+    @property
+    def label(self) -> str:
+        """As short as names of steps want it: two protocols with one label are the same."""
+        limit = self.max_images if self.points is not None else self.max_tokens
+        return f"{self.points or self.seqlen}{f':{limit}' if limit is not None else ''}"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A calibration set, sample by sample, and what is to be said of it in the commit."""
+
+    samples: Samples
+    figures: dict[str, Any]
+
+
+class Task(Protocol):
+    """A kind of model."""
+
+    name: str
+    default_calibration: str | None  # None: the user must name one
+    default_evaluation: tuple[str, ...]
+    missing_calibration: str  # what to say then
+    missing_evaluation: str | None  # what to say where nothing would be measured
+
+    def default_sampling(self, calibration: str) -> str:
+        """How samples are drawn from a source unless the user says."""
+        ...
+
+    def require_samples(self, model: BlockModel, source: DataSource, drawing: Drawing) -> None:
+        """Raise UsageError, with the numbers, where a local source is too small or no use for this model."""
+        ...
+
+    def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
+        """Raise UsageError where the model cannot be measured on a local source."""
+        ...
+
+    def draw(self, model: BlockModel, source: DataSource, drawing: Drawing) -> Drawn:
+        """The calibration set."""
+        ...
+
+    def evaluate(
+        self,
+        model: BlockModel,
+        original: BlockModel,
+        source: DataSource,
+        protocol: EvaluationProtocol,
+        scratch: Scratch,
+        choices: DeviceChoices,
+        hooks: Hooks,
+    ) -> dict[str, Any]:
+        """Figures of `model`, ready for JSON; "metric" names the one that counts. original: has the tokenizer."""
+        ...
+
+
+def require_task(source: DataSource, model: BlockModel) -> None:
+    """Raise UsageError where data is for another kind of model."""
+    from stages.errors import UsageError
+
+    if source.task != model.task:
+        holds = {"language": "text", "vision": "images"}
+        raise UsageError(f"{source.name} holds {holds[source.task]}: {model.source.name} is a {model.task} model")
+
+
+class Listed:
+    """Samples that are in memory already."""
+
+    def __init__(self, samples: Tensor) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        return self._samples[index]

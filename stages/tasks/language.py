@@ -1,0 +1,90 @@
+"""Language models: windows of tokens in, perplexity out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stages.calibrate import calibrate
+from stages.data.sources import Source
+from stages.data.text import evaluation_tokens, load_tokenizer, require_length, require_vocabulary
+from stages.device import DeviceChoices
+from stages.evaluate import evaluate_perplexity
+from stages.metrics.perplexity import windows
+from stages.models.base import BlockModel, ModelFolder
+from stages.protocols import Hooks, Scratch
+from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Listed, require_task
+
+
+class Language:
+    """A `stages.tasks.base.Task`."""
+
+    name = "language"
+    default_calibration: str | None = "c4"
+    default_evaluation: tuple[str, ...] = ("wikitext2",)
+    missing_calibration = ""
+    missing_evaluation: str | None = None
+
+    def default_sampling(self, calibration: str) -> str:
+        return "random" if calibration == "c4" else "contiguous"
+
+    def require_samples(self, model: BlockModel, source: DataSource, drawing: Drawing) -> None:
+        text = _text(source, model)
+        is_random = drawing.sampling == "random"
+        num_windows = 1 if is_random else drawing.skip + drawing.num_samples
+        remedy = "lower --num-samples, --calibration-skip or --seqlen, or use more text"
+        needed = num_windows * drawing.tokens + is_random
+        require_length(text, _tokenizer(model.source), "calibration", needed, model.vocab_size, remedy)
+
+    def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
+        remedy = "lower --eval-seqlen or use more text"
+        tokenizer = _tokenizer(model.source)
+        require_length(_text(source, model), tokenizer, "evaluation", protocol.seqlen, model.vocab_size, remedy)
+
+    def draw(self, model: BlockModel, source: DataSource, drawing: Drawing) -> Drawn:
+        tokens = calibrate(
+            _text(source, model),
+            model.source,
+            num_samples=drawing.num_samples,
+            seqlen=drawing.tokens,
+            sampling=drawing.sampling,
+            skip=drawing.skip,
+            seed=drawing.seed,
+        )
+        require_vocabulary(tokens, model.vocab_size, model.source.name)
+        return Drawn(Listed(tokens), {"num_tokens": tokens.numel()})
+
+    def evaluate(
+        self,
+        model: BlockModel,
+        original: BlockModel,
+        source: DataSource,
+        protocol: EvaluationProtocol,
+        scratch: Scratch,
+        choices: DeviceChoices,
+        hooks: Hooks,
+    ) -> dict[str, Any]:
+        text = _text(source, model)
+        tokens = evaluation_tokens(text, _tokenizer(original.source))
+        require_vocabulary(tokens, original.vocab_size, original.source.name)
+        cut = windows(tokens, protocol.seqlen, protocol.max_tokens, text.max_windows)
+        num_available = len(windows(tokens, protocol.seqlen, None, text.max_windows))
+        result = evaluate_perplexity(model, cut, scratch, choices, hooks)
+        return {
+            "metric": "perplexity",
+            "perplexity": result.perplexity,
+            "num_windows": result.num_windows,
+            "num_tokens": result.num_tokens,
+            "num_tokens_available": tokens.numel(),
+            "seqlen": result.seqlen,
+            "is_partial": result.num_windows < num_available,
+        }
+
+
+def _text(source: DataSource, model: BlockModel) -> Source:
+    require_task(source, model)
+    assert isinstance(source, Source)
+    return source
+
+
+def _tokenizer(folder: ModelFolder) -> Any:
+    return load_tokenizer(folder.path, trusts_code=folder.trusts_code)
