@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from lampctl.commands import sweep
 from lampctl.commands.care import gc, verify
 from lampctl.commands.export import export
 from lampctl.commands.resume import resume
@@ -34,6 +35,7 @@ for _command in (run, resume, status, verify, gc):
     app.command()(_command)
 for _command in (init, calibrate, capture, allocate, prune_block, refine_block, compensate_block, export, evaluate):
     app.command(rich_help_panel="Step by step")(_command)
+app.add_typer(sweep.app, name="sweep")
 
 
 def _print_version(wanted: bool) -> None:

@@ -16,6 +16,7 @@ OTHER_RUN = 3
 DAMAGED = 4
 RESOURCE = 5
 SUPERSEDED = 6
+SOME_FAILED = 7  # trials of a sweep; the others are done
 PREEMPTED = 75
 INTERRUPTED = 130
 

@@ -7,12 +7,12 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig
     from pipeline.engine import StopRequest
+    from pipeline.settings import Settings
 
 
 @contextmanager
-def stopping(config: RunConfig) -> Iterator[StopRequest]:
+def stopping(config: Settings) -> Iterator[StopRequest]:
     """A request to stop that comes from wherever the settings say. Raises ConfigError for a time that is none."""
     from lampctl.exits import end_now
     from pipeline.engine import StopRequest

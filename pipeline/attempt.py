@@ -73,12 +73,13 @@ class Attempt:
         """A new payload of several files, to be filled."""
         return self._new_folder(name, "folder")
 
-    def adopt(self, name: str, from_run: RunDirectory, payload: Payload) -> Payload:
+    def adopt(self, name: str, from_run: RunDirectory, payload: Payload, *, is_bulky: bool = False) -> Payload:
         """Take over a payload of another run, by hard links where the file system has them.
 
-        Every file is read and hashed first: DamagedData if it is not what that run committed.
+        is_bulky: it is an activation stream, which may lie on a scratch disk. Every file is read and hashed first:
+        DamagedData if it is not what that run committed.
         """
-        folder = self._new_folder(name, payload.kind)
+        folder = self._new_folder(name, payload.kind, is_bulky=is_bulky)
         for file in payload.files:
             source = from_run.storage.local(file.path)
             digest = disk.hash_file(source)
@@ -139,9 +140,9 @@ class Attempt:
             self.run.check_superseded()
             raise
 
-    def _new_folder(self, name: str, kind: str) -> PayloadFolder:
+    def _new_folder(self, name: str, kind: str, *, is_bulky: bool = False) -> PayloadFolder:
         try:
-            folder = PayloadFolder(self.run, self._key(name), self._new_root(name), kind)
+            folder = PayloadFolder(self.run, self._key(name), self._new_root(name, is_bulky=is_bulky), kind)
         except FileExists:
             raise ValueError(f"{self.step} makes payload {name} twice") from None
         self._folders[name] = folder

@@ -105,6 +105,8 @@ LAMP_FIELDS = (
     "refine_lr",
 )
 BASELINE = "baseline"  # the origin of a baseline's method
+# What decides which samples are drawn, beside the data itself.
+DRAWING_FIELDS = ("calibration", "calibration_sampling", "calibration_skip", "num_samples", "seqlen", "seed")
 CALIBRATION_FIELDS = ("calibration", "calibration_sampling", "num_samples")
 
 

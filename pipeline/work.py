@@ -13,11 +13,11 @@ from typing import IO, Any
 import safetensors
 from torch import Tensor
 
-from pipeline.config import RunConfig
+from pipeline.config import DRAWING_FIELDS, RunConfig
 from pipeline.disk import FileWriter
 from pipeline.engine import StepResult
 from pipeline.errors import ConfigMismatch
-from pipeline.plan import Evaluation, Step
+from pipeline.plan import Evaluation, Step, is_stream
 from pipeline.prepare import drawing_of, fit_memory, fixed_sparsities, prunable_layers
 from pipeline.quantities import parse_size
 from pipeline.rundir import Attempt, RunDirectory
@@ -58,7 +58,8 @@ class StageWorker:
         evaluations: Mapping[str, Evaluation],
         shared_with: RunDirectory | None = None,
     ) -> None:
-        """evaluations: by step name. shared_with: a run whose calibration set is taken over, if it has one."""
+        """evaluations: by step name. shared_with: a run whose first steps are taken over, where
+        it has done them as this one would."""
         self.run, self.config, self.evaluations, self.shared_with = run, config, evaluations, shared_with
         self.choices = DeviceChoices(**run.environment["device"])
         gc.freeze()  # what is here now stays: only what steps leave is looked at when they end
@@ -166,10 +167,9 @@ class StageWorker:
         )
 
     def _calibrate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
-        shared = self.shared_with.commit_for("calibrate") if self.shared_with is not None else None
-        if self.shared_with is not None and shared is not None:
-            attempt.adopt("calibration", self.shared_with, shared.payloads["calibration"])
-            return {**shared.figures, "shared_with": self.shared_with.manifest.digest}
+        taken = self._take_over(step, attempt)
+        if taken is not None:
+            return taken
         config = self.config
         assert config.calibration is not None
         source = parse_source(config.calibration)
@@ -199,7 +199,28 @@ class StageWorker:
         """Of a sample's activations."""
         return self.model.hidden_shape(tuple(inputs[0].shape))
 
+    def _take_over(self, step: Step, attempt: Attempt) -> dict[str, Any] | None:
+        """The figures of a step that another run has done just so, its payloads taken over; None if none has."""
+        other = self.shared_with
+        commit = other.commit_for(step.name) if other is not None else None
+        if other is None or commit is None or not set(step.writes) <= commit.payloads.keys():
+            return None
+        ours = self.run.manifest
+        same_data = all(other.manifest.config[field] == ours.config[field] for field in DRAWING_FIELDS)
+        if not same_data or other.manifest.identity["model"] != ours.identity["model"]:
+            return None
+        if step.kind != "calibrate" and other.environment != self.run.environment:
+            return None
+        if not all(other.storage.exists(commit.payloads[name].root) for name in step.writes):
+            return None
+        for name in step.writes:
+            attempt.adopt(name, other, commit.payloads[name], is_bulky=is_stream(name))
+        return {**commit.figures, "shared_with": other.manifest.digest}
+
     def _capture(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        taken = self._take_over(step, attempt)
+        if taken is not None:
+            return taken
         dense = self._activations(attempt, "dense/1") if "dense/1" in step.writes else None
         biased = self._activations(attempt, "biased/0")
         capture(self.model, self.run.open_stream("calibration"), biased, dense, self.choices, hooks)

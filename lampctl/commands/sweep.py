@@ -1,0 +1,155 @@
+"""`lampctl sweep`: many runs that differ in some settings, as one resumable job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lampctl.options import Chosen, with_settings
+
+if TYPE_CHECKING:
+    from pipeline.sweep import Sweep
+
+_COMMANDS = ("run", "resume", "status", "report")
+
+
+class _RunByDefault(TyperGroup):
+    """`lampctl sweep MODEL ...` is `lampctl sweep run MODEL ...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments, with the command that is meant where none is named."""
+        asks_for_help = bool(args) and args[0] in ("-h", "--help")
+        if args and args[0] not in _COMMANDS and not asks_for_help:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_RunByDefault, no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+
+SweepPath = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's folder, or its address in a bucket.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the trials as JSON.")]
+
+
+@app.callback()
+def sweep() -> None:
+    """Run one model with many settings, compare, and go on after a crash.
+
+    \b
+    lampctl sweep smollm2-135m --grid sparsity=0.5,0.6,0.7 --grid method=lamp,sparsegpt --preset quick
+    lampctl sweep opt-125m --sparsity 0.7 --grid alpha=0.6:1.0:0.1 --sweep-dir sweeps/alpha
+    lampctl sweep opt-125m --sparsity 0.7 --search alpha,beta,lr --trials 20
+    lampctl sweep resume sweeps/alpha
+    lampctl sweep status sweeps/alpha
+    lampctl sweep report sweeps/alpha --out report
+    """
+
+
+@app.command()
+@with_settings
+def run(
+    chosen: Chosen,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING=VALUES",
+            help="Values between commas, or START:STOP:STEP. May be repeated: every combination is a trial.",
+        ),
+    ] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SETTING,...",
+            help="Look for the best values instead: alpha, beta, lr, refine_lr, lr_decay where the paper looks, or "
+            "SETTING=LOW:HIGH, SETTING=LOW:HIGH:log.",
+        ),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="With --search: how many trials.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="With --search: the database (SQLAlchemy). [default: SWEEP/search.db]"),
+    ] = None,
+    sweep_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the sweep is kept. [default: sweeps/<model>-<settings>]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Do every trial of a sweep. The same call again goes on where it was stopped.
+
+    Trials share calibration and first activations. One that fails is told and does not end the sweep; the next call
+    tries it again. Any setting of lampctl run can be given, and varied where it changes the result.
+
+    \b
+    lampctl sweep smollm2-135m --grid sparsity=0.5,0.6,0.7 --grid method=lamp,sparsegpt --preset quick
+    lampctl sweep opt-125m --sparsity 0.7 --search alpha,beta,lr=1e-4:1e-2:log --trials 20
+    """
+    from pipeline.sweep import Sweep
+    from pipeline.sweep_spec import new_spec
+
+    spec = new_spec(chosen.gather(), grid or (), search, trials, storage)
+    model = Path(spec.settings["model"]).name.removesuffix(".gguf").lower()
+    place = sweep_dir or str(Path("sweeps") / f"{model}-{'-'.join(spec.fields)}")
+    _do(Sweep.create(place, spec), as_json)
+
+
+@app.command()
+def resume(sweep: SweepPath, as_json: AsJson = False) -> None:
+    """Go on with a sweep that was interrupted, failed trials included.
+
+    \b
+    lampctl sweep resume sweeps/alpha
+    """
+    from pipeline.sweep import Sweep
+
+    _do(Sweep.open(sweep), as_json)
+
+
+@app.command()
+def status(sweep: SweepPath, as_json: AsJson = False) -> None:
+    """Show the trials of a sweep: how far each is, and what it gave.
+
+    \b
+    lampctl sweep status sweeps/alpha
+    """
+    from lampctl.trials import show_trials
+    from pipeline.sweep import Sweep
+
+    found = Sweep.open(sweep)
+    show_trials(found, found.states(), as_json)
+
+
+@app.command()
+def report(
+    sweep: SweepPath,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the page and the pictures go.")],
+) -> None:
+    """Draw how the figures respond to the settings that were varied: PNGs, and a CSV of every trial.
+
+    \b
+    lampctl sweep report sweeps/alpha --out report
+    """
+    from lampctl.report.response import write_response
+    from pipeline.sweep import Sweep
+
+    found = Sweep.open(sweep)
+    for path in write_response(found, found.states(), out):
+        print(path)
+
+
+def _do(sweep: Sweep, as_json: bool) -> None:
+    from lampctl.exits import SOME_FAILED
+    from lampctl.progress import listening
+    from lampctl.stopping import stopping
+    from lampctl.trials import show_trials
+
+    with listening() as listener, stopping(sweep.spec.gathered.values) as stop:
+        for state in sweep.run(listener.attach, listener, stop):
+            if state.value is not None:
+                listener.begin(f"trial {state.trial.name}: {state.value:.4g}")
+    states = sweep.states()
+    show_trials(sweep, states, as_json)
+    if any(state.state == "failed" for state in states):
+        raise typer.Exit(SOME_FAILED)

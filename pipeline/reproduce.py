@@ -1,0 +1,97 @@
+"""Do again what a table of the paper needs: one run a cell, as the trials of a sweep, one sweep a model.
+
+Tables that differ only in what they measure (1 and 2, 4 and 5) share their runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.published.tables import Table, published, settings_of
+from pipeline.settings import Gathered
+from pipeline.storage.locate import locate
+from pipeline.summary import RunStatus
+from pipeline.sweep import Sweep, TrialState
+from pipeline.sweep_spec import SweepSpec, name_of
+
+# Tables whose runs are the same.
+_SHARED = {"table1": "opt", "table2": "opt", "table4": "sam", "table5": "sam"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table, ours beside the paper's."""
+
+    model: str
+    dataset: str
+    method: str
+    strategy: str
+    ours: float | None
+    published: float | None
+    state: str  # of its run: "done", "waiting", "begun", "failed", "impossible"
+
+
+def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence[str], root: str) -> Sweep:
+    """The runs that a table needs of one model. gathered: the settings that all share, but for the model's name."""
+    points = [
+        found
+        for strategy in strategies
+        for method in table.methods
+        if (found := settings_of(table, strategy, method)) is not None
+    ]
+    values = {**gathered.values.model_dump(mode="json"), "model": model}
+    spec = SweepSpec(
+        settings=values, origins=gathered.origins, preset=gathered.preset, points=tuple(points), num_trials=None
+    )
+    folder = Path(model).name.removesuffix(".gguf") or "model"
+    place = f"{root.rstrip('/')}/{_SHARED.get(table.name, table.name)}/{folder}"
+    return Sweep(place, locate(place), spec)
+
+
+def cells_of(table: Table, model: str, strategies: Sequence[str], states: Sequence[TrialState]) -> list[Cell]:
+    """Every cell of a model's part of the table."""
+    by_name = {state.trial.name: state for state in states}
+    cells = []
+    for dataset in table.datasets:
+        for method in table.methods:
+            for strategy in strategies:
+                settings = settings_of(table, strategy, method)
+                state = by_name.get(name_of(settings)) if settings is not None else None
+                ours = _measured(table, dataset, state.run) if state is not None and state.run is not None else None
+                theirs = published().get((table.name, model, dataset, method, strategy))
+                told = "impossible" if settings is None else state.state if state is not None else "waiting"
+                cells.append(Cell(model, dataset, method, strategy, ours, theirs, told))
+    return cells
+
+
+def _measured(table: Table, dataset: str, run: RunStatus) -> float | None:
+    """A run's figure for a column, in the paper's unit."""
+    if table.metric == "gpu_memory_gb":
+        return run.peak_device_bytes / 1e9 if run.peak_device_bytes is not None else None
+    for result in run.evaluations:
+        if result.which != "pruned":
+            continue
+        if table.metric == "accuracy":
+            found = _accuracy(result.figures, dataset)
+            if found is not None:
+                return 100 * found
+        elif result.metric == table.metric and _is_of(result.source, dataset):
+            return result.value if table.metric == "perplexity" or result.value is None else 100 * result.value
+    return None
+
+
+def _is_of(source: str, dataset: str) -> bool:
+    """Whether a source is a copy of a published data set: by its name, or the kind before the colon."""
+    return source.partition(":")[0] == dataset
+
+
+def _accuracy(figures: Any, task: str) -> float | None:
+    found = figures.get("accuracies", {})
+    if task == "mean":
+        mean: float | None = figures.get("accuracy")
+        return mean
+    value = found.get(task)
+    return value["acc"] if isinstance(value, dict) else value

@@ -1,0 +1,78 @@
+"""A search for the best settings: Optuna draws points, the sweep does them. Needs the extra `sweep`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import ConfigError
+from pipeline.sweep_spec import SweepSpec
+from stages.figures import METRICS
+
+if TYPE_CHECKING:
+    from pipeline.sweep import Trial
+
+_STUDY = "lampctl"
+
+
+class Search:
+    """The trials of a search, kept in a database: every point is written down before it is begun."""
+
+    def __init__(self, spec: SweepSpec, database: str) -> None:
+        """database: an SQLAlchemy URL. Raises ConfigError if Optuna is missing or the database cannot be opened."""
+        try:
+            import optuna
+        except ImportError as error:
+            raise ConfigError("--search needs Optuna: pip install 'lampctl[sweep]'") from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna: Any = optuna
+        self._spec = spec
+        try:
+            self._study: Any = optuna.create_study(
+                storage=database, study_name=_STUDY, direction=self._direction, load_if_exists=True
+            )
+        except Exception as error:
+            raise ConfigError(f"--storage {database}: {str(error).splitlines()[0]}") from error
+
+    @property
+    def _direction(self) -> Literal["minimize", "maximize"]:
+        # The only figure of images is IoU; everything else is a perplexity.
+        evaluate = self._spec.settings.get("evaluate") or ()
+        is_vision = any(str(name).startswith(("coco:", "sa1b:")) for name in evaluate)
+        return "maximize" if METRICS["iou" if is_vision else "perplexity"].higher_is_better else "minimize"
+
+    def drawn(self) -> list[Trial]:
+        """All trials so far, in their order."""
+        return [self._trial(found) for found in self._study.get_trials(deepcopy=False)]
+
+    def unfinished(self) -> Trial | None:
+        """The first trial that was begun and has no result."""
+        running = self._optuna.trial.TrialState.RUNNING
+        found = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state == running]
+        return self._trial(found[0]) if found else None
+
+    def draw(self) -> Trial | None:
+        """A new point, written down; None if there are enough."""
+        count = len(self._study.get_trials(deepcopy=False))
+        assert self._spec.num_trials is not None
+        if count >= self._spec.num_trials:
+            return None
+        # By its number: a search that was interrupted draws the same points as one that was not.
+        self._study.sampler = self._optuna.samplers.TPESampler(seed=1000 * self._spec.settings["seed"] + count)
+        distributions = {
+            found.field: self._optuna.distributions.FloatDistribution(found.low, found.high, log=found.is_log)
+            for found in self._spec.search
+        }
+        return self._trial(self._study.ask(distributions))
+
+    def tell(self, trial: Trial, value: float | None) -> None:
+        """The result of a trial; None: it failed, or its figure overflowed."""
+        state = self._optuna.trial.TrialState
+        if value is None:
+            self._study.tell(trial.number, state=state.FAIL)
+        else:
+            self._study.tell(trial.number, value)
+
+    def _trial(self, found: Any) -> Trial:
+        from pipeline.sweep import Trial
+
+        return Trial(f"{found.number:04d}", {name: float(value) for name, value in found.params.items()}, found.number)
