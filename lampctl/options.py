@@ -93,7 +93,11 @@ def _declared(
         typer.Option(metavar="REGEX", help="Leave the layers whose name matches dense. May be repeated."),
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(metavar="SRC", help="c4, wikitext2, ptb, pydocs or text:PATH. [default: c4]")
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="c4, wikitext2, ptb (from the hub, or a local copy as in c4:PATH), pydocs or text:PATH. [default: c4]",
+        ),
     ] = None,
     num_samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration samples. [default: 128]")] = None,
     seqlen: Annotated[

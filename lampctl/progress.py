@@ -223,8 +223,8 @@ def listening(every_step: bool = False) -> Iterator[Any]:
 
 
 def _label(step: Step) -> str:
-    """The step's name with local texts by their file names: their whole paths do not fit a line."""
-    return re.sub(r"text:.*/", "text:", step.name)
+    """The step's name with local files by their names: their whole paths do not fit a line."""
+    return re.sub(r":/.*/", ":", step.name)
 
 
 def _losses(figures: Mapping[str, Any]) -> str:

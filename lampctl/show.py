@@ -281,7 +281,11 @@ def _evaluations_table(state: RunStatus) -> Table:
 
 
 def _short(source: str) -> str:
-    return Path(source.removeprefix("text:")).name if source.startswith("text:") else source
+    """A source with its file, if it has one, by its name alone."""
+    kind, colon, path = source.partition(":")
+    if not colon:
+        return source
+    return Path(path).name if kind == "text" else f"{kind}:{Path(path).name}"
 
 
 def _perplexity(result: EvaluationResult | None) -> str:

@@ -197,7 +197,7 @@ def complete(
     if uses_calibration:
         fill("calibration", "c4")
         fill("num_samples", 128)
-        fill("calibration_sampling", "random" if values["calibration"] == "c4" else "contiguous")
+        fill("calibration_sampling", "random" if values["calibration"].partition(":")[0] == "c4" else "contiguous")
     else:
         for field in CALIBRATION_FIELDS:
             _drop(field, gathered, values, [] if baselines else notices, "magnitude pruning looks at no data")
