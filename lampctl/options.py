@@ -214,6 +214,22 @@ def _declared(
     eval_max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Stop after N tokens: a quick look, marked as partial.")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...",
+            help="Zero-shot accuracy on these tasks of lm-evaluation-harness (extra `eval`); zero-shot: the usual "
+            "seven. [default: none; with --task-data or --task-limit: zero-shot]",
+        ),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The tasks' rows lie here (docs/evaluation.md). [default: the hub]"),
+    ] = None,
+    task_limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Only the first N rows of each task: a quick look, marked as partial."),
+    ] = None,
     keep_activations: Annotated[
         bool | None,
         typer.Option(

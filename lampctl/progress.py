@@ -101,6 +101,10 @@ class ProgressListener:
             partial = " (partial)" if figures["is_partial"] else ""
             value = figures["perplexity"]
             return f"perplexity {'infinite' if value is None else format(value, '.2f')}{partial}"
+        if step.kind == "zero-shot":
+            partial = " (partial)" if figures["is_partial"] else ""
+            shown = [f"{name} {100 * v:.2f}%" for name, v in figures["metrics"].items() if name in ("acc", "acc_norm")]
+            return ", ".join(shown) + partial
         if step.kind == "calibrate":
             return f"{figures['num_tokens']:,} tokens of {figures['source']}"
         if step.kind == "export":
@@ -224,7 +228,7 @@ def listening(every_step: bool = False) -> Iterator[Any]:
 
 def _label(step: Step) -> str:
     """The step's name with local files by their names: their whole paths do not fit a line."""
-    return re.sub(r":/.*/", ":", step.name)
+    return re.sub(r"([:@])/.*/", r"\1", step.name)
 
 
 def _losses(figures: Mapping[str, Any]) -> str:

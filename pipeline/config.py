@@ -14,6 +14,7 @@ from pydantic import Field
 from pipeline.errors import ConfigError
 from pipeline.settings import Gathered, Settings, flag_of
 from stages.defaults import TrainingDefaults
+from stages.metrics.task_files import LAYOUT
 from stages.pruners.masks import Pattern
 
 
@@ -26,6 +27,7 @@ class RunConfig(Settings):
     seqlen: int = Field(ge=2)
     evaluate: tuple[str, ...] = ()
     eval_seqlen: int = Field(ge=2)
+    tasks: tuple[str, ...] = ()
 
     @property
     def n_of_m(self) -> Pattern | None:
@@ -75,6 +77,9 @@ FREE_FIELDS = (
     "evaluate_dense",
     "eval_seqlen",
     "eval_max_tokens",
+    "tasks",
+    "task_data",
+    "task_limit",
     "keep_activations",
     "memory_limit",
     "checkpoint_minutes",
@@ -203,11 +208,17 @@ def complete(
             _drop(field, gathered, values, [] if baselines else notices, "magnitude pruning looks at no data")
         values["calibration_skip"] = 0
     fill("evaluate", ("wikitext2",))
+    fill("tasks", usual_tasks(values["task_data"], values["task_limit"]))
     for field in values:
         origins.setdefault(field, "default")
     config = RunConfig(**values)
     check_evaluation(config, max_positions)
     return config, origins, notices
+
+
+def usual_tasks(task_data: str | None, task_limit: int | None) -> tuple[str, ...]:
+    """The tasks where nobody named any: none, unless something was said about their rows."""
+    return () if task_data is None and task_limit is None else tuple(LAYOUT)
 
 
 def check_evaluation(config: RunConfig, max_positions: int | None) -> None:

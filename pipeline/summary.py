@@ -75,6 +75,21 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
+class AccuracyResult:
+    """Accuracies on one zero-shot task."""
+
+    step: str  # which zero-shot step measured them
+    which: str  # "dense" or "pruned"
+    task: str
+    metrics: dict[str, float]  # "acc", "acc_norm", "acc_stderr" ...
+    num_rows: int
+    num_rows_available: int
+    is_partial: bool
+    task_data: str | None  # the folder with the rows; None: the hub
+    harness_version: str
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """A run at a glance."""
 
@@ -91,6 +106,7 @@ class RunStatus:
     steps: tuple[StepState, ...]
     blocks: tuple[BlockState, ...]
     evaluations: tuple[EvaluationResult, ...]
+    accuracies: tuple[AccuracyResult, ...]
     num_prunable: int
     num_masked: int | None  # in the exported model; None before export
     num_other_zeros: int | None
@@ -132,6 +148,7 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
         steps=states,
         blocks=tuple(_block_state(i, b, by_name, bool(config.refine)) for i, b in enumerate(run.budget)),
         evaluations=evaluations_of(run),
+        accuracies=accuracies_of(run),
         num_prunable=sum(layer["size"] for block in run.budget for layer in block["layers"]),
         num_masked=exported.figures["num_masked"] if exported else None,
         num_other_zeros=exported.figures["num_other_zeros"] if exported else None,
@@ -153,6 +170,16 @@ def evaluations_of(run: RunDirectory) -> tuple[EvaluationResult, ...]:
         EvaluationResult(step=commit.step, **{name: commit.figures[name] for name in fields})
         for commit in run.commits
         if commit.step.startswith("evaluate/")
+    )
+
+
+def accuracies_of(run: RunDirectory) -> tuple[AccuracyResult, ...]:
+    """All zero-shot accuracies that the run has measured, in the order of their commits."""
+    fields = set(AccuracyResult.__dataclass_fields__) - {"step"}
+    return tuple(
+        AccuracyResult(step=commit.step, **{name: commit.figures[name] for name in fields})
+        for commit in run.commits
+        if commit.step.startswith("zero-shot/")
     )
 
 
@@ -245,6 +272,16 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
         figures.append(
             CardFigure(source, dense.perplexity if dense else None, pruned.perplexity if pruned else None, note)
         )
+    rows: dict[tuple[str, str], dict[str, AccuracyResult]] = {}
+    for result in state.accuracies:
+        note = f"first {result.num_rows:,} of {result.num_rows_available:,} rows" if result.is_partial else ""
+        rows.setdefault((result.task, note), {})[result.which] = result
+    accuracies = tuple(
+        CardFigure(f"{task} ({metric})", _metric(pair.get("dense"), metric), _metric(pair.get("pruned"), metric), note)
+        for (task, note), pair in rows.items()
+        for metric in ("acc", "acc_norm")
+        if any(metric in found.metrics for found in pair.values())
+    )
     settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision")}
     assert state.num_masked is not None
     assert state.num_other_zeros is not None
@@ -259,5 +296,10 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
         is_quantized=config.bits is not None,
         settings=settings,
         figures=tuple(figures),
+        accuracies=accuracies,
         version=importlib.metadata.version("lampctl"),
     )
+
+
+def _metric(result: AccuracyResult | None, name: str) -> float | None:
+    return None if result is None else result.metrics.get(name)

@@ -16,8 +16,8 @@ from pipeline.config import RunConfig
 from pipeline.disk import FileWriter
 from pipeline.engine import StepResult
 from pipeline.errors import ConfigMismatch
-from pipeline.plan import Evaluation, Step
-from pipeline.prepare import fit_memory, fixed_sparsities, prunable_layers
+from pipeline.plan import Evaluation, Step, ZeroShotEvaluation
+from pipeline.prepare import fit_memory, fixed_sparsities, prunable_layers, task_data_of
 from pipeline.quantities import parse_size
 from pipeline.rundir import Attempt, RunDirectory
 from pipeline.summary import card_facts
@@ -28,14 +28,14 @@ from stages.calibrate import calibrate
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.data.sources import parse_source
-from stages.data.text import evaluation_tokens, load_tokenizer, require_vocabulary
+from stages.data.text import load_tokenizer, require_vocabulary
 from stages.device import DeviceChoices, PeakMemory, release_memory
 from stages.errors import ResourceError
-from stages.evaluate import evaluate_perplexity
+from stages.evaluate import evaluate_text
 from stages.finish_block import FinishedBlock
 from stages.mask_files import FOLDER as MASKS
 from stages.mask_files import mask_file, read_mask_file
-from stages.metrics.perplexity import windows
+from stages.metrics.zeroshot import ZeroShot
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.source import resolve
@@ -58,7 +58,7 @@ class StageWorker:
         self,
         run: RunDirectory,
         config: RunConfig,
-        evaluations: Mapping[str, Evaluation],
+        evaluations: Mapping[str, Evaluation | ZeroShotEvaluation],
         shared_with: RunDirectory | None = None,
     ) -> None:
         """evaluations: by step name. shared_with: a run whose calibration set is taken over, if it has one."""
@@ -67,6 +67,7 @@ class StageWorker:
         gc.freeze()  # what is here now stays: only what steps leave is looked at when they end
         self._views_of: int | None = None
         self._spills = False
+        self._loaded: tuple[str, ZeroShot] | None = None  # which model tasks are measured on
 
     @cached_property
     def model(self) -> BlockModel:
@@ -100,6 +101,7 @@ class StageWorker:
             "refine-block": self._refine,
             "export": self._export,
             "evaluate": self._evaluate,
+            "zero-shot": self._zero_shot,
         }[step.kind]
         figures = work(step, attempt, hooks)
         result = StepResult(figures, peak.process_bytes(), peak.device_bytes())
@@ -146,6 +148,7 @@ class StageWorker:
         stream = self.size_of("biased/0") if self.config.num_samples else 0
         if step.kind == "evaluate":
             what = self.evaluations[step.name]
+            assert isinstance(what, Evaluation)
             tokens = what.max_tokens or _USUAL_EVALUATION_TOKENS
             return tokens * self.model.hidden_size * self.choices.torch_dtype.itemsize
         targets_only = step.kind == "compensate-block" and len(step.writes) == 1
@@ -408,24 +411,32 @@ class StageWorker:
 
     def _evaluate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         what = self.evaluations[step.name]
+        assert isinstance(what, Evaluation)
         model = self.model if what.which == "dense" else self._open_published()
         tokenizer = load_tokenizer(self.model.source.path, trusts_code=self.config.trust_remote_code)
         source = parse_source(what.source)
-        tokens = evaluation_tokens(source, tokenizer)
-        require_vocabulary(tokens, self.model.vocab_size, self.config.model)
-        cut = windows(tokens, what.seqlen, what.max_tokens, source.max_windows)
-        num_available = len(windows(tokens, what.seqlen, None, source.max_windows))
-        result = evaluate_perplexity(model, cut, attempt.scratch(), self.choices, hooks)
+        result = evaluate_text(
+            model, source, tokenizer, what.seqlen, what.max_tokens, attempt.scratch(), self.choices, hooks
+        )
+        return {"which": what.which, **asdict(result), "source_digest": source.digest()}
+
+    def _zero_shot(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        what = self.evaluations[step.name]
+        assert isinstance(what, ZeroShotEvaluation)
+        data = task_data_of(self.config)
+        if self._loaded is None or self._loaded[0] != what.which:
+            self._loaded = None  # not two models at once
+            folder = self.model.source
+            if what.which == "pruned":
+                folder = resolve(str(self._published_model()), trusts_code=self.config.trust_remote_code)
+            self._loaded = (what.which, ZeroShot(folder, self.choices.device))
+        result = self._loaded[1].measure(what.task, data, what.limit, hooks)
         return {
             "which": what.which,
-            "source": what.source,
-            "perplexity": result.perplexity,
-            "num_windows": result.num_windows,
-            "num_tokens": result.num_tokens,
-            "num_tokens_available": tokens.numel(),
-            "seqlen": result.seqlen,
-            "is_partial": result.num_windows < num_available,
-            "source_digest": source.digest(),
+            **asdict(result),
+            "is_partial": result.is_partial,
+            "task_data": what.data,
+            "task_data_digest": data.digest(what.task) if data is not None else None,
         }
 
     def _open_published(self) -> BlockModel:

@@ -146,7 +146,8 @@ class CardFacts:
     num_other_zeros: int
     is_quantized: bool
     settings: Mapping[str, object]
-    figures: tuple[CardFigure, ...]
+    figures: tuple[CardFigure, ...]  # perplexities
+    accuracies: tuple[CardFigure, ...]  # of zero-shot tasks, as shares
     version: str
 
 
@@ -182,11 +183,19 @@ def model_card(facts: CardFacts) -> bytes:
         lines += ["| perplexity on | original | pruned | |", "|---|---|---|---|"]
         lines += [f"| {f.source} | {_cell(f.dense)} | {_cell(f.pruned)} | {f.note} |" for f in facts.figures]
         lines.append("")
+    if facts.accuracies:
+        lines += ["| zero-shot accuracy on | original | pruned | |", "|---|---|---|---|"]
+        lines += [f"| {f.source} | {_percent(f.dense)} | {_percent(f.pruned)} | {f.note} |" for f in facts.accuracies]
+        lines.append("")
     lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER", dtype="auto")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")', "```", "", "## Settings", ""]
     lines += [f"- {name}: {value}" for name, value in facts.settings.items() if value not in (None, (), [], {})]
     return ("\n".join(lines) + "\n").encode()
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}%"
 
 
 def _cell(value: float | None) -> str:

@@ -68,42 +68,6 @@ def compensate_block(run: RunPath, block: Block = None) -> None:
     do_step(run, "compensate-block", block)
 
 
-def evaluate(
-    run: RunPath,
-    sources: Annotated[
-        str | None,
-        typer.Option("--evaluate", metavar="SRC,...", help="Which sources. [default: as last used in this run]"),
-    ] = None,
-    eval_seqlen: Annotated[
-        int | None, typer.Option(metavar="T", help="Tokens per window. [default: as last used in this run]")
-    ] = None,
-    eval_max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop after N tokens. [default: as last used in this run]")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
-) -> None:
-    """Measure perplexity of the exported model, and of the original.
-
-    What is given is kept for the next evaluation of this run; all figures are in lampctl status.
-
-    \b
-    lampctl evaluate runs/mine
-    lampctl evaluate runs/mine --evaluate pydocs,text:notes.txt --eval-seqlen 512
-    """
-    from lampctl import show
-    from lampctl.progress import listening
-    from lampctl.stopping import stopping
-    from pipeline.session import change_evaluation, go_on, reopen, require_exported
-
-    directory, config = reopen(run, to_go_on=True)
-    require_exported(directory, config)
-    config = change_evaluation(directory, config, sources, eval_seqlen, eval_max_tokens)
-    with listening() as listener, stopping(config) as stop:
-        listener.attach(directory, config)
-        go_on(directory, config, listener, stop)
-    show.results([directory], [config], as_json)
-
-
 def do_step(place: str, kind: str, block: int | None = None) -> None:
     """Do the next step of that kind, or of that block, and say what comes then."""
     from lampctl import show

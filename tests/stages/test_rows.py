@@ -68,9 +68,10 @@ def test_a_local_copy_gives_the_tokens_that_the_hub_gives(tmp_path, monkeypatch,
 @pytest.mark.parametrize("form", ["json.gz", "parquet"])
 def test_what_datasets_reads_is_what_a_copy_gives(tmp_path, monkeypatch, form):
     """The hub's own path through `datasets`, with the hub's file here."""
+    import datasets
     import huggingface_hub
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     path = write(tmp_path, "c4", form)
     files = {"calibration": str(path), "evaluation": str(path)}
     monkeypatch.setitem(sources._HUB, "c4", dataclasses.replace(sources._HUB["c4"], files=files))
