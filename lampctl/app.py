@@ -14,11 +14,12 @@ import typer
 
 from lampctl.commands import sweep
 from lampctl.commands.care import gc, verify
+from lampctl.commands.evaluate import evaluate
 from lampctl.commands.export import export
 from lampctl.commands.resume import resume
 from lampctl.commands.run import init, run
 from lampctl.commands.status import status
-from lampctl.commands.steps import allocate, calibrate, capture, compensate_block, evaluate, prune_block, refine_block
+from lampctl.commands.steps import allocate, calibrate, capture, compensate_block, prune_block, refine_block
 from lampctl.exits import BUG, exit_code, message
 from pipeline.scrub import scrub
 

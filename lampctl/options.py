@@ -96,8 +96,8 @@ def _declared(
         str | None,
         typer.Option(
             metavar="SRC",
-            help="c4, wikitext2, ptb, pydocs or text:PATH; of Segment Anything sa1b:DIR, coco:DIR or images:DIR. "
-            "[default: c4; images must be named]",
+            help="c4, wikitext2, ptb (from the hub, or a local copy as in c4:PATH), pydocs or text:PATH; of Segment "
+            "Anything sa1b:DIR, coco:DIR or images:DIR. [default: c4; images must be named]",
         ),
     ] = None,
     num_samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration samples. [default: 128]")] = None,
@@ -229,6 +229,22 @@ def _declared(
     ] = None,
     eval_max_images: Annotated[
         int | None, typer.Option(metavar="N", help="Stop after N images: a quick look, marked as partial.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...",
+            help="Zero-shot accuracy on these tasks of lm-evaluation-harness (extra `eval`); zero-shot: the usual "
+            "seven. [default: none; with --task-data or --task-limit: zero-shot]",
+        ),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The tasks' rows lie here (docs/evaluation.md). [default: the hub]"),
+    ] = None,
+    task_limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Only the first N rows of each task: a quick look, marked as partial."),
     ] = None,
     keep_activations: Annotated[
         bool | None,

@@ -104,6 +104,12 @@ class ProgressListener:
             value = figures[metric]
             shown = "infinite" if value is None else figure_text(metric, value)
             return f"{METRICS[metric].title} {shown}{partial}"
+        if step.kind == "zero-shot":
+            partial = " (partial)" if figures["is_partial"] else ""
+            accuracies = [
+                f"{name} {100 * v:.2f}%" for name, v in figures["metrics"].items() if name in ("acc", "acc_norm")
+            ]
+            return ", ".join(accuracies) + partial
         if step.kind == "calibrate":
             what = "images" if "num_images" in figures else "tokens"
             passed_over = sum(figures.get("skipped", {}).values())
@@ -229,8 +235,8 @@ def listening(every_step: bool = False) -> Iterator[Any]:
 
 
 def _label(step: Step) -> str:
-    """The step's name with local texts by their file names: their whole paths do not fit a line."""
-    return re.sub(r"text:.*/", "text:", step.name)
+    """The step's name with local files by their names: their whole paths do not fit a line."""
+    return re.sub(r"([:@])/.*/", r"\1", step.name)
 
 
 def _losses(figures: Mapping[str, Any]) -> str:

@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from lampctl.accuracy import accuracy_table, mean_notes, means_of
 from lampctl.units import duration, size
 from pipeline.storage.objects import is_address
-from pipeline.summary import BlockState, EvaluationResult, RunStatus, StepState, described, side_by_side
+from pipeline.summary import (
+    AccuracyResult,
+    BlockState,
+    EvaluationResult,
+    RunStatus,
+    StepState,
+    described,
+    side_by_side,
+)
 from pipeline.summary import status as status_of
 from stages.figures import METRICS, figure_text
 
@@ -35,7 +44,7 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
         report["baselines"] = [result_record(state) for state in states[1:]]
         print(json.dumps(report, indent=2))
         return
-    console = _console()
+    console = console_here()
     main = states[0]
     measured = [s for s in states for e in s.evaluations if _is_current(s, e)]
     if measured:
@@ -46,6 +55,11 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
     else:
         for state in states:
             console.print(_summary_line(state))
+    accuracies = _current_accuracies(states)
+    if accuracies:
+        console.print(accuracy_table(accuracies))
+        for line in mean_notes(next(iter(accuracies.values()))):
+            console.print(line, highlight=False)
     for state in states[1:]:
         if state.model is not None:
             console.print(f"\n{_METHODS[state.config.method]}:", _shown(state.model), highlight=False, end="")
@@ -73,6 +87,11 @@ def result_record(state: RunStatus) -> dict[str, Any]:
         "peak_device_bytes": state.peak_device_bytes,
         "model": state.model,
         "evaluations": [result.record() for result in state.evaluations if _is_current(state, result)],
+        "accuracies": [asdict(result) for result in state.accuracies if _is_current(state, result)],
+        "mean_accuracies": {
+            which: means_of([r for r in state.accuracies if r.which == which and _is_current(state, r)])
+            for which in ("dense", "pruned")
+        },
         "config": state.config.model_dump(mode="json"),
     }
 
@@ -93,7 +112,7 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
         }
         print(json.dumps(record, indent=2))
         return
-    console = _console()
+    console = console_here()
     console.print(f"{_shown(state.label)}: {_summary_line(state)}", highlight=False, soft_wrap=True)
     if state.is_finished:
         how_far = f"finished, {len(state.steps)} steps in {duration(state.elapsed_s)}"
@@ -115,6 +134,13 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
         console.print(_kinds_table(state.steps))
     if state.evaluations:
         console.print(_evaluations_table(state))
+    if state.accuracies:
+        titles = {"dense": "dense", "pruned": _METHODS[state.config.method]}
+        for place, results in _by_place(state.accuracies).items():
+            found = {title: [r for r in results if r.which == which] for which, title in titles.items()}
+            console.print(accuracy_table({title: those for title, those in found.items() if those}))
+            if place is not None:
+                console.print(f"rows of {_shown(place)}", highlight=False, soft_wrap=True)
     if state.model is not None:
         console.print(f"The pruned model: {_shown(state.model)}", highlight=False, soft_wrap=True)
 
@@ -127,7 +153,7 @@ def begun(
     steps: Sequence[Step],
 ) -> None:
     """What `lampctl init` has decided."""
-    console = _console()
+    console = console_here()
     state = status_of(run, config)
     console.print(_settings_table(config, origins))
     console.print(_blocks_table(state.blocks))
@@ -147,12 +173,12 @@ def next_step(run: RunDirectory, config: RunConfig) -> None:
     else:
         command = state.next_step.partition("/")[0]
         line = f"Next: lampctl {command} {where}   (or all that is left: lampctl resume {where})"
-    _console().print(line, highlight=False, soft_wrap=True)
+    console_here().print(line, highlight=False, soft_wrap=True)
 
 
 def model_is_back(run: RunDirectory) -> None:
     """The exported folder was made once more."""
-    _console().print(f"The pruned model: {_shown(f'{run.label}/model')}", highlight=False, soft_wrap=True)
+    console_here().print(f"The pruned model: {_shown(f'{run.label}/model')}", highlight=False, soft_wrap=True)
 
 
 def packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> None:
@@ -167,7 +193,7 @@ def packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> None:
         size_bytes = getattr(sizes, f"{name}_bytes")
         if size_bytes:
             table.add_row(label, f"{size_bytes:,}", f"{100 * size_bytes / sizes.dense_bytes:.1f}%")
-    console = _console()
+    console = console_here()
     console.print(table)
     console.print(f"The {what} is {_shown(str(path.absolute()))}", highlight=False, soft_wrap=True)
 
@@ -185,7 +211,7 @@ _PACKED_PARTS = {
 }
 
 
-def _console() -> Console:
+def console_here() -> Console:
     """stdout, as wide as the terminal; a file or pipe gets what does not need wrapping."""
     console = Console(markup=False)  # paths may hold brackets
     return console if console.is_terminal else Console(width=160, markup=False)
@@ -207,9 +233,29 @@ def _summary_line(state: RunStatus) -> str:
     return f"{Path(config.model).name}, {_METHODS[config.method]} at {config.goal}{achieved}"
 
 
-def _is_current(state: RunStatus, result: EvaluationResult) -> bool:
+def _is_current(state: RunStatus, result: EvaluationResult | AccuracyResult) -> bool:
     """Whether an evaluation is one that the settings in force ask for."""
     return any(step.name == result.step for step in state.steps)
+
+
+def _current_accuracies(states: Sequence[RunStatus]) -> dict[str, list[AccuracyResult]]:
+    """The accuracies that the settings in force ask for, by model: dense first, then the baselines, then the run."""
+    main = states[0]
+    dense = [r for r in main.accuracies if r.which == "dense" and _is_current(main, r)]
+    found = {"dense": dense} if dense else {}
+    for state in (*states[1:], main):
+        pruned = [r for r in state.accuracies if r.which == "pruned" and _is_current(state, r)]
+        if pruned:
+            found[_METHODS[state.config.method]] = pruned
+    return found
+
+
+def _by_place(accuracies: Sequence[AccuracyResult]) -> dict[str | None, list[AccuracyResult]]:
+    """The accuracies by where their rows lie: other rows of the same name are another measurement."""
+    found: dict[str | None, list[AccuracyResult]] = {}
+    for result in accuracies:
+        found.setdefault(result.task_data, []).append(result)
+    return found
 
 
 def _results_table(states: Sequence[RunStatus]) -> Table:
@@ -225,7 +271,7 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
     table = Table(title=f"{Path(main.config.model).name} at {main.config.goal}", title_justify="left")
     table.add_column("method")
     for metric, source in measured:
-        table.add_column(f"{METRICS[metric].title}\n{_short(source)}", justify="right")
+        table.add_column(f"{METRICS[metric].title}\n{short_source(source)}", justify="right")
     for title in ("sparsity", "pruning time", "peak memory"):
         table.add_column(title, justify="right")
     if any(which == "dense" for _, which, _ in found):
@@ -279,13 +325,16 @@ def _evaluations_table(state: RunStatus) -> Table:
     for pair in side_by_side(state.evaluations):
         either = next(iter(pair.values()))
         values = (_value(pair.get(which)) for which in ("dense", "pruned"))
-        table.add_row(METRICS[either.metric].title, _short(either.source), described(either), *values)
+        table.add_row(METRICS[either.metric].title, short_source(either.source), described(either), *values)
     return table
 
 
-def _short(source: str) -> str:
+def short_source(source: str) -> str:
+    """A source with its file, if it has one, by its name alone."""
     kind, colon, path = source.partition(":")
-    return f"{'' if kind == 'text' else f'{kind}:'}{Path(path).name}" if colon else source
+    if not colon:
+        return source
+    return Path(path).name if kind == "text" else f"{kind}:{Path(path).name}"
 
 
 def _marked(result: EvaluationResult | None) -> str:

@@ -14,6 +14,7 @@ from pydantic import Field
 from pipeline.errors import ConfigError
 from pipeline.settings import Gathered, Settings, flag_of
 from stages.defaults import TrainingDefaults
+from stages.metrics.task_files import LAYOUT
 from stages.pruners.masks import Pattern
 from stages.tasks.base import EvaluationProtocol, Task
 
@@ -27,6 +28,7 @@ class RunConfig(Settings):
     seqlen: int = Field(ge=2)
     evaluate: tuple[str, ...] = ()
     eval_seqlen: int = Field(ge=2)
+    tasks: tuple[str, ...] = ()
 
     @property
     def n_of_m(self) -> Pattern | None:
@@ -83,6 +85,9 @@ FREE_FIELDS = (
     "eval_max_tokens",
     "eval_points",
     "eval_max_images",
+    "tasks",
+    "task_data",
+    "task_limit",
     "keep_activations",
     "memory_limit",
     "checkpoint_minutes",
@@ -222,11 +227,17 @@ def complete(
     if values["evaluate"] is None and task.missing_evaluation is not None:
         notices.append(task.missing_evaluation)
     fill("evaluate", task.default_evaluation)
+    fill("tasks", usual_tasks(values["task_data"], values["task_limit"]))
     for field in values:
         origins.setdefault(field, "default")
     config = RunConfig(**values)
     check_evaluation(config, max_positions)
     return config, origins, notices
+
+
+def usual_tasks(task_data: str | None, task_limit: int | None) -> tuple[str, ...]:
+    """The tasks where nobody named any: none, unless something was said about their rows."""
+    return () if task_data is None and task_limit is None else tuple(LAYOUT)
 
 
 def check_evaluation(config: RunConfig, max_positions: int | None) -> None:

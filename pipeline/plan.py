@@ -1,6 +1,7 @@
 """The chain of steps as data: each step says what it reads and writes.
 
     calibrate -> capture -> prune 0 -> compensate 1 -> prune 1 -> ... -> prune n-1 -> export -> evaluate ...
+    -> zero-shot ...
 
 With a budget that looks at the data ``capture -> allocate -> prune 0``,
 and with refinement ``prune i -> refine i -> compensate i+1``. Payloads are named by what they are: ``biased/i`` and
@@ -17,6 +18,7 @@ from stages.tasks.base import EvaluationProtocol
 
 CHAIN_KINDS = ("calibrate", "capture", "allocate", "prune-block", "compensate-block", "refine-block", "export")
 EVALUATE = "evaluate"
+ZERO_SHOT = "zero-shot"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Step:
 
     kind: str
     block: int | None = None
-    subject: str | None = None  # of an evaluation: "dense/<data set>" or "pruned/<data set>"
+    subject: str | None = None  # of an evaluation: "dense/" or "pruned/", and the data set or task
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
 
@@ -49,6 +51,23 @@ class Evaluation:
     def subject(self) -> str:
         """The part of the step's name after ``evaluate/``: two evaluations with one subject are the same."""
         return f"{self.which}/{self.source}@{self.protocol.label}"
+
+
+@dataclass(frozen=True)
+class ZeroShotEvaluation:
+    """What one zero-shot step measures."""
+
+    which: str  # "dense" or "pruned"
+    task: str
+    data: str | None  # the folder with the rows; None: they come from the hub
+    limit: int | None  # only so many rows
+
+    @property
+    def subject(self) -> str:
+        """The part of the step's name after ``zero-shot/``: two evaluations with one subject are the same."""
+        where = f"@{self.data}" if self.data is not None else ""
+        limit = f":{self.limit}" if self.limit is not None else ""
+        return f"{self.which}/{self.task}{where}{limit}"
 
 
 def chain(method: str, num_blocks: int, refines: bool = False, allocates: bool = False) -> tuple[Step, ...]:
@@ -103,6 +122,18 @@ def evaluation_steps(
     evaluations = [Evaluation(which, source, protocol) for source in sources for which in kinds]
     return tuple(
         (Step(EVALUATE, subject=e.subject, reads=("model",) if e.which == "pruned" else ()), e)
+        for e in dict.fromkeys(evaluations)
+    )
+
+
+def zero_shot_steps(
+    tasks: Sequence[str], data: str | None, limit: int | None, with_dense: bool
+) -> tuple[tuple[Step, ZeroShotEvaluation], ...]:
+    """The zero-shot steps: all of one model together, since the whole of it is loaded for them."""
+    kinds = ("pruned", "dense") if with_dense else ("pruned",)
+    evaluations = [ZeroShotEvaluation(which, task, data, limit) for which in kinds for task in tasks]
+    return tuple(
+        (Step(ZERO_SHOT, subject=e.subject, reads=("model",) if e.which == "pruned" else ()), e)
         for e in dict.fromkeys(evaluations)
     )
 

@@ -55,6 +55,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     from stages.budget import feasible_alpha, feasible_beta
     from stages.defaults import measured, published
     from stages.device import choose, micro_batches, require_compiler
+    from stages.metrics.zeroshot import check_tasks
     from stages.models.source import resolve
     from stages.pruners.masks import Pattern
     from stages.tasks.named import open_model, task_named
@@ -98,6 +99,9 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
                 notices.append(f"{name} is {value:.4g} instead of {default:.4g}: no layer can be pruned above 100%")
         defaults = replace(defaults, alpha=alpha, beta=beta)
     config, origins, more_notices = complete(gathered, model.max_positions, defaults, task, baselines)
+    if config.tasks and model.task != "language":
+        raise ConfigError(f"--tasks: {folder.name} is a {model.task} model, and zero-shot tasks are text")
+    check_tasks(config.tasks, task_data_of(config))
     at_once = micro_batches(choices.torch_device, config.seqlen, config.micro_batch)
     fitting = fit_memory(model, config, choices, at_once)
     choices = replace(choices, batch_tokens=fitting.samples_at_once * config.seqlen, compiles=bool(config.compile))
@@ -272,6 +276,13 @@ def drawing_of(config: RunConfig) -> Drawing:
 
     assert config.num_samples is not None
     return Drawing(config.num_samples, config.seqlen, config.calibration_sampling, config.calibration_skip, config.seed)
+
+
+def task_data_of(config: RunConfig) -> Any:
+    """The rows of tasks on this machine (`stages.metrics.task_files.TaskData`), if any. Raises UsageError."""
+    from stages.metrics.task_files import TaskData
+
+    return TaskData.at(config.task_data) if config.task_data is not None else None
 
 
 def _model_record(model: Any, folder: Any) -> dict[str, Any]:

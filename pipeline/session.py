@@ -14,16 +14,24 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from pipeline.config import RunConfig, check_evaluation, differing_fields
+from pipeline.config import RunConfig, check_evaluation, differing_fields, usual_tasks
 from pipeline.engine import Listener, StopRequest, advance
 from pipeline.errors import ConfigError, ConfigMismatch, DamagedData, FileExists, RunNotFound, StepOrderError
 from pipeline.lease import Lease
 from pipeline.manifest import RunManifest
 from pipeline.mend import mend
-from pipeline.plan import Evaluation, Step, evaluation_steps, next_steps, releasable
+from pipeline.plan import (
+    Evaluation,
+    Step,
+    ZeroShotEvaluation,
+    evaluation_steps,
+    next_steps,
+    releasable,
+    zero_shot_steps,
+)
 from pipeline.plausible import configuration_of, making_sense
 from pipeline.preflight import most_needed, require_room
-from pipeline.prepare import RUNS, Prepared, chain_of, environment_record
+from pipeline.prepare import RUNS, Prepared, chain_of, environment_record, task_data_of
 from pipeline.rundir import RunDirectory, find_runs
 from pipeline.settings import explain
 from pipeline.storage.base import Storage
@@ -79,6 +87,8 @@ def require_same(run: RunDirectory, prepared: Prepared) -> None:
         differing["calibration text"] = ("as it was", "changed since")
     for name in prepared.config.evaluate:
         _require_same_text(run, name, prepared.data[name])
+    if prepared.config.tasks:
+        _require_same_rows(run, prepared.config)
     if differing:
         lines = [f"  {field}: {old!r} there, {new!r} asked for" for field, (old, new) in differing.items()]
         raise ConfigMismatch(
@@ -95,6 +105,21 @@ def _require_same_text(run: RunDirectory, source: str, digest: Any) -> None:
             raise ConfigMismatch(
                 f"{source} has changed since {run.label} was evaluated on it: give the new text another name, so "
                 "that its figures stand beside the old ones"
+            )
+
+
+def _require_same_rows(run: RunDirectory, config: RunConfig) -> None:
+    """Raise ConfigMismatch if the run has accuracies that were measured on other rows in the same folder."""
+    data = task_data_of(config)
+    for commit in run.commits:
+        figures = commit.figures
+        measured = commit.step.startswith("zero-shot/") and figures["task_data"] == config.task_data
+        if data is None or not measured or figures["task"] not in config.tasks:
+            continue
+        if figures["task_data_digest"] != data.digest(figures["task"]):
+            raise ConfigMismatch(
+                f"the rows of {figures['task']} in {config.task_data} have changed since {run.label} was evaluated on "
+                "them: put the new ones into another folder, so that their figures stand beside the old ones"
             )
 
 
@@ -130,12 +155,18 @@ def reopen(
 def change_evaluation(
     run: RunDirectory, config: RunConfig, sources: str | None, settings: Mapping[str, Any]
 ) -> RunConfig:
-    """The configuration with other evaluation settings (None: as they are). Raises ConfigError, UsageError."""
+    """The configuration with other evaluation settings (None: as they are). Raises ConfigError, UsageError.
+
+    sources: between commas. settings: other free settings by name, None among them: as they are.
+    """
+    from stages.metrics.zeroshot import check_tasks
     from stages.tasks.named import parse_source
 
     changes = {field: value for field, value in settings.items() if value is not None}
     if sources is not None:
         changes["evaluate"] = [parse_source(name.strip()).name for name in sources.split(",") if name.strip()]
+    if not changes.get("tasks") and not config.tasks:
+        changes["tasks"] = usual_tasks(changes.get("task_data"), changes.get("task_limit"))
     try:
         changed = config.with_free(changes)
     except ValidationError as error:
@@ -145,12 +176,20 @@ def change_evaluation(
         source = parse_source(name)
         source.check()
         _require_same_text(run, name, source.digest())
+    if changed.tasks:
+        check_tasks(changed.tasks, task_data_of(changed))
+        _require_same_rows(run, changed)
     return changed
 
 
-def steps_of(run: RunDirectory, config: RunConfig) -> tuple[tuple[Step, ...], dict[str, Evaluation]]:
-    """All steps of a run under `config`, and what each evaluate step measures, by step name."""
-    evaluations = evaluation_steps(config.evaluate, config.evaluation_protocol, config.evaluate_dense)
+def steps_of(
+    run: RunDirectory, config: RunConfig
+) -> tuple[tuple[Step, ...], dict[str, Evaluation | ZeroShotEvaluation]]:
+    """All steps of a run under `config`, and what each evaluate or zero-shot step measures, by step name."""
+    evaluations: list[tuple[Step, Evaluation | ZeroShotEvaluation]] = [
+        *evaluation_steps(config.evaluate, config.evaluation_protocol, config.evaluate_dense),
+        *zero_shot_steps(config.tasks, config.task_data, config.task_limit, config.evaluate_dense),
+    ]
     steps = chain_of(config, run.manifest.model["num_blocks"])
     return (*steps, *(step for step, _ in evaluations)), {step.name: what for step, what in evaluations}
 

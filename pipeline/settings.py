@@ -15,12 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.errors import ConfigError
 from pipeline.quantities import parse_duration, parse_size
 from stages.errors import UsageError
+from stages.metrics.task_files import LAYOUT
 from stages.pruners.masks import Pattern
 from stages.tasks.base import Points
 
 Method = Literal["lamp", "sparsegpt", "alps", "wanda", "magnitude"]
 Effort = Literal["low", "medium", "high"]
 ENVIRONMENT_PREFIX = "LAMPCTL_"
+USUAL_TASKS = "zero-shot"  # in --tasks: the seven that the field gives the mean of
 _LONGEST_NAME = 255  # bytes, in every file system in use
 # LAMPCTL_CACHE places the cache; it is no setting of a run.
 _OTHER_VARIABLES = {"LAMPCTL_CACHE"}
@@ -92,6 +94,9 @@ class Settings(BaseModel):
     eval_max_tokens: int | None = Field(None, ge=2)
     eval_points: Points | None = None
     eval_max_images: int | None = Field(None, ge=1)
+    tasks: tuple[str, ...] | None = None
+    task_data: str | None = None
+    task_limit: int | None = Field(None, ge=1)
     keep_activations: bool = False
     memory_limit: str | None = None
     checkpoint_minutes: float = Field(10.0, ge=0)
@@ -101,10 +106,15 @@ class Settings(BaseModel):
     preemption_url: str | None = None
     allow_environment_change: bool = False
 
-    @field_validator("evaluate", mode="before")
+    @field_validator("evaluate", "tasks", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("tasks")
+    @classmethod
+    def _name_usual_tasks(cls, tasks: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if tasks is None else split_tasks(",".join(tasks))
 
     @field_validator("preemption_url")
     @classmethod
@@ -132,7 +142,7 @@ class Settings(BaseModel):
         parse_size(str(value))
         return str(value)
 
-    @field_validator("scratch_dir", mode="before")
+    @field_validator("scratch_dir", "task_data", mode="before")
     @classmethod
     def _from_here(cls, value: Any) -> Any:
         if not isinstance(value, str | Path) or not str(value):
@@ -179,6 +189,12 @@ class Settings(BaseModel):
             if not 0 <= sparsity <= 1:
                 raise ValueError(f"the sparsity of {pattern} is {sparsity}; it must lie in [0, 1]")
         return overrides
+
+
+def split_tasks(tasks: str) -> tuple[str, ...]:
+    """The names of zero-shot tasks in a list with commas, each once, the seven usual ones by their common name."""
+    named = [task.strip() for task in tasks.split(",") if task.strip()]
+    return tuple(dict.fromkeys(name for task in named for name in (LAYOUT if task == USUAL_TASKS else (task,))))
 
 
 def _check_regex(pattern: str) -> None:

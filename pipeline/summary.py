@@ -15,6 +15,7 @@ from pipeline.plan import CHAIN_KINDS, Step
 from pipeline.plausible import making_sense
 from pipeline.rundir import RunDirectory
 from pipeline.session import steps_of
+from stages.figures import how_measured
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,21 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
+class AccuracyResult:
+    """Accuracies on one zero-shot task."""
+
+    step: str  # which zero-shot step measured them
+    which: str  # "dense" or "pruned"
+    task: str
+    metrics: dict[str, float]  # "acc", "acc_norm", "acc_stderr" ...
+    num_rows: int
+    num_rows_available: int
+    is_partial: bool
+    task_data: str | None  # the folder with the rows; None: the hub
+    harness_version: str
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """A run at a glance."""
 
@@ -107,6 +123,7 @@ class RunStatus:
     steps: tuple[StepState, ...]
     blocks: tuple[BlockState, ...]
     evaluations: tuple[EvaluationResult, ...]
+    accuracies: tuple[AccuracyResult, ...]
     num_prunable: int
     num_masked: int | None  # in the exported model; None before export
     num_other_zeros: int | None
@@ -149,6 +166,7 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
         steps=states,
         blocks=tuple(_block_state(i, b, by_name, bool(config.refine)) for i, b in enumerate(run.budget)),
         evaluations=evaluations_of(run),
+        accuracies=accuracies_of(run),
         num_prunable=sum(layer["size"] for block in run.budget for layer in block["layers"]),
         num_masked=exported.figures["num_masked"] if exported else None,
         num_other_zeros=exported.figures["num_other_zeros"] if exported else None,
@@ -178,6 +196,16 @@ def _evaluation(step: str, figures: Mapping[str, Any]) -> EvaluationResult:
     return EvaluationResult(step, figures["which"], figures["source"], metric, rest, figures["is_partial"])
 
 
+def accuracies_of(run: RunDirectory) -> tuple[AccuracyResult, ...]:
+    """All zero-shot accuracies that the run has measured, in the order of their commits."""
+    fields = set(AccuracyResult.__dataclass_fields__) - {"step"}
+    return tuple(
+        AccuracyResult(step=commit.step, **{name: commit.figures[name] for name in fields})
+        for commit in run.commits
+        if commit.step.startswith("zero-shot/")
+    )
+
+
 def side_by_side(
     evaluations: Sequence[EvaluationResult],
 ) -> list[dict[str, EvaluationResult]]:
@@ -191,12 +219,7 @@ def side_by_side(
 
 def described(result: EvaluationResult) -> str:
     """How a figure was measured, in a few words."""
-    figures = result.figures
-    if result.metric == "iou":
-        masks = f"{figures['num_masks']} masks, {figures['points']} points"
-        return masks + (", partial" if result.is_partial else "")
-    partial = f", partial: first {figures['num_tokens']} tokens" if result.is_partial else ""
-    return f"{figures['seqlen']} tokens a window{partial}"
+    return how_measured(result.metric, result.figures, is_partial=result.is_partial)
 
 
 def _holder(run: RunDirectory) -> str | None:
@@ -273,6 +296,18 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
         either = next(iter(pair.values()))
         values = [found.value if found else None for found in (dense, pruned)]
         figures.append(CardFigure(either.source, either.metric, values[0], values[1], described(either)))
+    rows: dict[tuple[str, str], dict[str, AccuracyResult]] = {}
+    for result in state.accuracies:
+        note = f"first {result.num_rows:,} of {result.num_rows_available:,} rows" if result.is_partial else ""
+        rows.setdefault((result.task, note), {})[result.which] = result
+    accuracies = tuple(
+        CardFigure(
+            f"{task} ({metric})", metric, _metric(pair.get("dense"), metric), _metric(pair.get("pruned"), metric), note
+        )
+        for (task, note), pair in rows.items()
+        for metric in ("acc", "acc_norm")
+        if any(metric in found.metrics for found in pair.values())
+    )
     settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision")}
     assert state.num_masked is not None
     assert state.num_other_zeros is not None
@@ -288,5 +323,10 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
         is_quantized=config.bits is not None,
         settings=settings,
         figures=tuple(figures),
+        accuracies=accuracies,
         version=importlib.metadata.version("lampctl"),
     )
+
+
+def _metric(result: AccuracyResult | None, name: str) -> float | None:
+    return None if result is None else result.metrics.get(name)

@@ -17,8 +17,8 @@ from pipeline.config import DRAWING_FIELDS, RunConfig
 from pipeline.disk import FileWriter
 from pipeline.engine import StepResult
 from pipeline.errors import ConfigMismatch
-from pipeline.plan import Evaluation, Step, is_stream
-from pipeline.prepare import drawing_of, fit_memory, fixed_sparsities, prunable_layers
+from pipeline.plan import Evaluation, Step, ZeroShotEvaluation, is_stream
+from pipeline.prepare import drawing_of, fit_memory, fixed_sparsities, prunable_layers, task_data_of
 from pipeline.quantities import parse_size
 from pipeline.rundir import Attempt, RunDirectory
 from pipeline.summary import card_facts
@@ -32,6 +32,7 @@ from stages.errors import ResourceError
 from stages.finish_block import FinishedBlock
 from stages.mask_files import FOLDER as MASKS
 from stages.mask_files import mask_file, read_mask_file
+from stages.metrics.zeroshot import ZeroShot
 from stages.models.base import BlockModel
 from stages.models.source import resolve
 from stages.models.weights import Joined, StateFile, serialized
@@ -55,7 +56,7 @@ class StageWorker:
         self,
         run: RunDirectory,
         config: RunConfig,
-        evaluations: Mapping[str, Evaluation],
+        evaluations: Mapping[str, Evaluation | ZeroShotEvaluation],
         shared_with: RunDirectory | None = None,
     ) -> None:
         """evaluations: by step name. shared_with: a run whose first steps are taken over, where
@@ -65,6 +66,7 @@ class StageWorker:
         gc.freeze()  # what is here now stays: only what steps leave is looked at when they end
         self._views_of: int | None = None
         self._spills = False
+        self._loaded: tuple[str, ZeroShot] | None = None  # which model tasks are measured on
 
     @cached_property
     def model(self) -> BlockModel:
@@ -98,6 +100,7 @@ class StageWorker:
             "refine-block": self._refine,
             "export": self._export,
             "evaluate": self._evaluate,
+            "zero-shot": self._zero_shot,
         }[step.kind]
         figures = work(step, attempt, hooks)
         result = StepResult(figures, peak.process_bytes(), peak.device_bytes())
@@ -143,7 +146,9 @@ class StageWorker:
         """About how many bytes a step's own intermediate streams take on the disk."""
         stream = self.size_of("biased/0") if self.config.num_samples else 0
         if step.kind == "evaluate":
-            tokens = self.evaluations[step.name].protocol.max_tokens or _USUAL_EVALUATION_TOKENS
+            what = self.evaluations[step.name]
+            assert isinstance(what, Evaluation)
+            tokens = what.protocol.max_tokens or _USUAL_EVALUATION_TOKENS
             return tokens * self.model.hidden_size * self.choices.torch_dtype.itemsize
         targets_only = step.kind == "compensate-block" and len(step.writes) == 1
         return stream if step.kind == "allocate" or targets_only else 0
@@ -427,10 +432,30 @@ class StageWorker:
 
     def _evaluate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         what = self.evaluations[step.name]
+        assert isinstance(what, Evaluation)
         model = self.model if what.which == "dense" else self._open_published()
         source = parse_source(what.source)
         figures = self._task.evaluate(model, self.model, source, what.protocol, attempt.scratch(), self.choices, hooks)
         return {"which": what.which, "source": what.source, "source_digest": source.digest(), **figures}
+
+    def _zero_shot(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+        what = self.evaluations[step.name]
+        assert isinstance(what, ZeroShotEvaluation)
+        data = task_data_of(self.config)
+        if self._loaded is None or self._loaded[0] != what.which:
+            self._loaded = None  # not two models at once
+            folder = self.model.source
+            if what.which == "pruned":
+                folder = resolve(str(self._published_model()), trusts_code=self.config.trust_remote_code)
+            self._loaded = (what.which, ZeroShot(folder, self.choices.device))
+        result = self._loaded[1].measure(what.task, data, what.limit, hooks)
+        return {
+            "which": what.which,
+            **asdict(result),
+            "is_partial": result.is_partial,
+            "task_data": what.data,
+            "task_data_digest": data.digest(what.task) if data is not None else None,
+        }
 
     def _open_published(self) -> BlockModel:
         return open_model(resolve(str(self._published_model()), trusts_code=self.config.trust_remote_code))

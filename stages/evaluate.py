@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from stages.data.sources import Source
+from stages.data.text import evaluation_tokens, require_vocabulary
 from stages.device import DeviceChoices, computing
 from stages.metrics.perplexity import perplexity, window_loss
+from stages.metrics.perplexity import windows as cut
 from stages.models.base import BlockModel
 from stages.overlap import Reading, Writing
 from stages.passes import BlockPass, micro_batches
@@ -32,6 +36,50 @@ class PerplexityResult:
     def num_tokens(self) -> int:
         """Tokens read (each window predicts one fewer)."""
         return self.num_windows * self.seqlen
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """Perplexity on a text source, and how much of it was read."""
+
+    source: str
+    perplexity: float
+    num_windows: int
+    num_tokens: int
+    num_tokens_available: int
+    seqlen: int
+    is_partial: bool  # max_tokens left windows out that the field would evaluate on
+
+
+def evaluate_text(
+    model: BlockModel,
+    source: Source,
+    tokenizer: Any,
+    seqlen: int,
+    max_tokens: int | None,
+    scratch: Scratch,
+    choices: DeviceChoices,
+    hooks: Hooks,
+) -> TextResult:
+    """Perplexity on a source as the field reads it: tokenized once, cut into windows, the tail dropped.
+
+    max_tokens: a quick look at so many tokens from the start. Raises UsageError where not one window is filled, or
+    the tokenizer is that of another model; ResourceError where the hub is out of reach.
+    """
+    tokens = evaluation_tokens(source, tokenizer)
+    require_vocabulary(tokens, model.vocab_size, model.source.name)
+    num_available = len(cut(tokens, seqlen, None, source.max_windows))
+    read = cut(tokens, seqlen, max_tokens, source.max_windows)
+    result = evaluate_perplexity(model, read, scratch, choices, hooks)
+    return TextResult(
+        source=source.name,
+        perplexity=result.perplexity,
+        num_windows=result.num_windows,
+        num_tokens=result.num_tokens,
+        num_tokens_available=tokens.numel(),
+        seqlen=result.seqlen,
+        is_partial=result.num_windows < num_available,
+    )
 
 
 @torch.no_grad()

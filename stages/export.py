@@ -149,7 +149,8 @@ class CardFacts:
     num_other_zeros: int
     is_quantized: bool
     settings: Mapping[str, object]
-    figures: tuple[CardFigure, ...]
+    figures: tuple[CardFigure, ...]  # perplexities
+    accuracies: tuple[CardFigure, ...]  # of zero-shot tasks, as shares
     version: str
 
 
@@ -187,6 +188,10 @@ def model_card(facts: CardFacts) -> bytes:
             cells = (figure_text(figure.metric, value) for value in (figure.dense, figure.pruned))
             lines.append(f"| {METRICS[figure.metric].title} on {figure.source} | {' | '.join(cells)} | {figure.note} |")
         lines.append("")
+    if facts.accuracies:
+        lines += ["| zero-shot accuracy on | original | pruned | |", "|---|---|---|---|"]
+        lines += [f"| {f.source} | {_percent(f.dense)} | {_percent(f.pruned)} | {f.note} |" for f in facts.accuracies]
+        lines.append("")
     lines += ["```python", *_LOADING[facts.task], "```", "", "## Settings", ""]
     lines += [f"- {name}: {value}" for name, value in facts.settings.items() if value not in (None, (), [], {})]
     return ("\n".join(lines) + "\n").encode()
@@ -211,3 +216,7 @@ _LOADING = {
         'sam = sam_model_registry["vit_b"](checkpoint="PATH/TO/THIS/FOLDER/sam.pth")',
     ),
 }
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}%"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,5 +24,15 @@ METRICS = {
 
 
 def figure_text(metric: str, value: float | None) -> str:
-    """A value as tables have it; "-" where there is none."""
-    return "-" if value is None else f"{value:.{METRICS[metric].digits}f}"
+    """A value as tables have it; "-" where there is none, "infinite" where it overflowed."""
+    if value is None:
+        return "-"
+    return f"{value:.{METRICS[metric].digits}f}" if math.isfinite(value) else "infinite"
+
+
+def how_measured(metric: str, figures: Mapping[str, Any], *, is_partial: bool) -> str:
+    """On what, in a few words. figures: the record that an evaluation left."""
+    if metric == "iou":
+        return f"{figures['num_masks']} masks, {figures['points']} points" + (", partial" if is_partial else "")
+    partial = f", partial: first {figures['num_tokens']} tokens" if is_partial else ""
+    return f"{figures['seqlen']} tokens a window{partial}"

@@ -68,55 +68,6 @@ def compensate_block(run: RunPath, block: Block = None) -> None:
     do_step(run, "compensate-block", block)
 
 
-def evaluate(
-    run: RunPath,
-    sources: Annotated[
-        str | None,
-        typer.Option("--evaluate", metavar="SRC,...", help="Which sources. [default: as last used in this run]"),
-    ] = None,
-    eval_seqlen: Annotated[
-        int | None, typer.Option(metavar="T", help="Tokens per window. [default: as last used in this run]")
-    ] = None,
-    eval_max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop after N tokens. [default: as last used in this run]")
-    ] = None,
-    eval_points: Annotated[
-        str | None, typer.Option(metavar="WHERE", help="Where the points are. [default: as last used in this run]")
-    ] = None,
-    eval_max_images: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop after N images. [default: as last used in this run]")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
-) -> None:
-    """Measure perplexity, or single-point IoU, of the exported model and of the original.
-
-    What is given is kept for the next evaluation of this run; all figures are in lampctl status.
-
-    \b
-    lampctl evaluate runs/mine
-    lampctl evaluate runs/mine --evaluate pydocs,text:notes.txt --eval-seqlen 512
-    lampctl evaluate runs/sam --evaluate coco:val2017 --eval-points random
-    """
-    from lampctl import show
-    from lampctl.progress import listening
-    from lampctl.stopping import stopping
-    from pipeline.session import change_evaluation, go_on, reopen, require_exported
-
-    directory, config = reopen(run, to_go_on=True)
-    require_exported(directory, config)
-    changes = {
-        "eval_seqlen": eval_seqlen,
-        "eval_max_tokens": eval_max_tokens,
-        "eval_points": eval_points,
-        "eval_max_images": eval_max_images,
-    }
-    config = change_evaluation(directory, config, sources, changes)
-    with listening() as listener, stopping(config) as stop:
-        listener.attach(directory, config)
-        go_on(directory, config, listener, stop)
-    show.results([directory], [config], as_json)
-
-
 def do_step(place: str, kind: str, block: int | None = None) -> None:
     """Do the next step of that kind, or of that block, and say what comes then."""
     from lampctl import show

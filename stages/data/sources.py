@@ -1,17 +1,19 @@
-"""Where text comes from: data sets of the hub, a local file, or the documentation that every Python carries.
+"""Where text comes from: data sets of the hub or local copies of them, a text, or Python's own documentation.
 
-A source gives documents. Except in a local file, its text for calibration and its text for evaluation differ.
+A source gives documents. Except in a local file, its text for calibration and its text for evaluation differ. A local
+copy of a data set (``wikitext2:PATH``) gives the very rows that the hub serves, joined in the same way.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stages.data.rows import read_rows, read_text
 from stages.errors import ResourceError, UsageError
 from stages.filedigest import FileDigest, digest_file, local_path
 
@@ -32,6 +34,7 @@ class _HubText:
     joint: str
     config: str | None
     split: dict[Use, str]
+    from_line: Callable[[str], str]  # the hub's row of a line of the plain text that the data set is made from
     files: dict[Use, str] | None = None
     # As SparseGPT and its followers evaluate: so many documents, and so many windows of them.
     max_documents: int | None = None
@@ -45,6 +48,7 @@ _HUB = {
         joint="\n\n",
         config="wikitext-2-raw-v1",
         split={"calibration": "train", "evaluation": "test"},
+        from_line=lambda line: f"{line}\n" if line.strip() else "",
     ),
     "ptb": _HubText(
         repo="ptb-text-only/ptb_text_only",
@@ -52,6 +56,7 @@ _HUB = {
         joint=" ",
         config=None,
         split={"calibration": "train", "evaluation": "train"},
+        from_line=str.strip,
         # The data set's own loader is a script, which `datasets` no longer runs; its conversion to parquet is data.
         files={
             "calibration": "hf://datasets/ptb-text-only/ptb_text_only@refs/convert/parquet/penn_treebank/train/*.parquet",
@@ -64,6 +69,7 @@ _HUB = {
         joint=" ",
         config=None,
         split={"calibration": "train", "evaluation": "train"},
+        from_line=str,
         files={
             "calibration": "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz",
             "evaluation": "hf://datasets/allenai/c4/en/c4-validation.00000-of-00008.json.gz",
@@ -72,7 +78,7 @@ _HUB = {
         max_windows=256,
     ),
 }
-NAMES = (*_HUB, EMBEDDED, "text:PATH")
+NAMES = (*_HUB, EMBEDDED, "text:PATH", *(f"{name}:PATH" for name in _HUB))
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,11 @@ class Source:
     task = "language"
 
     @property
+    def kind(self) -> str:
+        """What it is, wherever it lies: "wikitext2", "ptb", "c4", "pydocs" or "text"."""
+        return self.name.partition(":")[0]
+
+    @property
     def is_local(self) -> bool:
         """Whether it can be read without the hub."""
         return self.name not in _HUB
@@ -92,17 +103,17 @@ class Source:
     @property
     def has_documents(self) -> bool:
         """Whether it is made of documents that have nothing to do with each other (web pages)."""
-        return self.name == "c4"
+        return self.kind == "c4"
 
     @property
     def max_windows(self) -> int | None:
         """How many windows of it the field evaluates on; None: all."""
-        return _HUB[self.name].max_windows if self.name in _HUB else None
+        return _HUB[self.kind].max_windows if self.kind in _HUB else None
 
     def check(self) -> None:
         """Raise UsageError or ResourceError unless it can be read. Downloads nothing."""
         if self.path is not None:
-            _read_text(self.path)
+            self.documents("evaluation")
         elif self.name in _HUB:
             _check_hub(self.name)
 
@@ -120,14 +131,17 @@ class Source:
     def documents(self, use: Use) -> Sequence[str]:
         """The documents, in their own order. Raises ResourceError if the hub is out of reach."""
         if self.path is not None:
-            return [_read_text(self.path)]
+            hub = _HUB.get(self.kind)
+            if hub is None:
+                return [read_text(self.path, self.name)]
+            return read_rows(self.path, self.name, hub.column, hub.from_line)
         if self.name == EMBEDDED:
             return _embedded(use)
         return _hub_rows(self.name, use)
 
     def text(self, use: Use, num_documents: int | None = None) -> str:
         """The documents (the first so many, if a number is given) as one text, joined as the field joins them."""
-        hub, documents = _HUB.get(self.name), self.documents(use)
+        hub, documents = _HUB.get(self.kind), self.documents(use)
         if num_documents is None and hub is not None and use == "evaluation":
             num_documents = hub.max_documents
         first = documents if num_documents is None else documents[:num_documents]
@@ -137,26 +151,15 @@ class Source:
 def parse_source(name: str) -> Source:
     """The source that `name` names. Raises UsageError for a name that is none, saying which there are."""
     kind, colon, rest = name.partition(":")
-    if kind == "text" and colon:
+    if colon and (kind == "text" or kind in _HUB):
         path = local_path(rest).resolve()
         if not rest or not path.is_file():
-            raise UsageError(f"{name}: no such text file")
-        return Source(f"text:{path}", path)
+            raise UsageError(f"{name}: no such {'text' if kind == 'text' else 'local'} file")
+        return Source(f"{kind}:{path}", path)
     if not colon and (name in _HUB or name == EMBEDDED):
         return Source(name)
     hint = f"; for a file, text:{name}" if local_path(name).is_file() else ""
     raise UsageError(f"{name!r} is no text source: choose one of {', '.join(NAMES)}{hint}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        # newline="": the text as it is, on every system
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"text:{path} is no UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise UsageError(f"text:{path} cannot be read: {error.strerror}") from error
 
 
 def _topics() -> list[str]:
@@ -215,7 +218,7 @@ def _out_of_reach(name: str, error: BaseException) -> ResourceError:
 
     return ResourceError(
         f"{name} comes from the Hugging Face hub, which is out of reach ({reason_of(error)}): try later, or use "
-        "pydocs, which comes with Python, or a local text:PATH"
+        f"pydocs, which comes with Python, or a local copy ({name}:PATH) or text (text:PATH)"
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from stages.calibrate import calibrate
 from stages.data.sources import Source
-from stages.data.text import evaluation_tokens, load_tokenizer, require_length, require_vocabulary
+from stages.data.text import load_tokenizer, require_length, require_vocabulary
 from stages.device import DeviceChoices
-from stages.evaluate import evaluate_perplexity
-from stages.metrics.perplexity import windows
+from stages.evaluate import evaluate_text
 from stages.models.base import BlockModel, ModelFolder
 from stages.protocols import Hooks, Scratch
 from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Listed, require_task
@@ -25,7 +25,7 @@ class Language:
     missing_evaluation: str | None = None
 
     def default_sampling(self, calibration: str) -> str:
-        return "random" if calibration == "c4" else "contiguous"
+        return "random" if calibration.partition(":")[0] == "c4" else "contiguous"
 
     def require_samples(self, model: BlockModel, source: DataSource, drawing: Drawing) -> None:
         text = _text(source, model)
@@ -63,21 +63,10 @@ class Language:
         choices: DeviceChoices,
         hooks: Hooks,
     ) -> dict[str, Any]:
-        text = _text(source, model)
-        tokens = evaluation_tokens(text, _tokenizer(original.source))
-        require_vocabulary(tokens, original.vocab_size, original.source.name)
-        cut = windows(tokens, protocol.seqlen, protocol.max_tokens, text.max_windows)
-        num_available = len(windows(tokens, protocol.seqlen, None, text.max_windows))
-        result = evaluate_perplexity(model, cut, scratch, choices, hooks)
-        return {
-            "metric": "perplexity",
-            "perplexity": result.perplexity,
-            "num_windows": result.num_windows,
-            "num_tokens": result.num_tokens,
-            "num_tokens_available": tokens.numel(),
-            "seqlen": result.seqlen,
-            "is_partial": result.num_windows < num_available,
-        }
+        tokenizer = _tokenizer(original.source)
+        text, seqlen = _text(source, model), protocol.seqlen
+        result = evaluate_text(model, text, tokenizer, seqlen, protocol.max_tokens, scratch, choices, hooks)
+        return {"metric": "perplexity", **asdict(result)}
 
 
 def _text(source: DataSource, model: BlockModel) -> Source:

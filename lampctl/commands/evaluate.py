@@ -1,0 +1,157 @@
+"""`lampctl evaluate`: perplexity and zero-shot accuracy, of a run's model or of any other."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="A run directory (a folder, or an address in a bucket); or a model: folder, GGUF file, alias, name on "
+            "the Hugging Face hub.",
+        ),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            "--evaluate",
+            metavar="SRC,...",
+            help="Perplexity on these: wikitext2, ptb, c4 (from the hub, or a local copy as in wikitext2:PATH), "
+            "pydocs, text:PATH; '' for none. [default: wikitext2, unless tasks are named; of a run: as last used]",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...",
+            help="Zero-shot accuracy on these tasks of lm-evaluation-harness (extra `eval`); zero-shot: boolq, rte, "
+            "hellaswag, winogrande, arc_easy, arc_challenge, openbookqa. [default: those, with --task-data or --limit; "
+            "else none; of a run: as last used in it]",
+        ),
+    ] = None,
+    task_data: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The tasks' rows lie here (docs/evaluation.md). [default: the hub]"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", "--task-limit", metavar="N", min=1, help="Only the first N rows of each task: partial."
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            "--seqlen",
+            "--eval-seqlen",
+            metavar="T",
+            min=2,
+            help="Tokens per window. [default: 2048, or what the model can; of a run: as last used in it]",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", "--eval-max-tokens", metavar="N", min=2, help="Stop after N tokens: a quick look, partial."
+        ),
+    ] = None,
+    points: Annotated[
+        str | None,
+        typer.Option(
+            "--points",
+            "--eval-points",
+            metavar="WHERE",
+            help="Segment Anything: auto, annotation, interior, random or box-center, as lampctl run. [default: auto; "
+            "of a run: as last used in it]",
+        ),
+    ] = None,
+    max_images: Annotated[
+        int | None,
+        typer.Option("--max-images", "--eval-max-images", metavar="N", min=1, help="Stop after N images: partial."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEV", help="Of a model: auto, cpu, cuda or cuda:N. [default: auto]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="Of a model: arithmetic of perplexity, as in lampctl run. [default: auto]"),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Of a model on the hub: branch, tag or commit.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option(
+            "--trust-remote-code/--no-trust-remote-code", help="Of a model: run the Python code that it comes with."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Measure perplexity, zero-shot accuracy or single-point IoU, of a run or of any model.
+
+    A run keeps its figures, of the exported model and of the original (lampctl status has them all), and what is given
+    here for the next time. Of a model they are only printed.
+
+    \b
+    lampctl evaluate runs/mine
+    lampctl evaluate runs/mine --data pydocs,text:notes.txt --seqlen 512
+    lampctl evaluate runs/mine --tasks zero-shot
+    lampctl evaluate opt-125m --data wikitext2,ptb,c4
+    lampctl evaluate sam-vit-b --data coco:val2017 --max-images 100
+    lampctl evaluate ./my-model --tasks arc_easy,boolq --task-data rows --limit 100 --json
+    """
+    from pipeline.errors import ConfigError
+    from pipeline.measure import names_run
+
+    changes = {
+        "eval_seqlen": seqlen,
+        "eval_max_tokens": max_tokens,
+        "eval_points": points,
+        "eval_max_images": max_images,
+        "tasks": tasks,
+        "task_data": task_data,
+        "task_limit": limit,
+    }
+    of_model = {"device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    given = {name: value for name, value in of_model.items() if value is not None}
+    if not names_run(place):
+        _evaluate_model(place, data, changes, given, as_json)
+        return
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"{flags}: {place} is a run, which says this itself; evaluate {place}/model to choose")
+    _evaluate_run(place, data, changes, as_json)
+
+
+def _evaluate_run(place: str, sources: str | None, changes: dict[str, Any], as_json: bool) -> None:
+    from lampctl import show
+    from lampctl.progress import listening
+    from lampctl.stopping import stopping
+    from pipeline.session import change_evaluation, go_on, reopen, require_exported
+
+    directory, config = reopen(place, to_go_on=True)
+    require_exported(directory, config)
+    config = change_evaluation(directory, config, sources, changes)
+    with listening() as listener, stopping(config) as stop:
+        listener.attach(directory, config)
+        go_on(directory, config, listener, stop)
+    show.results([directory], [config], as_json)
+
+
+def _evaluate_model(
+    place: str, sources: str | None, wanted: dict[str, Any], given: dict[str, Any], as_json: bool
+) -> None:
+    from lampctl.accuracy import model_figures
+    from lampctl.file_progress import showing_files
+    from pipeline.measure import measure_model, wanted_of
+    from stages.models.source import resolve
+
+    what = wanted_of(sources, wanted, device=given.get("device", "auto"), dtype=given.get("dtype", "auto"))
+    folder = resolve(place, given.get("revision"), trusts_code=given.get("trust_remote_code", False))
+    model_figures(measure_model(folder, what, showing_files), as_json)
