@@ -81,7 +81,7 @@ def model_figures(figures: ModelFigures, as_json: bool) -> None:
         print(json.dumps({**record, "means": means_of(figures.accuracies)}, indent=2))
         return
     console = console_here()
-    console.print(f"{Path(figures.model).name if figures.source == 'folder' else figures.model}", highlight=False)
+    console.print(Path(figures.model).name if figures.source == "folder" else figures.model, highlight=False)
     if figures.perplexities:
         table = Table("perplexity on", "window", "tokens")
         table.add_column("perplexity", justify="right")

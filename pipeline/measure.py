@@ -164,10 +164,9 @@ def _perplexities(
     for source in sources:
         with (
             tempfile.TemporaryDirectory(prefix="lampctl-") as place,
-            ScratchStreams(Path(place) / "streams") as scratch,
             showing(f"perplexity on {source.kind}") as watcher,
         ):
-            hooks = _Unkept(watcher)
+            scratch, hooks = ScratchStreams(Path(place)), _Unkept(watcher)
             found.append(evaluate_text(model, source, tokenizer, seqlen, wanted.max_tokens, scratch, choices, hooks))
     return tuple(found)
 
