@@ -106,7 +106,7 @@ _FILES: dict[str, list[dict[str, Any]]] = {
         },
         {
             "ind": 9,
-            "query": "Home: How to boil water. Take a pot. ",
+            "query": "Home: How to boil water. Take a pot.",
             "choices": [" Fill it up.", " Eat it now.", "Throw it. away.", " Wait."],
             "gold": 3,
         },

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ def _result(task: str, found: Mapping[str, Any]) -> TaskResult:
     metrics: dict[str, float] = {}
     for key, value in found["results"][task].items():
         metric, comma, filtered_by = key.partition(",")
-        if comma and isinstance(value, int | float):
+        # One row has no standard error: the harness says "N/A", or gives something that is no number.
+        if comma and isinstance(value, int | float) and math.isfinite(value):
             # Where the harness filters answers in more than one way, the metric's name says which.
             metrics[metric if filtered_by == "none" else f"{metric}, {filtered_by}"] = float(value)
     rows = found["n-samples"].values()
