@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from lampctl.commands.care import gc, verify
+from lampctl.commands.compare import compare
 from lampctl.commands.export import export
 from lampctl.commands.resume import resume
 from lampctl.commands.run import init, run
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-for _command in (run, resume, status, verify, gc):
+for _command in (run, resume, status, compare, verify, gc):
     app.command()(_command)
 for _command in (init, calibrate, capture, allocate, prune_block, refine_block, compensate_block, export, evaluate):
     app.command(rich_help_panel="Step by step")(_command)

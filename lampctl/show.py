@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from lampctl.report.comparison import METHODS, Comparison
 from lampctl.units import duration, size
 from pipeline.storage.objects import is_address
 from pipeline.summary import BlockState, EvaluationResult, RunStatus, StepState, side_by_side
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from pipeline.plan import Step
     from pipeline.rundir import RunDirectory
     from stages.packed import PackedSizes
-
-_METHODS = {"lamp": "LAMP", "sparsegpt": "SparseGPT", "alps": "ALPS", "wanda": "Wanda", "magnitude": "magnitude"}
 
 
 def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json: bool) -> None:
@@ -47,7 +46,7 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
             console.print(_summary_line(state))
     for state in states[1:]:
         if state.model is not None:
-            console.print(f"\n{_METHODS[state.config.method]}:", _shown(state.model), highlight=False, end="")
+            console.print(f"\n{METHODS[state.config.method]}:", _shown(state.model), highlight=False, end="")
     if main.model is not None:
         console.print("\nThe pruned model:", _shown(main.model), soft_wrap=True, highlight=False)
         if not is_address(main.model):
@@ -170,6 +169,17 @@ def packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> None:
     console.print(f"The {what} is {_shown(str(path.absolute()))}", highlight=False, soft_wrap=True)
 
 
+def comparison(table: Comparison) -> None:
+    """Runs and models side by side; under each figure its difference from the first row's."""
+    shown = Table("", "method")
+    for column in table.columns:
+        shown.add_column(column.title, justify="right")
+    for row in table.rows:
+        cells = [table.cell(row, column).replace(" (", "\n(") for column in table.columns]
+        shown.add_row(row.label if row.is_original else _shown(row.label), row.what, *cells)
+    _console().print(shown)
+
+
 _PACKED_PARTS = {
     "dense": "dense: the folder's weights",
     "packed": "packed: all of it",
@@ -202,7 +212,7 @@ def _summary_line(state: RunStatus) -> str:
     achieved = (
         "" if state.sparsity is None else f", {100 * state.sparsity:.4f}% of {state.num_prunable:,} weights masked"
     )
-    return f"{Path(config.model).name}, {_METHODS[config.method]} at {config.goal}{achieved}"
+    return f"{Path(config.model).name}, {METHODS[config.method]} at {config.goal}{achieved}"
 
 
 def _is_current(state: RunStatus, result: EvaluationResult) -> bool:
@@ -232,7 +242,7 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
     for number in order:
         state = states[number]
         table.add_row(
-            _METHODS[state.config.method],
+            METHODS[state.config.method],
             *(_perplexity(found.get((number, "pruned", source))) for source in sources),
             "-" if state.sparsity is None else f"{100 * state.sparsity:.4f}%",
             duration(state.pruning_s),
@@ -273,7 +283,7 @@ def _evaluations_table(state: RunStatus) -> Table:
     """Every figure that the run has measured, on whatever settings."""
     table = Table("perplexity on", "window", "tokens")
     table.add_column("dense", justify="right")
-    table.add_column(_METHODS[state.config.method], justify="right")
+    table.add_column(METHODS[state.config.method], justify="right")
     for (source, seqlen, num_tokens, is_partial), pair in side_by_side(state.evaluations).items():
         tokens = f"first {num_tokens:,} only" if is_partial else f"all ({num_tokens:,})"
         table.add_row(_short(source), str(seqlen), tokens, *(_value(pair.get(which)) for which in ("dense", "pruned")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,18 @@ class LayerState:
     name: str
     role: str | None
     size: int
-    num_masked: int
+    num_masked: int  # what the budget asks for
     relative_error: float | None
+    num_found: int | None  # masked weights, counted on the weights as exported; None: not finished yet
+    num_other_zeros: int | None  # zeros beside them
+
+
+@dataclass(frozen=True)
+class EpochLoss:
+    """The mean losses of one epoch of training."""
+
+    trained: float | None  # over the epoch's own steps
+    aside: float | None  # after it, on the samples kept aside; None: there are none
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,10 @@ class BlockState:
     refine_after: float | None
     refine_before_aside: float | None
     refine_after_aside: float | None
+    epochs: tuple[EpochLoss, ...]  # of compensation
+    kept_epoch: int | None  # the one whose weights were kept, from 1; 0: those from before
+    refine_epochs: tuple[EpochLoss, ...]
+    refine_kept_epoch: int | None
     layers: tuple[LayerState, ...]
 
 
@@ -95,6 +109,7 @@ class RunStatus:
     num_masked: int | None  # in the exported model; None before export
     num_other_zeros: int | None
     model: str | None  # where the exported one is
+    model_size_bytes: int | None  # of its weights, as plain matrices
     environment_changes: tuple[str, ...]  # how the machine, or versions, changed since the run began
     holder: str | None  # who is working on it now, as far as its lease says
 
@@ -136,6 +151,7 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
         num_masked=exported.figures["num_masked"] if exported else None,
         num_other_zeros=exported.figures["num_other_zeros"] if exported else None,
         model=f"{run.label}/model" if exported else None,
+        model_size_bytes=exported.figures.get("size_bytes") if exported else None,
         environment_changes=tuple(
             f"from commit {record.number} on: {change}"
             for record in run.log
@@ -205,6 +221,7 @@ def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepComm
     refine_losses = refined.figures if refined else {}
     outcome = pruned.figures["layers"] if pruned else {}
     finished = refined if has_refine else pruned
+    counted = finished.figures.get("weights", {}) if finished else {}
     layers = tuple(
         LayerState(
             layer["name"],
@@ -212,6 +229,8 @@ def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepComm
             layer["size"],
             layer["num_masked"],
             outcome.get(layer["name"], {}).get("relative_error"),
+            counted.get(layer["name"], {}).get("num_masked"),
+            counted.get(layer["name"], {}).get("num_other_zeros"),
         )
         for layer in budget["layers"]
     )
@@ -229,8 +248,16 @@ def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepComm
         refine_after=refine_losses.get("loss_after"),
         refine_before_aside=refine_losses.get("loss_before_aside"),
         refine_after_aside=refine_losses.get("loss_after_aside"),
+        epochs=_epochs(losses),
+        kept_epoch=losses.get("kept_epoch"),
+        refine_epochs=_epochs(refine_losses),
+        refine_kept_epoch=refine_losses.get("kept_epoch"),
         layers=layers,
     )
+
+
+def _epochs(figures: Mapping[str, Any]) -> tuple[EpochLoss, ...]:
+    return tuple(EpochLoss(epoch["trained"], epoch["aside"]) for epoch in figures.get("epoch_losses", ()))
 
 
 def card_facts(run: RunDirectory, config: RunConfig) -> Any:
