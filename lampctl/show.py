@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from lampctl.report.comparison import METHODS, Comparison
+from lampctl.names import METHODS, layer_label, source_label
+from lampctl.report.comparison import Comparison
 from lampctl.units import duration, size
 from pipeline.storage.objects import is_address
 from pipeline.summary import BlockState, EvaluationResult, RunStatus, StepState, side_by_side
@@ -233,7 +234,7 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
     table = Table(title=f"{Path(main.config.model).name} at {main.config.goal}", title_justify="left")
     table.add_column("method")
     for source in sources:
-        table.add_column(f"perplexity\n{_short(source)}", justify="right")
+        table.add_column(f"perplexity\n{source_label(source)}", justify="right")
     for title in ("sparsity", "pruning time", "peak memory"):
         table.add_column(title, justify="right")
     if any(which == "dense" for _, which, _ in found):
@@ -286,12 +287,10 @@ def _evaluations_table(state: RunStatus) -> Table:
     table.add_column(METHODS[state.config.method], justify="right")
     for (source, seqlen, num_tokens, is_partial), pair in side_by_side(state.evaluations).items():
         tokens = f"first {num_tokens:,} only" if is_partial else f"all ({num_tokens:,})"
-        table.add_row(_short(source), str(seqlen), tokens, *(_value(pair.get(which)) for which in ("dense", "pruned")))
+        table.add_row(
+            source_label(source), str(seqlen), tokens, *(_value(pair.get(which)) for which in ("dense", "pruned"))
+        )
     return table
-
-
-def _short(source: str) -> str:
-    return Path(source.removeprefix("text:")).name if source.startswith("text:") else source
 
 
 def _perplexity(result: EvaluationResult | None) -> str:
@@ -316,7 +315,7 @@ def _settings_table(config: RunConfig, origins: Mapping[str, str]) -> Table:
 
 def _blocks_table(blocks: Sequence[BlockState]) -> Table:
     """Per block: its state, its budget as a whole and by layer, the loss that compensation met and left."""
-    paths = list(dict.fromkeys(_layer_label(layer.name, block.block) for block in blocks for layer in block.layers))
+    paths = list(dict.fromkeys(layer_label(layer.name, block.block) for block in blocks for layer in block.layers))
     table = Table("block", "state")
     table.add_column("budget", justify="right")
     for path in paths:
@@ -330,7 +329,7 @@ def _blocks_table(blocks: Sequence[BlockState]) -> Table:
         table.add_column(f"{title} before", justify="right")
         table.add_column("after", justify="right")
     for block in blocks:
-        shares = {_layer_label(x.name, block.block): f"{100 * x.num_masked / x.size:.1f}%" for x in block.layers}
+        shares = {layer_label(x.name, block.block): f"{100 * x.num_masked / x.size:.1f}%" for x in block.layers}
         whole = f"{100 * block.num_masked / block.size:.2f}%" if block.size else "-"
         row = [str(block.block), block.state, whole, *(shares.get(path, "-") for path in paths)]
         for _, prefix in trainings:
@@ -339,9 +338,3 @@ def _blocks_table(blocks: Sequence[BlockState]) -> Table:
             row += ["-" if loss is None else f"{loss:.4g}" for loss in losses]
         table.add_row(*row)
     return table
-
-
-def _layer_label(name: str, block: int) -> str:
-    """The layer's name without what all layers of a block share: "q_proj", or "attn.c_proj" where that is not one."""
-    inside = name.partition(f".{block}.")[2] or name
-    return inside.rpartition(".")[2] if "c_proj" not in inside and "dense" not in inside else inside

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lampctl.names import METHODS, source_label
 from lampctl.units import duration, size
 from pipeline.standing import Standing
 from pipeline.summary import EvaluationResult, side_by_side
 
-METHODS = {"lamp": "LAMP", "sparsegpt": "SparseGPT", "alps": "ALPS", "wanda": "Wanda", "magnitude": "magnitude"}
 Unit = Literal["perplexity", "share", "bytes", "seconds"]
 
 
@@ -149,8 +149,7 @@ def _perplexity_columns(results: Sequence[EvaluationResult]) -> dict[_Text, Colu
     columns = {}
     for source, seqlen, num_tokens, is_partial in texts:
         is_alone = names.count((source, seqlen)) == 1
-        shown = Path(source.removeprefix("text:")).name if source.startswith("text:") else source
-        key, title = f"perplexity/{source}@{seqlen}", f"perplexity\n{shown} @{seqlen}"
+        key, title = f"perplexity/{source}@{seqlen}", f"perplexity\n{source_label(source)} @{seqlen}"
         if is_partial:
             title += f"\nfirst {num_tokens:,}"
         elif not is_alone:
