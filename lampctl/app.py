@@ -15,6 +15,7 @@ import typer
 from lampctl.commands.care import gc, verify
 from lampctl.commands.compare import compare
 from lampctl.commands.export import export
+from lampctl.commands.report import report
 from lampctl.commands.resume import resume
 from lampctl.commands.run import init, run
 from lampctl.commands.status import status
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-for _command in (run, resume, status, compare, verify, gc):
+for _command in (run, resume, status, compare, report, verify, gc):
     app.command()(_command)
 for _command in (init, calibrate, capture, allocate, prune_block, refine_block, compensate_block, export, evaluate):
     app.command(rich_help_panel="Step by step")(_command)

@@ -26,7 +26,9 @@ def continue_prompts(
     has the whole model in memory, in the dtype that it is stored in.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of loading; `hooks` tells how far this is
     tokenizer = load_tokenizer(folder, trusts_code=trusts_code)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trusts_code)
     model.eval().to(device)
