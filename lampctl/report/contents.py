@@ -54,7 +54,6 @@ def contents(runs: Sequence[RunReport], comparison: Comparison) -> tuple[Section
     if several:
         sections += _perplexity([run.state for run in runs])
     sections += _samples(runs, names)
-    sections.append(_settings(runs, names))
     for run, name in zip(runs, names, strict=True):
         parts = _figures_of(run.state, f"{name}-" if several else "")
         if several:
@@ -64,6 +63,7 @@ def contents(runs: Sequence[RunReport], comparison: Comparison) -> tuple[Section
             Section(f"{anchor}-{name}" if several else anchor, title, found, 3 if several else 2)
             for anchor, title, found in parts
         ]
+    sections.append(_settings(runs, names))
     return tuple(sections)
 
 

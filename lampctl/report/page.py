@@ -211,7 +211,8 @@ figcaption { color: var(--soft); font-size: .875rem; margin-top: .3rem; max-widt
 a { color: var(--accent); }
 details { margin: 0 0 1.2rem; font-size: .9rem; }
 summary { cursor: pointer; color: var(--accent); }
-table.texts { table-layout: fixed; width: 100%; }
+table.texts { table-layout: fixed; width: max-content; min-width: 100%; }
+table.texts th { width: 17rem; }
 table.texts td { white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { font-weight: 650; color: var(--accent); }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft);

@@ -83,7 +83,7 @@ def _report_of(run: RunDirectory, config: RunConfig, written: tuple[Continuation
         created=f"{manifest.created_at:%Y-%m-%d}",
         model=f"{model['model_type']}, {model['num_blocks']} blocks of width {model['hidden_size']}{revision}",
         environment={
-            "computed on": f"{device['device_name']}, {device['num_threads']} threads, {device['dtype']}",
+            "computed on": f"{device['device_name']}, {device['num_threads']} thread(s), {device['dtype']}",
             "versions": scrub(f"Python {environment['python']}, {packages}"),
         },
         continuations=written,
