@@ -239,7 +239,7 @@ def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Par
             anchor,
             title,
             (
-                Picture(f"{prefix}{anchor}", draw(table), f"{title} of {state.label}", caption, table.csv()),
+                Picture(f"{prefix}{anchor}", draw(table), title, caption, table.csv()),
                 _numbers(table),
             ),
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lampctl.names import METHODS, layer_label, source_label
+from pipeline.scrub import scrub
 from pipeline.summary import BlockState, EpochLoss, RunStatus, side_by_side
 
 Cell = str | int | float | None
@@ -60,12 +61,12 @@ def perplexity_by_sparsity(states: Sequence[RunStatus]) -> Dataset:
     for state in states:
         for (source, seqlen, num_tokens, _), pair in side_by_side(state.evaluations).items():
             text = f"{source_label(source)} @{seqlen}"
-            about = (state.config.model, text, num_tokens)
+            about = (scrub(state.config.model), text, num_tokens)
             if "dense" in pair and about not in originals:
                 originals.add(about)
                 rows.append((*about, "dense", None, 0.0, pair["dense"].perplexity))
             if "pruned" in pair and state.sparsity is not None:
-                rows.append((*about, series_of(state), state.label, state.sparsity, pair["pruned"].perplexity))
+                rows.append((*about, series_of(state), scrub(state.label), state.sparsity, pair["pruned"].perplexity))
     return Dataset(("model", "text", "num_tokens", "series", "run", "sparsity", "perplexity"), tuple(rows))
 
 

@@ -58,27 +58,43 @@ def perplexity_by_sparsity(data: Dataset) -> bytes:
 def _perplexity_panel(axes: Axes, data: Dataset, series: list[Cell], title: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    dense = data.where("series", "dense").numbers("perplexity")
+    dense = [value for value in data.where("series", "dense").numbers("perplexity") if math.isfinite(value)]
     if dense:
         axes.axhline(dense[0], color=INK, linestyle=(0, (4, 3)), linewidth=1.4)
         axes.annotate(
             f"dense {dense[0]:,.2f}", (0.995, dense[0]), xycoords=("axes fraction", "data"), xytext=(0, -5),
             textcoords="offset points", fontsize=10, ha="right", va="top",
         )  # fmt: skip
+    ends: list[tuple[float, float]] = []
     for number, name in enumerate(series):
         part = data.where("series", name)
-        points = sorted(zip(part.numbers("sparsity"), part.numbers("perplexity"), strict=True))
+        pairs = zip(part.numbers("sparsity"), part.numbers("perplexity"), strict=True)
+        points = sorted(pair for pair in pairs if math.isfinite(pair[1]))
         if not points:
             continue
         x, y = zip(*points, strict=True)
         style: dict[str, Any] = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
         axes.plot(x, y, **style, markersize=7, markeredgecolor="white", label=name)
-        axes.annotate(f"{y[-1]:,.1f}", (x[-1], y[-1]), xytext=(8, -3), textcoords="offset points", fontsize=10)
+        ends.append((y[-1], x[-1]))
     log_axis(axes, data.numbers("perplexity"))
+    _label_ends(axes, ends)
     axes.margins(x=0.12)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set(title=title, xlabel="sparsity achieved", ylabel="perplexity")
-    axes.legend(loc="upper left")
+    if ends:
+        axes.legend(loc="upper left")
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, float]]) -> None:
+    """Write the last value of each line beside it, those that would touch one above the other."""
+    low, high = (math.log(limit) for limit in axes.get_ylim())
+    gap, free_from = 0.05 * (high - low), -math.inf
+    for value, x in sorted(end for end in ends if math.isfinite(end[0])):
+        place = max(math.log(value), free_from)
+        free_from = place + gap
+        axes.annotate(
+            f"{value:,.1f}", (x, math.exp(place)), xytext=(8, 0), textcoords="offset points", va="center", fontsize=10
+        )
 
 
 _TRAININGS = {
@@ -92,6 +108,7 @@ def error_by_block(data: Dataset, relative: bool) -> bytes:
     held_out = _has_values(data, "after_aside")
     side = "_aside" if held_out else ""
     trainings = _trainings(data)
+    area = 54 if _num_blocks(data) <= 16 else 24
     shifts = dict(zip(trainings, (-0.17, 0.17) if len(trainings) == 2 else (0.0,), strict=True))
 
     def draw(figure: Figure) -> None:
@@ -105,8 +122,8 @@ def error_by_block(data: Dataset, relative: bool) -> bytes:
             ends |= {(training, b): e for b, e in zip(blocks, zip(before, after, strict=True), strict=True)}
             color, what = _TRAININGS[training]
             axes.vlines(x, before, after, color=color, linewidth=3.5, alpha=0.35)
-            axes.scatter(x, before, s=52, facecolor="white", edgecolor=color, linewidth=1.8, zorder=3)
-            axes.scatter(x, after, s=60, color=color, zorder=4, label=what)
+            axes.scatter(x, before, s=area, facecolor="white", edgecolor=color, linewidth=1.6, zorder=3)
+            axes.scatter(x, after, s=area, color=color, zorder=4, label=what)
         label: str | None = "pruning"
         for (training, block), (before_it, _) in ends.items():
             if training == "refinement" and ("compensation", block) in ends:
@@ -140,7 +157,8 @@ def pruning_error_by_layer(data: Dataset) -> bytes:
             )  # fmt: skip
         log_axis(axes, data.numbers("relative_error"))
         block_axis(axes, num_blocks)
-        axes.set_ylabel("$\\|Wx - W'x\\|^2\\;/\\;\\|Wx\\|^2$")
+        lost, whole = "Wx \N{MINUS SIGN} W\N{PRIME}x", "Wx"
+        axes.set_ylabel(f"|{lost}|\N{SUPERSCRIPT TWO} / |{whole}|\N{SUPERSCRIPT TWO}")
         axes.set_title("What pruning cost each layer, on the biased stream, before any training")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
@@ -168,6 +186,7 @@ def sparsity_by_layer(data: Dataset) -> bytes:
             axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
             axes.set_title(title)
             axes.grid(visible=False)
+            axes.set_facecolor("#f0f1f4")  # of what is not there yet
             axes.spines[:].set_visible(False)
             axes.tick_params(length=0)
             axes.axhline(len(layers) - 1.5, color="white", linewidth=4)
@@ -258,7 +277,8 @@ def steps(data: Dataset) -> bytes:
                 below.plot(number, gigabytes, color=color, drawstyle="steps-mid", label=label)
         below.set(title="Peak memory of each step", ylabel="GB", xlabel="step")
         below.set_ylim(0, 1.15 * below.get_ylim()[1])
-        below.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if below.lines:
+            below.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         for axes in (above, below):
             axes.grid(visible=False, axis="x")
             axes.set_xlim(-0.8, len(number) - 0.2)

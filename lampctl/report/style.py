@@ -37,6 +37,7 @@ _RC: dict[str, Any] = {
     "grid.color": FAINT,
     "grid.linewidth": 0.7,
     "text.color": INK,
+    "text.parse_math": False,  # names of models and files are what they are
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,

@@ -12,13 +12,14 @@ from lampctl.report.page import GENERATOR, page
 from lampctl.report.style import require_matplotlib
 from pipeline.config import RunConfig
 from pipeline.continuations import Continuation, continuations
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ConfigMismatch
 from pipeline.rundir import RunDirectory
 from pipeline.scrub import scrub
 from pipeline.session import reopen
 from pipeline.standing import standing_of
 from pipeline.storage.objects import is_address
 from pipeline.summary import status
+from stages.errors import ResourceError
 from stages.protocols import Watcher
 
 PAGE = "index.html"
@@ -38,7 +39,10 @@ def write_report(
     opened = [reopen(place) for place in places]
     texts: Sequence[tuple[Continuation, ...]] = [()] * len(opened)
     if prompts:
-        texts = continuations(opened, prompts, num_tokens, device, hooks)
+        try:
+            texts = continuations(opened, prompts, num_tokens, device, hooks)
+        except (ResourceError, ConfigMismatch) as error:  # an original that is gone, or another one by now
+            raise type(error)(f"{error}; or leave the text out: --no-text") from error
     runs = [_report_of(run, config, written) for (run, config), written in zip(opened, texts, strict=True)]
     sections = contents(runs, compare([standing_of(run.state) for run in runs]))
     title, subtitle = heading(runs)

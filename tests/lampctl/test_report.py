@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lampctl.report import data
+from lampctl.report import data, figures
 from lampctl.report.page import Section, Texts, page
 from pipeline.session import reopen
 from pipeline.summary import status
@@ -112,9 +112,7 @@ def test_steps_and_perplexities_are_those_of_the_commits(folder, state):
     assert table.column("peak_memory_bytes") == [commit["peak_memory_bytes"] for commit in done.values()]
     other = status(*reopen(folder / "lamp-sparsegpt"))
     points = data.perplexity_by_sparsity([state, other])
-    assert points.column("series") == ["LAMP", "dense", "SparseGPT"] or points.column("series") == [
-        *("dense", "LAMP", "SparseGPT")
-    ]
+    assert sorted(points.column("series")) == ["LAMP", "SparseGPT", "dense"]
     for name, run in (("LAMP", "lamp"), ("SparseGPT", "lamp-sparsegpt")):
         (row,) = points.where("series", name).rows
         figures = next(c["figures"] for s, c in commits(folder / run).items() if s.startswith("evaluate/pruned"))
@@ -216,6 +214,40 @@ def test_without_matplotlib_it_says_how_to_get_it(lampctl, folder, monkeypatch):
     assert answer.code == 2
     assert "pip install 'lampctl[report]'" in answer.err
     assert not Path("out").exists()
+
+
+def test_an_original_that_is_gone_only_costs_the_text(lampctl, folder):
+    (folder / "m").rename(folder / "away")
+    try:
+        answer = lampctl("report", folder / "lamp", "--out", "out")
+        assert answer.code == 5
+        assert "--no-text" in answer.err
+        assert not Path("out").exists()
+        assert lampctl("report", folder / "lamp", "--out", "out", "--no-text").code == 0
+    finally:
+        (folder / "away").rename(folder / "m")
+
+
+def test_figures_can_be_drawn_of_what_is_odd(state):
+    """An infinite perplexity, an error of zero, a name with signs of its own, one block, no memory known."""
+    columns = ("model", "text", "num_tokens", "series", "run", "sparsity", "perplexity")
+    rows = (
+        ("a$b_{", "c$ @64", 640, "dense", None, 0.0, None),
+        ("a$b_{", "c$ @64", 640, "LAMP", "r", 0.5, None),
+        ("a$b_{", "c$ @64", 640, "LAMP", "r", 0.7, 12.0),
+        ("d", "e @64", 640, "dense", None, 0.0, 9.0),
+    )
+    drawn = [figures.perplexity_by_sparsity(data.Dataset(columns, rows))]
+    zero = data.Dataset(("block", "layer", "relative_error"), ((0, "q", 0.0),))
+    drawn.append(figures.pruning_error_by_layer(zero))
+    one = data.Dataset(
+        ("block", "training", "epoch", "trained", "aside", "is_kept"), ((0, "refinement", 0, 1.0, None, 1),)
+    )
+    drawn.append(figures.training_curves(one))
+    unknown = data.steps(state)
+    without = tuple((*row[:5], None, None) for row in unknown.rows)
+    drawn.append(figures.steps(data.Dataset(unknown.columns, without)))
+    assert all(png.startswith(b"\x89PNG") for png in drawn)
 
 
 def test_prompts_and_no_text_exclude_each_other(lampctl, folder):
