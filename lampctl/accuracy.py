@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rich.table import Table
 
+from lampctl.names import source_label
 from stages.figures import METRICS, figure_text, how_measured
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def means_of(measured: Sequence[Measured]) -> dict[str, dict[str, float | int]]:
 
 def model_figures(figures: ModelFigures, as_json: bool) -> None:
     """What was measured of a model that belongs to no run."""
-    from lampctl.show import console_here, short_source
+    from lampctl.show import console_here
 
     if as_json:
         record = figures.record()
@@ -87,7 +88,7 @@ def model_figures(figures: ModelFigures, as_json: bool) -> None:
         for found in figures.measured:
             metric, how = found["metric"], how_measured(found["metric"], found, is_partial=found["is_partial"])
             title, value = METRICS[metric].title, figure_text(metric, found[metric])
-            table.add_row(title, short_source(found["source"]), how, value)
+            table.add_row(title, source_label(found["source"]), how, value)
         console.print(table)
     if figures.accuracies:
         console.print(accuracy_table({"": figures.accuracies}))

@@ -14,8 +14,11 @@ import typer
 
 from lampctl.commands import sweep
 from lampctl.commands.care import gc, verify
+from lampctl.commands.compare import compare
 from lampctl.commands.evaluate import evaluate
 from lampctl.commands.export import export
+from lampctl.commands.report import report
+from lampctl.commands.reproduce import reproduce
 from lampctl.commands.resume import resume
 from lampctl.commands.run import init, run
 from lampctl.commands.status import status
@@ -32,11 +35,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-for _command in (run, resume, status, verify, gc):
+for _command in (run, resume, status, compare, report, verify, gc):
     app.command()(_command)
 for _command in (init, calibrate, capture, allocate, prune_block, refine_block, compensate_block, export, evaluate):
     app.command(rich_help_panel="Step by step")(_command)
 app.add_typer(sweep.app, name="sweep")
+app.command()(reproduce)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -323,9 +323,11 @@ class Chosen:
         return gather(self.flags, self.config_file, self.preset)
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose first parameter is a `Chosen`, all the flags that set up a run."""
-    declared = inspect.signature(_declared).parameters
+def with_settings(command: Callable[..., None] | None = None, *, without: Collection[str] = ()) -> Callable[..., Any]:
+    """Give a command, whose first parameter is a `Chosen`, all the flags that set up a run, but for those named."""
+    if command is None:
+        return functools.partial(with_settings, without=without)
+    declared = {name: p for name, p in inspect.signature(_declared).parameters.items() if name not in without}
     own = list(inspect.signature(command).parameters.values())[1:]
 
     @functools.wraps(command)

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lampctl.accuracy import accuracy_table, mean_notes, means_of
+from lampctl.names import METHODS, layer_label, source_label
+from lampctl.report.comparison import Comparison
 from lampctl.units import duration, size
 from pipeline.storage.objects import is_address
 from pipeline.summary import (
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from pipeline.plan import Step
     from pipeline.rundir import RunDirectory
     from stages.packed import PackedSizes
-
-_METHODS = {"lamp": "LAMP", "sparsegpt": "SparseGPT", "alps": "ALPS", "wanda": "Wanda", "magnitude": "magnitude"}
 
 
 def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json: bool) -> None:
@@ -62,7 +62,7 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
             console.print(line, highlight=False)
     for state in states[1:]:
         if state.model is not None:
-            console.print(f"\n{_METHODS[state.config.method]}:", _shown(state.model), highlight=False, end="")
+            console.print(f"\n{METHODS[state.config.method]}:", _shown(state.model), highlight=False, end="")
     if main.model is not None:
         console.print("\nThe pruned model:", _shown(main.model), soft_wrap=True, highlight=False)
         if not is_address(main.model):
@@ -135,7 +135,7 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
     if state.evaluations:
         console.print(_evaluations_table(state))
     if state.accuracies:
-        titles = {"dense": "dense", "pruned": _METHODS[state.config.method]}
+        titles = {"dense": "dense", "pruned": METHODS[state.config.method]}
         for place, results in _by_place(state.accuracies).items():
             found = {title: [r for r in results if r.which == which] for which, title in titles.items()}
             console.print(accuracy_table({title: those for title, those in found.items() if those}))
@@ -198,6 +198,17 @@ def packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> None:
     console.print(f"The {what} is {_shown(str(path.absolute()))}", highlight=False, soft_wrap=True)
 
 
+def comparison(table: Comparison) -> None:
+    """Runs and models side by side; under each figure its difference from the first row's."""
+    shown = Table("", "method")
+    for column in table.columns:
+        shown.add_column(column.title, justify="right")
+    for row in table.rows:
+        cells = [table.cell(row, column).replace(" (", "\n(") for column in table.columns]
+        shown.add_row(row.label if row.is_original else _shown(row.label), row.what, *cells)
+    console_here().print(shown)
+
+
 _PACKED_PARTS = {
     "dense": "dense: the folder's weights",
     "packed": "packed: all of it",
@@ -230,7 +241,7 @@ def _summary_line(state: RunStatus) -> str:
     achieved = (
         "" if state.sparsity is None else f", {100 * state.sparsity:.4f}% of {state.num_prunable:,} weights masked"
     )
-    return f"{Path(config.model).name}, {_METHODS[config.method]} at {config.goal}{achieved}"
+    return f"{Path(config.model).name}, {METHODS[config.method]} at {config.goal}{achieved}"
 
 
 def _is_current(state: RunStatus, result: EvaluationResult | AccuracyResult) -> bool:
@@ -246,7 +257,7 @@ def _current_accuracies(states: Sequence[RunStatus]) -> dict[str, list[AccuracyR
     for state in (*states[1:], main):
         pruned = [r for r in state.accuracies if r.which == "pruned" and _is_current(state, r)]
         if pruned:
-            found[_METHODS[state.config.method]] = pruned
+            found[METHODS[state.config.method]] = pruned
     return found
 
 
@@ -271,7 +282,7 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
     table = Table(title=f"{Path(main.config.model).name} at {main.config.goal}", title_justify="left")
     table.add_column("method")
     for metric, source in measured:
-        table.add_column(f"{METRICS[metric].title}\n{short_source(source)}", justify="right")
+        table.add_column(f"{METRICS[metric].title}\n{source_label(source)}", justify="right")
     for title in ("sparsity", "pruning time", "peak memory"):
         table.add_column(title, justify="right")
     if any(which == "dense" for _, which, _ in found):
@@ -280,7 +291,7 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
     for number in order:
         state = states[number]
         table.add_row(
-            _METHODS[state.config.method],
+            METHODS[state.config.method],
             *(_marked(found.get((number, "pruned", what))) for what in measured),
             "-" if state.sparsity is None else f"{100 * state.sparsity:.4f}%",
             duration(state.pruning_s),
@@ -321,20 +332,12 @@ def _evaluations_table(state: RunStatus) -> Table:
     """Every figure that the run has measured, on whatever settings."""
     table = Table("measured", "on", "how")
     table.add_column("dense", justify="right")
-    table.add_column(_METHODS[state.config.method], justify="right")
+    table.add_column(METHODS[state.config.method], justify="right")
     for pair in side_by_side(state.evaluations):
         either = next(iter(pair.values()))
         values = (_value(pair.get(which)) for which in ("dense", "pruned"))
-        table.add_row(METRICS[either.metric].title, short_source(either.source), described(either), *values)
+        table.add_row(METRICS[either.metric].title, source_label(either.source), described(either), *values)
     return table
-
-
-def short_source(source: str) -> str:
-    """A source with its file, if it has one, by its name alone."""
-    kind, colon, path = source.partition(":")
-    if not colon:
-        return source
-    return Path(path).name if kind == "text" else f"{kind}:{Path(path).name}"
 
 
 def _marked(result: EvaluationResult | None) -> str:
@@ -358,7 +361,7 @@ def _settings_table(config: RunConfig, origins: Mapping[str, str]) -> Table:
 
 def _blocks_table(blocks: Sequence[BlockState]) -> Table:
     """Per block: its state, its budget as a whole and by layer, the loss that compensation met and left."""
-    paths = list(dict.fromkeys(_layer_label(layer.name, block.block) for block in blocks for layer in block.layers))
+    paths = list(dict.fromkeys(layer_label(layer.name, block.block) for block in blocks for layer in block.layers))
     table = Table("block", "state")
     table.add_column("budget", justify="right")
     for path in paths:
@@ -372,7 +375,7 @@ def _blocks_table(blocks: Sequence[BlockState]) -> Table:
         table.add_column(f"{title} before", justify="right")
         table.add_column("after", justify="right")
     for block in blocks:
-        shares = {_layer_label(x.name, block.block): f"{100 * x.num_masked / x.size:.1f}%" for x in block.layers}
+        shares = {layer_label(x.name, block.block): f"{100 * x.num_masked / x.size:.1f}%" for x in block.layers}
         whole = f"{100 * block.num_masked / block.size:.2f}%" if block.size else "-"
         row = [str(block.block), block.state, whole, *(shares.get(path, "-") for path in paths)]
         for _, prefix in trainings:
@@ -381,9 +384,3 @@ def _blocks_table(blocks: Sequence[BlockState]) -> Table:
             row += ["-" if loss is None else f"{loss:.4g}" for loss in losses]
         table.add_row(*row)
     return table
-
-
-def _layer_label(name: str, block: int) -> str:
-    """The layer's name without what all layers of a block share: "q_proj", or "attn.c_proj" where that is not one."""
-    inside = name.partition(f".{block}.")[2] or name
-    return inside.rpartition(".")[2] if "c_proj" not in inside and "dense" not in inside else inside

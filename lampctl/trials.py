@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from lampctl.names import source_label
 from lampctl.units import duration
 from stages.figures import METRICS, figure_text
 
@@ -49,7 +50,7 @@ def show_trials(sweep: Sweep, states: Sequence[TrialState], as_json: bool) -> No
         )
     )
     for metric, source in measured:
-        table.add_column(f"{METRICS[metric].title}\n{source.rpartition('/')[2]}", justify="right")
+        table.add_column(f"{METRICS[metric].title}\n{source_label(source)}", justify="right")
     for title in ("sparsity", "pruning time"):
         table.add_column(title, justify="right")
     for state in states:
@@ -70,17 +71,18 @@ def show_trials(sweep: Sweep, states: Sequence[TrialState], as_json: bool) -> No
         console.print(f"best: trial {best.trial.name}, {best.value:.4g}, at {_point(best)}")
 
 
+def trial_value(state: TrialState, what: tuple[str, str]) -> float | None:
+    """A trial's figure of the pruned model. what: metric and source."""
+    results = state.run.evaluations if state.run is not None else ()
+    found = [r.value for r in results if (r.metric, r.source) == what and r.which == "pruned"]
+    return found[-1] if found else None
+
+
 def _row(sweep: Sweep, state: TrialState, measured: Sequence[tuple[str, str]]) -> list[str]:
     cells = [_value(state.trial.point.get(field)) for field in sweep.spec.fields]
     cells.append(state.state)
     run = state.run
-    for what in measured:
-        found = [
-            result
-            for result in (run.evaluations if run is not None else ())
-            if (result.metric, result.source) == what and result.which == "pruned"
-        ]
-        cells.append(figure_text(what[0], found[-1].value) if found else "-")
+    cells += [figure_text(what[0], trial_value(state, what)) for what in measured]
     cells.append("-" if run is None or run.sparsity is None else f"{100 * run.sparsity:.2f}%")
     cells.append("-" if run is None or not run.num_done else duration(run.pruning_s))
     return cells

@@ -37,7 +37,7 @@ def find_packable(place: str) -> Packable:
             todo = next_steps(steps_of(run, config)[0], [commit.step for commit in run.commits])
             raise StepOrderError(f"there is no model to pack in {run.label} yet: do {todo[0].name} first")
         name = f"{path.name}.packed.safetensors"
-        return Packable(_published_model(run), Path(name).absolute() if is_remote else path / name)
+        return Packable(published_model(run), Path(name).absolute() if is_remote else path / name)
     if not (path / "config.json").exists():
         raise RunNotFound(f"{path} is no run and no model folder: it has neither run.json nor config.json")
     return Packable(path, path.with_name(f"{path.name}.packed.safetensors"))
@@ -92,7 +92,8 @@ def unpack_model(packed: Path, folder: Path, hooks: Watcher) -> None:
         disk.remove_tree(temporary)
 
 
-def _published_model(run: RunDirectory) -> Path:
+def published_model(run: RunDirectory) -> Path:
+    """The folder of a run's exported model, after making sure that it is still what was committed."""
     payload = run.payload("model")
     for file in payload.files:
         run.open_file("model", payload.inner(file))

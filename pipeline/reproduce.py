@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import RunConfig, complete
+from pipeline.published.estimates import Estimate, Scale, estimate
 from pipeline.published.tables import Table, published, settings_of
 from pipeline.settings import Gathered
 from pipeline.storage.locate import locate
 from pipeline.summary import RunStatus
 from pipeline.sweep import Sweep, TrialState
-from pipeline.sweep_spec import SweepSpec, name_of
+from pipeline.sweep_spec import SweepSpec, name_of, settings_at
+from stages.defaults import published as published_settings
+from stages.tasks.named import task_named
 
 # Tables whose runs are the same.
+_PATCHES = 64 * 64  # of an image of Segment Anything
 _SHARED = {"table1": "opt", "table2": "opt", "table4": "sam", "table5": "sam"}
 
 
@@ -49,6 +54,40 @@ def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence
     folder = Path(model).name.removesuffix(".gguf") or "model"
     place = f"{root.rstrip('/')}/{_SHARED.get(table.name, table.name)}/{folder}"
     return Sweep(place, locate(place), spec)
+
+
+def planned(
+    table: Table,
+    model: str,
+    gathered: Gathered,
+    strategies: Sequence[str],
+    root: str,
+    scale: Scale | None,
+    flops_per_s: float,
+) -> tuple[list[TrialState], Estimate | None]:
+    """How far the runs of a model are, and what those that are not done would take; None where nobody knows."""
+    sweep = sweep_for(table, model, gathered, strategies, root)
+    states = sweep.states()
+    if scale is None:
+        return states, None
+    todo = [settings_at(sweep.spec.gathered, state.trial.point) for state in states if state.state != "done"]
+    return states, estimate(scale, [_usual(found, model) for found in todo], flops_per_s)
+
+
+def _usual(gathered: Gathered, model: str) -> RunConfig:
+    """The configuration of a run as far as its cost goes, without the model being here."""
+    model_type, is_vision = model.partition("-")[0], model.startswith("sam-")
+    task = task_named("vision" if is_vision else "language")
+    defaults = published_settings(model_type, gathered.values.sparsity or 0.5)
+    values = gathered.values.model_copy(
+        update={
+            "calibration": gathered.values.calibration or "c4",
+            "seqlen": _PATCHES if is_vision else gathered.values.seqlen,
+            "compile": None,
+        }
+    )
+    config, _, _ = complete(Gathered(values, gathered.origins, gathered.preset), None, defaults, task)
+    return config
 
 
 def cells_of(table: Table, model: str, strategies: Sequence[str], states: Sequence[TrialState]) -> list[Cell]:

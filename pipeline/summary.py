@@ -38,8 +38,18 @@ class LayerState:
     name: str
     role: str | None
     size: int
-    num_masked: int
+    num_masked: int  # what the budget asks for
     relative_error: float | None
+    num_found: int | None  # masked weights, counted on the weights as exported; None: not finished yet
+    num_other_zeros: int | None  # zeros beside them
+
+
+@dataclass(frozen=True)
+class EpochLoss:
+    """The mean losses of one epoch of training."""
+
+    trained: float | None  # over the epoch's own steps
+    aside: float | None  # after it, on the samples kept aside; None: there are none
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,10 @@ class BlockState:
     refine_after: float | None
     refine_before_aside: float | None
     refine_after_aside: float | None
+    epochs: tuple[EpochLoss, ...]  # of compensation
+    kept_epoch: int | None  # the one whose weights were kept, from 1; 0: those from before
+    refine_epochs: tuple[EpochLoss, ...]
+    refine_kept_epoch: int | None
     layers: tuple[LayerState, ...]
 
 
@@ -80,9 +94,21 @@ class EvaluationResult:
         return found
 
     @property
-    def protocol(self) -> tuple[Any, ...]:
-        """What two results must share to be compared."""
-        return tuple(self.figures.get(name) for name in ("seqlen", "num_tokens", "points", "num_masks"))
+    def amount(self) -> int:
+        """Tokens, or masks, that it was measured on."""
+        found: int = self.figures["num_masks" if self.metric == "iou" else "num_tokens"]
+        return found
+
+    @property
+    def measured_on(self) -> tuple[str, str, Any, int, bool]:
+        """What two results must share to be compared: metric, source, window or points, amount, whether partial."""
+        return (
+            self.metric,
+            self.source,
+            self.figures.get("points", self.figures.get("seqlen")),
+            self.amount,
+            self.is_partial,
+        )
 
     def record(self) -> dict[str, Any]:
         """For JSON, all in one."""
@@ -128,6 +154,7 @@ class RunStatus:
     num_masked: int | None  # in the exported model; None before export
     num_other_zeros: int | None
     model: str | None  # where the exported one is
+    model_size_bytes: int | None  # of its weights, as plain matrices
     environment_changes: tuple[str, ...]  # how the machine, or versions, changed since the run began
     holder: str | None  # who is working on it now, as far as its lease says
 
@@ -171,6 +198,7 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
         num_masked=exported.figures["num_masked"] if exported else None,
         num_other_zeros=exported.figures["num_other_zeros"] if exported else None,
         model=f"{run.label}/model" if exported else None,
+        model_size_bytes=exported.figures.get("size_bytes") if exported else None,
         environment_changes=tuple(
             f"from commit {record.number} on: {change}"
             for record in run.log
@@ -184,11 +212,12 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
 def evaluations_of(run: RunDirectory) -> tuple[EvaluationResult, ...]:
     """All that the run has measured, in the order of its commits."""
     return tuple(
-        _evaluation(commit.step, commit.figures) for commit in run.commits if commit.step.startswith("evaluate/")
+        evaluation_of(commit.step, commit.figures) for commit in run.commits if commit.step.startswith("evaluate/")
     )
 
 
-def _evaluation(step: str, figures: Mapping[str, Any]) -> EvaluationResult:
+def evaluation_of(step: str, figures: Mapping[str, Any]) -> EvaluationResult:
+    """What an evaluate step left, as its commit has it."""
     metric = figures.get("metric", "perplexity")
     about = ("which", "source", "source_digest", "metric", "is_partial")
     rest = {name: value for name, value in figures.items() if name not in about}
@@ -212,8 +241,7 @@ def side_by_side(
     """Dense and pruned results together where both were measured on the very same data, and only there."""
     rows: dict[tuple[Any, ...], dict[str, EvaluationResult]] = {}
     for result in evaluations:
-        key = (result.metric, result.source, result.is_partial, *result.protocol)
-        rows.setdefault(key, {})[result.which] = result
+        rows.setdefault(result.measured_on, {})[result.which] = result
     return list(rows.values())
 
 
@@ -257,6 +285,7 @@ def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepComm
     refine_losses = refined.figures if refined else {}
     outcome = pruned.figures["layers"] if pruned else {}
     finished = refined if has_refine else pruned
+    counted = finished.figures.get("weights", {}) if finished else {}
     layers = tuple(
         LayerState(
             layer["name"],
@@ -264,6 +293,8 @@ def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepComm
             layer["size"],
             layer["num_masked"],
             outcome.get(layer["name"], {}).get("relative_error"),
+            counted.get(layer["name"], {}).get("num_masked"),
+            counted.get(layer["name"], {}).get("num_other_zeros"),
         )
         for layer in budget["layers"]
     )
@@ -281,8 +312,16 @@ def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepComm
         refine_after=refine_losses.get("loss_after"),
         refine_before_aside=refine_losses.get("loss_before_aside"),
         refine_after_aside=refine_losses.get("loss_after_aside"),
+        epochs=_epochs(losses),
+        kept_epoch=losses.get("kept_epoch"),
+        refine_epochs=_epochs(refine_losses),
+        refine_kept_epoch=refine_losses.get("kept_epoch"),
         layers=layers,
     )
+
+
+def _epochs(figures: Mapping[str, Any]) -> tuple[EpochLoss, ...]:
+    return tuple(EpochLoss(epoch["trained"], epoch["aside"]) for epoch in figures.get("epoch_losses", ()))
 
 
 def card_facts(run: RunDirectory, config: RunConfig) -> Any:

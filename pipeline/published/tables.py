@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -101,6 +101,14 @@ def require_columns(table: Table, wanted: Sequence[str] | None) -> tuple[str, ..
         return table.strategies
     named = {_column(name, table) for name in wanted}
     return tuple(strategy for strategy in table.strategies if strategy in named)
+
+
+def require_methods(table: Table, wanted: Sequence[str]) -> Table:
+    """The table with those of its methods that are asked for; all if none are named. Raises ConfigError."""
+    unknown = [name for name in wanted if name not in table.methods]
+    if unknown:
+        raise ConfigError(f"{table.name} has no method {unknown[0]}: choose from {', '.join(table.methods)}")
+    return replace(table, methods=tuple(m for m in table.methods if m in wanted)) if wanted else table
 
 
 def _column(name: str, table: Table) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 COMMANDS = [
     *("run", "resume", "status", "init", "calibrate", "capture", "prune-block", "compensate-block", "export"),
-    "evaluate",
+    *("evaluate", "compare", "report"),
 ]
 
 

@@ -1,0 +1,50 @@
+"""`lampctl report`: a page with the figures of one run, or of several side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_PROMPTS = ("The capital of France is", "A function in Python is defined by", "Once upon a time")
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, finished or not.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="The folder that the page and its figures go to: new, or an earlier report."),
+    ],
+    text: Annotated[
+        bool,
+        typer.Option(
+            "--text/--no-text",
+            help="Have the original and the pruned models write. Unlike pruning, that takes a whole model in memory. "
+            "[default: --text]",
+        ),
+    ] = True,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="What they write on from; may be repeated. [default: three short ones]"),
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many tokens they write.")] = 40,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="What the text is written on.")] = "auto",
+) -> None:
+    """Write one HTML page about runs, whole in itself, with its figures as PNG and CSV files beside it.
+
+    \b
+    lampctl report runs/opt-2.7b-s70-lamp --out report
+    lampctl report runs/opt-* --out report --no-text
+    """
+    from lampctl.file_progress import showing_files
+    from lampctl.report.write import write_report
+    from pipeline.errors import ConfigError
+
+    if prompt and not text:
+        raise ConfigError("--prompt is about the text, which --no-text leaves out: give one of them")
+    prompts = tuple(prompt or _PROMPTS) if text else ()
+    with showing_files("writing text") as hooks:
+        written = write_report(runs, out, prompts, text_tokens, device, hooks)
+    num_figures = sum(path.suffix == ".png" for path in written)
+    print(f"{written[0]}: one page; its {num_figures} figures are in {written[0].parent / 'figures'}, as PNG and CSV")

@@ -1,0 +1,138 @@
+"""`lampctl reproduce`: a table or figure of the paper, ours beside what was published."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lampctl.options import Chosen, with_settings
+
+if TYPE_CHECKING:
+    from pipeline.published.tables import Table
+    from pipeline.settings import Gathered
+
+# What the table itself says.
+_TABLES_OWN = ("model", "sparsity", "pattern", "bits", "group_size", "method", "budget", "budget_spread", "revision")
+
+
+@with_settings(without=_TABLES_OWN)
+def reproduce(
+    chosen: Chosen,
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="table1 to table9, or fig3 to fig8.")],
+    models: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL,...", help="Other models, or some of the paper's. [default: all of the table's]"),
+    ] = None,
+    sparsities: Annotated[
+        str | None,
+        typer.Option(metavar="S,...", help="Some of the columns: 0.5, 70%, 2:4+int4. [default: all of the table's]"),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="METHOD,...", help="Some of the methods. [default: all of the table's]")
+    ] = None,
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Where the runs are kept; tables 1 and 2, 4 and 5 share theirs.")
+    ] = "reproductions",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it takes: runs, hours, disk, downloads.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
+) -> None:
+    """Do what a table of the paper needs, and print it beside the published figures.
+
+    Every cell is a run with the paper's settings (--preset paper), unless flags say otherwise. The same call goes on
+    where it was stopped; a run that fails does not end it. SAM's tables need images: --calibration and --evaluate.
+
+    \b
+    lampctl reproduce table1 --dry-run
+    lampctl reproduce table1 --models opt-125m --sparsities 0.5,0.7
+    lampctl reproduce table4 --models sam-vit-b --calibration sa1b:sa_000001 --evaluate sa1b:sa_000003
+    lampctl reproduce table1 --models smollm2-135m --calibration text:train.txt --evaluate wikitext2:wiki.test.raw
+    """
+    from pipeline.published.tables import require_columns, require_methods, table_named
+
+    wanted = require_methods(table_named(table), _split(methods))
+    columns = require_columns(wanted, _split(sparsities))
+    named = _split(models) or wanted.models
+    gathered = _gathered(chosen, wanted, named[0])
+    if dry_run:
+        _plan(wanted, named, columns, gathered, out, as_json)
+        return
+    _do(wanted, named, columns, gathered, out, as_json)
+
+
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+
+
+def _gathered(chosen: Chosen, table: Table, model: str) -> Gathered:
+    """The settings that all runs share: the paper's preset, the table's data sets, and what was given."""
+    chosen.preset = chosen.preset or "paper"
+    flags = chosen.flags
+    flags["model"] = model
+    if table.metric == "perplexity":
+        # Both texts at once: tables 1 and 2 share their runs.
+        flags.setdefault("evaluate", ("wikitext2", "ptb"))
+    elif table.metric != "iou":
+        flags.setdefault("evaluate", ())
+    if table.metric == "accuracy":
+        flags.setdefault("tasks", "zero-shot")
+    flags.setdefault("evaluate_dense", False)
+    return chosen.gather()
+
+
+def _do(
+    table: Table, models: tuple[str, ...], columns: tuple[str, ...], gathered: Gathered, out: str, as_json: bool
+) -> None:
+    from lampctl.exits import SOME_FAILED
+    from lampctl.progress import listening
+    from lampctl.published import show_cells
+    from lampctl.stopping import stopping
+    from pipeline.reproduce import cells_of, sweep_for
+    from stages.models.source import resolve
+
+    for model in models:
+        resolve(model)  # whether all models can be had is known before hours are spent on the first
+    cells, failed = [], []
+    with listening() as listener, stopping(gathered.values) as stop:
+        for model in models:
+            sweep = sweep_for(table, model, gathered, columns, out)
+            for state in sweep.run(listener.attach, listener, stop):
+                if state.error is not None:
+                    failed.append(f"{model}, {state.trial.name}: {state.error}")
+            cells += cells_of(table, model, columns, sweep.states())
+    if as_json:
+        print(json.dumps({"table": table.name, "cells": [asdict(cell) for cell in cells], "failed": failed}, indent=2))
+    else:
+        show_cells(table, columns, cells, failed)
+    if failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _plan(
+    table: Table, models: tuple[str, ...], columns: tuple[str, ...], gathered: Gathered, out: str, as_json: bool
+) -> None:
+    from lampctl.published import show_cells, show_plan
+    from pipeline.published.estimates import best_rate, scale_of
+    from pipeline.reproduce import cells_of, planned
+    from stages import device
+
+    choices = device.choose(gathered.values.device, gathered.values.dtype, gathered.values.threads)
+    device.apply(choices)
+    rate = best_rate(choices.torch_device)
+    estimates: dict[str, Any] = {}
+    cells = []
+    for model in models:
+        states, estimate = planned(table, model, gathered, columns, out, scale_of(model), rate)
+        estimates[model] = estimate
+        cells += cells_of(table, model, columns, states)
+    if as_json:
+        plan = {model: asdict(found) if found is not None else None for model, found in estimates.items()}
+        record = {"table": table.name, "flops_per_s": rate, "plan": plan, "cells": [asdict(cell) for cell in cells]}
+        print(json.dumps(record, indent=2))
+        return
+    show_plan(table, estimates, choices.device_name, rate)
+    show_cells(table, columns, cells, [])

@@ -1,0 +1,211 @@
+"""Runs and models side by side: one row each, every figure with its difference from the first row's."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lampctl.names import METHODS, source_label
+from lampctl.units import duration, size
+from pipeline.standing import Standing
+from pipeline.summary import EvaluationResult
+from stages.figures import METRICS
+
+Unit = Literal["perplexity", "iou", "share", "bytes", "seconds"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure that rows may have."""
+
+    key: str  # in JSON and CSV
+    title: str
+    unit: Unit
+
+    def shown(self, value: float | None) -> str:
+        """A value for people."""
+        if value is None:
+            return "-"
+        if math.isinf(value):
+            return "infinite"
+        show: dict[Unit, Callable[[float], str]] = {
+            "perplexity": lambda v: f"{v:,.2f}",
+            "iou": lambda v: f"{v:.4f}",
+            "share": lambda v: f"{100 * v:.4f}%",
+            "bytes": size,
+            "seconds": duration,
+        }
+        return show[self.unit](value)
+
+    def shown_delta(self, value: float | None, first: float | None) -> str:
+        """How it differs from the first row's, for people; empty where there is nothing to compare."""
+        if value is None or first is None or math.isinf(value) or math.isinf(first):
+            return ""
+        if self.unit == "iou":
+            return f"{value - first:+.4f}"
+        if self.unit == "share":
+            return f"{100 * (value - first):+.2f} pp"
+        return f"{100 * (value / first - 1):+.1f}%" if first else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run or model, or the original of some."""
+
+    label: str
+    base: str
+    method: str | None
+    goal: str | None
+    is_original: bool
+    values: dict[str, float]  # by the column's key; what is not known is not there; infinite where it overflowed
+
+    @property
+    def what(self) -> str:
+        """Method and goal, for people."""
+        if self.is_original:
+            return "dense"
+        return "-" if self.method is None else f"{METHODS[self.method]} {self.goal}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table. Rows come as they were asked for, then the dense originals that runs have measured."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    def delta(self, row: Row, column: Column) -> float | None:
+        """The row's figure minus the first row's, where both are known and finite."""
+        value, first = row.values.get(column.key), self.rows[0].values.get(column.key)
+        if value is None or first is None or not math.isfinite(value - first):
+            return None
+        return value - first
+
+    def cell(self, row: Row, column: Column) -> str:
+        """The figure and its difference from the first row's, for people."""
+        value = row.values.get(column.key)
+        shown = column.shown(value)
+        if row is self.rows[0]:
+            return shown
+        delta = column.shown_delta(value, self.rows[0].values.get(column.key))
+        return f"{shown} ({delta})" if delta else shown
+
+
+_FIXED = (
+    (Column("sparsity", "sparsity", "share"), lambda s: s.sparsity),
+    (Column("dense_bytes", "size", "bytes"), lambda s: s.dense_bytes),
+    (Column("packed_bytes", "packed", "bytes"), lambda s: s.packed_bytes),
+    (Column("pruning_s", "pruning time", "seconds"), lambda s: s.pruning_s),
+    (Column("peak_memory_bytes", "peak memory", "bytes"), lambda s: s.peak_memory_bytes),
+    (Column("peak_device_bytes", "peak GPU memory", "bytes"), lambda s: s.peak_device_bytes),
+)
+
+
+def compare(standings: Sequence[Standing]) -> Comparison:
+    """The table of these, its figures only those that some row has.
+
+    Perplexities stand in one column only if they were measured on the very same number of tokens, window by window:
+    those of two tokenizers cannot be compared, and get a column each.
+    """
+    measured = _measured_columns([result for standing in standings for result in standing.evaluations])
+    rows = [_row(standing, measured) for standing in standings]
+    originals: dict[str, dict[str, float]] = {}
+    for standing in standings:
+        for result in standing.evaluations:
+            if result.which == "dense":
+                originals.setdefault(standing.base, {})[measured[result.measured_on].key] = _value(result)
+    rows += [Row(Path(base).name, base, None, None, True, values) for base, values in originals.items()]
+    columns = (*dict.fromkeys(measured.values()), *(column for column, _ in _FIXED))
+    known = {key for row in rows for key in row.values}
+    return Comparison(tuple(column for column in columns if column.key in known), tuple(rows))
+
+
+def _row(standing: Standing, measured: dict[_What, Column]) -> Row:
+    values = {measured[r.measured_on].key: _value(r) for r in standing.evaluations if r.which == "pruned"}
+    for column, figure in _FIXED:
+        value = figure(standing)
+        if value is not None:
+            values[column.key] = value
+    return Row(standing.label, standing.base, standing.method, standing.goal, False, values)
+
+
+_What = tuple[str, str, Any, int, bool]  # EvaluationResult.measured_on
+
+
+def _value(result: EvaluationResult) -> float:
+    return math.inf if result.value is None else result.value
+
+
+def _measured_columns(results: Sequence[EvaluationResult]) -> dict[_What, Column]:
+    """A column for all that was measured; its key tells the amount where that must be told."""
+    found = list(dict.fromkeys(result.measured_on for result in results))
+    names = [what[:3] for what in found]
+    columns = {}
+    for metric, source, how, amount, is_partial in found:
+        is_alone = names.count((metric, source, how)) == 1
+        unit = "masks" if metric == "iou" else "tokens"
+        key, title = f"{metric}/{source}@{how}", f"{METRICS[metric].title}\n{source_label(source)} @{how}"
+        if is_partial:
+            title += f"\nfirst {amount:,}"
+        elif not is_alone:
+            title += f"\n{amount:,} {unit}"
+        columns[metric, source, how, amount, is_partial] = Column(
+            key if is_alone else f"{key}:{amount}", title, "iou" if metric == "iou" else "perplexity"
+        )
+    return columns
+
+
+def as_json(comparison: Comparison) -> str:
+    """The table as JSON: each figure with its difference from the first row's. Null: unknown, or infinite."""
+
+    def figure(row: Row, column: Column) -> dict[str, float | None] | None:
+        if column.key not in row.values:
+            return None
+        value = row.values[column.key]
+        return {"value": value if math.isfinite(value) else None, "delta": comparison.delta(row, column)}
+
+    record = {
+        "columns": [{"key": c.key, "title": c.title.replace("\n", " "), "unit": c.unit} for c in comparison.columns],
+        "rows": [
+            {
+                "label": row.label,
+                "model": row.base,
+                "method": row.method,
+                "goal": row.goal,
+                "is_original": row.is_original,
+                "figures": {column.key: figure(row, column) for column in comparison.columns},
+            }
+            for row in comparison.rows
+        ],
+    }
+    return json.dumps(record, indent=2)
+
+
+def as_csv(comparison: Comparison) -> str:
+    """The table as CSV, numbers in full and differences in columns of their own."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    keys = [key for column in comparison.columns for key in (column.key, f"{column.key}_delta")]
+    writer.writerow(["label", "model", "method", "goal", "is_original", *keys])
+    for row in comparison.rows:
+        cells: list[Any] = [row.label, row.base, row.method, row.goal, row.is_original]
+        for column in comparison.columns:
+            cells += [row.values.get(column.key), comparison.delta(row, column)]
+        writer.writerow(["" if cell is None else cell for cell in cells])
+    return out.getvalue()
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The table as Markdown."""
+    titles = ["", "method", *(column.title.replace("\n", " ") for column in comparison.columns)]
+    lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(comparison.columns)]
+    for row in comparison.rows:
+        cells = [row.label, row.what, *(comparison.cell(row, column) for column in comparison.columns)]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,159 @@
+"""The numbers behind each figure of the report, as tables that also go out as CSV. Knows nothing of how they look."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lampctl.names import METHODS, layer_label, source_label
+from pipeline.scrub import scrub
+from pipeline.summary import BlockState, EpochLoss, RunStatus, side_by_side
+
+Cell = str | int | float | None
+
+WHOLE_BLOCK = "whole block"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A table with named columns."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.columns) for row in self.rows)
+
+    def column(self, name: str) -> list[Cell]:
+        """All values of a column."""
+        number = self.columns.index(name)
+        return [row[number] for row in self.rows]
+
+    def numbers(self, name: str) -> list[float]:
+        """All values of a column, NaN where there is none."""
+        return [float(value) if isinstance(value, int | float) else math.nan for value in self.column(name)]
+
+    def where(self, name: str, value: Cell) -> Dataset:
+        """Only the rows that have this value there."""
+        number = self.columns.index(name)
+        return Dataset(self.columns, tuple(row for row in self.rows if row[number] == value))
+
+    def distinct(self, name: str) -> list[Cell]:
+        """The values of a column, each once, in their order."""
+        return list(dict.fromkeys(self.column(name)))
+
+    def csv(self) -> str:
+        """The table as CSV; what is not known is empty."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(["" if cell is None else cell for cell in row] for row in self.rows)
+        return out.getvalue()
+
+
+def measured_by_sparsity(states: Sequence[RunStatus]) -> Dataset:
+    """Every figure of every exported run, and of the originals, which have sparsity 0."""
+    rows: list[tuple[Cell, ...]] = []
+    originals: set[tuple[Cell, ...]] = set()
+    for state in states:
+        for pair in side_by_side(state.evaluations):
+            metric, source, how, amount, _ = next(iter(pair.values())).measured_on
+            about = (scrub(state.config.model), metric, f"{source_label(source)} @{how}", amount)
+            if "dense" in pair and about not in originals:
+                originals.add(about)
+                rows.append((*about, "dense", None, 0.0, pair["dense"].value))
+            if "pruned" in pair and state.sparsity is not None:
+                rows.append((*about, series_of(state), scrub(state.label), state.sparsity, pair["pruned"].value))
+    return Dataset(("model", "metric", "data", "amount", "series", "run", "sparsity", "value"), tuple(rows))
+
+
+def series_of(state: RunStatus) -> str:
+    """What runs have in common that are one line of a figure: method, pattern and bits."""
+    config = state.config
+    parts = (METHODS[config.method], config.pattern, f"int{config.bits}" if config.bits else None)
+    return " ".join(part for part in parts if part)
+
+
+def error_by_block(state: RunStatus) -> Dataset:
+    """The losses around the training of each block: how far the biased stream is from the dense one behind it.
+
+    One row for each time that a block was trained, as a whole (`compensation`) or once pruned (`refinement`).
+    """
+    rows: list[tuple[Cell, ...]] = []
+    for block in state.blocks:
+        for training, prefix in (("compensation", "loss"), ("refinement", "refine")):
+            before, after = getattr(block, f"{prefix}_before"), getattr(block, f"{prefix}_after")
+            if before is None and after is None:
+                continue
+            aside = (getattr(block, f"{prefix}_before_aside"), getattr(block, f"{prefix}_after_aside"))
+            rows.append((block.block, training, before, after, *aside))
+    return Dataset(("block", "training", "before", "after", "before_aside", "after_aside"), tuple(rows))
+
+
+def pruning_error_by_layer(state: RunStatus) -> Dataset:
+    """|W x - W' x|^2 / |W x|^2 of each layer, x being its input in the biased stream."""
+    rows = tuple(
+        (block.block, layer_label(layer.name, block.block), layer.relative_error)
+        for block in state.blocks
+        for layer in block.layers
+        if layer.relative_error is not None
+    )
+    return Dataset(("block", "layer", "relative_error"), rows)
+
+
+def sparsity_by_layer(state: RunStatus) -> Dataset:
+    """What the budget asks of each layer and of each block as a whole, and what is found in the weights as exported."""
+    rows: list[tuple[Cell, ...]] = []
+    for block in state.blocks:
+        for layer in block.layers:
+            label = layer_label(layer.name, block.block)
+            rows.append(_sparsity_row(block, label, layer.size, layer.num_masked, layer.num_found))
+        found = [layer.num_found for layer in block.layers]
+        known = [number for number in found if number is not None]
+        total = sum(known) if len(known) == len(found) else None
+        rows.append(_sparsity_row(block, WHOLE_BLOCK, block.size, block.num_masked, total))
+    columns = ("block", "layer", "num_weights", "num_budgeted", "num_found", "budget", "achieved")
+    return Dataset(columns, tuple(rows))
+
+
+def _sparsity_row(block: BlockState, layer: str, size: int, budgeted: int, found: int | None) -> tuple[Cell, ...]:
+    achieved = None if found is None or not size else found / size
+    return (block.block, layer, size, budgeted, found, budgeted / size if size else 0.0, achieved)
+
+
+def training_curves(state: RunStatus) -> Dataset:
+    """The loss of each block over the epochs of its training; epoch 0 is before it.
+
+    `trained` of an epoch is the mean over its own steps, each from before its update.
+    """
+    rows: list[tuple[Cell, ...]] = []
+    for block in state.blocks:
+        before = EpochLoss(block.loss_before, block.loss_before_aside)
+        rows += _curve("compensation", block, before, block.epochs, block.kept_epoch)
+        before = EpochLoss(block.refine_before, block.refine_before_aside)
+        rows += _curve("refinement", block, before, block.refine_epochs, block.refine_kept_epoch)
+    return Dataset(("block", "training", "epoch", "trained", "aside", "is_kept"), tuple(rows))
+
+
+def _curve(
+    training: str, block: BlockState, before: EpochLoss, epochs: Sequence[EpochLoss], kept: int | None
+) -> list[tuple[Cell, ...]]:
+    if not epochs:
+        return []
+    return [
+        (block.block, training, number, loss.trained, loss.aside, int(number == kept))
+        for number, loss in enumerate((before, *epochs))
+    ]
+
+
+def steps(state: RunStatus) -> Dataset:
+    """Time and peak memory of each step that is done, in their order."""
+    rows = tuple(
+        (number, step.name, step.kind, step.block, step.elapsed_s, step.peak_memory_bytes, step.peak_device_bytes)
+        for number, step in enumerate(step for step in state.steps if step.is_done)
+    )
+    columns = ("number", "step", "kind", "block", "elapsed_s", "peak_memory_bytes", "peak_device_bytes")
+    return Dataset(columns, rows)

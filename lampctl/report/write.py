@@ -1,0 +1,94 @@
+"""From runs to a folder with a page, and its figures as PNG and CSV files beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+
+from lampctl.report.comparison import compare
+from lampctl.report.contents import RunReport, contents, heading, pictures
+from lampctl.report.page import GENERATOR, page
+from lampctl.report.style import require_matplotlib
+from pipeline.config import RunConfig
+from pipeline.continuations import Continuation, continuations
+from pipeline.errors import ConfigError, ConfigMismatch
+from pipeline.rundir import RunDirectory
+from pipeline.scrub import scrub
+from pipeline.session import reopen
+from pipeline.standing import standing_of
+from pipeline.storage.objects import is_address
+from pipeline.summary import status
+from stages.errors import ResourceError
+from stages.protocols import Watcher
+
+PAGE = "index.html"
+_FIGURES = "figures"
+
+
+def write_report(
+    places: Sequence[str], out: Path, prompts: Sequence[str], num_tokens: int, device: str, hooks: Watcher
+) -> list[Path]:
+    """Write the report of these runs to the folder `out`; the files that were written, the page first.
+
+    prompts: what the models write on from; none: no text. Raises ConfigError where `out` holds something else, or
+    matplotlib is missing; what reading a run raises.
+    """
+    require_matplotlib()
+    require_ours(out, places)
+    opened = [reopen(place) for place in places]
+    texts: Sequence[tuple[Continuation, ...]] = [()] * len(opened)
+    if prompts:
+        try:
+            texts = continuations(opened, prompts, num_tokens, device, hooks)
+        except (ResourceError, ConfigMismatch) as error:  # an original that is gone, or another one by now
+            raise type(error)(f"{error}; or leave the text out: --no-text") from error
+    runs = [_report_of(run, config, written) for (run, config), written in zip(opened, texts, strict=True)]
+    sections = contents(runs, compare([standing_of(run.state) for run in runs]))
+    title, subtitle = heading(runs)
+    footer = f"Made by lampctl {importlib.metadata.version('lampctl')} from the commits of the run directories alone."
+    figures = out / _FIGURES
+    figures.mkdir(parents=True, exist_ok=True)
+    written = [out / PAGE]
+    for picture in pictures(sections):
+        written.append(figures / f"{picture.name}.png")
+        written[-1].write_bytes(picture.png)
+        if picture.csv is not None:
+            written.append(figures / f"{picture.name}.csv")
+            written[-1].write_text(picture.csv, encoding="utf-8")
+    written[0].write_text(page(title, subtitle, sections, footer), encoding="utf-8")
+    return written
+
+
+def require_ours(out: Path, places: Sequence[str]) -> None:
+    """Raise ConfigError unless `out` is missing, empty, or an earlier report."""
+    for place in places:
+        if not is_address(place) and out.resolve().is_relative_to(Path(place).resolve()):
+            raise ConfigError(f"--out {out} lies inside the run {place}: name another folder")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: name a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    try:
+        is_ours = f'content="{GENERATOR}"' in (out / PAGE).read_text(encoding="utf-8", errors="replace")[:1000]
+    except FileNotFoundError:
+        is_ours = False
+    if not is_ours:
+        raise ConfigError(f"--out {out} holds something that is no report: name a new folder")
+
+
+def _report_of(run: RunDirectory, config: RunConfig, written: tuple[Continuation, ...]) -> RunReport:
+    manifest, environment = run.manifest, run.environment
+    model, device = manifest.model, environment["device"]
+    revision = f" at {model['revision'][:12]}" if model["revision"] else ""
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    return RunReport(
+        state=status(run, config),
+        created=f"{manifest.created_at:%Y-%m-%d}",
+        model=f"{model['model_type']}, {model['num_blocks']} blocks of width {model['hidden_size']}{revision}",
+        environment={
+            "computed on": f"{device['device_name']}, {device['num_threads']} thread(s), {device['dtype']}",
+            "versions": scrub(f"Python {environment['python']}, {packages}"),
+        },
+        continuations=written,
+    )
