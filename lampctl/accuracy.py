@@ -104,7 +104,7 @@ def mean_notes(measured: Sequence[Measured]) -> list[str]:
     num_all, num_norm = (means.get(name, {}).get("num_tasks", 0) for name in _METRICS)
     if len(measured) < 2 or not num_norm or num_norm == num_all:
         return []
-    return [f"The mean of acc_norm is over the {num_norm} tasks that have it."]
+    return [f"The mean of acc_norm is over the tasks that have it, {num_norm} of {num_all}."]
 
 
 def _metric_names(measured: Sequence[Measured]) -> list[str]:

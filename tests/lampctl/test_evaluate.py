@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +128,20 @@ def test_a_run_keeps_accuracies_in_its_commits(lampctl, tmp_path):
     assert (changed.code, "have changed since" in changed.err) == (3, True)
     refused = lampctl("evaluate", "r", "--device", "cpu")
     assert (refused.code, "--device: r is a run" in refused.err) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_datasets_cache_of_its_own")
+def test_the_harness_itself_gives_the_same(lampctl, tmp_path):
+    save(tmp_path / "m", "llama")
+    write_rows(tmp_path / "rows")
+    ours = lampctl(
+        "evaluate", "m", "--tasks", "arc_easy,boolq", "--task-data", "rows", "--device", "cpu", "--json"
+    ).json
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", "pretrained=m", "--device", "cpu"]
+    command += ["--batch_size", "1", "--include_path", ours["task_files"], "--tasks", "arc_easy,boolq"]
+    subprocess.run([*command, "--output_path", "theirs"], check=True)
+    found = json.loads(next(Path("theirs").rglob("results*.json")).read_text())["results"]
+    for each in ours["accuracies"]:
+        theirs = {key.removesuffix(",none"): value for key, value in found[each["task"]].items()}
+        assert each["metrics"] == {name: theirs[name] for name in each["metrics"]}
