@@ -28,7 +28,7 @@ def continuations(
     device: str,
     hooks: Watcher,
 ) -> tuple[tuple[Continuation, ...], ...]:
-    """For each run its continuations of the prompts; none for one that is not exported yet.
+    """For each run its continuations of the prompts; none for one that is not exported yet, or writes no text.
 
     Both models are checked to be what the run says. An original that several runs share writes once.
     Raises ResourceError or ConfigMismatch where an original is gone or has changed; DamagedData.
@@ -41,7 +41,7 @@ def continuations(
     originals: dict[Path, tuple[str, ...]] = {}
     found: list[tuple[Continuation, ...]] = []
     for run, config in runs:
-        if run.commit_for("export") is None:
+        if run.commit_for("export") is None or run.manifest.model.get("task") == "vision":
             found.append(())
             continue
         trusts = config.trust_remote_code

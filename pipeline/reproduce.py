@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import RunConfig, complete
 from pipeline.published.estimates import Estimate, Scale, estimate
@@ -110,14 +109,10 @@ def _measured(table: Table, dataset: str, run: RunStatus) -> float | None:
     """A run's figure for a column, in the paper's unit."""
     if table.metric == "gpu_memory_gb":
         return run.peak_device_bytes / 1e9 if run.peak_device_bytes is not None else None
+    if table.metric == "accuracy":
+        return _accuracy(table, dataset, run)
     for result in run.evaluations:
-        if result.which != "pruned":
-            continue
-        if table.metric == "accuracy":
-            found = _accuracy(result.figures, dataset)
-            if found is not None:
-                return 100 * found
-        elif result.metric == table.metric and _is_of(result.source, dataset):
+        if result.which == "pruned" and result.metric == table.metric and _is_of(result.source, dataset):
             return result.value if table.metric == "perplexity" or result.value is None else 100 * result.value
     return None
 
@@ -127,10 +122,10 @@ def _is_of(source: str, dataset: str) -> bool:
     return source.partition(":")[0] == dataset
 
 
-def _accuracy(figures: Any, task: str) -> float | None:
-    found = figures.get("accuracies", {})
-    if task == "mean":
-        mean: float | None = figures.get("accuracy")
-        return mean
-    value = found.get(task)
-    return value["acc"] if isinstance(value, dict) else value
+def _accuracy(table: Table, task: str, run: RunStatus) -> float | None:
+    """In percent, of one task or the mean of all; None while some are missing."""
+    found = {result.task: result.metrics.get("acc") for result in run.accuracies if result.which == "pruned"}
+    wanted = [name for name in table.datasets if name != "mean"] if task == "mean" else [task]
+    values = [found.get(name) for name in wanted]
+    known = [value for value in values if value is not None]
+    return 100 * sum(known) / len(known) if len(known) == len(wanted) else None

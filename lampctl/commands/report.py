@@ -20,8 +20,8 @@ def report(
         bool,
         typer.Option(
             "--text/--no-text",
-            help="Have the original and the pruned models write. Unlike pruning, that takes a whole model in memory. "
-            "[default: --text]",
+            help="Have the original and the pruned models write, which takes a whole model in memory; vision models "
+            "show masks. [default: --text]",
         ),
     ] = True,
     prompt: Annotated[

@@ -13,9 +13,11 @@ from lampctl.names import METHODS, source_label
 from lampctl.report import data, figures
 from lampctl.report.comparison import Comparison
 from lampctl.report.data import Dataset
+from lampctl.report.masks import mask_gallery
 from lampctl.report.page import Paragraph, Part, Picture, Section, Table, Texts, Tiles
 from lampctl.units import duration, size
 from pipeline.continuations import Continuation
+from pipeline.mask_samples import MaskSample
 from pipeline.scrub import scrub, scrub_values
 from pipeline.summary import EvaluationResult, RunStatus, described, side_by_side
 from stages.figures import METRICS
@@ -30,6 +32,7 @@ class RunReport:
     model: str  # name and revision
     environment: dict[str, str]  # versions, device
     continuations: tuple[Continuation, ...] = ()
+    masks: tuple[MaskSample, ...] = ()
 
     @property
     def name(self) -> str:
@@ -55,6 +58,7 @@ def contents(runs: Sequence[RunReport], comparison: Comparison) -> tuple[Section
     if several:
         sections += _measured([run.state for run in runs])
     sections += _samples(runs, names)
+    sections += _masks(runs, names)
     for run, name in zip(runs, names, strict=True):
         parts = _figures_of(run.state, f"{name}-" if several else "")
         if several:
@@ -165,6 +169,24 @@ def _samples(runs: Sequence[RunReport], names: Sequence[str]) -> list[Section]:
         )
         parts.append(Texts(columns, rows))
     return [Section("text", "What the models write", tuple(parts))]
+
+
+def _masks(runs: Sequence[RunReport], names: Sequence[str]) -> list[Section]:
+    """What the models make of the same input: for vision models, the masks that they answer with."""
+    by_model: dict[str, list[tuple[str, tuple[MaskSample, ...]]]] = {}
+    for run, name in zip(runs, names, strict=True):
+        if run.masks:
+            by_model.setdefault(run.state.config.model, []).append((name, run.masks))
+    if not by_model:
+        return []
+    parts: list[Part] = [Paragraph("Each model is asked for the object at the red point; the best of its three masks.")]
+    for number, found in enumerate(by_model.values()):
+        titles = [name if len(runs) > 1 else "pruned" for name, _ in found]
+        drawn = mask_gallery([samples for _, samples in found], titles)
+        parts.append(
+            Picture(f"masks-{number}" if number else "masks", drawn, "Masks of the dense and the pruned model")
+        )
+    return [Section("masks", "What the models see", tuple(parts))]
 
 
 def _settings(runs: Sequence[RunReport], names: Sequence[str]) -> Section:

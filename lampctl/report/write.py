@@ -13,6 +13,7 @@ from lampctl.report.style import require_matplotlib
 from pipeline.config import RunConfig
 from pipeline.continuations import Continuation, continuations
 from pipeline.errors import ConfigError, ConfigMismatch
+from pipeline.mask_samples import MaskSample, mask_samples
 from pipeline.rundir import RunDirectory
 from pipeline.scrub import scrub
 from pipeline.session import reopen
@@ -24,6 +25,7 @@ from stages.protocols import Watcher
 
 PAGE = "index.html"
 _FIGURES = "figures"
+_NUM_PICTURES = 4
 
 
 def write_report(
@@ -38,12 +40,17 @@ def write_report(
     require_ours(out, places)
     opened = [reopen(place) for place in places]
     texts: Sequence[tuple[Continuation, ...]] = [()] * len(opened)
+    masks: Sequence[tuple[MaskSample, ...]] = [()] * len(opened)
     if prompts:
         try:
             texts = continuations(opened, prompts, num_tokens, device, hooks)
+            masks = mask_samples(opened, _NUM_PICTURES, device, hooks)
         except (ResourceError, ConfigMismatch) as error:  # an original that is gone, or another one by now
             raise type(error)(f"{error}; or leave the text out: --no-text") from error
-    runs = [_report_of(run, config, written) for (run, config), written in zip(opened, texts, strict=True)]
+    runs = [
+        _report_of(run, config, written, answered)
+        for (run, config), written, answered in zip(opened, texts, masks, strict=True)
+    ]
     sections = contents(runs, compare([standing_of(run.state) for run in runs]))
     title, subtitle = heading(runs)
     footer = f"Made by lampctl {importlib.metadata.version('lampctl')} from the commits of the run directories alone."
@@ -77,7 +84,9 @@ def require_ours(out: Path, places: Sequence[str]) -> None:
         raise ConfigError(f"--out {out} holds something that is no report: name a new folder")
 
 
-def _report_of(run: RunDirectory, config: RunConfig, written: tuple[Continuation, ...]) -> RunReport:
+def _report_of(
+    run: RunDirectory, config: RunConfig, written: tuple[Continuation, ...], masks: tuple[MaskSample, ...]
+) -> RunReport:
     manifest, environment = run.manifest, run.environment
     model, device = manifest.model, environment["device"]
     revision = f" at {model['revision'][:12]}" if model["revision"] else ""
@@ -91,4 +100,5 @@ def _report_of(run: RunDirectory, config: RunConfig, written: tuple[Continuation
             "versions": scrub(f"Python {environment['python']}, {packages}"),
         },
         continuations=written,
+        masks=masks,
     )

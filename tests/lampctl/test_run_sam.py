@@ -72,6 +72,22 @@ def test_a_run_ends_with_a_model_that_both_libraries_open(lampctl, sam, images, 
     assert lampctl("verify", "run").code == 0
 
 
+def test_a_report_shows_masks_in_the_place_of_text(lampctl, sam, images, tmp_path):
+    run = ("--sparsity", "0.5", "--method", "sparsegpt", "--num-samples", "4")
+    assert lampctl("run", sam, *run, "--calibration", images, "--evaluate", images, "--run-dir", "run").code == 0
+    answer = lampctl("report", "run", "--out", "page")
+    assert answer.code == 0, answer.err
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "What the models see" in page
+    assert "What the models write" not in page
+    assert (tmp_path / "page" / "figures" / "masks.png").stat().st_size > 10_000
+    table = lampctl("compare", "run", "--json")
+    assert {column["unit"] for column in table.json["columns"]} >= {"iou", "share"}
+    bare = lampctl("evaluate", sam, "--data", images, "--json")
+    dense = lampctl("status", "run", "--json").json["evaluations"]
+    assert bare.json["measured"][0]["iou"] == next(e["iou"] for e in dense if e["which"] == "dense")
+
+
 def test_the_papers_settings_are_those_for_segment_anything(lampctl, sam, images, tmp_path):
     answer = lampctl("run", sam, "--sparsity", "0.7", "--preset", "paper", *flags(images, "--epochs", "1", "--json"))
     assert answer.code == 0, answer.err

@@ -1,0 +1,75 @@
+"""What the models of vision runs answer to the same points, beside what their originals do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import RunConfig
+from pipeline.packing import published_model
+from pipeline.rundir import RunDirectory
+from stages.protocols import Watcher
+
+if TYPE_CHECKING:
+    from stages.predict_masks import Answer, Asked
+
+
+@dataclass(frozen=True)
+class MaskSample:
+    """One picture with a point in it, and the answers of the original and of the pruned model."""
+
+    asked: Asked
+    dense: Answer
+    pruned: Answer
+
+
+def mask_samples(
+    runs: Sequence[tuple[RunDirectory, RunConfig]], count: int, device: str, hooks: Watcher
+) -> tuple[tuple[MaskSample, ...], ...]:
+    """For each vision run its answers on the first images that it was evaluated on; none for any other run.
+
+    Both models are checked to be what the run says. Raises as `pipeline.continuations` does.
+    """
+    found: list[tuple[MaskSample, ...]] = []
+    originals: dict[tuple[Any, str], list[Answer]] = {}
+    for run, config in runs:
+        sources = [commit.figures["source"] for commit in run.commits if commit.figures.get("metric") == "iou"]
+        if run.commit_for("export") is None or not sources:
+            found.append(())
+            continue
+        found.append(_samples(run, config, sources[0], count, device, hooks, originals))
+    return tuple(found)
+
+
+def _samples(
+    run: RunDirectory,
+    config: RunConfig,
+    name: str,
+    count: int,
+    device: str,
+    hooks: Watcher,
+    originals: dict[tuple[Any, str], list[Answer]],
+) -> tuple[MaskSample, ...]:
+    from pipeline.work import StageWorker
+    from stages.data.images import ImageSource
+    from stages.device import apply, choose
+    from stages.models.sam import SamEncoder
+    from stages.models.source import resolve
+    from stages.predict_masks import answers_to, asked_of
+    from stages.tasks.named import open_model, parse_source
+
+    source = parse_source(name)
+    assert isinstance(source, ImageSource)
+    choices = choose(device)
+    apply(choices)
+    asked = asked_of(source, count)
+    original = StageWorker(run, config, {}).model
+    pruned = open_model(resolve(str(published_model(run))))
+    assert isinstance(original, SamEncoder)
+    assert isinstance(pruned, SamEncoder)
+    key = (original.source.path, name)
+    if key not in originals:
+        originals[key] = answers_to(original, asked, choices, hooks)
+    answers = answers_to(pruned, asked, choices, hooks)
+    return tuple(MaskSample(*sample) for sample in zip(asked, originals[key], answers, strict=True))
