@@ -83,9 +83,9 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     known = [value for value in values if value > 0 and math.isfinite(value)]
-    axes.set_yscale("log")
     if not known:
         return
+    axes.set_yscale("log")
     span = max(math.log10(max(known) / min(known)), 0.05)
     low, high = min(known) / 10 ** (0.1 * span), max(known) * 10 ** (0.1 * span)
     axes.set_ylim(low, high)

@@ -53,7 +53,7 @@ def write_report(
     ]
     sections = contents(runs, compare([standing_of(run.state) for run in runs]))
     title, subtitle = heading(runs)
-    footer = f"Made by lampctl {importlib.metadata.version('lampctl')} from the commits of the run directories alone."
+    footer = f"Made by lampctl {importlib.metadata.version('lampctl')} from what the run directories hold."
     figures = out / _FIGURES
     figures.mkdir(parents=True, exist_ok=True)
     written = [out / PAGE]
