@@ -188,9 +188,10 @@ def main() -> None:
     here = Path(__file__).parent
     parser.add_argument("--out", type=Path, default=here / "sam-tiny")
     parser.add_argument("--checkpoint", type=Path, default=here / "sam-tiny.training.pt", help="deleted at the end")
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--unseen", type=int, default=400, help="scenes that the result is measured on")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("medium")  # on AMD processors the fast path, in fp32
@@ -235,7 +236,7 @@ def main() -> None:
             unfinished = options.checkpoint.with_suffix(".tmp")
             torch.save(kept, unfinished)
             unfinished.replace(options.checkpoint)
-    print(f"single-point IoU on 400 unseen scenes: {evaluate(sam, 400):.4f}", flush=True)
+    print(f"single-point IoU on {options.unseen} unseen scenes: {evaluate(sam, options.unseen):.4f}", flush=True)
     write_folder({name: tensor.half() for name, tensor in sam.state_dict().items()}, SIZES, options.out)
     options.checkpoint.unlink(missing_ok=True)
 

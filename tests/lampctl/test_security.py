@@ -133,5 +133,6 @@ def test_nothing_is_unpickled_but_tensors_and_only_when_converting():
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 if unsafe.search(line) and ".eval()" not in line:
                     found.append((path.relative_to(root).as_posix(), number, line.strip()))
-    assert [path for path, _, _ in found] == ["stages/models/convert.py"], found
+    converting = ["stages/models/convert.py", "stages/models/sam_checkpoint.py"]
+    assert sorted(path for path, _, _ in found) == converting, found
     assert "weights_only=True" in found[0][2]

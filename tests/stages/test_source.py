@@ -70,7 +70,8 @@ def test_without_the_hub_the_cached_copy_is_used_and_said(hub, monkeypatch, capl
 
 
 def test_the_aliases_are_those_that_are_promised():
-    assert set(source.ALIASES) == {"opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "llama-2-7b", "smollm2-135m"}
+    language = {"opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "llama-2-7b", "smollm2-135m"}
+    assert set(source.ALIASES) == language | {"sam-vit-b", "sam-vit-l", "sam-vit-h"}
     assert HUB_ALIASES["llama-2-7b"] == "meta-llama/Llama-2-7b-hf"
 
 

@@ -1,0 +1,81 @@
+"""The vision examples: scenes are what their masks say, training learns and goes on, pictures are drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.data.images import decode_mask
+from stages.tasks.named import parse_source
+from tests.small_sam import save
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    spec = importlib.util.spec_from_file_location("drawn_scenes", EXAMPLES / "drawn_scenes.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["drawn_scenes"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_scene_is_always_the_same_and_its_masks_do_not_overlap(scenes):
+    for number in range(5):
+        scene, again = scenes.draw(number), scenes.draw(number)
+        assert np.array_equal(scene.image, again.image)
+        assert scene.masks.sum(axis=0).max() <= 1
+        assert all(mask.sum() >= scenes.SMALLEST for mask in scene.masks)
+    assert not np.array_equal(scenes.draw(0).image, scenes.draw(scenes.UNSEEN).image)
+
+
+def test_scenes_are_written_as_coco_has_them(scenes, tmp_path):
+    scenes.write_coco(tmp_path / "c", range(3))
+    records, skipped = parse_source(f"coco:{tmp_path / 'c'}").records()
+    assert not skipped.reasons
+    for record in records:
+        scene = scenes.draw(int(record.path.stem))
+        masks = [decode_mask(annotation.segmentation, record.size) for annotation in record.annotations]
+        assert np.array_equal(np.stack(masks), scene.masks)
+        assert np.array_equal(np.asarray(Image.open(record.path)), scene.image)
+
+
+def test_training_writes_a_model_that_opens(tmp_path):
+    out = tmp_path / "sam"
+    said = call("train_sam_tiny.py", "--steps", 2, "--out", out, "--checkpoint", tmp_path / "c.pt", "--unseen", 2)
+    assert "single-point IoU on 2 unseen scenes" in said
+    from stages.models.source import resolve
+    from stages.tasks.named import open_model
+
+    model = open_model(resolve(str(out)))
+    assert model.num_blocks == json.loads((out / "config.json").read_text())["vision_config"]["num_hidden_layers"]
+    assert (out / "model.safetensors").stat().st_size <= 8_000_000
+
+
+def test_answers_are_drawn_side_by_side(tmp_path):
+    folders = [save(tmp_path / f"m{seed}", seed) for seed in (0, 1)]
+    call("sam_predict.py", *folders, "--titles", "one,other", "--scenes", 2, "--out", tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as drawn:
+        assert drawn.width > 3 * 384
+        assert drawn.height > 2 * 384
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(photo)
+    call("sam_predict.py", *folders, "--image", photo, "--point", "20,30", "--out", tmp_path / "y.png")
+    assert (tmp_path / "y.png").stat().st_size > 1000
