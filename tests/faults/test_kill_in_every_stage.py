@@ -15,6 +15,7 @@ from tests import small_sam
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 TEXT = ("--calibration", "pydocs", "--seqlen", "64", "--evaluate", "pydocs", "--eval-max-tokens", "512")
 COMMON = ("--sparsity", "0.6", "--num-samples", "6", "--epochs", "2", "--device", "cpu")
+FLAGS = (*COMMON, *TEXT)
 
 # Runs the command line with a bomb: the process kills itself when a step of kind sys.argv[1] reports progress
 # for the second time, in the middle of its work.
@@ -65,7 +66,7 @@ def attempts_per_step(run: Path) -> dict[str, int]:
 def begin(request, tmp_path_factory):
     """The command that begins a run, for each task."""
     if request.param == "language":
-        return ("run", str(TINY_OPT), *COMMON, *TEXT)
+        return ("run", str(TINY_OPT), *FLAGS)
     folder = tmp_path_factory.mktemp("vision")
     images = f"coco:{small_sam.coco(folder / 'images')}"
     model = small_sam.save(folder / "sam")
@@ -105,6 +106,7 @@ def test_a_run_killed_once_in_every_stage_ends_with_the_same_weights(begin, quie
 
 
 # SIGTERM: tests/faults/test_stops_inside_steps.py
+@pytest.mark.parametrize("begin", ["language"], indirect=True)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130)])
 def test_a_signal_stops_at_a_batch_boundary_and_the_run_goes_on_later(number, code, begin, quiet_run, tmp_path):
     command = [sys.executable, "-m", "lampctl", *begin, "--run-dir", "run"]

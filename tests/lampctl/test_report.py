@@ -232,10 +232,10 @@ def test_figures_can_be_drawn_of_what_is_odd(state):
     """An infinite perplexity, an error of zero, a name with signs of its own, one block, no memory known."""
     columns = ("model", "metric", "data", "amount", "series", "run", "sparsity", "value")
     rows = (
-        ("a$b_{", "c$ @64", 640, "dense", None, 0.0, None),
-        ("a$b_{", "c$ @64", 640, "LAMP", "r", 0.5, None),
-        ("a$b_{", "c$ @64", 640, "LAMP", "r", 0.7, 12.0),
-        ("d", "e @64", 640, "dense", None, 0.0, 9.0),
+        ("a$b_{", "perplexity", "c$ @64", 640, "dense", None, 0.0, None),
+        ("a$b_{", "perplexity", "c$ @64", 640, "LAMP", "r", 0.5, None),
+        ("a$b_{", "perplexity", "c$ @64", 640, "LAMP", "r", 0.7, 12.0),
+        ("d", "perplexity", "e @64", 640, "dense", None, 0.0, 9.0),
     )
     drawn = [figures.measured_by_sparsity(data.Dataset(columns, rows))]
     zero = data.Dataset(("block", "layer", "relative_error"), ((0, "q", 0.0),))
