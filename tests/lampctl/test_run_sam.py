@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,3 +169,23 @@ def test_images_are_no_use_for_a_language_model(lampctl, images):
     answer = lampctl("run", TINY_OPT, "--sparsity", "0.5", "--calibration", images, "--num-samples", "4")
     assert answer.code == 2
     assert "holds images" in answer.err
+
+
+def test_lamp_beats_sparsegpt_and_sparsegpt_magnitude_on_a_trained_model(lampctl, tmp_path, monkeypatch):
+    """sam-tiny at 80%, where the gaps are wide: the paper's order."""
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    from drawn_scenes import UNSEEN, write_coco
+
+    write_coco(tmp_path / "calibration", range(24))
+    write_coco(tmp_path / "unseen", range(UNSEEN, UNSEEN + 30))
+    data = ("--calibration", "coco:calibration", "--num-samples", "24", "--evaluate", "coco:unseen")
+    found = {}
+    for method, more in (("magnitude", ()), ("sparsegpt", ()), ("lamp", ("--effort", "low", "--refine-epochs", "3"))):
+        call = ("run", examples / "sam-tiny", "--sparsity", "0.8", "--method", method, *data, "--run-dir", method)
+        answer = lampctl(*call, *more, "--json")
+        assert answer.code == 0, answer.err
+        found |= {(method, e["which"]): e["iou"] for e in answer.json["evaluations"]}
+    ious = [found[method, "pruned"] for method in ("magnitude", "sparsegpt", "lamp")]
+    assert ious[0] < ious[1] < ious[2] < found["lamp", "dense"], found
+    assert found["lamp", "dense"] > 0.7
