@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import gc
-import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import safetensors
 from torch import Tensor
 
 from pipeline.config import DRAWING_FIELDS, RunConfig
-from pipeline.disk import FileWriter
 from pipeline.engine import StepResult
 from pipeline.errors import ConfigMismatch
+from pipeline.exporting import budget_of, in_pieces, write_model
 from pipeline.plan import Evaluation, Step, ZeroShotEvaluation, is_stream
 from pipeline.prepare import drawing_of, fit_memory, fixed_sparsities, prunable_layers, task_data_of
 from pipeline.quantities import parse_size
@@ -24,25 +22,22 @@ from pipeline.rundir import Attempt, RunDirectory
 from pipeline.summary import card_facts
 from stages import export
 from stages.allocate import budget_by_outliers, outlier_shares
-from stages.budget import BlockBudget, LayerBudget
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.device import DeviceChoices, PeakMemory, release_memory
 from stages.errors import ResourceError
 from stages.finish_block import FinishedBlock
-from stages.mask_files import FOLDER as MASKS
 from stages.mask_files import mask_file, read_mask_file
 from stages.metrics.zeroshot import ZeroShot
 from stages.models.base import BlockModel
 from stages.models.source import resolve
-from stages.models.weights import Joined, StateFile, serialized
+from stages.models.weights import StateFile, serialized
 from stages.protocols import Hooks, Samples, Scratch
 from stages.prune_block import PruneSettings, prune_block
 from stages.refine_block import refine_block
 from stages.replay import replay
 from stages.tasks.base import Task
 from stages.tasks.named import open_model, parse_source, task_named
-from stages.tensor_bytes import Bytes
 from stages.training import Training, TrainingSettings
 
 # Of WikiText-2's test file, about; how long another text is, is known when it is evaluated.
@@ -266,7 +261,7 @@ class StageWorker:
         result = prune_block(
             self.model,
             block,
-            _budget_of(self.run.budget[block]),
+            budget_of(self.run.budget[block]),
             PruneSettings(
                 config.pruner or ("sparsegpt" if config.method == "lamp" else config.method),
                 config.damping,
@@ -306,7 +301,7 @@ class StageWorker:
     def _finish(self, attempt: Attempt, block: int, finished: FinishedBlock) -> dict[str, Any]:
         """Write a block as it will be exported; gives the figures of its weights."""
         pieces = export.block_shard(self.model, block, finished.state)
-        attempt.write_file(f"pruned/{block}", f"block-{block:05d}.safetensors", _all(pieces))
+        attempt.write_file(f"pruned/{block}", f"block-{block:05d}.safetensors", in_pieces(pieces))
         return {
             "num_masked": sum(layer.num_masked for layer in finished.layers),
             "num_other_zeros": sum(layer.num_other_zeros for layer in finished.layers),
@@ -384,51 +379,7 @@ class StageWorker:
         return {**_training_figures(result.training), **self._finish(attempt, block, result.finished)}
 
     def _export(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
-        folder = attempt.folder("model")
-        files: dict[str, list[str]] = {}
-        total_size, num_masked, num_other_zeros, most_levels = 0, 0, 0, 0
-        for block in range(self.model.num_blocks):
-            hooks.check_stop()
-            payload = self.run.payload(f"pruned/{block}")
-            path = self.run.open_file(f"pruned/{block}")
-            folder.link(path.name, payload.files[0])
-            masks = self.run.open_file(f"masks/{block}")
-            folder.link(f"{MASKS}/{masks.name}", self.run.payload(f"masks/{block}").files[0])
-            with safetensors.safe_open(path, framework="pt") as weights:
-                files[path.name] = list(weights.keys())
-                # Once more on the files themselves, whatever the commits say.
-                counted = export.count_block(weights, read_mask_file(masks), self.config.n_of_m)
-            total_size += payload.files[0].size
-            num_masked += counted.num_masked
-            num_other_zeros += counted.num_other_zeros
-            most_levels = max(most_levels, counted.num_levels)
-            hooks.report(block + 1, self.model.num_blocks + 1, "blocks")
-        outside: dict[str, Tensor] = {}
-        for shard in export.outside_shards(self.model, self.config.export_dtype):
-            written = folder.write(shard.filename, _all(shard.pieces()))
-            if self.model.has_other_forms:
-                outside.update(shard.tensors)
-            files[shard.filename] = list(shard.tensors)
-            total_size += written.size
-        folder.write("model.safetensors.index.json", export.index_json(files, total_size))
-        for name, contents in self.model.export_extras(self.config.export_dtype):
-            folder.write(name, contents)
-        blocks = (StateFile(self.run.open_file(f"pruned/{block}")) for block in range(self.model.num_blocks))
-        for name, write in self.model.other_forms(Joined((outside, *blocks)) if self.model.has_other_forms else {}):
-            folder.write(name, _through(write))
-        budget = [_budget_of(block) for block in self.run.budget]
-        if num_masked != sum(block.num_masked for block in budget):
-            raise AssertionError("the masks do not add up to the budget")
-        num_prunable = sum(block.size for block in budget)
-        return {
-            "num_masked": num_masked,
-            "num_prunable": num_prunable,
-            "num_other_zeros": num_other_zeros,
-            "sparsity": num_masked / num_prunable,
-            "pattern": self.config.pattern,
-            "num_levels": most_levels or None,
-            "size_bytes": total_size,
-        }
+        return write_model(self.run, self.model, self.config, attempt.folder("model"), hooks)
 
     def _evaluate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         what = self.evaluations[step.name]
@@ -478,34 +429,7 @@ class StageWorker:
 
 
 def _write_state(attempt: Attempt, name: str, state: Mapping[str, Tensor]) -> None:
-    attempt.write_file(name, "block.safetensors", _all(serialized(state)))
-
-
-def _all(pieces: Iterable[Bytes]) -> Callable[[FileWriter], None]:
-    """The contents of a file that is never whole in memory."""
-
-    def write(writer: FileWriter) -> None:
-        for piece in pieces:
-            writer.write(piece)
-
-    return write
-
-
-def _through(write: Callable[[IO[bytes]], None]) -> Callable[[FileWriter], None]:
-    """What writes to an open file, writing to the run's own writer."""
-
-    class Sink(io.RawIOBase):
-        def __init__(self, writer: FileWriter) -> None:
-            self._writer = writer
-
-        def writable(self) -> bool:
-            return True
-
-        def write(self, piece: Any, /) -> int:
-            self._writer.write(bytes(piece))
-            return len(piece)
-
-    return lambda writer: write(Sink(writer))  # type: ignore[arg-type]
+    attempt.write_file(name, "block.safetensors", in_pieces(serialized(state)))
 
 
 def _training_figures(training: Training) -> dict[str, Any]:
@@ -518,7 +442,3 @@ def _training_figures(training: Training) -> dict[str, Any]:
         "kept_epoch": training.kept_epoch,
         "num_steps": training.num_steps,
     }
-
-
-def _budget_of(record: Mapping[str, Any]) -> BlockBudget:
-    return BlockBudget(tuple(LayerBudget(**layer) for layer in record["layers"]))

@@ -10,6 +10,7 @@ from stages import mask_files
 from stages.errors import ResourceError, UsageError
 from stages.filedigest import digest_file
 from stages.mask_files import PrunedWeight, pack_bits, read_mask_file
+from stages.models.derived import derived_digest, derived_files
 from stages.packed import (
     CONTENTS,
     FORMAT,
@@ -75,6 +76,7 @@ class _Packing:
         self._folder, self._hooks = folder, hooks
         self.files = folder_files(folder)
         self._masks_of = _masks_of(folder, [name for name in self.files if is_mask_file(name)])
+        self._derived = derived_files(folder)
         self._digests: list[PackedFile] = []
         self._layers: dict[str, PackedLayer] = {}  # by "F:L" of its masks
 
@@ -91,6 +93,9 @@ class _Packing:
         """Put one file of the folder into the packed one."""
         if not name.endswith(".safetensors"):
             digest = digest_file(self._folder / name)
+            if name in self._derived and derived_digest(self._derived[name]) == digest:
+                self._digests.append(PackedFile(path=name, size=digest.size, sha256=digest.sha256, is_derived=True))
+                return
             with (self._folder / name).open("rb") as plain:
                 pieces = iter(lambda: plain.read(1 << 22), b"")
                 writer.add(f"{name}::bytes", "U8", [digest.size], pieces)

@@ -40,6 +40,7 @@ class PackedFile(BaseModel):
     path: str  # relative, with slashes
     size: int
     sha256: str
+    is_derived: bool = False  # follows from the other files (`stages.models.derived`), and is not in the packed one
 
 
 class PackedLayer(BaseModel):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.errors import DamagedFileError, UsageError
+from stages.errors import DamagedFileError, StageError, UsageError
 from stages.mask_files import pack_bits, unpack_bits
+from stages.models.derived import derived_files
 from stages.packed import AGAIN, Contents, PackedFile, PackedLayer, open_packed, read_contents
 from stages.packed_layer import FLOATS, decode, implied_mask, raw_bytes
 from stages.protocols import Watcher
@@ -30,18 +32,34 @@ def unpack(packed: Path, target_folder: Path, hooks: Watcher, create: Callable[[
     with open_packed(packed) as file:
         contents = read_contents(file)
         unpacking = _Unpacking(file, contents)
-        for number, about in enumerate(contents.files, 1):
+        # What follows from the other files comes last.
+        for number, about in enumerate(sorted(contents.files, key=lambda file: file.is_derived), 1):
             hooks.check_stop()
             path = target_folder / _relative(file.path, about)
             path.parent.mkdir(parents=True, exist_ok=True)
             sha256 = hashlib.sha256()
             with create(path) as sink:
-                for piece in unpacking.pieces(about):
+
+                def take(piece: Bytes, sink: Sink = sink, sha256: Any = sha256) -> None:
                     sha256.update(piece)
                     sink.write(piece)
+
+                if about.is_derived:
+                    _derive(file.path, about, target_folder)(take)
+                else:
+                    for piece in unpacking.pieces(about):
+                        take(piece)
             if sha256.hexdigest() != about.sha256:
                 raise DamagedFileError(f"{packed} is damaged: {about.path} in it is not what was packed. {AGAIN}")
             hooks.report(number, len(contents.files), "files")
+
+
+def _derive(packed: Path, about: PackedFile, folder: Path) -> Callable[[Callable[[bytes], object]], None]:
+    """What writes a file that follows from those unpacked before. Raises DamagedFileError."""
+    try:
+        return derived_files(folder)[about.path]
+    except (KeyError, StageError) as error:
+        raise DamagedFileError(f"{packed} is damaged: nothing gives {about.path} back. {AGAIN}") from error
 
 
 class _Unpacking:

@@ -89,6 +89,19 @@ def test_a_report_shows_masks_in_the_place_of_text(lampctl, sam, images, tmp_pat
     assert bare.json["measured"][0]["iou"] == next(e["iou"] for e in dense if e["which"] == "dense")
 
 
+def test_a_packed_file_leaves_out_what_follows_from_the_rest(lampctl, sam, images, tmp_path):
+    run = ("--sparsity", "0.7", "--method", "magnitude", "--export-dtype", "float16", "--no-evaluate-dense")
+    assert lampctl("run", sam, *run, "--evaluate", "", "--run-dir", "run").code == 0
+    answer = lampctl("export", "run", "--format", "packed", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["files_bytes"] < (tmp_path / "run" / "model" / "sam.pth").stat().st_size
+    back = lampctl("export", "--unpack", answer.json["path"], "--out", "back")
+    assert back.code == 0, back.err
+    for path in (tmp_path / "run" / "model").rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "back" / path.relative_to(tmp_path / "run" / "model")).read_bytes() == path.read_bytes()
+
+
 def test_the_papers_settings_are_those_for_segment_anything(lampctl, sam, images, tmp_path):
     answer = lampctl("run", sam, "--sparsity", "0.7", "--preset", "paper", *flags(images, "--epochs", "1", "--json"))
     assert answer.code == 0, answer.err
