@@ -194,11 +194,12 @@ def _watched_model() -> type[Any]:
 def _quiet() -> Iterator[None]:
     """Keep the harness and what it uses from writing notices and progress bars to the terminal: we have our own."""
     import datasets
+    from lm_eval import evaluator as harness
     from lm_eval.api import task as harness_task
     from transformers.utils import logging as transformers_logging
 
     logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, harness_task.tqdm
+    level, bar, git_hash = logger.level, harness_task.tqdm, harness.get_git_commit_hash
     is_datasets_quiet = datasets.are_progress_bars_disabled()
     are_weights_shown = transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
@@ -206,11 +207,13 @@ def _quiet() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     # This one alone cannot be turned off: "Building contexts" of lm_eval 0.4.
     harness_task.tqdm = functools.partial(bar, disable=True)
+    # It asks git about the folder one happens to be in, and git complains where that is no repository.
+    harness.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
         logger.setLevel(level)
-        harness_task.tqdm = bar
+        harness_task.tqdm, harness.get_git_commit_hash = bar, git_hash
         if are_weights_shown:
             transformers_logging.enable_progress_bar()
         if not is_datasets_quiet:
