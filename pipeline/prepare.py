@@ -173,6 +173,8 @@ def _with_absolute_paths(gathered: Gathered) -> Any:
 
 def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
     """The settings with the number of tokens that every sample of this model has, if it leaves no choice."""
+    from stages.tasks.named import task_named
+
     if model.fixed_tokens is None:
         return gathered
     for field in ("seqlen", "eval_seqlen", "eval_max_tokens"):
@@ -181,7 +183,7 @@ def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
                 f"{flag_of(field)}: every sample of {model.source.name} has {model.fixed_tokens} patches; leave it out"
             )
     fixed = {"seqlen": model.fixed_tokens, "eval_seqlen": model.fixed_tokens, "eval_max_tokens": None}
-    points = gathered.values.eval_points or "auto"
+    points = gathered.values.eval_points or task_named(model.task).default_points
     values = gathered.values.model_copy(update={**fixed, "eval_points": points})
     return Gathered(values, gathered.origins, gathered.preset)
 

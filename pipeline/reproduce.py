@@ -21,7 +21,6 @@ from stages.defaults import published as published_settings
 from stages.tasks.named import task_named
 
 # Tables whose runs are the same.
-_PATCHES = 64 * 64  # of an image of Segment Anything
 _SHARED = {"table1": "opt", "table2": "opt", "table4": "sam", "table5": "sam"}
 
 
@@ -70,18 +69,17 @@ def planned(
     if scale is None:
         return states, None
     todo = [settings_at(sweep.spec.gathered, state.trial.point) for state in states if state.state != "done"]
-    return states, estimate(scale, [_usual(found, model) for found in todo], flops_per_s)
+    return states, estimate(scale, [_usual(found, model, scale) for found in todo], flops_per_s)
 
 
-def _usual(gathered: Gathered, model: str) -> RunConfig:
+def _usual(gathered: Gathered, model: str, scale: Scale) -> RunConfig:
     """The configuration of a run as far as its cost goes, without the model being here."""
-    model_type, is_vision = model.partition("-")[0], model.startswith("sam-")
-    task = task_named("vision" if is_vision else "language")
-    defaults = published_settings(model_type, gathered.values.sparsity or 0.5)
+    task = task_named(scale.task)
+    defaults = published_settings(model.partition("-")[0], gathered.values.sparsity or 0.5)
     values = gathered.values.model_copy(
         update={
             "calibration": gathered.values.calibration or "c4",
-            "seqlen": _PATCHES if is_vision else gathered.values.seqlen,
+            "seqlen": scale.tokens or gathered.values.seqlen,
             "compile": None,
         }
     )

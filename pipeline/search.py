@@ -35,10 +35,11 @@ class Search:
 
     @property
     def _direction(self) -> Literal["minimize", "maximize"]:
-        # The only figure of images is IoU; everything else is a perplexity.
-        evaluate = self._spec.settings.get("evaluate") or ()
-        is_vision = any(str(name).startswith(("coco:", "sa1b:")) for name in evaluate)
-        return "maximize" if METRICS["iou" if is_vision else "perplexity"].higher_is_better else "minimize"
+        from stages.tasks.named import parse_source, task_named
+
+        named = self._spec.settings.get("evaluate")
+        task = task_named(parse_source(named[0]).task if named else "language")
+        return "maximize" if METRICS[task.metric].higher_is_better else "minimize"
 
     def drawn(self) -> list[Trial]:
         """All trials so far, in their order."""

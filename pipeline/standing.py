@@ -12,7 +12,7 @@ from pipeline.session import reopen
 from pipeline.storage.objects import is_address
 from pipeline.summary import EvaluationResult, RunStatus, evaluation_of, status
 from stages.protocols import Checkpoint, NullHooks, Watcher
-from stages.tasks.base import EvaluationProtocol, Points
+from stages.tasks.base import EvaluationProtocol
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,8 @@ def _measured(path: Path, name: str, measure: Measure, hooks: Watcher) -> Evalua
     source.check()
     seqlen = model.fixed_tokens or measure.seqlen or min(2048, model.max_positions or 2048)
     choices = replace(choices, batch_tokens=device.micro_batches(choices.torch_device, seqlen)[-1] * seqlen)
-    points: Points | None = "auto" if model.task == "vision" else None
-    protocol = EvaluationProtocol(seqlen, measure.max_tokens, points)
     task = task_named(model.task)
+    protocol = EvaluationProtocol(seqlen, measure.max_tokens, task.default_points)
     figures = task.evaluate(model, model, source, protocol, ListScratch(), choices, _InOneGo(hooks))
     step = f"evaluate/{Evaluation('pruned', source.name, protocol).subject}"
     return evaluation_of(step, {"which": "pruned", "source": source.name, **figures})

@@ -13,11 +13,11 @@ from lampctl.names import METHODS, source_label
 from lampctl.report import data, figures
 from lampctl.report.comparison import Comparison
 from lampctl.report.data import Dataset
+from lampctl.report.mask_samples import MaskSample
 from lampctl.report.masks import mask_gallery
 from lampctl.report.page import Paragraph, Part, Picture, Section, Table, Texts, Tiles
 from lampctl.units import duration, size
 from pipeline.continuations import Continuation
-from pipeline.mask_samples import MaskSample
 from pipeline.scrub import scrub, scrub_values
 from pipeline.summary import EvaluationResult, RunStatus, described, side_by_side
 from stages.figures import METRICS

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pipeline.mask_samples import MaskSample
+    from lampctl.report.mask_samples import MaskSample
 
 
 def mask_gallery(samples: Sequence[Sequence[MaskSample]], names: Sequence[str]) -> bytes:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from lampctl.report.comparison import compare
 from lampctl.report.contents import RunReport, contents, heading, pictures
+from lampctl.report.mask_samples import MaskSample, mask_samples
 from lampctl.report.page import GENERATOR, page
 from lampctl.report.style import require_matplotlib
 from pipeline.config import RunConfig
 from pipeline.continuations import Continuation, continuations
 from pipeline.errors import ConfigError, ConfigMismatch
-from pipeline.mask_samples import MaskSample, mask_samples
 from pipeline.rundir import RunDirectory
 from pipeline.scrub import scrub
 from pipeline.session import reopen

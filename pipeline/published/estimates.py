@@ -21,6 +21,12 @@ class Scale:
     hidden: int
     block: int  # weights of a block
     download_bytes: int  # 0: it is here
+    task: str = "language"
+    tokens: int | None = None  # of a sample, where the model leaves no choice
+
+
+def _sam(num_blocks: int, hidden: int, megabytes: int) -> Scale:
+    return Scale(num_blocks, hidden, 12 * hidden**2, megabytes * 1_000_000, "vision", 64 * 64)
 
 
 def _opt(num_blocks: int, hidden: int, megabytes: int) -> Scale:
@@ -34,9 +40,9 @@ KNOWN = {
     "opt-2.7b": _opt(32, 2560, 5_300),
     "opt-6.7b": _opt(32, 4096, 13_300),
     "llama-2-7b": Scale(32, 4096, 4 * 4096**2 + 3 * 4096 * 11_008, 13_480_000_000),
-    "sam-vit-b": _opt(12, 768, 375),
-    "sam-vit-l": _opt(24, 1024, 1_250),
-    "sam-vit-h": _opt(32, 1280, 2_565),
+    "sam-vit-b": _sam(12, 768, 375),
+    "sam-vit-l": _sam(24, 1024, 1_250),
+    "sam-vit-h": _sam(32, 1280, 2_565),
 }
 
 
@@ -64,7 +70,7 @@ def scale_of(model: str) -> Scale | None:
         return None
     block = sum(opened.entry_sizes(0).values())
     download = 1_000_000 * WHEEL_ALIASES[model].size_mb if model in WHEEL_ALIASES else 0
-    return Scale(opened.num_blocks, opened.hidden_size, block, download)
+    return Scale(opened.num_blocks, opened.hidden_size, block, download, opened.task, opened.fixed_tokens)
 
 
 def estimate(scale: Scale, configs: Sequence[RunConfig], flops_per_s: float) -> Estimate:

@@ -80,8 +80,10 @@ class Task(Protocol):
     """A kind of model."""
 
     name: str
+    metric: str  # of its usual evaluation, in `stages.figures.METRICS`
     default_calibration: str | None  # None: the user must name one
     default_evaluation: tuple[str, ...]
+    default_points: Points | None  # None: there are none
     missing_calibration: str  # what to say then
     missing_evaluation: str | None  # what to say where nothing would be measured
 

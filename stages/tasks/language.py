@@ -12,15 +12,17 @@ from stages.device import DeviceChoices
 from stages.evaluate import evaluate_text
 from stages.models.base import BlockModel, ModelFolder
 from stages.protocols import Hooks, Scratch
-from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Listed, require_task
+from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Listed, Points, require_task
 
 
 class Language:
     """A `stages.tasks.base.Task`."""
 
     name = "language"
+    metric = "perplexity"
     default_calibration: str | None = "c4"
     default_evaluation: tuple[str, ...] = ("wikitext2",)
+    default_points: Points | None = None
     missing_calibration = ""
     missing_evaluation: str | None = None
 

@@ -13,15 +13,17 @@ from stages.evaluate_masks import evaluate_masks
 from stages.models.base import BlockModel
 from stages.models.sam import SamEncoder
 from stages.protocols import Hooks, Scratch
-from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, require_task
+from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Points, require_task
 
 
 class Vision:
     """A `stages.tasks.base.Task`."""
 
     name = "vision"
+    metric = "iou"
     default_calibration: str | None = None
     default_evaluation: tuple[str, ...] = ()
+    default_points: Points | None = "auto"
     missing_calibration = (
         "--calibration is missing: name images, as sa1b:DIR (an archive of SA-1B, unpacked), coco:DIR or images:DIR"
     )
