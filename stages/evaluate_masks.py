@@ -6,6 +6,7 @@ S: pixels on a side.    G: patches on a side.    C: channels of the encoder.    
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from stages.data.images import (
     read_pixels,
 )
 from stages.device import DeviceChoices, computing
-from stages.errors import UsageError
+from stages.errors import NumericalError, UsageError
 from stages.metrics.iou import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
 from stages.models.sam import SamEncoder, SamEnds
 from stages.overlap import Reading, Writing
@@ -140,6 +141,8 @@ class _Measuring:
         self.scores: list[MaskScore] = []
         self.skipped: dict[str, int] = {}
         self.num_seen = 0
+        self._passed_over: Counter[str] = Counter()  # in the group at hand
+        self._new: list[MaskScore] = []  # of the group at hand
         listing = "\0".join(str(record.path) for record in records)
         self._data = hashlib.sha256(f"{source.digest()}\0{points}\0{listing}".encode()).hexdigest()
         restored = hooks.restore()
@@ -151,6 +154,7 @@ class _Measuring:
 
     def measure(self, numbers: Sequence[int], stream: Stream) -> None:
         """Add the scores of these images, no more than the stream holds."""
+        self._passed_over = Counter()
         found = []
         for number in numbers:
             try:
@@ -163,10 +167,14 @@ class _Measuring:
         if with_masks:
             self._measure([number for number, _ in with_masks], [record for _, record in with_masks], stream)
         self._done += (len(numbers) - len(with_masks)) * self._passes
+        # Together, and only once the group is done: a checkpoint before that begins it anew.
         self.num_seen += len(numbers)
+        self.skipped = dict(Counter(self.skipped) + self._passed_over)
+        self.scores = [*self.scores, *self._new]
+        self._new = []
 
     def _skip(self, reason: str) -> None:
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self._passed_over[reason] += 1
 
     def _measure(self, numbers: Sequence[int], records: Sequence[ImageRecord], stream: Stream) -> None:
         pictures = _Pictures(records, self.model.sizes.image_size)
@@ -203,7 +211,7 @@ class _Measuring:
                     self._advance()
         for reason in failed.values():
             self._skip(reason)
-        self.scores = [*self.scores, *new]
+        self._new = new
 
     def _scores_of(
         self,
@@ -227,7 +235,11 @@ class _Measuring:
             if not mask.any():
                 self._skip("masks that are empty")
                 continue
-            asked.append((mask, _point_of(annotation, mask, self.points, (number, place))))
+            point = _point_of(annotation, mask, self.points, (number, place))
+            if not (0 <= point[0] <= original_size[1] and 0 <= point[1] <= original_size[0]):
+                self._skip("masks whose point lies outside of the image")
+                continue
+            asked.append((mask, point))
         at_once = min(_POINTS_AT_ONCE, max(_MASK_NUMBERS_AT_ONCE // (original_size[0] * original_size[1]), 1))
         scale = (input_size[1] / original_size[1], input_size[0] / original_size[0])
         scores = []
@@ -235,6 +247,8 @@ class _Measuring:
             some = asked[start : start + at_once]
             where = torch.tensor([point for _, point in some], dtype=torch.float64) * torch.tensor(scale)
             logits, quality = ends.masks(embedding, where.float().to(self.device))
+            if not torch.isfinite(quality).all():
+                raise NumericalError(f"{self.model.source.name} answers with numbers that are not finite")
             best = quality.argmax(dim=1)
             rows = torch.arange(len(some), device=self.device)
             full = ends.full_size(logits[rows, best][:, None], input_size, original_size)

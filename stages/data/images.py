@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -94,7 +96,8 @@ class ImageSource:
         if self.kind == "coco":
             listing.update(digest_file(self._instances).sha256.encode())
         for record in records:
-            listing.update(f"{record.path.relative_to(self.folder)}\0{record.path.stat().st_size}\0".encode())
+            name = os.path.relpath(record.path, self.folder).encode("utf-8", "surrogateescape")
+            listing.update(name + f"\0{record.path.stat().st_size}\0".encode())
             if self.kind == "sa1b":
                 listing.update(f"{record.path.with_suffix('.json').stat().st_size}\0".encode())
         return {"num_images": len(records), "sha256": listing.hexdigest()}
@@ -154,15 +157,23 @@ def read_pixels(record: ImageRecord) -> np.ndarray:
                 if lies != record.size:
                     raise UnusableImageError("of another size than its annotations say")
                 turned = image
-            if turned.mode.startswith("I"):
-                scaled = np.asarray(turned, dtype=np.float32) / 257.0
-                grey = np.clip(scaled, 0, 255).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
+            if turned.mode[0] in "IF":  # 16 or 32 bits, or floating point: PIL would only cut off
+                return np.repeat(_eight_bits(np.asarray(turned, dtype=np.float64))[:, :, None], 3, axis=2)
             return np.asarray(turned.convert("RGB"))
     except FileNotFoundError as error:
         raise UnusableImageError("missing") from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnusableImageError("broken") from error
+
+
+def _eight_bits(grey: np.ndarray) -> np.ndarray:
+    """Grey levels as 0 to 255: of floats up to 1, of 16-bit numbers, or as they are."""
+    highest = float(grey.max()) if grey.size else 0.0
+    if not math.isfinite(highest):
+        raise UnusableImageError("broken")
+    scale = 255.0 if highest <= 1 else 1.0 if highest <= 255 else 1 / 257.0
+    levels: np.ndarray = np.clip(np.rint(grey * scale), 0, 255).astype(np.uint8)
+    return levels
 
 
 def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
@@ -175,6 +186,7 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     try:
         if isinstance(segmentation, list):
+            _require_plain(segmentation, size)
             coded = coding.merge(coding.frPyObjects(segmentation, height, width))
         elif isinstance(segmentation["counts"], list):
             coded = coding.frPyObjects(segmentation, height, width)
@@ -191,6 +203,16 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         raise UnusableImageError("with a mask that cannot be read") from error
     mask: np.ndarray = decoded.astype(bool)
     return mask
+
+
+def _require_plain(polygons: Any, size: tuple[int, int]) -> None:
+    """Raise ValueError for polygons that the library must not be given: it crashes, or fills the memory."""
+    farthest = 20 * (max(size) + 1)
+    for polygon in polygons:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError("a polygon has three corners at least")
+        if not all(isinstance(x, int | float) and abs(x) <= farthest for x in polygon):
+            raise ValueError("a corner that lies nowhere near the image")
 
 
 def _run_lengths(counts: str | bytes) -> list[int]:
@@ -226,9 +248,15 @@ def _listed(source: ImageSource) -> tuple[list[ImageRecord], Skipped]:
         return _coco_records(source)
     skipped = Skipped()
     try:
-        files = sorted(path for path in source.folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+        named = sorted(path for path in source.folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     except OSError as error:
         raise UsageError(f"{source.name} cannot be read: {error.strerror}") from error
+    files = []
+    for path in named:
+        if os.path.isfile(path):  # where a link leads nowhere, pathlib raises
+            files.append(path)
+        else:
+            skipped.add("no file", path)
     if source.kind == "images":
         return [ImageRecord(path, None) for path in files], skipped
     records = []
@@ -247,7 +275,7 @@ def _listed(source: ImageSource) -> tuple[list[ImageRecord], Skipped]:
 def _coco_records(source: ImageSource) -> tuple[list[ImageRecord], Skipped]:
     path, skipped = source._instances, Skipped()
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         images, annotations = content["images"], content["annotations"]
         grouped: dict[Any, list[Annotation]] = {}
         for entry in annotations:
@@ -256,13 +284,17 @@ def _coco_records(source: ImageSource) -> tuple[list[ImageRecord], Skipped]:
                 grouped.setdefault(entry["image_id"], []).append(Annotation(entry["segmentation"], ()))
         found = []
         for image in sorted(images, key=lambda image: str(image["file_name"])):
-            place = _image_place(source.folder, path, str(image["file_name"]))
+            name = str(image["file_name"])
             size = (int(image["height"]), int(image["width"]))
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                skipped.add("named outside of the folder", Path(name[:200]))
+                continue
+            place = _image_place(source.folder, path, name)
             if place is None:
-                skipped.add("annotated, but missing", source.folder / str(image["file_name"]))
+                skipped.add("annotated, but missing", source.folder / name[:200])
             else:
                 found.append(ImageRecord(place, size, tuple(grouped.get(image["id"], ()))))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as COCO annotations ({type(error).__name__}: {error})") from error
     return found, skipped
 
@@ -270,21 +302,21 @@ def _coco_records(source: ImageSource) -> tuple[list[ImageRecord], Skipped]:
 def _image_place(folder: Path, instances: Path, name: str) -> Path | None:
     split = instances.stem.removeprefix("instances_")
     for place in (folder / name, folder / "images" / name, folder / split / name, folder / "images" / split / name):
-        if place.is_file():
+        if os.path.isfile(place):  # False, too, for a name that no file system takes
             return place
     return None
 
 
 def _sa1b_record(path: Path) -> ImageRecord:
     try:
-        content: Mapping[str, Any] = json.loads(path.with_suffix(".json").read_text())
+        content: Mapping[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8-sig"))
         size = (int(content["image"]["height"]), int(content["image"]["width"]))
         annotations = tuple(
             Annotation(entry["segmentation"], tuple((float(x), float(y)) for x, y in entry.get("point_coords", ())))
             for entry in content["annotations"]
             if not entry.get("iscrowd")
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UnusableImageError("with annotations that cannot be read") from error
     return ImageRecord(path, size, annotations)
 
@@ -299,46 +331,21 @@ class Prepared:
 
 
 def prepare(pixels: np.ndarray, side: int) -> Prepared:
-    """Meta's preprocessing: longest side resized to `side`, pixels normalised, zeros to the right and below."""
+    """Meta's preprocessing: longest side resized to `side`, pixels normalised, zeros to the right and below.
+
+    Raises UnusableImageError for a picture so narrow that nothing of it is left.
+    """
     import torch
     from segment_anything.utils.transforms import ResizeLongestSide
     from torch.nn.functional import pad
 
     from stages.models.sam_modules import PIXEL_MEAN, PIXEL_STD
 
+    if min(pixels.shape[:2]) * side < 0.5 * max(pixels.shape[:2]):
+        raise UnusableImageError("too narrow")
     resized = torch.from_numpy(np.ascontiguousarray(ResizeLongestSide(side).apply_image(pixels)))
     channels = resized.permute(2, 0, 1).float()
     normalised = (channels - torch.tensor(PIXEL_MEAN).view(-1, 1, 1)) / torch.tensor(PIXEL_STD).view(-1, 1, 1)
     height, width = normalised.shape[1:]
     padded = pad(normalised, (0, side - width, 0, side - height))
     return Prepared(padded, (height, width), (pixels.shape[0], pixels.shape[1]))
-
-
-def calibration_images(
-    source: ImageSource, side: int, num_samples: int, skip: int, seed: int, *, is_random: bool, skipped: Skipped
-) -> Iterator[Any]:
-    """`num_samples` pictures (3, side, side) float32, one at a time. Counts those passed over in `skipped`.
-
-    Raises UsageError, with the numbers, if the source holds too few that can be used.
-    """
-    records, found = source.records()
-    skipped.reasons.update(found.reasons)
-    given = usable = 0
-    for record in chosen(records, seed, is_random=is_random):
-        if given == num_samples:
-            return
-        try:
-            prepared = prepare(read_pixels(record), side)
-        except UnusableImageError as error:
-            skipped.add(str(error), record.path)
-            continue
-        usable += 1
-        if usable > skip:
-            given += 1
-            yield prepared.pixels
-    if given < num_samples:
-        passed = sum(skipped.reasons.values())
-        raise UsageError(
-            f"{source.name} holds {usable} pictures that can be used ({passed} cannot); {num_samples} samples"
-            f"{f' after skipping {skip}' if skip else ''} need {num_samples + skip}: lower --num-samples"
-        )

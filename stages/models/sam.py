@@ -39,7 +39,7 @@ class SamEncoder:
         """Raises UsageError for a configuration that is not of Meta's form, ResourceError for missing weights."""
         try:
             self._config: dict[str, Any] = json.loads((folder.path / "config.json").read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{folder.name}: its config.json cannot be read ({error})") from error
         self.source = folder
         self.sizes: SamSizes = sam_sizes(self._config, folder.name)
@@ -178,6 +178,12 @@ class SamEncoder:
                     f"{tuple(tensor.shape)}"
                 )
             found[name] = key
+        beyond = folder_name(f"{BLOCKS}.{self.num_blocks}.attn.qkv.weight", self.sizes.iou_head_depth)
+        if beyond in self._files:
+            raise UsageError(
+                f"{self.source.path} holds more blocks than the {self.num_blocks} of its config.json: they belong to "
+                "two different models"
+            )
         if missing:
             raise ResourceError(
                 f"{self.source.path} lacks {len(missing)} weights of a Segment Anything model, {missing[0]} among them"

@@ -10,6 +10,7 @@ import logging
 import pickle
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -94,6 +95,10 @@ def from_checkpoint(fetch: Callable[[], Path], sha256: str | None = None) -> Pat
             missing = sorted(expected.keys() - state.keys())
             if missing:
                 raise UsageError(f"{path} lacks {len(missing)} weights of Segment Anything, {missing[0]} among them")
+            for name, tensor in expected.items():
+                if tensor.shape != state[name].shape:
+                    shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+                    raise UsageError(f"{path}: {name} has shape {shapes} as its other weights ask for")
             write_folder({name: state[name] for name in expected}, sizes, target)
     return cached(target)
 
@@ -110,16 +115,30 @@ def write_folder(state: Mapping[str, Tensor], sizes: SamSizes, folder: Path) -> 
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    is_zip = zipfile.is_zipfile(path)  # what torch wrote before version 1.6 is none, and cannot be mapped
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        damaged = None
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip) if damaged is None else None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition("\x1b")[0][:200]
         raise ResourceError(
-            f"{path} cannot be read as a checkpoint of plain tensors ({str(error).splitlines()[0]}): it is truncated, "
-            "or no checkpoint; fetch it again"
+            f"{path} cannot be read as a checkpoint of plain tensors ({reason}): it is truncated, or no checkpoint; "
+            "fetch it again"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UsageError(f"{path} holds no plain dictionary of tensors, as Meta's checkpoints do")
+    if damaged is not None:
+        raise ResourceError(f"{path} is damaged ({damaged} in it is not what was written): fetch it again")
+    if not isinstance(state, Mapping) or not all(_is_plain(name, value) for name, value in state.items()):
+        raise UsageError(f"{path} holds no plain dictionary of floating-point tensors, as Meta's checkpoints do")
     return dict(state)
+
+
+def _is_plain(name: object, value: object) -> bool:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.is_floating_point() and value.layout == torch.strided and not value.is_meta
 
 
 def sizes_of_state(state: Mapping[str, Tensor], path: Path) -> SamSizes:
@@ -157,8 +176,10 @@ def sizes_of_state(state: Mapping[str, Tensor], path: Path) -> SamSizes:
             num_multimask_outputs=len(state["mask_decoder.mask_tokens.weight"]) - 1,
             decoder_norm_eps=META_SIZES["vit_b"].decoder_norm_eps,
         )
-    except (KeyError, ValueError, IndexError) as error:
+    except KeyError as error:
         raise UsageError(f"{path} is no checkpoint of Segment Anything: it lacks {error}") from error
+    except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(f"{path} is no checkpoint of Segment Anything: its weights have other shapes") from error
     return sizes
 
 

@@ -6,7 +6,7 @@ Source: Kirillov et al. 2023, package `segment_anything`; the configuration is t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,28 @@ class SamSizes:
     mask_in_chans: int
     num_multimask_outputs: int
     decoder_norm_eps: float  # Meta's is 1e-5; transformers' configurations say 1e-6
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for sizes that no model has."""
+        for name, value in asdict(self).items():
+            least = 0 if name == "window_size" else 1
+            if name == "decoder_norm_eps":
+                fits = isinstance(value, float) and 0 < value < 1
+            elif name == "global_attn_indexes":
+                fits = all(type(index) is int for index in value)
+            else:
+                fits = type(value) is int and least <= value <= _LARGEST
+            if not fits:
+                raise UsageError(f"no Segment Anything model has {name} = {value!r}")
+        parts = {
+            "image_size by patch_size": self.image_size % self.patch_size,
+            "embed_dim by num_heads": self.embed_dim % self.num_heads,
+            "prompt_dim by 8": self.prompt_dim % 8,
+            "half of prompt_dim by decoder_heads": self.prompt_dim // 2 % self.decoder_heads,
+        }
+        uneven = [what for what, rest in parts.items() if rest]
+        if uneven:
+            raise UsageError(f"no Segment Anything model has such sizes: {uneven[0]} does not come out even")
 
     @property
     def grid(self) -> int:
@@ -93,13 +115,23 @@ class SamSizes:
 
 def sam_sizes(config: Mapping[str, Any], name: str = "the model") -> SamSizes:
     """The sizes that a `config.json` states. Raises UsageError for forms that Meta's modules do not have."""
-    vision = {"model_type": "sam_vision_model", **_VISION_DEFAULTS, **(config.get("vision_config") or {})}
-    prompt = {**_PROMPT_DEFAULTS, **(config.get("prompt_encoder_config") or {})}
-    decoder = {**_DECODER_DEFAULTS, **(config.get("mask_decoder_config") or {})}
+    parts = [config.get(f"{part}_config") or {} for part in ("vision", "prompt_encoder", "mask_decoder")]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise UsageError(f"{name}: its config.json describes no Segment Anything model")
+    defaults = (_VISION_DEFAULTS, _PROMPT_DEFAULTS, _DECODER_DEFAULTS)
+    vision, prompt, decoder = ({**usual, **part} for usual, part in zip(defaults, parts, strict=True))
     fixed = {"qkv_bias": True, "use_abs_pos": True, "use_rel_pos": True, "hidden_act": "gelu", "num_channels": 3}
     odd = [f"{key} = {vision[key]}" for key, value in fixed.items() if vision[key] != value]
     if decoder["attention_downsample_rate"] != 2:
         odd.append(f"attention_downsample_rate = {decoder['attention_downsample_rate']}")
+    same = {
+        "vision_config.layer_norm_eps": (vision["layer_norm_eps"], 1e-6),
+        "mask_decoder_config.hidden_act": (decoder["hidden_act"], "relu"),
+        "mask_decoder_config.hidden_size": (decoder["hidden_size"], vision["output_channels"]),
+        "prompt_encoder_config.hidden_act": (prompt["hidden_act"], "gelu"),
+        "prompt_encoder_config.hidden_size": (prompt["hidden_size"], vision["output_channels"]),
+    }
+    odd += [f"{key} = {found}" for key, (found, needed) in same.items() if found != needed]
     if not isinstance(vision["image_size"], int) or not isinstance(vision["patch_size"], int):
         odd.append("images that are no squares")
     if odd:
@@ -110,9 +142,9 @@ def sam_sizes(config: Mapping[str, Any], name: str = "the model") -> SamSizes:
         embed_dim=vision["hidden_size"],
         depth=vision["num_hidden_layers"],
         num_heads=vision["num_attention_heads"],
-        mlp_dim=vision["mlp_dim"] or int(vision["hidden_size"] * vision["mlp_ratio"]),
+        mlp_dim=vision["mlp_dim"] or _product(vision["hidden_size"], vision["mlp_ratio"]),
         window_size=vision["window_size"],
-        global_attn_indexes=tuple(vision["global_attn_indexes"]),
+        global_attn_indexes=tuple(vision["global_attn_indexes"] or ()),
         prompt_dim=vision["output_channels"],
         decoder_depth=decoder["num_hidden_layers"],
         decoder_heads=decoder["num_attention_heads"],
@@ -125,6 +157,13 @@ def sam_sizes(config: Mapping[str, Any], name: str = "the model") -> SamSizes:
     )
 
 
+def _product(left: Any, right: Any) -> Any:
+    """A width, where both are numbers; `SamSizes` refuses what comes back otherwise."""
+    numbers = isinstance(left, int | float) and isinstance(right, int | float)
+    return int(left * right) if numbers else None
+
+
+_LARGEST = 100_000
 _VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "output_channels": 256,
@@ -134,6 +173,7 @@ _VISION_DEFAULTS: dict[str, Any] = {
     "image_size": 1024,
     "patch_size": 16,
     "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
     "qkv_bias": True,
     "mlp_ratio": 4.0,
     "mlp_dim": None,
@@ -142,8 +182,10 @@ _VISION_DEFAULTS: dict[str, Any] = {
     "window_size": 14,
     "global_attn_indexes": (2, 5, 8, 11),
 }
-_PROMPT_DEFAULTS: dict[str, Any] = {"mask_input_channels": 16}
+_PROMPT_DEFAULTS: dict[str, Any] = {"mask_input_channels": 16, "hidden_size": 256, "hidden_act": "gelu"}
 _DECODER_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 256,
+    "hidden_act": "relu",
     "mlp_dim": 2048,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,

@@ -43,6 +43,6 @@ def _model_type(folder: ModelFolder) -> str | None:
     """What the configuration says; the decoder's reader explains one that cannot be read."""
     try:
         settings = json.loads((folder.path / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return settings.get("model_type") if isinstance(settings, dict) else None

@@ -50,11 +50,12 @@ class Vision:
         assert isinstance(model, SamEncoder)
         records, skipped = images.records()
         order = chosen(records, drawing.seed, is_random=drawing.sampling == "random")
-        usable = _usable(order, drawing.skip + drawing.num_samples, skipped)
+        usable = _usable(order, drawing.skip + drawing.num_samples, model.sizes.image_size, skipped)
         if len(usable) < drawing.skip + drawing.num_samples:
             raise UsageError(
                 f"{source.name} holds {len(usable)} pictures that can be read ({_listed(skipped)}), "
-                f"{drawing.skip + drawing.num_samples} are needed: lower --num-samples"
+                f"{drawing.skip + drawing.num_samples} are needed: "
+                + ("lower --num-samples" if usable else "name a folder of pictures")
             )
         drawn = usable[drawing.skip :]
         figures = {"num_images": len(drawn), "skipped": dict(skipped.reasons)}
@@ -89,14 +90,14 @@ class _Pictures:
         return pixels
 
 
-def _usable(order: list[ImageRecord], count: int, skipped: Skipped) -> list[ImageRecord]:
+def _usable(order: list[ImageRecord], count: int, side: int, skipped: Skipped) -> list[ImageRecord]:
     """The first `count` records whose pictures can be read; the others are counted."""
     found: list[ImageRecord] = []
     for record in order:
         if len(found) == count:
             break
         try:
-            read_pixels(record)
+            prepare(read_pixels(record), side)
         except UnusableImageError as error:
             skipped.add(str(error), record.path)
             continue
