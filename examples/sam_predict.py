@@ -35,7 +35,8 @@ class Question:
 @torch.no_grad()
 def answer(folder: str, question: Question) -> np.ndarray:
     """The mask (height, width) bool of the best predicted quality."""
-    processor, model = SamProcessor.from_pretrained(folder), SamModel.from_pretrained(folder).eval()
+    processor = SamProcessor.from_pretrained(folder)
+    model = SamModel.from_pretrained(folder, dtype=torch.float32).eval()  # whatever the weights are stored in
     inputs = processor(question.image, input_points=[[list(question.point)]], return_tensors="pt")
     found = model(**inputs, multimask_output=True)
     sizes = (inputs["original_sizes"], inputs["reshaped_input_sizes"])

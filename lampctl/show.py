@@ -51,7 +51,7 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
         console.print(_results_table(states))
         partial = [e for e in main.evaluations if _is_current(main, e) and e.is_partial]
         if partial:
-            console.print(f"* partial: {described(partial[0])}")
+            console.print(f"* {described(partial[0])}")
     else:
         for state in states:
             console.print(_summary_line(state))
@@ -67,7 +67,8 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
         console.print("\nThe pruned model:", _shown(main.model), soft_wrap=True, highlight=False)
         if not is_address(main.model):
             opens = "SamModel" if main.task == "vision" else "AutoModelForCausalLM"
-            load = f'{opens}.from_pretrained("{_shown(main.model)}", dtype="auto")'
+            dtype = "float32" if main.task == "vision" else "auto"  # pictures come in fp32
+            load = f'{opens}.from_pretrained("{_shown(main.model)}", dtype="{dtype}")'
             console.print("Load it:          " + load, soft_wrap=True, highlight=False)
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lampctl.names import source_label
 from lampctl.units import duration
+from pipeline.summary import described
 from stages.figures import METRICS, figure_text
 
 if TYPE_CHECKING:
@@ -51,13 +52,16 @@ def show_trials(sweep: Sweep, states: Sequence[TrialState], as_json: bool) -> No
     )
     for metric, source in measured:
         table.add_column(f"{METRICS[metric].title}\n{source_label(source)}", justify="right")
-    for title in ("sparsity", "pruning time"):
+    for title in ("achieved", "pruning time"):
         table.add_column(title, justify="right")
     for state in states:
         table.add_row(*_row(sweep, state, measured))
     console = Console(markup=False)
     console = console if console.is_terminal else Console(width=160, markup=False)
     console.print(table)
+    note = partial_note(states)
+    if note is not None:
+        console.print(note)
     dense = [r for state in states if state.run for r in state.run.evaluations if r.which == "dense"]
     for result in dense:
         console.print(f"dense: {METRICS[result.metric].title} {figure_text(result.metric, result.value)}")
@@ -78,11 +82,25 @@ def trial_value(state: TrialState, what: tuple[str, str]) -> float | None:
     return found[-1] if found else None
 
 
+def is_partial(state: TrialState, what: tuple[str, str]) -> bool:
+    """Whether a trial's figure is of a part of the data only."""
+    results = state.run.evaluations if state.run is not None else ()
+    return any(r.is_partial for r in results if (r.metric, r.source) == what and r.which == "pruned")
+
+
+def partial_note(states: Sequence[TrialState]) -> str | None:
+    """What a star stands for, if there is one."""
+    found = [r for state in states if state.run for r in state.run.evaluations if r.is_partial]
+    return f"* {described(found[0])}" if found else None
+
+
 def _row(sweep: Sweep, state: TrialState, measured: Sequence[tuple[str, str]]) -> list[str]:
     cells = [_value(state.trial.point.get(field)) for field in sweep.spec.fields]
     cells.append(state.state)
     run = state.run
-    cells += [figure_text(what[0], trial_value(state, what)) for what in measured]
+    for what in measured:
+        star = "*" if is_partial(state, what) else ""
+        cells.append(figure_text(what[0], trial_value(state, what)) + star)
     cells.append("-" if run is None or run.sparsity is None else f"{100 * run.sparsity:.2f}%")
     cells.append("-" if run is None or not run.num_done else duration(run.pruning_s))
     return cells

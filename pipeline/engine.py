@@ -150,7 +150,10 @@ class StopRequest:
     @staticmethod
     def _error(number: int) -> Preempted | Interrupted:
         kind = Interrupted if number == signal.SIGINT else Preempted
-        return kind(f"stopped by {signal.Signals(number).name}; committed steps are safe: `lampctl resume` goes on")
+        return kind(
+            f"stopped by {signal.Signals(number).name}; what is committed is safe; `lampctl resume`, or the "
+            "same command again, goes on"
+        )
 
 
 class _StepHooks:

@@ -131,8 +131,10 @@ def measure_model(folder: ModelFolder, wanted: Wanted, showing: Showing) -> Mode
     choices = device.choose(wanted.device, wanted.dtype)
     device.apply(choices)
     measured: tuple[dict[str, Any], ...] = ()
-    if wanted.sources:
+    if wanted.sources or wanted.tasks:
         model = open_model(folder)
+        _require_fitting(model, wanted)
+    if wanted.sources:
         seqlen = _seqlen(wanted, model)
         at_once = device.micro_batches(choices.torch_device, seqlen)[-1]
         choices = replace(choices, batch_tokens=at_once * seqlen)
@@ -150,6 +152,15 @@ def measure_model(folder: ModelFolder, wanted: Wanted, showing: Showing) -> Mode
         accuracies=accuracies,
         task_files=str(render(data)) if data is not None and wanted.tasks else None,
     )
+
+
+def _require_fitting(model: BlockModel, wanted: Wanted) -> None:
+    """Raise ConfigError for what says nothing about a model of this kind."""
+    if model.task != "vision":
+        return
+    for flag, value in (("--tasks", wanted.tasks), ("--seqlen", wanted.seqlen), ("--max-tokens", wanted.max_tokens)):
+        if value:
+            raise ConfigError(f"{flag}: {model.source.name} is a vision model; that is about text")
 
 
 def _seqlen(wanted: Wanted, model: BlockModel) -> int:

@@ -61,8 +61,8 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     from stages.tasks.named import open_model, task_named
 
     check_combinations(gathered)
-    settings = _with_absolute_paths(gathered)
-    gathered = Gathered(settings, gathered.origins, gathered.preset)
+    gathered = with_absolute_paths(gathered)
+    settings = gathered.values
     choices = choose(settings.device, settings.dtype, settings.threads)
     if settings.compile:
         require_compiler(choices.torch_device)
@@ -154,7 +154,7 @@ def sibling(gathered: Gathered, method: str) -> Gathered:
     return Gathered(values, origins, gathered.preset)
 
 
-def _with_absolute_paths(gathered: Gathered) -> Any:
+def with_absolute_paths(gathered: Gathered) -> Gathered:
     """The settings with local paths made absolute: a run can be resumed from another folder."""
     from stages.filedigest import local_path
     from stages.tasks.named import parse_source
@@ -168,7 +168,7 @@ def _with_absolute_paths(gathered: Gathered) -> Any:
         changes["calibration"] = parse_source(settings.calibration).name
     if settings.evaluate is not None:
         changes["evaluate"] = tuple(parse_source(source).name for source in settings.evaluate)
-    return settings.model_copy(update=changes)
+    return Gathered(settings.model_copy(update=changes), gathered.origins, gathered.preset)
 
 
 def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:

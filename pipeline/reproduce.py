@@ -5,11 +5,14 @@ Tables that differ only in what they measure (1 and 2, 4 and 5) share their runs
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import RunConfig, complete
+from pipeline.config import FREE_FIELDS, RunConfig, complete
+from pipeline.errors import ConfigError
 from pipeline.published.estimates import Estimate, Scale, estimate
 from pipeline.published.tables import Table, published, settings_of
 from pipeline.settings import Gathered
@@ -18,6 +21,7 @@ from pipeline.summary import RunStatus
 from pipeline.sweep import Sweep, TrialState
 from pipeline.sweep_spec import SweepSpec, name_of, settings_at
 from stages.defaults import published as published_settings
+from stages.filedigest import local_path
 from stages.tasks.named import task_named
 
 # Tables whose runs are the same.
@@ -45,13 +49,35 @@ def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence
         for method in table.methods
         if (found := settings_of(table, strategy, method)) is not None
     ]
-    values = {**gathered.values.model_dump(mode="json"), "model": model}
+    path = local_path(model)
+    named = str(path.resolve()) if path.exists() else model
+    values = {**gathered.values.model_dump(mode="json"), "model": named}
     spec = SweepSpec(
         settings=values, origins=gathered.origins, preset=gathered.preset, points=tuple(points), num_trials=None
     )
     folder = Path(model).name.removesuffix(".gguf") or "model"
-    place = f"{root.rstrip('/')}/{_SHARED.get(table.name, table.name)}/{folder}"
+    # Other settings, or another model of this name, are other runs.
+    own = {field: value for field, value in values.items() if field not in FREE_FIELDS}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+    place = f"{root.rstrip('/')}/{_SHARED.get(table.name, table.name)}/{folder}-{digest}"
     return Sweep(place, locate(place), spec)
+
+
+def require_fitting(table: Table, gathered: Gathered, task: str, model: str) -> None:
+    """Raise ConfigError before anything is done where a model or the data cannot fill a single cell of the table."""
+    wanted = "vision" if table.metric == "iou" else "language"
+    if task != wanted:
+        raise ConfigError(f"{table.name} is about {wanted} models, and {model} is a {task} model")
+    if table.metric not in ("perplexity", "iou"):
+        return
+    sources = gathered.values.evaluate or ()
+    if not any(_is_of(source, dataset) for source in sources for dataset in table.datasets):
+        named = ", ".join(f"{dataset}:PATH" for dataset in table.datasets)
+        raise ConfigError(f"{table.name} is measured on {', '.join(table.datasets)}: say --evaluate {named}")
+    if table.metric == "iou" and gathered.values.calibration is None:
+        raise ConfigError(
+            f"{table.name} needs images to calibrate on: --calibration sa1b:DIR (or coco:DIR, images:DIR)"
+        )
 
 
 def planned(

@@ -125,7 +125,8 @@ class RunDirectory:
                 raise RunNotFound(f"there is no run at {storage.label}: {shown} is missing") from None
             if storage.exists(_MANIFEST):  # made by another process a moment ago
                 return cls.open(storage, to_go_on=to_go_on)
-            raise NotARun(f"{storage.label} is no run directory: it has no {_MANIFEST}") from None
+            hint = "; of a sweep: lampctl sweep status" if storage.exists("sweep.json") else ""
+            raise NotARun(f"{storage.label} is no run directory: it has no {_MANIFEST}{hint}") from None
         try:
             return cls(storage, manifest, _replay(storage, manifest))
         except DamagedData:

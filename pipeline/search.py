@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ConfigError
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.sweep import Trial
 
 _STUDY = "lampctl"
+_ATTEMPTS = 4
 
 
 class Search:
@@ -26,12 +28,20 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna: Any = optuna
         self._spec = spec
-        try:
-            self._study: Any = optuna.create_study(
-                storage=database, study_name=_STUDY, direction=self._direction, load_if_exists=True
-            )
-        except Exception as error:
-            raise ConfigError(f"--storage {database}: {str(error).splitlines()[0]}") from error
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._study: Any = optuna.create_study(
+                    storage=database, study_name=_STUDY, direction=self._direction, load_if_exists=True
+                )
+                break
+            except Exception as error:
+                if attempt < _ATTEMPTS - 1:  # two that begin at once are in each other's way
+                    time.sleep(0.5 * (attempt + 1))
+                    continue
+                raise ConfigError(
+                    f"the search's database {database} cannot be used ({str(error).splitlines()[0]}); if it is "
+                    "damaged, move it away: the search begins anew, and runs that are done stay"
+                ) from error
 
     @property
     def _direction(self) -> Literal["minimize", "maximize"]:
@@ -44,12 +54,6 @@ class Search:
     def drawn(self) -> list[Trial]:
         """All trials so far, in their order."""
         return [self._trial(found) for found in self._study.get_trials(deepcopy=False)]
-
-    def unfinished(self) -> Trial | None:
-        """The first trial that was begun and has no result."""
-        running = self._optuna.trial.TrialState.RUNNING
-        found = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state == running]
-        return self._trial(found[0]) if found else None
 
     def draw(self) -> Trial | None:
         """A new point, written down; None if there are enough."""
@@ -68,10 +72,17 @@ class Search:
     def tell(self, trial: Trial, value: float | None) -> None:
         """The result of a trial; None: it failed, or its figure overflowed."""
         state = self._optuna.trial.TrialState
-        if value is None:
-            self._study.tell(trial.number, state=state.FAIL)
-        else:
-            self._study.tell(trial.number, value)
+        kept = self._study.get_trials(deepcopy=False)[trial.number]
+        if kept.state.is_finished():
+            return  # by an earlier call, or by another process
+        try:
+            if value is None:
+                self._study.tell(trial.number, state=state.FAIL)
+            else:
+                self._study.tell(trial.number, value)
+        except ValueError:
+            if not self._study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+                raise
 
     def _trial(self, found: Any) -> Trial:
         from pipeline.sweep import Trial

@@ -33,7 +33,7 @@ from pipeline.plausible import configuration_of, making_sense
 from pipeline.preflight import most_needed, require_room
 from pipeline.prepare import RUNS, Prepared, chain_of, environment_record, task_data_of
 from pipeline.rundir import RunDirectory, find_runs
-from pipeline.settings import explain
+from pipeline.settings import explain, flag_of
 from pipeline.storage.base import Storage
 from pipeline.storage.folder import free_bytes
 from pipeline.storage.locate import Place, locate, scratch_folder
@@ -103,7 +103,7 @@ def _require_same_text(run: RunDirectory, source: str, digest: Any) -> None:
         measured = commit.step.startswith("evaluate/") and commit.figures["source"] == source
         if measured and commit.figures["source_digest"] != digest:
             raise ConfigMismatch(
-                f"{source} has changed since {run.label} was evaluated on it: give the new text another name, so "
+                f"{source} has changed since {run.label} was evaluated on it: give the new data another name, so "
                 "that its figures stand beside the old ones"
             )
 
@@ -172,8 +172,16 @@ def change_evaluation(
     except ValidationError as error:
         raise ConfigError(explain(error, {})) from error
     check_evaluation(changed, run.manifest.model["max_positions"])
+    model, task = run.manifest.model["name"], run.manifest.model.get("task", "language")
+    if task == "vision":
+        language_only = ("eval_seqlen", "eval_max_tokens", "tasks", "task_data", "task_limit")
+        for field in language_only:
+            if changes.get(field):
+                raise ConfigError(f"{flag_of(field)}: {model} is a vision model; that is about text")
     for name in changed.evaluate:
         source = parse_source(name)
+        if source.task != task:
+            raise ConfigError(f"{name} is no data for {model}, a {task} model")
         source.check()
         _require_same_text(run, name, source.digest())
     if changed.tasks:

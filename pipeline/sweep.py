@@ -48,6 +48,8 @@ from pipeline.summary import RunStatus, status
 from pipeline.sweep_spec import SweepSpec, name_of, points_of, settings_at
 from stages.errors import StageError
 
+_MEASURES = ("evaluate", "eval_seqlen", "eval_max_tokens", "eval_points", "eval_max_images")
+_MEASURES_MORE = ("tasks", "task_data", "task_limit")
 Begin = Callable[[RunDirectory, RunConfig], None]
 
 _SPEC = "sweep.json"
@@ -120,6 +122,7 @@ class Sweep:
             spec = SweepSpec.model_validate_json(storage.read(_SPEC))
         except FileGone:
             raise RunNotFound(f"there is no sweep at {storage.label}: {_SPEC} is missing") from None
+            spec.gathered  # noqa: B018 - settings that make no sense are damage, too
         except ValidationError as error:
             raise DamagedData(f"{storage.label}/{_SPEC} is damaged: {error.errors()[0]['msg']}") from error
         return cls(place, storage, spec)
@@ -155,18 +158,20 @@ class Sweep:
             run, config = reopen(self.place_of("trials", trial.name))
         except RunNotFound:
             return TrialState(trial, "failed" if error else "waiting", None, error)
-        except DamagedData as damage:
+        except (DamagedData, NotARun, ConfigMismatch) as damage:
             return TrialState(trial, "failed", None, str(damage))
         state = status(run, config)
-        if state.is_finished:
+        if state.is_finished and _measures(config, self.spec.gathered):
             return TrialState(trial, "done", state)
         return TrialState(trial, "failed" if error else "begun", state, error)
 
     def _failure(self, trial: Trial) -> str | None:
         try:
             found: str = json.loads(self.storage.read(f"failures/{trial.name}.json"))["error"]
-        except (FileGone, ValueError, KeyError):
+        except FileGone:
             return None
+        except (ValueError, KeyError, TypeError, IndexError, PipelineError) as error:
+            return f"the record of its failure cannot be read ({type(error).__name__})"
         return found
 
     # -- work
@@ -187,10 +192,9 @@ class Sweep:
 
     def _run_search(self, begin: Begin, listener: Listener, stop: StopRequest) -> Iterator[TrialState]:
         search = self._search()
-        while True:
-            trial = search.unfinished() or search.draw()
-            if trial is None:
-                return
+        # First those that were drawn before: unfinished ones, failed ones, and any whose run has gone.
+        waiting = [trial for trial in search.drawn() if self._state(trial).state != "done"]
+        while trial := waiting.pop(0) if waiting else search.draw():
             state = self._do(trial, begin, listener, stop, evaluates_dense=False)
             search.tell(trial, state.value)
             yield state
@@ -248,3 +252,12 @@ class Sweep:
             begin(run, stem.config)
             go_on(run, stem.config, listener, stop, until=lambda step: step.kind == "capture")
         return run
+
+
+def _measures(config: RunConfig, gathered: Gathered) -> bool:
+    """Whether a run measures what is asked for now, as far as that says anything."""
+    for field in (*_MEASURES, *_MEASURES_MORE):
+        wanted = getattr(gathered.values, field)
+        if wanted is not None and wanted != getattr(config, field):
+            return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import FREE_FIELDS
 from pipeline.errors import ConfigError
-from pipeline.prepare import sibling
+from pipeline.prepare import sibling, with_absolute_paths
 from pipeline.settings import Gathered, Settings, explain, flag_of
 
 # (low, high, on a logarithmic scale): what the paper varies, where it varies it (its Figs. 3-8).
@@ -24,7 +25,9 @@ _USUAL = {
     "refine_lr": (1e-4, 5e-3, True),
     "lr_decay": (0.7, 1.0, False),
 }
+_NUMBERS = {"sparsity", "budget_spread", "damping", *_USUAL}
 _MOST_VALUES = 1000
+_LONGEST = 40  # letters of a value in a trial's name
 _NEVER = ("model", "revision", "trust_remote_code", *FREE_FIELDS)
 
 
@@ -70,6 +73,7 @@ def new_spec(
     gathered: Gathered, grids: Sequence[str], searches: str | None, num_trials: int | None, database: str | None
 ) -> SweepSpec:
     """The sweep that a user asked for. Raises ConfigError with what is wrong."""
+    gathered = with_absolute_paths(gathered)  # a sweep is resumed from anywhere
     grid = dict(_axis(text) for text in grids)
     if len(grid) < len(grids):
         raise ConfigError("--grid names one setting twice: give it all its values in one")
@@ -86,8 +90,14 @@ def new_spec(
         raise ConfigError("--trials and --storage are about --search")
     if ranges and not (gathered.values.evaluate is None or gathered.values.evaluate):
         raise ConfigError("--search needs --evaluate: it looks for the best figure of the first source")
+    repeated = [found.field for found in ranges if [other.field for other in ranges].count(found.field) > 1]
+    if repeated:
+        raise ConfigError(f"--search names {repeated[0]} twice")
+    for found in ranges:
+        for bound in (found.low, found.high):
+            settings_at(gathered, {found.field: bound})
     values = gathered.values.model_dump(mode="json")
-    return SweepSpec(
+    spec = SweepSpec(
         settings=values,
         origins=gathered.origins,
         preset=gathered.preset,
@@ -96,6 +106,9 @@ def new_spec(
         num_trials=num_trials,
         database=database,
     )
+    for point in points_of(spec):
+        settings_at(gathered, point)  # before anything is written
+    return spec
 
 
 def points_of(spec: SweepSpec) -> list[dict[str, Any]]:
@@ -128,13 +141,21 @@ def name_of(point: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return "".join(c if c.isalnum() or c in ".-" else "of" if c == ":" else "-" for c in text)[:60]
+    """As part of a file name; what that leaves out comes back as a digest, so that no two values share a name."""
+    text = repr(value) if isinstance(value, float) else str(value)
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "of" if c == ":" else "-" for c in text)
+    if len(plain) <= _LONGEST and text in (plain, plain.replace("of", ":")):
+        return plain
+    return f"{plain[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _axis(text: str) -> tuple[str, tuple[str, ...]]:
     field, values = _split(text, "--grid")
     found = tuple(dict.fromkeys(_values(field, values)))
+    if field == "calibration":
+        from stages.tasks.named import parse_source
+
+        found = tuple(parse_source(name).name for name in found)  # with absolute paths
     if not found:
         raise ConfigError(f"--grid {text}: no value is left")
     return field, found
@@ -162,6 +183,8 @@ def _values(field: str, text: str) -> Iterable[str]:
 def _range(text: str) -> Range:
     field, equals, bounds = text.strip().partition("=")
     field = _known(field, "--search")
+    if field not in _NUMBERS:
+        raise ConfigError(f"--search {field}: a search draws numbers; these it can: {', '.join(sorted(_NUMBERS))}")
     if not equals:
         if field not in _USUAL:
             raise ConfigError(f"--search {field}: say where, as {field}=LOW:HIGH or {field}=LOW:HIGH:log")

@@ -68,7 +68,11 @@ class PreemptionWatcher:
             try:
                 notice = self._aws() if self._cloud == "aws" else self._gcp()
                 if notice is not None:
-                    self._stop(Preempted(f"{notice}; committed steps are safe: `lampctl resume` goes on"))
+                    self._stop(
+                        Preempted(
+                            f"{notice}; what is committed is safe; `lampctl resume`, or the same command again, goes on"
+                        )
+                    )
                     return
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if not self._has_complained:

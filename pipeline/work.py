@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config import DRAWING_FIELDS, RunConfig
 from pipeline.engine import StepResult
-from pipeline.errors import ConfigMismatch
+from pipeline.errors import ConfigMismatch, DamagedData
 from pipeline.exporting import budget_of, in_pieces, write_model
 from pipeline.plan import Evaluation, Step, ZeroShotEvaluation, is_stream
 from pipeline.prepare import drawing_of, fit_memory, fixed_sparsities, prunable_layers, task_data_of
@@ -36,7 +36,7 @@ from stages.protocols import Hooks, Samples, Scratch
 from stages.prune_block import PruneSettings, prune_block
 from stages.refine_block import refine_block
 from stages.replay import replay
-from stages.tasks.base import Task
+from stages.tasks.base import DataSource, Task
 from stages.tasks.named import open_model, parse_source, task_named
 from stages.training import Training, TrainingSettings
 
@@ -213,8 +213,11 @@ class StageWorker:
             return None
         if not all(other.storage.exists(commit.payloads[name].root) for name in step.writes):
             return None
-        for name in step.writes:
-            attempt.adopt(name, other, commit.payloads[name], is_bulky=is_stream(name))
+        try:
+            for name in step.writes:
+                attempt.adopt(name, other, commit.payloads[name], is_bulky=is_stream(name))
+        except DamagedData as error:
+            raise DamagedData(f"{error}. `lampctl resume {other.label} --check-all` makes it again") from error
         return {**commit.figures, "shared_with": other.manifest.digest}
 
     def _capture(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
@@ -386,8 +389,24 @@ class StageWorker:
         assert isinstance(what, Evaluation)
         model = self.model if what.which == "dense" else self._open_published()
         source = parse_source(what.source)
+        self._require_same_data(source)
         figures = self._task.evaluate(model, self.model, source, what.protocol, attempt.scratch(), self.choices, hooks)
         return {"which": what.which, "source": what.source, "source_digest": source.digest(), **figures}
+
+    def _require_same_data(self, source: DataSource) -> None:
+        """Raise ConfigMismatch if the source is not what the run began with, or was measured on before."""
+        known = [
+            commit.figures.get("source_digest")
+            for commit in self.run.commits
+            if commit.step.startswith("evaluate/") and commit.figures["source"] == source.name
+        ]
+        identity = self.run.manifest.identity["data"]
+        known += [identity[source.name]] if source.name in identity else []
+        if any(digest != source.digest() for digest in known):
+            raise ConfigMismatch(
+                f"{source.name} has changed since {self.run.label} began, or was evaluated on it: put the old data "
+                "back, or give the new data another name, so that its figures stand beside the old ones"
+            )
 
     def _zero_shot(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
         what = self.evaluations[step.name]

@@ -207,7 +207,7 @@ _LOADING = {
     "vision": (
         "from transformers import SamModel, SamProcessor",
         "",
-        'model = SamModel.from_pretrained("PATH/TO/THIS/FOLDER")',
+        'model = SamModel.from_pretrained("PATH/TO/THIS/FOLDER", dtype="float32")',
         'processor = SamProcessor.from_pretrained("PATH/TO/THIS/FOLDER")',
         "",
         "# or, of Meta's three sizes, by Meta's package:",

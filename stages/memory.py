@@ -26,6 +26,7 @@ _ALPS_MATRICES, _ALPS_SHARED_MATRICES = 3, 7
 _EXPORTED_AT_ONCE = 256_000_000
 # Allocators keep some of what was freed, and small things add up.
 _SLACK = 1.05
+_NOISE = 1.15
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str
         backward = max(high + low // 2, passing)
         masks = shapes.block
         found["training"] = copies * block + masks + backward + shapes.chunks(2, samples)
-    found["export"] = ends + _EXPORTED_AT_ONCE
+    found["export"] = ends + min(_EXPORTED_AT_ONCE, 2 * ends)
     if work.eval_tokens:
         logits = 3 * _FP32 * work.eval_tokens * shapes.vocabulary
         found["evaluate"] = max(2 * ends + logits, ends + passing, block + passing) + shapes.chunks(2, samples)
@@ -155,7 +156,8 @@ def fit(
         step = max(found, key=found.__getitem__)
         if limit_bytes is None or base_bytes + found[step] <= limit_bytes:
             return Fit(samples, spills, base_bytes + found[step], step)
-    smallest = base_bytes + max(peaks(shapes, work, candidates[0], spills=True).values())
+    # What the process holds before anything is begun differs from call to call.
+    smallest = int(_NOISE * base_bytes) + max(peaks(shapes, work, candidates[0], spills=True).values())
     details = peaks(shapes, work, candidates[0], spills=True)
     assert limit_bytes is not None
     raise ResourceError(

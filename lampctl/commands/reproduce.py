@@ -70,6 +70,8 @@ def _split(text: str | None) -> tuple[str, ...]:
 
 def _gathered(chosen: Chosen, table: Table, model: str) -> Gathered:
     """The settings that all runs share: the paper's preset, the table's data sets, and what was given."""
+    from pipeline.prepare import with_absolute_paths
+
     chosen.preset = chosen.preset or "paper"
     flags = chosen.flags
     flags["model"] = model
@@ -81,7 +83,9 @@ def _gathered(chosen: Chosen, table: Table, model: str) -> Gathered:
     if table.metric == "accuracy":
         flags.setdefault("tasks", "zero-shot")
     flags.setdefault("evaluate_dense", False)
-    return chosen.gather()
+    if table.metric == "iou":
+        flags.setdefault("evaluate", ())  # the preset's are texts
+    return with_absolute_paths(chosen.gather())
 
 
 def _do(
@@ -91,11 +95,13 @@ def _do(
     from lampctl.progress import listening
     from lampctl.published import show_cells
     from lampctl.stopping import stopping
-    from pipeline.reproduce import cells_of, sweep_for
+    from pipeline.reproduce import cells_of, require_fitting, sweep_for
     from stages.models.source import resolve
+    from stages.tasks.named import open_model
 
     for model in models:
-        resolve(model)  # whether all models can be had is known before hours are spent on the first
+        # Whether all models can be had, and fit, is known before hours are spent on the first.
+        require_fitting(table, gathered, open_model(resolve(model)).task, model)
     cells, failed = [], []
     with listening() as listener, stopping(gathered.values) as stop:
         for model in models:

@@ -173,10 +173,10 @@ def _samples(runs: Sequence[RunReport], names: Sequence[str]) -> list[Section]:
 
 def _masks(runs: Sequence[RunReport], names: Sequence[str]) -> list[Section]:
     """What the models make of the same input: for vision models, the masks that they answer with."""
-    by_model: dict[str, list[tuple[str, tuple[MaskSample, ...]]]] = {}
+    by_model: dict[tuple[str, str], list[tuple[str, tuple[MaskSample, ...]]]] = {}
     for run, name in zip(runs, names, strict=True):
         if run.masks:
-            by_model.setdefault(run.state.config.model, []).append((name, run.masks))
+            by_model.setdefault((run.state.config.model, run.masks[0].source), []).append((name, run.masks))
     if not by_model:
         return []
     parts: list[Part] = [Paragraph("Each model is asked for the object at the red point; the best of its three masks.")]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class MaskSample:
     """One picture with a point in it, and the answers of the original and of the pruned model."""
 
+    source: str
     asked: Asked
     dense: Answer
     pruned: Answer
@@ -72,4 +73,4 @@ def _samples(
     if key not in originals:
         originals[key] = answers_to(original, asked, choices, hooks)
     answers = answers_to(pruned, asked, choices, hooks)
-    return tuple(MaskSample(*sample) for sample in zip(asked, originals[key], answers, strict=True))
+    return tuple(MaskSample(name, *sample) for sample in zip(asked, originals[key], answers, strict=True))

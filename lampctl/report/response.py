@@ -13,7 +13,7 @@ from lampctl.report.data import Cell, Dataset
 from lampctl.report.page import Paragraph, Part, Picture, Section, Table, page
 from lampctl.report.style import INK, MARKERS, SERIES, log_axis, png, require_matplotlib
 from lampctl.report.write import PAGE, require_ours
-from lampctl.trials import trial_value
+from lampctl.trials import is_partial, partial_note, trial_value
 from lampctl.units import duration
 from pipeline.scrub import scrub
 from stages.figures import METRICS, figure_text
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pipeline.sweep import Sweep, TrialState
 
-_OWN = ("trial", "state", "metric", "data", "which", "value")
+_OWN = ("trial", "state", "metric", "data", "which", "value", "is_partial")
 
 
 def write_response(sweep: Sweep, states: Sequence[TrialState], out: Path) -> list[Path]:
@@ -71,7 +71,7 @@ def measured(sweep: Sweep, states: Sequence[TrialState]) -> Dataset:
     for state in states:
         point = tuple(_cell(state.trial.point.get(field)) for field in fields)
         for result in state.run.evaluations if state.run is not None else ():
-            about = (result.metric, source_label(result.source), result.which, result.value)
+            about = (result.metric, source_label(result.source), result.which, result.value, int(result.is_partial))
             rows.append((state.trial.name, state.state, *about, *point))
     return Dataset((*_OWN, *fields), tuple(rows))
 
@@ -153,6 +153,10 @@ def _finish(axes: Axes, data: Dataset, across: str | None) -> None:
     kind, dense = _metric(data), _dense(data)
     if dense is not None:
         axes.axhline(dense, color=INK, linestyle=(0, (4, 3)), linewidth=1.4)
+        axes.annotate(
+            f"dense {dense:,.{kind.digits}f}", (0.995, dense), xycoords=("axes fraction", "data"), xytext=(0, 4),
+            textcoords="offset points", fontsize=10, ha="right", va="bottom",
+        )  # fmt: skip
     values = [value for value in data.numbers("value") if math.isfinite(value)]
     if not kind.higher_is_better and values and max(values) > 2 * min(values):
         log_axis(axes, values)
@@ -169,14 +173,20 @@ def _trials(sweep: Sweep, states: Sequence[TrialState]) -> Section:
     rows = []
     for state in states:
         values = [trial_value(state, what) for what in measured_on]
-        shown = [figure_text(what[0], value) for what, value in zip(measured_on, values, strict=True)]
+        shown = [
+            figure_text(what[0], value) + ("*" if is_partial(state, what) else "")
+            for what, value in zip(measured_on, values, strict=True)
+        ]
         run = state.run
         sparsity = "-" if run is None or run.sparsity is None else f"{100 * run.sparsity:.2f}%"
         took = "-" if run is None or not run.num_done else duration(run.pruning_s)
         point = (_text(state.trial.point.get(field)) for field in fields)
         rows.append((*point, state.state, *shown, sparsity, took))
-    columns = (*fields, "state", *titles, "sparsity", "pruning time")
+    columns = (*fields, "state", *titles, "achieved", "pruning time")
     parts: list[Part] = [Table(columns, tuple(rows), num_labels=len(fields) + 1)]
+    note = partial_note(states)
+    if note is not None:
+        parts.append(Paragraph(note))
     failed = [f"{state.trial.name} failed: {scrub(state.error)}" for state in states if state.error is not None]
     return Section("trials", "Trials", (*parts, *(Paragraph(line) for line in failed)))
 

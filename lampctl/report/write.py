@@ -20,7 +20,7 @@ from pipeline.session import reopen
 from pipeline.standing import standing_of
 from pipeline.storage.objects import is_address
 from pipeline.summary import status
-from stages.errors import ResourceError
+from stages.errors import ResourceError, UsageError
 from stages.protocols import Watcher
 
 PAGE = "index.html"
@@ -45,7 +45,7 @@ def write_report(
         try:
             texts = continuations(opened, prompts, num_tokens, device, hooks)
             masks = mask_samples(opened, _NUM_PICTURES, device, hooks)
-        except (ResourceError, ConfigMismatch) as error:  # an original that is gone, or another one by now
+        except (ResourceError, ConfigMismatch, UsageError) as error:  # an original that is gone, or another one by now
             raise type(error)(f"{error}; or leave the text out: --no-text") from error
     runs = [
         _report_of(run, config, written, answered)
@@ -74,6 +74,13 @@ def require_ours(out: Path, places: Sequence[str]) -> None:
             raise ConfigError(f"--out {out} lies inside the run {place}: name another folder")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder")
+    try:
+        is_new = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            out.rmdir()  # it only was to be seen that it can be made
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}") from error
     if not out.exists() or not any(out.iterdir()):
         return
     try:

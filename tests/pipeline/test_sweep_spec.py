@@ -1,5 +1,7 @@
 """What a sweep varies: grids, ranges, and what is refused."""
 
+from string import ascii_letters, digits
+
 import pytest
 
 from pipeline.errors import ConfigError
@@ -41,11 +43,12 @@ def test_what_a_method_does_not_have_is_left_out_for_it():
     assert settings_at(gathered, {"method": "sparsegpt", "alpha": "0.8"}).values.alpha == 0.8
 
 
-def test_names_are_plain_file_names():
-    assert (
-        name_of({"pattern": "2:4", "lr": 1e-3, "calibration": "text:/a b/c"})
-        == "pattern-2of4_lr-0.001_calibration-textof-a-b-c"
-    )
+def test_names_are_plain_file_names_and_differ_where_values_do():
+    assert name_of({"pattern": "2:4", "lr": 1e-3}) == "pattern-2of4_lr-0.001"
+    odd = ["layers.0.self", "layers[.]0.self", "layers(.)0.self", f"text:/{'x' * 60}/a", f"text:/{'x' * 60}/b"]
+    names = [name_of({"ignore": value}) for value in odd]
+    assert len(set(names)) == len(odd)
+    assert all(len(name) < 80 and set(name) <= set(ascii_letters + digits + "-._") for name in names)
 
 
 def test_searches_have_usual_ranges():
@@ -73,6 +76,10 @@ def test_searches_have_usual_ranges():
         ({"grids": (), "search": "lr"}, "needs --trials"),
         ({"grids": ("alpha=0.5",), "trials": 2}, "about --search"),
         ({"grids": (), "search": "damping", "trials": 2}, "say where"),
+        ({"grids": (), "search": "epochs=1:3", "trials": 2}, "a search draws numbers"),
+        ({"grids": (), "search": "alpha,alpha=0.5:1", "trials": 2}, "names alpha twice"),
+        ({"grids": (), "search": "alpha=0.5:5", "trials": 2}, "--alpha 5"),
+        ({"grids": ("sparsity=0.5,2",)}, "--sparsity 2"),
         ({"grids": (), "search": "lr=1:0", "trials": 2}, "LOW must be below HIGH"),
         ({"grids": (), "search": "lr=0:1:log", "trials": 2}, "above 0 for log"),
         ({"grids": (), "search": "lr", "trials": 2, "evaluate": ()}, "needs --evaluate"),

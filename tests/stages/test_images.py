@@ -33,9 +33,21 @@ def test_polygons_and_run_lengths_of_one_shape_are_one_mask():
 
 
 @pytest.mark.parametrize(
-    "segmentation", [None, [], [[1, 2]], {"counts": "??", "size": [20, 30]}, {"counts": [5], "size": [3, 3]}, 7]
+    "segmentation",
+    [
+        None,
+        [],
+        [[1, 2]],
+        {"counts": "??", "size": [20, 30]},
+        {"counts": [5], "size": [3, 3]},
+        7,
+        [[0, 0, 1e9, 0, 1e9, 1e9]],
+        [[float("nan"), 0, 10, 0, 10, 10]],
+        [[0, 0, "a", 1, 2, 2]],
+    ],
 )
 def test_masks_that_cannot_be_read_say_so(segmentation):
+    """Some of these crash the library, or fill the memory, if it is given them."""
     with pytest.raises(UnusableImageError):
         decode_mask(segmentation, (20, 30))
 
@@ -137,3 +149,36 @@ def test_the_choice_follows_the_seed(tmp_path):
     assert first == again
     assert first != other
     assert chosen(records, 0, is_random=False) == records
+
+
+def test_odd_folders_are_passed_over_and_counted(tmp_path):
+    folder = coco(tmp_path / "c", 2)
+    content = json.loads((folder / "instances.json").read_text())
+    for number, name in enumerate(("../outside.png", "/etc/passwd", "x" * 5000), start=10):
+        content["images"].append({"id": number, "file_name": name, "height": 5, "width": 5})
+    (folder / "instances.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+    (tmp_path / "outside.png").write_bytes((folder / "images" / "000.png").read_bytes())
+    source = parse_source(f"coco:{folder}")
+    records, skipped = source.records()
+    assert len(records) == 2
+    assert skipped.reasons == {"named outside of the folder": 2, "annotated, but missing": 1}
+    plain = tmp_path / "p"
+    plain.mkdir()
+    (plain / "broken.jpg").symlink_to("nowhere")
+    (plain / "loop.jpg").symlink_to("loop.jpg")
+    Image.new("RGB", (4000, 1)).save(plain / "line.png")
+    records, skipped = parse_source(f"images:{plain}").records()
+    assert skipped.reasons == {"no file": 2}
+    assert parse_source(f"images:{plain}").digest()["num_images"] == 1
+    with pytest.raises(UnusableImageError, match="too narrow"):
+        prepare(read_pixels(records[0]), 64)
+    (folder / "instances.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="cannot be read as COCO"):
+        parse_source(f"coco:{folder}").check()
+
+
+def test_grey_levels_keep_their_range(tmp_path):
+    for values, name in (([0.0, 0.5, 1.0], "f.tif"), ([0, 128, 255], "i.tif")):
+        kind = np.float32 if name == "f.tif" else np.int32
+        Image.fromarray(np.array([values], dtype=kind)).save(tmp_path / name)
+        assert read_pixels(ImageRecord(tmp_path / name, None))[0, :, 0].tolist() == [0, 128, 255]

@@ -64,4 +64,6 @@ def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can():
     smallest = float(str(refused.value).split("needs ")[1].split("GB")[0])
     assert fit(shapes, LAMP, GB // 2, int(smallest * GB), [1, 2], "memory").spills
     with pytest.raises(ResourceError):
-        fit(shapes, LAMP, GB // 2, int((smallest - 0.02) * GB), [1, 2], "memory")
+        fit(shapes, LAMP, GB // 2, int((smallest - 0.1) * GB), [1, 2], "memory")
+    # What the process holds by then may be a little more.
+    assert fit(shapes, LAMP, int(0.57 * GB), int(smallest * GB), [1, 2], "memory").spills

@@ -190,3 +190,50 @@ def test_roles_and_layers(folder):
         ("mlp.lin1", "fc1"),
         ("mlp.lin2", "fc2"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("vision_config", "layer_norm_eps", 0.1),
+        ("vision_config", "num_hidden_layers", 2),
+        ("vision_config", "num_hidden_layers", 0),
+        ("vision_config", "num_hidden_layers", 10**6),
+        ("vision_config", "num_attention_heads", 0),
+        ("vision_config", "hidden_size", "32"),
+        ("vision_config", "patch_size", 0),
+        ("vision_config", "mlp_dim", "x"),
+        ("vision_config", "global_attn_indexes", ["a"]),
+        ("mask_decoder_config", "hidden_act", "gelu"),
+        ("mask_decoder_config", "num_attention_heads", 3),
+        ("prompt_encoder_config", "hidden_size", 64),
+    ],
+)
+def test_configurations_that_would_be_ignored_or_crash_are_refused(folder, part, field, value):
+    settings = json.loads((folder / "config.json").read_text())
+    settings[part][field] = value
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError):
+        opened(folder)
+
+
+def test_odd_checkpoints_are_refused_in_one_line(tmp_path):
+    good = build().state_dict()
+    odd = {
+        "integers": {**good, "mask_decoder.iou_token.weight": good["mask_decoder.iou_token.weight"].int()},
+        "numbered": {**good, 7: torch.ones(2)},
+        "flat": {**good, "image_encoder.blocks.0.attn.rel_pos_h": torch.ones(3, 0)},
+        "other shape": {**good, "image_encoder.neck.0.weight": torch.ones(30, 32, 1, 1)},
+    }
+    for name, state in odd.items():
+        torch.save(state, tmp_path / f"{name}.pth")
+        with pytest.raises(UsageError):
+            resolve(str(tmp_path / f"{name}.pth"))
+    torch.save(good, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert opened(tmp_path / "old.pth").sizes == SIZES
+    torch.save(good, tmp_path / "flipped.pth")
+    contents = bytearray((tmp_path / "flipped.pth").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(contents)
+    with pytest.raises(ResourceError, match="damaged"):
+        resolve(str(tmp_path / "flipped.pth"))
