@@ -84,7 +84,7 @@ def model_figures(figures: ModelFigures, as_json: bool) -> None:
     console.print(f"{Path(figures.model).name if figures.source == 'folder' else figures.model}", highlight=False)
     if figures.measured:
         table = Table("measured", "on", "how")
-        table.add_column("", justify="right")
+        table.add_column("value", justify="right")
         for found in figures.measured:
             metric, how = found["metric"], how_measured(found["metric"], found, is_partial=found["is_partial"])
             title, value = METRICS[metric].title, figure_text(metric, found[metric])

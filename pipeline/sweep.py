@@ -199,6 +199,12 @@ class Sweep:
             search.tell(trial, state.value)
             yield state
 
+    @property
+    def _methods(self) -> tuple[str, ...]:
+        """Methods that are compared: what one of them leaves aside is worth no notice."""
+        named = self.spec.grid.get("method", ())
+        return tuple(dict.fromkeys((*named, *(p["method"] for p in self.spec.points if "method" in p))))
+
     def _search(self) -> Any:
         from pipeline.search import Search
 
@@ -219,7 +225,7 @@ class Sweep:
             if not evaluates_dense:
                 # Once is enough.
                 gathered = replace(gathered, values=gathered.values.model_copy(update={"evaluate_dense": False}))
-            prepared = prepare(gathered)
+            prepared = prepare(gathered, self._methods)
             shared = self._shared(gathered, prepared, begin, listener, stop)
             run = start(prepared, self.place_of("trials", trial.name))
             for notice in prepared.notices:

@@ -23,7 +23,8 @@ def evaluate(
             "--evaluate",
             metavar="SRC,...",
             help="Perplexity on these: wikitext2, ptb, c4 (from the hub, or a local copy as in wikitext2:PATH), "
-            "pydocs, text:PATH; '' for none. [default: wikitext2, unless tasks are named; of a run: as last used]",
+            "pydocs, text:PATH; of Segment Anything IoU on coco:DIR, sa1b:DIR; '' for none. "
+            "[default: wikitext2, unless tasks are named; of a run: as last used]",
         ),
     ] = None,
     tasks: Annotated[
