@@ -25,6 +25,7 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "lamp")
 TITLES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "lamp": "LAMP"}
 FIELDS = ("goal", "method", "alpha", "iou", "low", "high", "small", "medium", "large", "masks", "wall_s", "peak_mb")
 DENSE = ("dense", "", "")
+ALPHAS = ("1.0", "0.9", "0.85", "0.8")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Cell:
 def cells() -> list[Cell]:
     plain = [Cell(goal, method) for goal in ("70%", "90%", "50%", "2:4") for method in METHODS]
     joint = [Cell("2:4+int4", method) for method in METHODS if method != "wanda"]
-    return [*plain, *joint, *(Cell("70%", "lamp", alpha) for alpha in ("1.0", "0.9", "0.85", "0.8"))]
+    return [*plain, *joint, *(Cell(goal, "lamp", alpha) for goal in ("70%", "90%") for alpha in ALPHAS)]
 
 
 def measure(
@@ -114,12 +115,11 @@ def table(rows: list[dict[str, str]], command: str) -> str:
         lamp, sparsegpt = by_key.get((goal, "lamp", "")), by_key.get((goal, "sparsegpt", ""))
         gain = f"{float(lamp['iou']) - float(sparsegpt['iou']):+.4f}" if lamp and sparsegpt else "-"
         lines.append(f"| {goal} | {' | '.join(cell_text(row) for row in found)} | {gain} |")
-    lines += ["", "LAMP at 70% by alpha:", "", "| alpha | IoU |", "|---|---|"]
-    lines += [
-        f"| {row['alpha']} | {cell_text(row)} |"
-        for row in sorted(rows, key=lambda row: row["alpha"])
-        if row["alpha"] and row["goal"] == "70%"
-    ]
+    lines += ["", "LAMP by alpha:", "", "| alpha | 70% | 90% |", "|---|---|---|"]
+    for alpha in ALPHAS:
+        found = [by_key.get((goal, "lamp", alpha)) for goal in ("70%", "90%")]
+        if any(found):
+            lines.append(f"| {alpha} | {' | '.join(cell_text(row) for row in found)} |")
     return "\n".join(lines) + "\n"
 
 
