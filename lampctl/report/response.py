@@ -151,17 +151,24 @@ def _bars(figure: Figure, data: Dataset, fields: Sequence[str]) -> None:
 
 def _finish(axes: Axes, data: Dataset, across: str | None) -> None:
     kind, dense = _metric(data), _dense(data)
-    if dense is not None:
+    values = [value for value in data.where("which", "pruned").numbers("value") if math.isfinite(value)]
+    span = max(values) - min(values)
+    if dense is not None and min(values) - span <= dense <= max(values) + span:
         axes.axhline(dense, color=INK, linestyle=(0, (4, 3)), linewidth=1.4)
         axes.annotate(
             f"dense {dense:,.{kind.digits}f}", (0.995, dense), xycoords=("axes fraction", "data"), xytext=(0, 4),
             textcoords="offset points", fontsize=10, ha="right", va="bottom",
         )  # fmt: skip
-    values = [value for value in data.numbers("value") if math.isfinite(value)]
-    if not kind.higher_is_better and values and max(values) > 2 * min(values):
+        values.append(dense)
+    elif dense is not None:  # so far away that it would leave no room for the response
+        axes.annotate(
+            f"dense {dense:,.{kind.digits}f} (not to scale)", (0.995, 0.98), xycoords="axes fraction", fontsize=10,
+            ha="right", va="top",
+        )  # fmt: skip
+    if not kind.higher_is_better and max(values) > 2 * min(values):
         log_axis(axes, values)
     axes.set(ylabel=kind.title, xlabel=(across or "").replace("_", " "))
-    axes.margins(x=0.06)
+    axes.margins(x=0.06, y=0.12)
 
 
 def _trials(sweep: Sweep, states: Sequence[TrialState]) -> Section:
