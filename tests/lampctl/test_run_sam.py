@@ -202,3 +202,16 @@ def test_lamp_beats_sparsegpt_and_sparsegpt_magnitude_on_a_trained_model(lampctl
     ious = [found[method, "pruned"] for method in ("magnitude", "sparsegpt", "lamp")]
     assert ious[0] < ious[1] < ious[2] < found["lamp", "dense"], found
     assert found["lamp", "dense"] > 0.7
+
+
+def test_data_that_changes_before_it_is_measured_is_refused(lampctl, sam, images, tmp_path):
+    call = ("run", sam, "--sparsity", "0.5", "--method", "magnitude", "--evaluate", images, "--run-dir", "run")
+    assert lampctl("init", *call[1:]).code == 0
+    path = tmp_path / "images" / "instances.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": content["annotations"][:2]}))
+    answer = lampctl("resume", "run")
+    assert answer.code == 3
+    assert "has changed since" in answer.err
+    path.write_text(json.dumps(content))
+    assert lampctl("resume", "run").code == 0

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from segment_anything import SamPredictor
 
+from stages import evaluate_masks as evaluate_masks_module
 from stages.device import DeviceChoices
 from stages.errors import UsageError
 from stages.evaluate_masks import evaluate_masks
@@ -148,3 +149,58 @@ def test_no_mask_at_all_is_an_error(tmp_path):
     model = open_model(resolve(str(save(tmp_path / "sam"))))
     with pytest.raises(UsageError, match="none of 2 images"):
         evaluate_masks(model, parse_source(f"coco:{folder}"), "auto", None, ListScratch(), ONE, NullHooks())
+
+
+class _StoppedError(Exception):
+    """As a signal stops a step."""
+
+
+class _Stopping(NullHooks):
+    """Keeps a checkpoint at every boundary, and stops at the n-th."""
+
+    def __init__(self, kept, after: int) -> None:
+        super().__init__()
+        self.kept, self.left = kept, after
+
+    def restore(self):
+        return self.kept
+
+    def checkpoint(self, make) -> None:
+        self.kept = make()
+        self.left -= 1
+        if self.left == 0:
+            raise _StoppedError
+
+
+def test_stopped_anywhere_it_ends_with_the_same_figures_and_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_masks_module, "_IMAGES_AT_ONCE", 2)
+    folder = coco(tmp_path / "c", 5)
+    content = json.loads((folder / "instances.json").read_text())
+    content["annotations"][1]["segmentation"] = {"size": [48, 64], "counts": "??"}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 2]
+    (folder / "instances.json").write_text(json.dumps(content))
+    model, source = open_model(resolve(str(save(tmp_path / "sam")))), parse_source(f"coco:{folder}")
+    quiet = evaluate_masks(model, source, "auto", None, ListScratch(), ONE, NullHooks())
+    assert quiet["skipped"] == {"masks that cannot be read": 1, "without masks": 1}
+    kept, stops, after = None, 0, 1
+    while True:
+        hooks = _Stopping(kept, after)
+        try:
+            found = evaluate_masks(model, source, "auto", None, ListScratch(), ONE, hooks)
+            break
+        except _StoppedError:
+            kept, stops, after = hooks.kept, stops + 1, after + 3
+    assert stops > 3
+    assert found == quiet
+
+
+@pytest.mark.parametrize("point", [[float("nan"), 1.0], [1e300, 0.0], [1e6, -1e6]])
+def test_a_point_that_lies_nowhere_is_counted_not_measured(tmp_path, point):
+    folder = sa1b(tmp_path / "s", 3)
+    content = json.loads((folder / "sa_1.json").read_text())
+    content["annotations"][0]["point_coords"] = [point]
+    (folder / "sa_1.json").write_text(json.dumps(content))
+    model = open_model(resolve(str(save(tmp_path / "sam"))))
+    figures = evaluate_masks(model, parse_source(f"sa1b:{folder}"), "auto", None, ListScratch(), ONE, NullHooks())
+    assert figures["num_masks"] == 2
+    assert figures["skipped"] == {"masks whose point lies outside of the image": 1}
