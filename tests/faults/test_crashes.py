@@ -107,7 +107,7 @@ def cut(place: Path, at: int, seed: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("num_seeds", [200, pytest.param(5000, marks=[slow, pytest.mark.timeout(6000)], id="all")])
+@pytest.mark.parametrize("num_seeds", [100, pytest.param(5000, marks=[slow, pytest.mark.timeout(6000)], id="all")])
 def test_power_cuts_by_seed(quiet, tmp_path, num_seeds):
     """At random instants, again while recovering, up to three deep."""
     expected, num_operations = quiet

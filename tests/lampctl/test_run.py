@@ -300,7 +300,7 @@ def test_text_that_changed_is_never_used_unnoticed(lampctl, tmp_path, words):
     words.write_text(text.upper())
     again = lampctl("evaluate", "r", "--evaluate", "text:words.txt")
     assert again.code == 3
-    assert "give the new text another name" in again.err
+    assert "give the new data another name" in again.err
 
 
 def test_damaged_weights_are_made_again_before_they_are_evaluated(lampctl, tmp_path):
