@@ -1,6 +1,6 @@
 """SAM-B's real architecture, random weights: does it fit, and does block by block give what the encoder gives?
 
-    python benchmarks/sam_b.py coco:DIR [--images 80] [--work runs/sam-b]
+    python benchmarks/sam_b.py coco:DIR [--num-images 80] [--work runs/sam-b]
 
 First the whole encoder (12 blocks, one image) against `sam.image_encoder`, bit for bit in fp32. Then LAMP on a model of
 two of its blocks (windows of 14 and global attention, 1024 pixels, 768 channels), from calibration to export, on so
