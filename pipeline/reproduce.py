@@ -74,10 +74,8 @@ def require_fitting(table: Table, gathered: Gathered, task: str, model: str) -> 
     if not any(_is_of(source, dataset) for source in sources for dataset in table.datasets):
         named = ", ".join(f"{dataset}:PATH" for dataset in table.datasets)
         raise ConfigError(f"{table.name} is measured on {', '.join(table.datasets)}: say --evaluate {named}")
-    if table.metric == "iou" and gathered.values.calibration is None:
-        raise ConfigError(
-            f"{table.name} needs images to calibrate on: --calibration sa1b:DIR (or coco:DIR, images:DIR)"
-        )
+    if table.metric == "iou" and not gathered.given("calibration"):  # a preset's is text
+        raise ConfigError(f"{table.name} needs images to calibrate on: --calibration sa1b:DIR, coco:DIR or images:DIR")
 
 
 def planned(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, RunNotFound
-from pipeline.plan import Evaluation
 from pipeline.session import reopen
 from pipeline.storage.objects import is_address
 from pipeline.summary import EvaluationResult, RunStatus, evaluation_of, status
-from stages.protocols import Checkpoint, NullHooks, Watcher
-from stages.tasks.base import EvaluationProtocol
+from stages.protocols import Watcher
+
+if TYPE_CHECKING:
+    from stages.models.base import BlockModel
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _standing_of_folder(path: Path, measure: Measure, hooks: Watcher) -> Standin
         base=str(path),
         method=None,
         goal=None,
-        evaluations=tuple(_measured(path, source, measure, hooks) for source in measure.sources),
+        evaluations=_measured(model, measure, hooks) if measure.sources else (),
         num_masked=count.num_masked,
         num_prunable=count.num_prunable,
         dense_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
@@ -134,45 +137,11 @@ def _standing_of_folder(path: Path, measure: Measure, hooks: Watcher) -> Standin
     )
 
 
-def _measured(path: Path, name: str, measure: Measure, hooks: Watcher) -> EvaluationResult:
-    """A model folder's figure, the activations in memory."""
-    from dataclasses import replace
+def _measured(model: BlockModel, measure: Measure, hooks: Watcher) -> tuple[EvaluationResult, ...]:
+    """The figures of a model that belongs to no run."""
+    from pipeline.measure import Wanted, measure_model
 
-    from stages import device
-    from stages.models.source import resolve
-    from stages.protocols import ListScratch
-    from stages.tasks.base import require_task
-    from stages.tasks.named import open_model, parse_source, task_named
-
-    choices = device.choose()
-    device.apply(choices)
-    model, source = open_model(resolve(str(path))), parse_source(name)
-    require_task(source, model)
-    source.check()
-    seqlen = model.fixed_tokens or measure.seqlen or min(2048, model.max_positions or 2048)
-    choices = replace(choices, batch_tokens=device.micro_batches(choices.torch_device, seqlen)[-1] * seqlen)
-    task = task_named(model.task)
-    protocol = EvaluationProtocol(seqlen, measure.max_tokens, task.default_points)
-    figures = task.evaluate(model, model, source, protocol, ListScratch(), choices, _InOneGo(hooks))
-    step = f"evaluate/{Evaluation('pruned', source.name, protocol).subject}"
-    return evaluation_of(step, {"which": "pruned", "source": source.name, **figures})
-
-
-class _InOneGo(NullHooks):
-    """`Hooks` for work that keeps nothing of how far it is."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        super().__init__()
-        self._watcher = watcher
-
-    def report(self, done: int, total: int, unit: str, **figures: float) -> None:
-        self._watcher.report(done, total, unit, **figures)
-
-    def check_stop(self) -> None:
-        self._watcher.check_stop()
-
-    def warn(self, message: str) -> None:
-        self._watcher.warn(message)
-
-    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
-        self._watcher.check_stop()
+    seqlen = measure.seqlen if model.fixed_tokens is None else None  # a run's may have been what is compared with
+    wanted = Wanted(measure.sources, (), seqlen, measure.max_tokens)
+    found = measure_model(model.source, wanted, lambda _: nullcontext(hooks)).measured
+    return tuple(evaluation_of(f"evaluate/pruned/{one['source']}", {"which": "pruned", **one}) for one in found)

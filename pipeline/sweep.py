@@ -48,8 +48,10 @@ from pipeline.summary import RunStatus, status
 from pipeline.sweep_spec import SweepSpec, name_of, points_of, settings_at
 from stages.errors import StageError
 
-_MEASURES = ("evaluate", "eval_seqlen", "eval_max_tokens", "eval_points", "eval_max_images")
-_MEASURES_MORE = ("tasks", "task_data", "task_limit")
+_MEASURES = (
+    *("evaluate", "eval_seqlen", "eval_max_tokens", "eval_points", "eval_max_images"),
+    *("tasks", "task_data", "task_limit"),
+)
 Begin = Callable[[RunDirectory, RunConfig], None]
 
 _SPEC = "sweep.json"
@@ -120,9 +122,9 @@ class Sweep:
         storage = locate(place)
         try:
             spec = SweepSpec.model_validate_json(storage.read(_SPEC))
+            _ = spec.gathered  # settings that make no sense are damage, too
         except FileGone:
             raise RunNotFound(f"there is no sweep at {storage.label}: {_SPEC} is missing") from None
-            spec.gathered  # noqa: B018 - settings that make no sense are damage, too
         except ValidationError as error:
             raise DamagedData(f"{storage.label}/{_SPEC} is damaged: {error.errors()[0]['msg']}") from error
         return cls(place, storage, spec)
@@ -261,9 +263,6 @@ class Sweep:
 
 
 def _measures(config: RunConfig, gathered: Gathered) -> bool:
-    """Whether a run measures what is asked for now, as far as that says anything."""
-    for field in (*_MEASURES, *_MEASURES_MORE):
-        wanted = getattr(gathered.values, field)
-        if wanted is not None and wanted != getattr(config, field):
-            return False
-    return True
+    """Whether a run measures what the user asks for now; what a preset names may not be for this kind of model."""
+    asked = [field for field in _MEASURES if gathered.given(field)]
+    return all(getattr(gathered.values, field) in (None, getattr(config, field)) for field in asked)

@@ -83,3 +83,33 @@ def test_a_table_is_done_on_another_model(lampctl, tmp_path, words):
     assert again.code == 0
     assert f"{cells[-1]['ours']:.2f}" in again.out
     assert "[1/" not in again.err
+
+
+def test_what_can_fill_no_cell_is_refused_before_anything_is_done(lampctl, tmp_path, words):
+    from tests import small_sam
+
+    save(tmp_path / "m", "opt")
+    sam, images = small_sam.save(tmp_path / "sam"), f"coco:{small_sam.coco(tmp_path / 'images')}"
+    for call, says in (
+        (("table1", "--models", "m", "--evaluate", "text:words.txt"), "measured on wikitext2"),
+        (("table1", "--models", sam), "is about language models"),
+        (("table4", "--models", "m", "--evaluate", images), "is about vision models"),
+        (("table5", "--models", sam, "--evaluate", images), "needs images to calibrate on"),
+        (("table4", "--models", sam, "--evaluate", images, "--calibration", images), "measured on sa1b"),
+    ):
+        answer = lampctl("reproduce", *call)
+        assert answer.code == 2, answer.err
+        assert says in answer.err
+    assert not (tmp_path / "reproductions").exists()
+
+
+def test_two_models_of_one_name_and_other_settings_are_other_runs(lampctl, tmp_path, words):
+    found = []
+    for place, seed, samples in (("a/m", 0, "4"), ("b/m", 7, "4"), ("a/m", 0, "2")):
+        save(tmp_path / place, "opt", seed=seed)
+        flags = ("--sparsities", "0.5", "--methods", "sparsegpt", "--num-samples", samples, "--seqlen", "32")
+        text = ("--calibration", "text:words.txt", "--evaluate", "wikitext2:words.txt", "--eval-max-tokens", "256")
+        answer = lampctl("reproduce", "table1", "--models", place, *flags, *text, "--json")
+        assert answer.code == 0, answer.err
+        found.append(answer.json["cells"][0]["ours"])
+    assert len(set(found)) == 3

@@ -167,3 +167,26 @@ def test_another_sweep_in_its_place_is_refused(lampctl, given, tmp_path):
     assert full.code == 2
     assert "holds no sweep" in full.err
     assert lampctl("sweep", "status", "nowhere").code == 2
+
+
+@pytest.mark.parametrize(("field", "value"), [("sparsity", 7), ("model", None), ("nonsense", 1)])
+def test_a_sweep_whose_settings_make_no_sense_is_damaged(lampctl, given, tmp_path, field, value):
+    assert lampctl("sweep", *given, "--grid", "sparsity=0.5", "--method", "magnitude", "--sweep-dir", "s").code == 0
+    path = tmp_path / "s" / "sweep.json"
+    content = json.loads(path.read_text())
+    content["settings"][field] = value
+    path.write_text(json.dumps(content))
+    answer = lampctl("sweep", "resume", "s")
+    assert answer.code == 4
+    assert "sweep.json is damaged" in answer.err
+
+
+def test_a_sweep_of_a_vision_model_is_done_though_the_preset_names_text(lampctl, tmp_path):
+    from tests import small_sam
+
+    small_sam.save(tmp_path / "sam")
+    images = f"coco:{small_sam.coco(tmp_path / 'images')}"
+    call = ("sweep", "sam", "--preset", "quick", "--num-samples", "2", "--calibration", images, "--sparsity", "0.5")
+    answer = lampctl(*call, "--grid", "method=magnitude,wanda", "--sweep-dir", "s", "--json")
+    assert answer.code == 0, answer.err
+    assert [trial["state"] for trial in answer.json["trials"]] == ["done", "done"]
