@@ -165,7 +165,7 @@ def change_evaluation(
     changes = {field: value for field, value in settings.items() if value is not None}
     if sources is not None:
         changes["evaluate"] = [parse_source(name.strip()).name for name in sources.split(",") if name.strip()]
-    if not changes.get("tasks") and not config.tasks:
+    if "tasks" not in changes and not config.tasks:
         changes["tasks"] = usual_tasks(changes.get("task_data"), changes.get("task_limit"))
     try:
         changed = config.with_free(changes)

@@ -241,19 +241,13 @@ class _Measuring:
                 continue
             asked.append((mask, point))
         at_once = min(_POINTS_AT_ONCE, max(_MASK_NUMBERS_AT_ONCE // (original_size[0] * original_size[1]), 1))
-        scale = (input_size[1] / original_size[1], input_size[0] / original_size[0])
         scores = []
         for start in range(0, len(asked), at_once):
             some = asked[start : start + at_once]
-            where = torch.tensor([point for _, point in some], dtype=torch.float64) * torch.tensor(scale)
-            logits, quality = ends.masks(embedding, where.float().to(self.device))
+            found, quality = ends.best_masks(embedding, [point for _, point in some], input_size, original_size)
             if not torch.isfinite(quality).all():
                 raise NumericalError(f"{self.model.source.name} answers with numbers that are not finite")
-            best = quality.argmax(dim=1)
-            rows = torch.arange(len(some), device=self.device)
-            full = ends.full_size(logits[rows, best][:, None], input_size, original_size)
-            found = (full[:, 0] > 0).cpu().numpy()
-            for (mask, _), one, predicted in zip(some, found, quality[rows, best].tolist(), strict=True):
+            for (mask, _), one, predicted in zip(some, found.numpy(), quality.tolist(), strict=True):
                 scores.append(MaskScore(number, mask_iou(one, mask), int(mask.sum()), predicted))
         return scores
 

@@ -70,12 +70,7 @@ def answers_to(model: SamEncoder, asked: list[Asked], choices: DeviceChoices, wa
         embeddings = [ends.leave(state, state).float() for state in hidden]
     answers = []
     for one, picture, embedding in zip(asked, prepared, embeddings, strict=True):
-        scale = torch.tensor([picture.input_size[1], picture.input_size[0]]) / torch.tensor(
-            [picture.original_size[1], picture.original_size[0]]
-        )
-        where = (torch.tensor([one.point]) * scale).float().to(device)
-        logits, quality = ends.masks(embedding, where)
-        best = logits[:, quality[0].argmax()][:, None]
-        mask = (ends.full_size(best, picture.input_size, picture.original_size)[0, 0] > 0).cpu().numpy()
+        found, _ = ends.best_masks(embedding, [one.point], picture.input_size, picture.original_size)
+        mask = found[0].numpy()
         answers.append(Answer(mask, mask_iou(mask, one.mask)))
     return answers

@@ -7,7 +7,7 @@ Prompt encoder and mask decoder are never pruned.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import IO, Any
 
@@ -231,7 +231,21 @@ class SamEnds:
         )
         return logits, quality
 
-    def full_size(self, logits: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
-        """Logits (P, n, H, W) at the image's own size. Sizes are (height, width), as Meta's `postprocess_masks`."""
-        resized: Tensor = self._sam.postprocess_masks(logits, input_size, original_size)
-        return resized
+    def best_masks(
+        self,
+        embedding: Tensor,
+        points: Sequence[tuple[float, float]],
+        input_size: tuple[int, int],
+        original_size: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """For each point the mask of the best predicted quality, (P, H, W) bool on the CPU, and that quality (P,).
+
+        points: x and y in pixels of the image itself. Sizes are (height, width): of the resized image, of the image.
+        """
+        scale = torch.tensor([input_size[1] / original_size[1], input_size[0] / original_size[0]], dtype=torch.float64)
+        where = (torch.tensor(points, dtype=torch.float64) * scale).float().to(embedding.device)
+        logits, quality = self.masks(embedding, where)
+        best = quality.argmax(dim=1)
+        rows = torch.arange(len(points), device=embedding.device)
+        full = self._sam.postprocess_masks(logits[rows, best][:, None], input_size, original_size)
+        return (full[:, 0] > 0).cpu(), quality[rows, best].cpu()
