@@ -102,7 +102,9 @@ def run_lampctl(arguments: list[str]) -> None:
 
 def watch_durability(watch: StopWatch) -> None:
     """Have everything that makes a run durable timed."""
-    from pipeline import disk, mend, rundir
+    from pipeline.run_directory import filesystem, run_directory
+
+    from pipeline.engine import repair
 
     class Hash:
         """hashlib.sha256, timed."""
@@ -123,15 +125,15 @@ def watch_durability(watch: StopWatch) -> None:
 
         sha256 = Hash
 
-    sha256 = disk.hashlib.sha256
-    disk.hashlib = Hashes  # type: ignore[assignment]
-    watch.around(disk, "digest_file", "digest")
-    watch.around(disk.Calls, "flush", "flush")
+    sha256 = filesystem.hashlib.sha256
+    filesystem.hashlib = Hashes  # type: ignore[assignment]
+    watch.around(filesystem, "digest_file", "digest")
+    watch.around(filesystem.Calls, "flush", "flush")
     for name in ("commit", "create", "publish", "write_view", "event"):
-        watch.around(rundir.RunDirectory, name, "record")
+        watch.around(run_directory.RunDirectory, name, "record")
     for name in ("release", "clean"):
-        watch.around(rundir.RunDirectory, name, "tidy")
-    watch.around(mend, "damaged_payloads", "check")
+        watch.around(run_directory.RunDirectory, name, "tidy")
+    watch.around(repair, "damaged_payloads", "check")
 
 
 def measure(name: str, model: str, work: Path) -> dict[str, Any]:

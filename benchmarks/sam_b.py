@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from stages.models.sam import SamEncoder
-from stages.models.sam_checkpoint import write_folder
-from stages.models.sam_modules import META_SIZES, SamSizes, build_sam
-from stages.models.source import resolve
+from stages.models.resolve import resolve
+from stages.models.sam.checkpoint import write_folder
+from stages.models.sam.encoder import SamEncoder
+from stages.models.sam.modules import META_SIZES, SamSizes, build_sam
 
 ROOT = Path(__file__).parents[1]
 SIZES = META_SIZES["vit_b"]

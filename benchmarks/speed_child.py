@@ -34,23 +34,25 @@ def main() -> None:
     watch = StopWatch(main_only=True)
     found: dict[str, Any] = {"first_compute": None, "timeline": []}
 
-    from pipeline import disk, engine
-    from stages import overlap, passes
+    from pipeline.runner import runner
+
+    from pipeline.rundir import filesystem
+    from stages.runtime import block_runner, prefetch
 
     watch_durability(watch)
-    watch.around(disk.FileWriter, "write", "write")
-    watch.around(overlap.Reading, "_take", "wait for reading")
-    watch.around(overlap.Writing, "_wait_for_room", "wait for writing")
-    watch.around(overlap.Writing, "_finish", "wait for writing")
+    watch.around(filesystem.FileWriter, "write", "write")
+    watch.around(prefetch.Reading, "_take", "wait for reading")
+    watch.around(prefetch.Writing, "_wait_for_room", "wait for writing")
+    watch.around(prefetch.Writing, "_finish", "wait for writing")
     current = {"step": ""}
-    begin = engine.RunDirectory.begin
+    begin = runner.RunDirectory.begin
 
     @functools.wraps(begin)
     def noting(run: Any, step: str) -> Any:
         current["step"] = step
         return begin(run, step)
 
-    engine.RunDirectory.begin = noting  # type: ignore[method-assign]
+    runner.RunDirectory.begin = noting  # type: ignore[method-assign]
 
     def line(owner: Any, name: str, kind: str) -> None:
         function = getattr(owner, name)
@@ -71,9 +73,9 @@ def main() -> None:
 
         setattr(owner, name, timed)
 
-    line(passes.BlockPass, "forward", "compute")
-    line(overlap, "_stacked", "read")
-    from pipeline.store import ActivationStream
+    line(block_runner.BlockPass, "forward", "compute")
+    line(prefetch, "_stacked", "read")
+    from pipeline.rundir.activation_store import ActivationStream
 
     line(ActivationStream, "write", "write")
     run_lampctl(arguments)

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from pipeline import disk
-from pipeline.manifest import Payload, PayloadFile, StreamSpec
-from pipeline.storage.folder import FolderStorage
-from pipeline.store import ScratchStreams, open_stream, stream_spec, write_stream
+from pipeline.rundir import filesystem
+from pipeline.rundir.activation_store import ScratchStreams, open_stream, stream_spec, write_stream
+from pipeline.rundir.records import Payload, PayloadFile, StreamSpec
+from pipeline.rundir.storage.local import FolderStorage
 from stages.capture import capture
 from stages.compensate_block import compensate_block
-from stages.device import DTYPES, DeviceChoices, apply, choose
+from stages.interfaces import ListStream, NullHooks
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
-from stages.models.source import resolve
-from stages.passes import BlockPass
-from stages.protocols import ListStream, NullHooks
-from stages.training import TrainingSettings
-from stages.tuning import best_of
+from stages.models.resolve import resolve
+from stages.runtime.autotune import best_of
+from stages.runtime.block_runner import BlockPass
+from stages.runtime.device import DTYPES, DeviceChoices, apply, choose
+from stages.training.trainer import TrainingSettings
 
 NUM_SAMPLES, SEQLEN = 32, 256
 _STORE_BYTES = 64 << 20
@@ -127,14 +127,14 @@ def _store_once(folder: Path, samples: list[torch.Tensor], count: int) -> dict[s
         for index in range(count):
             with (raw / str(index)).open("wb") as file:
                 file.write(memoryview(samples[index % 2].numpy()))
-        disk.flush_tree(raw)
+        filesystem.flush_tree(raw)
 
     def write_ours() -> None:
         stream = write_stream(ours, spec)
         for index in range(count):
             stream.write(index, samples[index % 2])
         stream.seal("data")
-        disk.flush_tree(ours)
+        filesystem.flush_tree(ours)
 
     def read_raw() -> None:
         for index in range(count):
@@ -157,7 +157,7 @@ def _store_once(folder: Path, samples: list[torch.Tensor], count: int) -> dict[s
 def _payload(folder: Path, spec: StreamSpec) -> Payload:
     files = []
     for path in sorted(folder.iterdir()):
-        digest = disk.hash_file(path)
+        digest = filesystem.hash_file(path)
         files.append(PayloadFile(path=f"{folder.name}/{path.name}", size=digest.size, sha256=digest.sha256))
     return Payload(kind="stream", root=folder.name, files=tuple(files), stream=spec)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers as tf
 
-from stages.models.source import resolve
+from stages.models.resolve import resolve
 
 # Any tokenizer whose ids fit the vocabulary does.
 _TOKENIZER = "smollm2-135m"

@@ -187,7 +187,7 @@ def memory_of_a_large_block(work: Path) -> list[Row]:
 
 def _base_mb() -> float:
     # Not getrusage's figure, which remembers the parent's from before the exec.
-    code = "import pipeline.work; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    code = "import pipeline.steps.executor; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     answer = subprocess.run((sys.executable, "-c", code), capture_output=True, check=True, text=True, env=_QUIET)
     return int(answer.stdout) * 1024 / 1e6
 

@@ -19,22 +19,22 @@ from pathlib import Path
 import torch
 from texts import EMBEDDED, SHARED, as_text_file, say_embedded
 
-from stages.budget import BlockBudget, LayerShape, allocate, follow_pattern
 from stages.capture import capture
 from stages.compensate_block import compensate_block
-from stages.data.sources import parse_source
-from stages.data.text import calibration_tokens, evaluation_tokens, load_tokenizer
-from stages.device import DeviceChoices, apply, choose
+from stages.data.text_sources import parse_source
+from stages.data.tokenization import calibration_tokens, evaluation_tokens, load_tokenizer
 from stages.evaluate import evaluate_perplexity
+from stages.interfaces import ListScratch, ListStream, NullHooks
 from stages.metrics.perplexity import windows
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
-from stages.models.source import resolve
-from stages.protocols import ListScratch, ListStream, NullHooks
+from stages.models.resolve import resolve
 from stages.prune_block import PruneSettings, prune_block
-from stages.pruners.masks import Pattern
 from stages.refine_block import refine_block
-from stages.training import TrainingSettings
+from stages.runtime.device import DeviceChoices, apply, choose
+from stages.sparsity.budget import BlockBudget, LayerShape, allocate, follow_pattern
+from stages.sparsity.nm_pattern import Pattern
+from stages.training.trainer import TrainingSettings
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy
 
-from stages.data.sources import parse_source
-from stages.data.text import calibration_tokens, load_tokenizer
-from stages.models.source import resolve
+from stages.data.text_sources import parse_source
+from stages.data.tokenization import calibration_tokens, load_tokenizer
+from stages.models.resolve import resolve
 
 
 def main() -> None:

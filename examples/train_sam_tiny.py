@@ -27,8 +27,8 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.models.sam_checkpoint import write_folder
-from stages.models.sam_modules import SamSizes, build_sam
+from stages.models.sam.checkpoint import write_folder
+from stages.models.sam.modules import SamSizes, build_sam
 
 SIZES = SamSizes(
     image_size=SIZE,

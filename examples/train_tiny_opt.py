@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from stages.data.sources import parse_source
-from stages.data.text import tokenize
+from stages.data.text_sources import parse_source
+from stages.data.tokenization import tokenize
 from stages.metrics.perplexity import perplexity, window_loss, windows
 
 VOCAB, SEQLEN = 1024, 256

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from lampctl.cli.exit_codes import BUG, exit_code, message
 from lampctl.commands import sweep
 from lampctl.commands.care import gc, verify
 from lampctl.commands.compare import compare
@@ -23,8 +24,7 @@ from lampctl.commands.resume import resume
 from lampctl.commands.run import init, run
 from lampctl.commands.status import status
 from lampctl.commands.steps import allocate, calibrate, capture, compensate_block, prune_block, refine_block
-from lampctl.exits import BUG, exit_code, message
-from pipeline.scrub import scrub
+from pipeline.rundir.redact import scrub
 
 app = typer.Typer(
     name="lampctl",

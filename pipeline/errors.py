@@ -1,4 +1,4 @@
-"""Errors that the pipeline raises. `lampctl/exits.py` alone says which exit code each becomes."""
+"""Errors that the pipeline raises. `lampctl/cli/exit_codes.py` alone says which exit code each becomes."""
 
 # ruff: noqa: N818 - these names say what happened, as a reader of a traceback wants it
 

@@ -12,11 +12,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from stages.budget import BlockBudget, BudgetError, LayerShape, allocate
-from stages.device import DeviceChoices
+from stages.interfaces import Hooks, Scratch, Stream
 from stages.models.base import BlockModel
-from stages.passes import BlockPass, Counter
-from stages.protocols import Hooks, Scratch, Stream
+from stages.runtime.block_runner import BlockPass, Counter
+from stages.runtime.device import DeviceChoices
+from stages.sparsity.budget import BlockBudget, BudgetError, LayerShape, allocate
 
 _OUTLYING = 5.0
 # Offsets that are too large for a layer are made smaller by steps of one in so many.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stages.data.sources import Source
-from stages.data.text import calibration_tokens, load_tokenizer
+from stages.data.text_sources import Source
+from stages.data.tokenization import calibration_tokens, load_tokenizer
 from stages.models.base import ModelFolder
 
 

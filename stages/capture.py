@@ -6,11 +6,11 @@ import contextlib
 
 import torch
 
-from stages.device import DeviceChoices, computing
+from stages.interfaces import Hooks, Stream
 from stages.models.base import BlockModel, tokens_of
-from stages.overlap import Reading, Writing
-from stages.passes import micro_batches
-from stages.protocols import Hooks, Stream
+from stages.runtime.block_runner import micro_batches
+from stages.runtime.device import DeviceChoices, computing
+from stages.runtime.prefetch import Reading, Writing
 
 
 @torch.no_grad()

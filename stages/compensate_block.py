@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.device import DeviceChoices
+from stages.interfaces import Hooks, Scratch, Stream
 from stages.models.base import BlockModel
-from stages.protocols import Hooks, Scratch, Stream
-from stages.training import BlockTrainer, Training, TrainingSettings
+from stages.runtime.device import DeviceChoices
+from stages.training.trainer import BlockTrainer, Training, TrainingSettings
 
 
 @dataclass(frozen=True)

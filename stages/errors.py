@@ -1,4 +1,4 @@
-"""Errors that a stage raises. `lampctl/exits.py` alone says which exit code each becomes."""
+"""Errors that a stage raises. `lampctl/cli/exit_codes.py` alone says which exit code each becomes."""
 
 
 class StageError(Exception):

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from stages.budget import BlockBudget
-from stages.device import DeviceChoices
 from stages.errors import NumericalError
+from stages.interfaces import Stream
 from stages.models.base import BlockModel
-from stages.passes import BlockPass
-from stages.protocols import Stream
-from stages.pruners.masks import Pattern
-from stages.pruners.quantize import Grid, most_levels
+from stages.quantization.grid import Grid, most_levels
+from stages.runtime.block_runner import BlockPass
+from stages.runtime.device import DeviceChoices
+from stages.sparsity.budget import BlockBudget
+from stages.sparsity.nm_pattern import Pattern
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from stages.data.text import load_tokenizer
-from stages.protocols import Watcher
+from stages.data.tokenization import load_tokenizer
+from stages.interfaces import Watcher
 
 
 @torch.no_grad()

@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from stages.budget import BlockBudget
-from stages.device import DeviceChoices
 from stages.errors import NumericalError
 from stages.finish_block import FinishedBlock, LayerOutcome, PruneOutcome, finish_block, require_budget
+from stages.interfaces import Checkpoint, Hooks, Stream
 from stages.models.base import BlockModel
-from stages.passes import BlockPass, Counter
-from stages.protocols import Checkpoint, Hooks, Stream
 from stages.pruners.alps import Splitting, alps, split
 from stages.pruners.hessian import Factor, HessianSum, SquareSum, factorise
 from stages.pruners.magnitude import magnitude_mask
-from stages.pruners.masks import Pattern
-from stages.pruners.quantize import Grid, fit_grid
 from stages.pruners.sparsegpt import sparsegpt
 from stages.pruners.wanda import wanda_mask
+from stages.quantization.grid import Grid, fit_grid
+from stages.runtime.block_runner import BlockPass, Counter
+from stages.runtime.device import DeviceChoices
+from stages.sparsity.budget import BlockBudget
+from stages.sparsity.nm_pattern import Pattern
 
 
 @dataclass(frozen=True)

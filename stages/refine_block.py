@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from stages.device import DeviceChoices
 from stages.finish_block import FinishedBlock, PruneOutcome, finish_block
+from stages.interfaces import Hooks, Scratch, Stream
 from stages.models.base import BlockModel
-from stages.protocols import Hooks, Scratch, Stream
-from stages.pruners.quantize import Grid
-from stages.training import BlockTrainer, Training, TrainingSettings
+from stages.quantization.grid import Grid
+from stages.runtime.device import DeviceChoices
+from stages.training.trainer import BlockTrainer, Training, TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from stages.capture import capture
-from stages.device import DeviceChoices
+from stages.interfaces import Hooks, Scratch, Stream
 from stages.models.base import BlockModel
-from stages.passes import BlockPass, Counter
-from stages.protocols import Hooks, Scratch, Stream
+from stages.runtime.block_runner import BlockPass, Counter
+from stages.runtime.device import DeviceChoices
 
 StateOf = Callable[[int], Mapping[str, Tensor] | None]
 

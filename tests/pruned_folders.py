@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages import export, mask_files
-from stages.mask_files import PrunedWeight
+from stages import export
+from stages.formats import pruning_masks
+from stages.formats.pruning_masks import PrunedWeight
 from stages.models.decoder import open_model
-from stages.models.source import resolve
-from stages.pruners.quantize import fit_grid
+from stages.models.resolve import resolve
+from stages.quantization.grid import fit_grid
 from tests.small_models import save
 
 MaskOf = Callable[[Tensor], Tensor]
@@ -49,7 +50,7 @@ def pruned_folder(
     """A pruned model folder. change: called with each layer's key, weight and mask as (R, C), to change the weight."""
     original = save(folder.with_name(f"{folder.name}-original"), family, dtype)
     model = open_model(resolve(str(original), None))
-    (folder / mask_files.FOLDER).mkdir(parents=True)
+    (folder / pruning_masks.FOLDER).mkdir(parents=True)
     files: dict[str, list[str]] = {}
     torch.manual_seed(1)
     for index in range(model.num_blocks):
@@ -73,7 +74,7 @@ def pruned_folder(
         state = {name: tensor.to(dtypes[name]) for name, tensor in block.state_dict().items()}
         name = f"block-{index:05d}.safetensors"
         (folder / name).write_bytes(b"".join(export.block_shard(model, index, state)))
-        (folder / mask_files.FOLDER / name).write_bytes(mask_files.mask_file(layers))
+        (folder / pruning_masks.FOLDER / name).write_bytes(pruning_masks.mask_file(layers))
         files[name] = [names[entry] for entry in state]
     for shard in export.outside_shards(model, "original"):
         (folder / shard.filename).write_bytes(b"".join(shard.pieces()))

@@ -12,8 +12,8 @@ from PIL import Image
 from pycocotools import mask as coding
 from torch import nn
 
-from stages.models.sam_checkpoint import write_folder
-from stages.models.sam_modules import META_SIZES, SamSizes, build_sam
+from stages.models.sam.checkpoint import write_folder
+from stages.models.sam.modules import META_SIZES, SamSizes, build_sam
 
 # Three blocks: windows that do not divide the grid, so that they are padded, and one global block.
 SIZES = replace(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.verify import Report
+    from pipeline.engine.verify import Report
 
 _HOW_TO_MEND = "lampctl resume RUN makes them again (with --check-all, if the run is finished)"
 
@@ -31,10 +31,10 @@ def verify(
     lampctl verify runs/mine
     lampctl verify runs/mine --deep
     """
-    from lampctl.file_progress import showing_files
+    from lampctl.output.file_progress import showing_files
+    from pipeline.engine.verify import verify as compare
     from pipeline.errors import DamagedData
-    from pipeline.session import reopen, steps_of
-    from pipeline.verify import verify as compare
+    from pipeline.runs.lifecycle import reopen, steps_of
 
     directory, config = reopen(run)
     steps, _ = steps_of(directory, config)
@@ -67,8 +67,8 @@ def gc(
     lampctl gc runs/mine --dry-run
     lampctl gc runs/mine
     """
-    from lampctl.units import size
-    from pipeline.session import collect_garbage, reopen
+    from lampctl.output.units import size
+    from pipeline.runs.lifecycle import collect_garbage, reopen
 
     directory, config = reopen(run)
     found = collect_garbage(directory, config, is_dry_run=dry_run)
@@ -82,7 +82,7 @@ def gc(
 
 
 def _print_report(report: Report) -> None:
-    from lampctl.units import size
+    from lampctl.output.units import size
 
     how = "compared with their sha256" if report.is_deep else "there with their sizes (--deep reads them, too)"
     for damage in report.damages:

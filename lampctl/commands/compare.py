@@ -40,11 +40,11 @@ def compare(
     lampctl compare runs/mine somebody-elses-model --evaluate wikitext2
     lampctl compare runs/* --markdown
     """
-    from lampctl import show
-    from lampctl.file_progress import showing_files
+    from lampctl.output import tables
+    from lampctl.output.file_progress import showing_files
     from lampctl.report import comparison
     from pipeline.errors import ConfigError
-    from pipeline.standing import Measure, standings
+    from pipeline.runs.comparison import Measure, standings
 
     if as_json + as_csv + as_markdown > 1:
         raise ConfigError("--json, --csv and --markdown exclude each other: choose one")
@@ -60,4 +60,4 @@ def compare(
     elif as_markdown:
         print(comparison.as_markdown(table), end="")
     else:
-        show.comparison(table)
+        tables.comparison(table)

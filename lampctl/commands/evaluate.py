@@ -108,7 +108,7 @@ def evaluate(
     lampctl evaluate ./my-model --tasks arc_easy,boolq --task-data rows --limit 100 --json
     """
     from pipeline.errors import ConfigError
-    from pipeline.measure import names_run
+    from pipeline.runs.model_evaluation import names_run
 
     changes = {
         "eval_seqlen": seqlen,
@@ -131,10 +131,10 @@ def evaluate(
 
 
 def _evaluate_run(place: str, sources: str | None, changes: dict[str, Any], as_json: bool) -> None:
-    from lampctl import show
-    from lampctl.progress import listening
-    from lampctl.stopping import stopping
-    from pipeline.session import change_evaluation, go_on, reopen, require_exported
+    from lampctl.cli.stop_sources import stopping
+    from lampctl.output import tables
+    from lampctl.output.progress import listening
+    from pipeline.runs.lifecycle import change_evaluation, go_on, reopen, require_exported
 
     directory, config = reopen(place, to_go_on=True)
     require_exported(directory, config)
@@ -142,16 +142,16 @@ def _evaluate_run(place: str, sources: str | None, changes: dict[str, Any], as_j
     with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop)
-    show.results([directory], [config], as_json)
+    tables.results([directory], [config], as_json)
 
 
 def _evaluate_model(
     place: str, sources: str | None, wanted: dict[str, Any], given: dict[str, Any], as_json: bool
 ) -> None:
-    from lampctl.accuracy import model_figures
-    from lampctl.file_progress import showing_files
-    from pipeline.measure import measure_model, wanted_of
-    from stages.models.source import resolve
+    from lampctl.output.accuracy import model_figures
+    from lampctl.output.file_progress import showing_files
+    from pipeline.runs.model_evaluation import measure_model, wanted_of
+    from stages.models.resolve import resolve
 
     what = wanted_of(sources, wanted, device=given.get("device", "auto"), dtype=given.get("dtype", "auto"))
     folder = resolve(place, given.get("revision"), trusts_code=given.get("trust_remote_code", False))

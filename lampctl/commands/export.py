@@ -68,35 +68,35 @@ def export(
 
 def _show_again(place: str) -> bool:
     """Make RUN/model again, if the run is exported and somebody has moved the folder away."""
-    from lampctl import show
-    from pipeline.session import reopen, show_model
+    from lampctl.output import tables
+    from pipeline.runs.lifecycle import reopen, show_model
 
     directory, config = reopen(place)
     if directory.commit_for("export") is None or directory.is_published("model"):
         return False
     show_model(directory, config)
-    show.model_is_back(directory)
+    tables.model_is_back(directory)
     return True
 
 
 def _pack(place: str, out: Path | None, force: bool, as_json: bool) -> None:
-    from lampctl import show
-    from lampctl.file_progress import showing_files
-    from pipeline.packing import find_packable, pack_model
+    from lampctl.output import tables
+    from lampctl.output.file_progress import showing_files
+    from pipeline.runs.packing import find_packable, pack_model
 
     source = find_packable(place)
     target = out or source.target
     with showing_files(f"packing {source.folder}") as hooks:
         sizes = pack_model(source, target, hooks, force)
-    show.packed("packed model", target, sizes, as_json)
+    tables.packed("packed model", target, sizes, as_json)
 
 
 def _unpack(packed: Path, folder: Path, as_json: bool) -> None:
-    from lampctl import show
-    from lampctl.file_progress import showing_files
-    from pipeline.packing import unpack_model
-    from stages.packed import packed_sizes
+    from lampctl.output import tables
+    from lampctl.output.file_progress import showing_files
+    from pipeline.runs.packing import unpack_model
+    from stages.formats.packed.layout import packed_sizes
 
     with showing_files(f"unpacking {packed}") as hooks:
         unpack_model(packed, folder, hooks)
-    show.packed("model", folder, packed_sizes(packed), as_json)
+    tables.packed("model", folder, packed_sizes(packed), as_json)

@@ -37,7 +37,7 @@ def report(
     lampctl report runs/opt-2.7b-s70-lamp --out report
     lampctl report runs/opt-* --out report --no-text
     """
-    from lampctl.file_progress import showing_files
+    from lampctl.output.file_progress import showing_files
     from lampctl.report.write import write_report
     from pipeline.errors import ConfigError
 

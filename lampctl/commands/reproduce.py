@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lampctl.options import Chosen, with_settings
+from lampctl.cli.options import Chosen, with_settings
 
 if TYPE_CHECKING:
-    from pipeline.published.tables import Table
-    from pipeline.settings import Gathered
+    from pipeline.config.settings import Gathered
+    from pipeline.paper.tables import Table
 
 # What the table itself says.
 _TABLES_OWN = ("model", "sparsity", "pattern", "bits", "group_size", "method", "budget", "budget_spread", "revision")
@@ -52,7 +52,7 @@ def reproduce(
     lampctl reproduce table4 --models sam-vit-b --calibration sa1b:sa_000001 --evaluate sa1b:sa_000003
     lampctl reproduce table1 --models smollm2-135m --calibration text:train.txt --evaluate wikitext2:wiki.test.raw
     """
-    from pipeline.published.tables import require_columns, require_methods, table_named
+    from pipeline.paper.tables import require_columns, require_methods, table_named
 
     wanted = require_methods(table_named(table), _split(methods))
     columns = require_columns(wanted, _split(sparsities))
@@ -70,7 +70,7 @@ def _split(text: str | None) -> tuple[str, ...]:
 
 def _gathered(chosen: Chosen, table: Table, model: str) -> Gathered:
     """The settings that all runs share: the paper's preset, the table's data sets, and what was given."""
-    from pipeline.prepare import with_absolute_paths
+    from pipeline.runs.prepare import with_absolute_paths
 
     chosen.preset = chosen.preset or "paper"
     flags = chosen.flags
@@ -91,13 +91,13 @@ def _gathered(chosen: Chosen, table: Table, model: str) -> Gathered:
 def _do(
     table: Table, models: tuple[str, ...], columns: tuple[str, ...], gathered: Gathered, out: str, as_json: bool
 ) -> None:
-    from lampctl.exits import SOME_FAILED
-    from lampctl.progress import listening
-    from lampctl.published import show_cells
-    from lampctl.stopping import stopping
-    from pipeline.reproduce import cells_of, require_fitting, sweep_for
-    from stages.models.source import resolve
-    from stages.tasks.named import open_model
+    from lampctl.cli.exit_codes import SOME_FAILED
+    from lampctl.cli.stop_sources import stopping
+    from lampctl.output.paper import show_cells
+    from lampctl.output.progress import listening
+    from pipeline.paper.reproduce import cells_of, require_fitting, sweep_for
+    from stages.models.resolve import resolve
+    from stages.tasks.registry import open_model
 
     for model in models:
         # Whether all models can be had, and fit, is known before hours are spent on the first.
@@ -121,10 +121,10 @@ def _do(
 def _plan(
     table: Table, models: tuple[str, ...], columns: tuple[str, ...], gathered: Gathered, out: str, as_json: bool
 ) -> None:
-    from lampctl.published import show_cells, show_plan
-    from pipeline.published.estimates import best_rate, scale_of
-    from pipeline.reproduce import cells_of, planned
-    from stages import device
+    from lampctl.output.paper import show_cells, show_plan
+    from pipeline.paper.estimates import best_rate, scale_of
+    from pipeline.paper.reproduce import cells_of, planned
+    from stages.runtime import device
 
     choices = device.choose(gathered.values.device, gathered.values.dtype, gathered.values.threads)
     device.apply(choices)

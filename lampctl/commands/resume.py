@@ -63,11 +63,11 @@ def resume(
     lampctl resume runs/opt-2.7b-s80-lamp --check-all
     lampctl resume s3://bucket/opt-2.7b --scratch-dir /mnt/ssd
     """
-    from lampctl import show
-    from lampctl.progress import listening
-    from lampctl.stopping import stopping
-    from pipeline.prepare import RUNS
-    from pipeline.session import go_on, newest_unfinished, reopen
+    from lampctl.cli.stop_sources import stopping
+    from lampctl.output import tables
+    from lampctl.output.progress import listening
+    from pipeline.runs.lifecycle import go_on, newest_unfinished, reopen
+    from pipeline.runs.prepare import RUNS
 
     place: str | Path | None = run if run is not None else newest_unfinished()
     if place is None:
@@ -85,4 +85,4 @@ def resume(
     with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop, checks="all" if check_all else "as needed", takeover=takeover)
-    show.results([directory], [config], as_json)
+    tables.results([directory], [config], as_json)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lampctl.options import Chosen, with_settings
+from lampctl.cli.options import Chosen, with_settings
 
 if TYPE_CHECKING:
-    from lampctl.progress import ProgressListener
-    from pipeline.engine import StopRequest
-    from pipeline.prepare import Prepared
-    from pipeline.rundir import RunDirectory
+    from lampctl.output.progress import ProgressListener
+    from pipeline.engine.runner import StopRequest
+    from pipeline.rundir.run_directory import RunDirectory
+    from pipeline.runs.prepare import Prepared
 
 RunDir = Annotated[
     str | None,
@@ -47,11 +47,11 @@ def run(
     lampctl run ./my-model --sparsity 0.5 --method wanda --run-dir runs/mine
     lampctl run --config settings.yaml
     """
-    from lampctl import show
-    from lampctl.progress import listening
-    from lampctl.stopping import stopping
+    from lampctl.cli.stop_sources import stopping
+    from lampctl.output import tables
+    from lampctl.output.progress import listening
     from pipeline.errors import ConfigError
-    from pipeline.prepare import prepare, sibling
+    from pipeline.runs.prepare import prepare, sibling
 
     gathered = chosen.gather()
     prepared = prepare(gathered, baseline or ())
@@ -71,13 +71,13 @@ def run(
             for other, place in zip(others, beside, strict=True)
         ]
     configs = [prepared.config, *(other.config for other in others)]
-    show.results([main, *rest], configs, as_json)
+    tables.results([main, *rest], configs, as_json)
 
 
 def _sibling_of(run_dir: str, method: str) -> str | Path:
     """Where a baseline's run lies: beside the run, with the method's name added."""
     from pipeline.errors import ConfigError
-    from pipeline.storage.locate import beside
+    from pipeline.rundir.storage.locate import beside
 
     place = beside(run_dir, method)
     if place is None:
@@ -93,7 +93,7 @@ def _do(
     takeover: bool,
     shared_with: RunDirectory | None = None,
 ) -> RunDirectory:
-    from pipeline.session import go_on, start
+    from pipeline.runs.lifecycle import go_on, start
 
     run = start(prepared, place)
     for notice in prepared.notices:
@@ -117,10 +117,10 @@ def init(chosen: Chosen, run_dir: RunDir = None) -> None:
     lampctl compensate-block runs/mine     and so on, in turns, to the last block;
     lampctl resume runs/mine               or all that is left at once
     """
-    from lampctl import show
-    from pipeline.prepare import prepare
-    from pipeline.session import start, steps_of
+    from lampctl.output import tables
+    from pipeline.runs.lifecycle import start, steps_of
+    from pipeline.runs.prepare import prepare
 
     prepared = prepare(chosen.gather())
     run = start(prepared, run_dir or prepared.default_run_dir)
-    show.begun(run, prepared.config, prepared.origins, prepared.notices, steps_of(run, prepared.config)[0])
+    tables.begun(run, prepared.config, prepared.origins, prepared.notices, steps_of(run, prepared.config)[0])

@@ -28,12 +28,12 @@ def status(
     lampctl status runs/opt-2.7b-s80-lamp --json
     lampctl status --settings
     """
-    from lampctl import show
+    from lampctl.output import tables
     from pipeline.errors import RunNotFound
-    from pipeline.prepare import RUNS
-    from pipeline.rundir import find_runs
-    from pipeline.session import reopen
-    from pipeline.summary import status as status_of
+    from pipeline.rundir.run_directory import find_runs
+    from pipeline.runs.lifecycle import reopen
+    from pipeline.runs.prepare import RUNS
+    from pipeline.runs.status import status as status_of
 
     place: str | Path | None = run
     if place is None:
@@ -42,4 +42,4 @@ def status(
             raise RunNotFound(f"there are no runs under {RUNS}/; begin one with lampctl run, or name one")
         place = found[0]
     directory, config = reopen(place)
-    show.status(status_of(directory, config), directory.manifest.provenance if settings else None, as_json)
+    tables.status(status_of(directory, config), directory.manifest.provenance if settings else None, as_json)

@@ -70,12 +70,12 @@ def compensate_block(run: RunPath, block: Block = None) -> None:
 
 def do_step(place: str, kind: str, block: int | None = None) -> None:
     """Do the next step of that kind, or of that block, and say what comes then."""
-    from lampctl import show
-    from lampctl.progress import listening
-    from lampctl.stopping import stopping
-    from pipeline.engine import require_next
-    from pipeline.plan import Step, next_steps
-    from pipeline.session import go_on, reopen, steps_of
+    from lampctl.cli.stop_sources import stopping
+    from lampctl.output import tables
+    from lampctl.output.progress import listening
+    from pipeline.engine.plan import Step, next_steps
+    from pipeline.engine.runner import require_next
+    from pipeline.runs.lifecycle import go_on, reopen, steps_of
 
     directory, config = reopen(place, to_go_on=True)
     steps, _ = steps_of(directory, config)
@@ -88,12 +88,12 @@ def do_step(place: str, kind: str, block: int | None = None) -> None:
     with listening(every_step=True) as listener, stopping(config) as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop, until=lambda step: True, checks="sizes")
-    show.next_step(directory, config)
+    tables.next_step(directory, config)
 
 
 def _first(steps: Any, todo: Any, kind: str) -> Any:
     """The step of that kind whose turn comes first; a done one, or one that never comes, if there is none."""
-    from pipeline.plan import Step
+    from pipeline.engine.plan import Step
 
     for candidates in (todo, tuple(reversed(steps))):
         for step in candidates:

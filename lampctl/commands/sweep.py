@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lampctl.options import Chosen, with_settings
+from lampctl.cli.options import Chosen, with_settings
 
 if TYPE_CHECKING:
-    from pipeline.sweep import Sweep
+    from pipeline.sweeps.sweep import Sweep
 
 _COMMANDS = ("run", "resume", "status", "report")
 
@@ -86,8 +86,8 @@ def run(
     lampctl sweep smollm2-135m --grid sparsity=0.5,0.6,0.7 --grid method=lamp,sparsegpt --preset quick
     lampctl sweep opt-125m --sparsity 0.7 --search alpha,beta,lr=1e-4:1e-2:log --trials 20
     """
-    from pipeline.sweep import Sweep
-    from pipeline.sweep_spec import new_spec
+    from pipeline.sweeps.spec import new_spec
+    from pipeline.sweeps.sweep import Sweep
 
     spec = new_spec(chosen.gather(), grid or (), search, trials, storage)
     model = Path(spec.settings["model"]).name.removesuffix(".gguf").lower()
@@ -102,7 +102,7 @@ def resume(sweep: SweepPath, as_json: AsJson = False) -> None:
     \b
     lampctl sweep resume sweeps/alpha
     """
-    from pipeline.sweep import Sweep
+    from pipeline.sweeps.sweep import Sweep
 
     _do(Sweep.open(sweep), as_json)
 
@@ -114,8 +114,8 @@ def status(sweep: SweepPath, as_json: AsJson = False) -> None:
     \b
     lampctl sweep status sweeps/alpha
     """
-    from lampctl.trials import show_trials
-    from pipeline.sweep import Sweep
+    from lampctl.output.trials import show_trials
+    from pipeline.sweeps.sweep import Sweep
 
     found = Sweep.open(sweep)
     show_trials(found, found.states(), as_json)
@@ -132,7 +132,7 @@ def report(
     lampctl sweep report sweeps/alpha --out report
     """
     from lampctl.report.response import write_response
-    from pipeline.sweep import Sweep
+    from pipeline.sweeps.sweep import Sweep
 
     found = Sweep.open(sweep)
     for path in write_response(found, found.states(), out):
@@ -140,10 +140,10 @@ def report(
 
 
 def _do(sweep: Sweep, as_json: bool) -> None:
-    from lampctl.exits import SOME_FAILED
-    from lampctl.progress import listening
-    from lampctl.stopping import stopping
-    from lampctl.trials import show_trials
+    from lampctl.cli.exit_codes import SOME_FAILED
+    from lampctl.cli.stop_sources import stopping
+    from lampctl.output.progress import listening
+    from lampctl.output.trials import show_trials
 
     with listening() as listener, stopping(sweep.spec.gathered.values) as stop:
         for state in sweep.run(listener.attach, listener, stop):

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lampctl.names import METHODS, source_label
-from lampctl.units import duration, size
-from pipeline.standing import Standing
-from pipeline.summary import EvaluationResult
-from stages.figures import METRICS
+from lampctl.output.labels import METHODS, source_label
+from lampctl.output.units import duration, size
+from pipeline.runs.comparison import Standing
+from pipeline.runs.status import EvaluationResult
+from stages.metrics.registry import METRICS
 
 Unit = Literal["perplexity", "iou", "share", "bytes", "seconds"]
 

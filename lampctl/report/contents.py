@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lampctl.names import METHODS, source_label
-from lampctl.report import data, figures
+from lampctl.output.labels import METHODS, source_label
+from lampctl.output.units import duration, size
+from lampctl.report import data, plots
 from lampctl.report.comparison import Comparison
 from lampctl.report.data import Dataset
 from lampctl.report.mask_samples import MaskSample
 from lampctl.report.masks import mask_gallery
 from lampctl.report.page import Paragraph, Part, Picture, Section, Table, Texts, Tiles
-from lampctl.units import duration, size
-from pipeline.continuations import Continuation
-from pipeline.scrub import scrub, scrub_values
-from pipeline.summary import EvaluationResult, RunStatus, described, side_by_side
-from stages.figures import METRICS
+from pipeline.rundir.redact import scrub, scrub_values
+from pipeline.runs.continuations import Continuation
+from pipeline.runs.status import EvaluationResult, RunStatus, described, side_by_side
+from stages.metrics.registry import METRICS
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _measured(states: Sequence[RunStatus]) -> list[Section]:
         "exported model. Dashed: the model before pruning."
     )
     title = f"{titles[0].upper()}{titles[1:]} against sparsity"
-    picture = Picture("measured", figures.measured_by_sparsity(table), title, caption, table.csv())
+    picture = Picture("measured", plots.measured_by_sparsity(table), title, caption, table.csv())
     return [Section("measured", title, (picture, _numbers(table)))]
 
 
@@ -230,7 +230,7 @@ def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Par
             "error",
             "Error by block",
             data.error_by_block(state),
-            lambda table: figures.error_by_block(table, relative),
+            lambda table: plots.error_by_block(table, relative),
             "How far the biased stream (through what is pruned) is from the dense one (through the original) where it "
             "leaves each block: before and after a block, still dense, has learnt to make up for those before it; and "
             f"before and after it is trained once pruned. Log scale.{kept}",
@@ -239,7 +239,7 @@ def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Par
             "layers",
             "Error by layer",
             data.pruning_error_by_layer(state),
-            figures.pruning_error_by_layer,
+            plots.pruning_error_by_layer,
             "What pruning alone does to the output of each layer, relative to that output, over the calibration set "
             "as it comes through the blocks pruned before. Log scale.",
         ),
@@ -247,14 +247,14 @@ def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Par
             "sparsity",
             "Budget and sparsity",
             data.sparsity_by_layer(state),
-            figures.sparsity_by_layer,
+            plots.sparsity_by_layer,
             _how_exact(state),
         ),
         (
             "training",
             "Training",
             data.training_curves(state),
-            figures.training_curves,
+            plots.training_curves,
             "Loss over the epochs of each block's training. A ring: the epoch whose weights were kept (0: no epoch "
             "helped, and the block stayed as it was). After an epoch that did not help, training goes on from the best "
             "weights at a lower rate.",
@@ -263,7 +263,7 @@ def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Par
             "steps",
             "Time and memory",
             data.steps(state),
-            figures.steps,
+            plots.steps,
             "Each step of the run, in the order in which they were done. Memory is that of the whole process.",
         ),
     ]

@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lampctl.names import METHODS, layer_label, source_label
-from pipeline.scrub import scrub
-from pipeline.summary import BlockState, EpochLoss, RunStatus, side_by_side
+from lampctl.output.labels import METHODS, layer_label, source_label
+from pipeline.rundir.redact import scrub
+from pipeline.runs.status import BlockState, EpochLoss, RunStatus, side_by_side
 
 Cell = str | int | float | None
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import RunConfig
-from pipeline.packing import published_model
-from pipeline.rundir import RunDirectory
-from stages.protocols import Watcher
+from pipeline.config.run_config import RunConfig
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.runs.packing import published_model
+from stages.interfaces import Watcher
 
 if TYPE_CHECKING:
-    from stages.predict_masks import Answer, Asked
+    from stages.metrics.mask_prediction import Answer, Asked
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def mask_samples(
 ) -> tuple[tuple[MaskSample, ...], ...]:
     """For each vision run its answers on the first images that it was evaluated on; none for any other run.
 
-    Both models are checked to be what the run says. Raises as `pipeline.continuations` does.
+    Both models are checked to be what the run says. Raises as `pipeline.runs.continuations` does.
     """
     found: list[tuple[MaskSample, ...]] = []
     originals: dict[tuple[Any, str], list[Answer]] = {}
@@ -52,13 +52,13 @@ def _samples(
     hooks: Watcher,
     originals: dict[tuple[Any, str], list[Answer]],
 ) -> tuple[MaskSample, ...]:
-    from pipeline.work import StageWorker
-    from stages.data.images import ImageSource
-    from stages.device import apply, choose
-    from stages.models.sam import SamEncoder
-    from stages.models.source import resolve
-    from stages.predict_masks import answers_to, asked_of
-    from stages.tasks.named import open_model, parse_source
+    from pipeline.steps.executor import StageWorker
+    from stages.data.image_sources import ImageSource
+    from stages.metrics.mask_prediction import answers_to, asked_of
+    from stages.models.resolve import resolve
+    from stages.models.sam.encoder import SamEncoder
+    from stages.runtime.device import apply, choose
+    from stages.tasks.registry import open_model, parse_source
 
     source = parse_source(name)
     assert isinstance(source, ImageSource)

@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lampctl.names import METHODS, source_label
+from lampctl.output.labels import METHODS, source_label
+from lampctl.output.trials import is_partial, partial_note, trial_value
+from lampctl.output.units import duration
 from lampctl.report.data import Cell, Dataset
 from lampctl.report.page import Paragraph, Part, Picture, Section, Table, page
 from lampctl.report.style import INK, MARKERS, SERIES, log_axis, png, require_matplotlib
 from lampctl.report.write import PAGE, require_ours
-from lampctl.trials import is_partial, partial_note, trial_value
-from lampctl.units import duration
-from pipeline.scrub import scrub
-from stages.figures import METRICS, figure_text
+from pipeline.rundir.redact import scrub
+from stages.metrics.registry import METRICS, figure_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pipeline.sweep import Sweep, TrialState
+    from pipeline.sweeps.sweep import Sweep, TrialState
 
 _OWN = ("trial", "state", "metric", "data", "which", "value", "is_partial")
 

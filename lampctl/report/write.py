@@ -11,17 +11,17 @@ from lampctl.report.contents import RunReport, contents, heading, pictures
 from lampctl.report.mask_samples import MaskSample, mask_samples
 from lampctl.report.page import GENERATOR, page
 from lampctl.report.style import require_matplotlib
-from pipeline.config import RunConfig
-from pipeline.continuations import Continuation, continuations
+from pipeline.config.run_config import RunConfig
 from pipeline.errors import ConfigError, ConfigMismatch
-from pipeline.rundir import RunDirectory
-from pipeline.scrub import scrub
-from pipeline.session import reopen
-from pipeline.standing import standing_of
-from pipeline.storage.objects import is_address
-from pipeline.summary import status
+from pipeline.rundir.redact import scrub
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.storage.object_client import is_address
+from pipeline.runs.comparison import standing_of
+from pipeline.runs.continuations import Continuation, continuations
+from pipeline.runs.lifecycle import reopen
+from pipeline.runs.status import status
 from stages.errors import ResourceError, UsageError
-from stages.protocols import Watcher
+from stages.interfaces import Watcher
 
 PAGE = "index.html"
 _FIGURES = "figures"

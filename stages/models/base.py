@@ -15,11 +15,11 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stages.filedigest import FileDigest, digest_file
+from stages.formats.file_digest import FileDigest, digest_file
 
 if TYPE_CHECKING:
-    from stages.models.calls import Calls
-    from stages.protocols import Samples
+    from stages.interfaces import Samples
+    from stages.models.block_inputs import Calls
 
 Part = Literal["enter", "leave", "all"]
 

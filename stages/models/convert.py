@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.cache import cache_dir
 from stages.errors import ResourceError, UsageError
-from stages.filedigest import digest_file
-from stages.models.weights import INDEX
+from stages.formats.checkpoint_files import INDEX
+from stages.formats.file_digest import digest_file
+from stages.runtime.cache import cache_dir
 
 log = logging.getLogger(__name__)
 

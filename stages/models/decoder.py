@@ -20,13 +20,13 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import UsageError
-from stages.hub import reason_of
+from stages.formats.checkpoint_files import WeightFiles, match_names
 from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part
-from stages.models.calls import Calls
-from stages.models.materialise import copied, materialised, require_materialised
-from stages.models.recorders import Recorder, StopForward, Tape, output_of
-from stages.models.roles import role_of
-from stages.models.weights import WeightFiles, match_names
+from stages.models.block_inputs import Calls
+from stages.models.layer_roles import role_of
+from stages.models.meta_init import copied, materialised, require_materialised
+from stages.models.recorder import Recorder, StopForward, Tape, output_of
+from stages.runtime.hub import reason_of
 
 # Blocks whose linear layers hold less of their matrix weights than this are refused: the rest would stay dense.
 _SMALLEST_SHARE = 0.95

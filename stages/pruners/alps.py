@@ -20,9 +20,9 @@ from torch import Tensor
 
 from stages.errors import NumericalError
 from stages.pruners.hessian import Factor
-from stages.pruners.masks import Pattern
-from stages.pruners.selection import smallest
 from stages.pruners.sparsegpt import sparsegpt
+from stages.sparsity.nm_pattern import Pattern
+from stages.sparsity.topk import smallest
 
 # In units of the scaled Hessian's diagonal, which is 1. Higher ones fix the mask before the weights have adapted to it,
 # lower ones never bring the two together.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stages.pruners.masks import Pattern
-from stages.pruners.selection import smallest
+from stages.sparsity.nm_pattern import Pattern
+from stages.sparsity.topk import smallest
 
 
 def magnitude_mask(weight: Tensor, num_masked: int, pattern: Pattern | None = None) -> Tensor:

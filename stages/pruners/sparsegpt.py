@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from stages.pruners.hessian import Factor
-from stages.pruners.masks import Pattern
-from stages.pruners.quantize import Grid, decode, encode
-from stages.pruners.selection import smallest
+from stages.quantization.grid import Grid, decode, encode
+from stages.sparsity.nm_pattern import Pattern
+from stages.sparsity.topk import smallest
 
 
 def sparsegpt(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stages.pruners.masks import Pattern
-from stages.pruners.selection import smallest_per_row
+from stages.sparsity.nm_pattern import Pattern
+from stages.sparsity.topk import smallest_per_row
 
 
 def wanda_mask(weight: Tensor, mean_square: Tensor, num_masked: int, pattern: Pattern | None = None) -> Tensor:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.device import DeviceChoices
+    from stages.interfaces import Hooks, Samples, Scratch
     from stages.models.base import BlockModel
-    from stages.protocols import Hooks, Samples, Scratch
+    from stages.runtime.device import DeviceChoices
 
 # Where in a mask the one point is that asks for it; "auto": the annotation's own, else the interior one.
 Points = Literal["auto", "annotation", "interior", "random", "box-center"]
@@ -80,7 +80,7 @@ class Task(Protocol):
     """A kind of model."""
 
     name: str
-    metric: str  # of its usual evaluation, in `stages.figures.METRICS`
+    metric: str  # of its usual evaluation, in `stages.metrics.registry.METRICS`
     default_calibration: str | None  # None: the user must name one
     default_evaluation: tuple[str, ...]
     default_points: Points | None  # None: there are none

@@ -6,12 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from stages.calibrate import calibrate
-from stages.data.sources import Source
-from stages.data.text import load_tokenizer, require_length, require_vocabulary
-from stages.device import DeviceChoices
+from stages.data.text_sources import Source
+from stages.data.tokenization import load_tokenizer, require_length, require_vocabulary
 from stages.evaluate import evaluate_text
+from stages.interfaces import Hooks, Scratch
 from stages.models.base import BlockModel, ModelFolder
-from stages.protocols import Hooks, Scratch
+from stages.runtime.device import DeviceChoices
 from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Listed, Points, require_task
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lampctl.exits import DAMAGED, INTERRUPTED, PREEMPTED, RESOURCE, SUPERSEDED
+from lampctl.cli.exit_codes import DAMAGED, INTERRUPTED, PREEMPTED, RESOURCE, SUPERSEDED
 
-from lampctl.exits import OTHER_RUN, USAGE, BUG  # isort: skip
+from lampctl.cli.exit_codes import OTHER_RUN, USAGE, BUG  # isort: skip
 
 ROOT = Path(__file__).parents[2]
 BATCH = ROOT / "examples" / "batch"
@@ -50,7 +50,7 @@ def test_the_command_line_is_one_that_lampctl_understands(name, monkeypatch):
     import typer
 
     from lampctl.app import app
-    from lampctl.options import Chosen
+    from lampctl.cli.options import Chosen
 
     arguments = command_lines()[name]
     command = typer.main.get_command(app).commands[arguments[0]]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.data.images import decode_mask
-from stages.tasks.named import parse_source
+from stages.data.image_sources import decode_mask
+from stages.tasks.registry import parse_source
 from tests.small_sam import save
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -61,8 +61,8 @@ def test_training_writes_a_model_that_opens(tmp_path):
     out = tmp_path / "sam"
     said = call("train_sam_tiny.py", "--steps", 2, "--out", out, "--checkpoint", tmp_path / "c.pt", "--unseen", 2)
     assert "single-point IoU on 2 unseen scenes" in said
-    from stages.models.source import resolve
-    from stages.tasks.named import open_model
+    from stages.models.resolve import resolve
+    from stages.tasks.registry import open_model
 
     model = open_model(resolve(str(out)))
     assert model.num_blocks == json.loads((out / "config.json").read_text())["vision_config"]["num_hidden_layers"]

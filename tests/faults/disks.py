@@ -1,4 +1,4 @@
-"""Disks that fail: in place of the one object through which all writes pass (`pipeline.disk.calls`)."""
+"""Disks that fail: in place of the one object through which all writes pass (`pipeline.rundir.filesystem.calls`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import disk
+from pipeline.rundir import filesystem
 
 CHANGES = (*("create", "open_to_append", "write", "flush", "link", "rename", "unlink", "make_folder", "remove_folder"),)
 
@@ -21,17 +21,17 @@ class Crash(BaseException):
 
 
 @contextmanager
-def using(calls: disk.Calls) -> Iterator[None]:
+def using(calls: filesystem.Calls) -> Iterator[None]:
     """All writes pass through `calls` meanwhile."""
-    before = disk.calls
-    disk.calls = calls
+    before = filesystem.calls
+    filesystem.calls = calls
     try:
         yield
     finally:
-        disk.calls = before
+        filesystem.calls = before
 
 
-class Unflushed(disk.Calls):
+class Unflushed(filesystem.Calls):
     """A disk that says at once that it has flushed, as no test here takes the real power away."""
 
     def flush(self, descriptor: int) -> None:
@@ -152,7 +152,7 @@ class PowerCutAt(Counting):
 
     def create(self, path: Path) -> int:
         self.note("create")
-        descriptor = disk.Calls.create(self, path)
+        descriptor = filesystem.Calls.create(self, path)
         self._add(path, _File(path=path))
         self._open[descriptor] = (self._at(path), path)  # type: ignore[assignment]
         return descriptor
@@ -160,14 +160,14 @@ class PowerCutAt(Counting):
     def open_to_append(self, path: Path) -> int:
         self.note("open_to_append")
         is_new = not path.exists()
-        descriptor = disk.Calls.open_to_append(self, path)
+        descriptor = filesystem.Calls.open_to_append(self, path)
         if is_new:
             self._add(path, _File(path=path))
         return descriptor
 
     def write(self, descriptor: int, data: memoryview) -> int:
         self.note("write")
-        return disk.Calls.write(self, descriptor, data)
+        return filesystem.Calls.write(self, descriptor, data)
 
     def flush(self, descriptor: int) -> None:
         self.note("flush")
@@ -180,29 +180,29 @@ class PowerCutAt(Counting):
 
     def link(self, source: Path, target: Path) -> None:
         self.note("link")
-        disk.Calls.link(self, source, target)
+        filesystem.Calls.link(self, source, target)
         self._add(target, self._at(source))
 
     def rename(self, source: Path, target: Path) -> None:
         self.note("rename")
         node = self._at(source)
-        disk.Calls.rename(self, source, target)
+        filesystem.Calls.rename(self, source, target)
         self._drop(source)
         self._add(target, node)
 
     def unlink(self, path: Path) -> None:
         self.note("unlink")
-        disk.Calls.unlink(self, path)
+        filesystem.Calls.unlink(self, path)
         self._drop(path)
 
     def make_folder(self, path: Path) -> None:
         self.note("make_folder")
-        disk.Calls.make_folder(self, path)
+        filesystem.Calls.make_folder(self, path)
         self._add(path, _Folder())
 
     def remove_folder(self, path: Path) -> None:
         self.note("remove_folder")
-        disk.Calls.remove_folder(self, path)
+        filesystem.Calls.remove_folder(self, path)
         self._drop(path)
 
     def _parts(self, path: Path) -> tuple[str, ...] | None:

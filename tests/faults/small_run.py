@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from pipeline.engine import StepResult, StopRequest, advance
+from pipeline.engine.plan import Step, chain, is_stream
+from pipeline.engine.repair import mend
+from pipeline.engine.runner import StepResult, StopRequest, advance
 from pipeline.errors import PipelineError, RunNotFound
-from pipeline.manifest import RunManifest
-from pipeline.mend import mend
-from pipeline.plan import Step, chain, is_stream
-from pipeline.rundir import Attempt, RunDirectory
-from pipeline.storage.base import Storage
-from stages.protocols import Checkpoint, Hooks
+from pipeline.rundir.records import RunManifest
+from pipeline.rundir.run_directory import Attempt, RunDirectory
+from pipeline.rundir.storage.base import Storage
+from stages.interfaces import Checkpoint, Hooks
 
 STEPS = chain("lamp", 3, refines=True)
 _SHAPE = (2, 2)
@@ -31,7 +31,7 @@ _FREE: dict[str, Any] = {}
 
 
 class Silent:
-    """A `pipeline.engine.Listener` that keeps what it is told."""
+    """A `pipeline.engine.runner.Listener` that keeps what it is told."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -50,7 +50,7 @@ class Silent:
 
 
 class StandIn:
-    """A `pipeline.engine.Worker` whose results are digests of what it read."""
+    """A `pipeline.engine.runner.Worker` whose results are digests of what it read."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run

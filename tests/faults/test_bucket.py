@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import FileExists, Superseded
-from pipeline.rundir import RunDirectory
-from pipeline.storage.bucket import BucketStorage
-from pipeline.storage.objects import Objects
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.storage.bucket import BucketStorage
+from pipeline.rundir.storage.object_client import Objects
 from tests.buckets import FAULTS, s3
-from tests.pipeline.test_rundir import manifest
+from tests.pipeline.rundir.test_run_directory import manifest
 
 STEPS = ("calibrate", "capture", "prune-block/0")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DiskError, OutOfDisk
-from pipeline.rundir import RunDirectory
+from pipeline.rundir.run_directory import RunDirectory
 from tests.faults.disks import BROKEN, NO_SPACE, Counting, Crash, FailingAt, KilledAt, PowerCutAt, Unflushed, using
 from tests.faults.small_run import STEPS, go, require_clean, result
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.engine.plan import is_stream, releasable
+from pipeline.engine.verify import verify
 from pipeline.errors import ConfigMismatch, DamagedData, NotARun, RunNotFound
-from pipeline.plan import is_stream, releasable
-from pipeline.session import collect_garbage, reopen, steps_of
-from pipeline.verify import verify
+from pipeline.runs.lifecycle import collect_garbage, reopen, steps_of
 
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 FLAGS = (
@@ -167,7 +167,7 @@ def test_a_damaged_model_of_a_finished_run_is_made_again_when_asked(runs, tmp_pa
 
 
 def test_a_damaged_or_lost_newest_commit_is_a_step_done_again(runs, tmp_path, lampctl, monkeypatch):
-    monkeypatch.setattr("pipeline.rundir._STILL_WRITING_S", 0.01)
+    monkeypatch.setattr("pipeline.rundir.run_directory._STILL_WRITING_S", 0.01)
     expected = weights(runs / "whole")
     for damage in (flip, truncate, empty, delete):
         damage_copy(runs / "half", Path("run").absolute(), f"commits/{len(STEPS) - 1:06d}.json", damage)
@@ -257,7 +257,7 @@ def test_activations_are_kept_for_study_when_asked(runs, tmp_path, lampctl):
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_done(runs, tmp_path, lampctl, monkeypatch):
-    monkeypatch.setattr("pipeline.session.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("pipeline.runs.lifecycle.free_bytes", lambda path: 1000)
     refused = lampctl("run", TINY_OPT, *FLAGS, "--run-dir", "new")
     assert refused.code == 5
     assert "nothing was begun" in refused.err

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import manifest
+from pipeline.engine.verify import verify
 from pipeline.errors import PipelineError
-from pipeline.session import collect_garbage, reopen, steps_of
-from pipeline.summary import status
-from pipeline.verify import verify
+from pipeline.rundir import records as manifest
+from pipeline.runs.lifecycle import collect_garbage, reopen, steps_of
+from pipeline.runs.status import status
 from stages.errors import StageError
 from tests.faults.test_damage import FLAGS, STEPS, _lampctl
 from tests.small_models import save
@@ -84,8 +84,8 @@ def examine(place: Path, tmp_path: Path) -> str:
 
 
 def read_file(name: str, path: Path) -> None:
-    from stages.mask_files import read_mask_file
-    from stages.models.weights import StateFile
+    from stages.formats.checkpoint_files import StateFile
+    from stages.formats.pruning_masks import read_mask_file
 
     if name.startswith("masks/"):
         read_mask_file(path)

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pipeline.run_directory import activation_store, filesystem, run_directory
 
-from pipeline import disk, rundir, store, verify
+from pipeline.engine import verify
 from pipeline.errors import DamagedData, PipelineError
-from pipeline.manifest import Record
-from pipeline.rundir import RunDirectory
-from pipeline.storage.folder import FolderStorage
+from pipeline.rundir.records import Record
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.storage.local import FolderStorage
 from tests.faults.disks import Crash, PowerCutAt, Unflushed, using
 from tests.faults.small_run import STEPS, go, require_clean, result
 from tests.faults.test_crashes import cut
@@ -213,48 +214,52 @@ def nothing(*args, **kwargs) -> None:
 
 
 def _unflushed_write(path, data):
-    disk.write_file(path, data)
+    filesystem.write_file(path, data)
 
 
 def _replacing_create(self, key, data):
     path = self.folder / key
-    disk.make_folder(path.parent)
-    disk.replace_file(path, data)
+    filesystem.make_folder(path.parent)
+    filesystem.replace_file(path, data)
 
 
 def _plain_folder(path: Path) -> None:
     """Without its name being flushed."""
     for folder in reversed([path, *path.parents]):
         if not folder.is_dir():
-            disk.calls.make_folder(folder)
+            filesystem.calls.make_folder(folder)
 
 
 def _unlinked(path: Path, data: bytes) -> None:
-    temporary = disk._beside(path, "tmp")
-    disk._write_flushed(temporary, data)
-    disk.rename(temporary, path)
-    disk.flush_folder(path.parent)
+    temporary = filesystem._beside(path, "tmp")
+    filesystem._write_flushed(temporary, data)
+    filesystem.rename(temporary, path)
+    filesystem.flush_folder(path.parent)
 
 
 MUTATIONS = (
-    Mutation("files are not flushed before a commit", disk, "flush_tree", nothing, damaged_commit_is_noticed_late),
-    Mutation("a commit's own bytes are not flushed", disk, "_write_flushed", _unflushed_write, power_cuts),
-    Mutation("names in folders are not flushed", disk, "flush_folder", nothing, power_cuts),
-    Mutation("single files are not flushed", disk, "_flush", nothing, power_cuts),
+    Mutation(
+        "files are not flushed before a commit", filesystem, "flush_tree", nothing, damaged_commit_is_noticed_late
+    ),
+    Mutation("a commit's own bytes are not flushed", filesystem, "_write_flushed", _unflushed_write, power_cuts),
+    Mutation("names in folders are not flushed", filesystem, "flush_folder", nothing, power_cuts),
+    Mutation("single files are not flushed", filesystem, "_flush", nothing, power_cuts),
     Mutation("a payload is not kept before its commit", FolderStorage, "keep", nothing, damaged_commit_is_noticed_late),
     Mutation("a commit replaces one that is there", FolderStorage, "create", _replacing_create, races),
-    Mutation("a commit is renamed into place", disk, "write_new", _unlinked, races),
+    Mutation("a commit is renamed into place", filesystem, "write_new", _unlinked, races),
     Mutation(
         "the folder of a commit is not made durably",
-        disk,
+        filesystem,
         "make_folder",
         _plain_folder,
         power_cuts,
     ),
     Mutation("digests are not compared by verify", verify, "_digest_damage", nothing, damages),
     Mutation("records are not compared with their digests", Record, "from_bytes", None, damages),
-    Mutation("chunks are not compared when they are read", store, "_is", lambda data, file: True, reads_damaged),
-    Mutation("files are not compared when they are read", rundir, "FileDigest", None, reads_damaged),
+    Mutation(
+        "chunks are not compared when they are read", activation_store, "_is", lambda data, file: True, reads_damaged
+    ),
+    Mutation("files are not compared when they are read", run_directory, "FileDigest", None, reads_damaged),
 )
 
 

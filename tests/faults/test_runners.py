@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import FileExists, Superseded
-from pipeline.rundir import RunDirectory
+from pipeline.rundir.run_directory import RunDirectory
 from tests.faults.disks import Unflushed, using
 from tests.faults.small_run import STEPS, go, require_clean, result
 
@@ -71,10 +71,10 @@ def test_eight_runners_at_once_without_a_lease(quiet, tmp_path, num_times):
 RUNNER = """
 import os, sys, time
 from pathlib import Path
-from pipeline.engine import StopRequest
+from pipeline.engine.runner import StopRequest
 from pipeline.errors import Superseded
-from pipeline.lease import Lease, Timing
-from pipeline.mend import mend
+from pipeline.rundir.lease import Lease, Timing
+from pipeline.engine.repair import mend
 from tests.faults import small_run
 from tests.faults.small_run import StandIn, go, open_or_create
 
@@ -131,7 +131,10 @@ def test_a_runner_that_is_frozen_past_its_lease_is_followed_and_stops_when_it_wa
 @pytest.mark.parametrize("days", [-1, 1])
 def test_a_clock_that_jumps_by_a_day_changes_nothing(quiet, tmp_path, monkeypatch, days):
     """Also in the middle of a run, and in the lease."""
-    from pipeline import engine, lease, mend, rundir
+    from pipeline.run_directory import lease, run_directory
+
+    from pipeline.engine import repair
+    from pipeline.engine import runner as engine
 
     class Jumping(datetime):
         num_calls = 0
@@ -141,7 +144,7 @@ def test_a_clock_that_jumps_by_a_day_changes_nothing(quiet, tmp_path, monkeypatc
             cls.num_calls += 1
             return datetime.now(UTC) + timedelta(days=days if cls.num_calls > 5 else 0)
 
-    for module in (engine, lease, mend, rundir):
+    for module in (engine, lease, repair, run_directory):
         monkeypatch.setattr(module, "datetime", Jumping)
     place = tmp_path / "run"
     with lease.Lease(

@@ -25,7 +25,7 @@ FLAGS = (
 # Sends itself SIGTERM so long after a step of that kind began, and notes when.
 BOMB = """
 import os, signal, sys, threading, time
-from pipeline.work import StageWorker
+from pipeline.steps.executor import StageWorker
 
 kind, delay = sys.argv[1], float(sys.argv[2])
 execute = StageWorker.execute

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.manifest import RunManifest
+from pipeline.rundir.records import RunManifest
 from tests.faults.disks import Crash
 from tests.faults.test_mutations import run_until
 

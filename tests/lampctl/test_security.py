@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.scrub import scrub
+from pipeline.rundir.redact import scrub
 from tests.small_models import save
 
 FLAGS = ("--sparsity", "0.5", "--num-samples", "3", "--seqlen", "16", "--eval-seqlen", "16", "--epochs", "1")
@@ -38,7 +38,7 @@ def test_no_secret_of_the_environment_is_written_or_shown(lampctl, canaries, tmp
             raise kind(f"the request was sent with {' '.join(CANARIES.values())} to https://user:canary-password@host/")
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.work.prune_block", fail)
+            patch.setattr("pipeline.steps.executor.prune_block", fail)
             answers.append(lampctl("run", model, *FLAGS, *data, "--run-dir", f"r-{kind.__name__}"))
     assert [answer.code for answer in answers] == [0, 1, 1, 1]
     assert "this is a bug of ours" in answers[1].err
@@ -133,6 +133,6 @@ def test_nothing_is_unpickled_but_tensors_and_only_when_converting():
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 if unsafe.search(line) and ".eval()" not in line:
                     found.append((path.relative_to(root).as_posix(), number, line.strip()))
-    converting = ["stages/models/convert.py", "stages/models/sam_checkpoint.py"]
+    converting = ["stages/models/convert.py", "stages/models/sam/checkpoint.py"]
     assert sorted(path for path, _, _ in found) == converting, found
     assert "weights_only=True" in found[0][2]

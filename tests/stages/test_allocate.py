@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from stages.allocate import budget_by_outliers, outlier_shares
-from stages.budget import BudgetError, LayerShape, allocate
 from stages.capture import capture
-from stages.device import DeviceChoices
+from stages.interfaces import ListScratch, ListStream, NullHooks
 from stages.models.decoder import open_model
-from stages.models.source import resolve
-from stages.protocols import ListScratch, ListStream, NullHooks
+from stages.models.resolve import resolve
+from stages.runtime.device import DeviceChoices
+from stages.sparsity.budget import BudgetError, LayerShape, allocate
 from tests.small_models import VOCAB, save
 
 CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")

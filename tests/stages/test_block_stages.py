@@ -9,19 +9,19 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from stages.block_loss import block_loss, split_samples
-from stages.budget import LayerShape, allocate
 from stages.capture import capture
 from stages.compensate_block import compensate_block
-from stages.device import DeviceChoices
 from stages.errors import NumericalError
+from stages.interfaces import ListScratch, ListStream, NullHooks
 from stages.models.decoder import open_model
-from stages.models.source import resolve
-from stages.protocols import ListScratch, ListStream, NullHooks
+from stages.models.resolve import resolve
 from stages.prune_block import PruneSettings, prune_block
-from stages.pruners.masks import Pattern
 from stages.refine_block import refine_block
-from stages.training import TrainingSettings
+from stages.runtime.device import DeviceChoices
+from stages.sparsity.budget import LayerShape, allocate
+from stages.sparsity.nm_pattern import Pattern
+from stages.training.loss import block_loss, split_samples
+from stages.training.trainer import TrainingSettings
 from tests.small_models import VOCAB, save
 
 CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from stages.budget import LayerShape, allocate, follow_pattern
 from stages.capture import capture
 from stages.compensate_block import compensate_block
-from stages.device import DeviceChoices
+from stages.interfaces import ListStream, NullHooks
 from stages.models.decoder import open_model
-from stages.models.source import resolve
-from stages.protocols import ListStream, NullHooks
+from stages.models.resolve import resolve
 from stages.prune_block import PruneSettings, prune_block
-from stages.pruners.masks import Pattern
 from stages.refine_block import refine_block
-from stages.training import TrainingSettings
+from stages.runtime.device import DeviceChoices
+from stages.sparsity.budget import LayerShape, allocate, follow_pattern
+from stages.sparsity.nm_pattern import Pattern
+from stages.training.trainer import TrainingSettings
 from tests.small_models import VOCAB, save
 
 CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")
@@ -28,7 +28,7 @@ CASES = [
     for method in METHODS
     for goal in GOALS
     for bits in QUANTIZATION
-    if not (method == "wanda" and bits[0])  # refused: tests/pipeline/test_config.py
+    if not (method == "wanda" and bits[0])  # refused: tests/pipeline/config/test_run_config.py
 ]
 
 

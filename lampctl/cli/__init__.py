@@ -1,0 +1,1 @@
+"""Options, exit codes and stop sources of the command line."""

@@ -1,0 +1,89 @@
+"""Which error becomes which exit code: the one place that knows."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from pipeline import errors as pipeline_errors
+from pipeline.rundir.redact import scrub
+from stages import errors as stage_errors
+
+BUG = 1
+USAGE = 2
+OTHER_RUN = 3
+DAMAGED = 4
+RESOURCE = 5
+SUPERSEDED = 6
+SOME_FAILED = 7  # trials of a sweep; the others are done
+PREEMPTED = 75
+INTERRUPTED = 130
+
+# The first class that fits decides.
+EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (pipeline_errors.ConfigMismatch, OTHER_RUN),
+    (pipeline_errors.DamagedData, DAMAGED),
+    (pipeline_errors.ResourceExhausted, RESOURCE),
+    (stage_errors.DamagedFileError, DAMAGED),
+    (stage_errors.ResourceError, RESOURCE),
+    (MemoryError, RESOURCE),
+    (pipeline_errors.Superseded, SUPERSEDED),
+    (pipeline_errors.Occupied, SUPERSEDED),
+    (pipeline_errors.Preempted, PREEMPTED),
+    (pipeline_errors.Interrupted, INTERRUPTED),
+    (KeyboardInterrupt, INTERRUPTED),
+    (pipeline_errors.ConfigError, USAGE),
+    (pipeline_errors.RunNotFound, USAGE),
+    (pipeline_errors.NotARun, USAGE),
+    (pipeline_errors.StepOrderError, USAGE),
+    (pipeline_errors.FileExists, USAGE),
+    (stage_errors.UsageError, USAGE),
+    (stage_errors.NumericalError, USAGE),
+)
+
+
+# What the system may refuse wherever a file of the user's is touched.
+_OS_ERRORS = {
+    errno.ENOSPC: RESOURCE,
+    errno.EDQUOT: RESOURCE,
+    errno.EACCES: RESOURCE,
+    errno.EPERM: RESOURCE,
+    errno.EROFS: RESOURCE,
+    errno.ENAMETOOLONG: USAGE,
+}
+
+
+def exit_code(error: BaseException) -> int:
+    """The code for an error; 1, a bug of ours, for one that nobody raised on purpose."""
+    for kind, code in EXIT_CODES:
+        if isinstance(error, kind):
+            return code
+    if isinstance(error, OSError) and error.errno in _OS_ERRORS:
+        return _OS_ERRORS[error.errno]
+    # By name: torch is not imported only to be asked about its errors.
+    return RESOURCE if type(error).__name__ == "OutOfMemoryError" else BUG
+
+
+def message(error: BaseException) -> str:
+    """What the user reads after ``lampctl: ``, without any secret."""
+    return scrub(_message(error))
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on where it was"
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU has not enough memory for one block: use a smaller --seqlen, or --device cpu"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory: use a smaller --seqlen"
+    if isinstance(error, OSError):
+        where = str(error.filename or "")
+        return f"{error.strerror}: {where if len(where) < 200 else where[:200] + '...'}"
+    return str(error)
+
+
+def end_now(error: BaseException) -> None:
+    """End this process where it is, whatever its threads are doing. Only for errors after which nothing is lost."""
+    print(f"lampctl: {message(error)}", file=sys.stderr, flush=True)
+    os._exit(exit_code(error))

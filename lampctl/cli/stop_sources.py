@@ -1,0 +1,27 @@
+"""Everything that may ask a command to stop: signals, the cloud, the time that is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config.settings import Settings
+    from pipeline.engine.runner import StopRequest
+
+
+@contextmanager
+def stopping(config: Settings) -> Iterator[StopRequest]:
+    """A request to stop that comes from wherever the settings say. Raises ConfigError for a time that is none."""
+    from lampctl.cli.exit_codes import end_now
+    from pipeline.engine.preemption import PreemptionWatcher, RunTimer
+    from pipeline.engine.runner import StopRequest
+
+    with StopRequest(end_now) as stop, ExitStack() as watchers:
+        if config.max_runtime is not None:
+            watchers.enter_context(closing(RunTimer(config.max_runtime, stop.request)))
+        if config.watch_preemption != "none":
+            watcher = PreemptionWatcher(config.watch_preemption, stop.request, config.preemption_url)
+            watchers.enter_context(closing(watcher))
+        yield stop

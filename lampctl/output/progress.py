@@ -1,0 +1,247 @@
+"""Progress of a run: a live display on a terminal, plain lines anywhere else. All of it goes to stderr."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lampctl.output.units import duration
+from stages.metrics.registry import METRICS, figure_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from pipeline.config.run_config import RunConfig
+    from pipeline.engine.plan import Step
+    from pipeline.rundir.records import StepCommit
+    from pipeline.rundir.run_directory import RunDirectory
+
+# In a log, a step that takes longer than this says so.
+_HEARTBEAT_S = 300.0
+
+
+class ProgressListener:
+    """What both displays share: the run, and how long the rest will take (`pipeline.engine.runner.Listener`)."""
+
+    def __init__(self) -> None:
+        self._run: RunDirectory | None = None
+        self._config: RunConfig | None = None
+        self._said: set[str] = set()
+
+    def attach(self, run: RunDirectory, config: RunConfig) -> None:
+        """The steps to come are of this run."""
+        from pipeline.runs.status import status
+
+        self._run, self._config = run, config
+        state = status(run, config)
+        title = f"{config.method} {config.goal}: {run.label}"
+        if state.is_finished:
+            title += " (is finished)"
+        elif state.num_done:
+            title += f" (goes on: {state.num_done} of {len(state.steps)} steps are done)"
+        self.begin(title)
+
+    def begin(self, title: str) -> None:
+        """A run begins, or goes on."""
+
+    def warn(self, message: str) -> None:
+        """Something the user should read: once, even if every block says it."""
+        if message not in self._said:
+            self._said.add(message)
+            self.show_warning(message)
+
+    def show_warning(self, message: str) -> None:
+        """Put a warning where the user sees it."""
+
+    def step_started(self, step: Step, position: int, total: int) -> None: ...
+
+    def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None: ...
+
+    def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None: ...
+
+    @property
+    def _remaining(self) -> str:
+        from pipeline.runs.status import status
+
+        assert self._run is not None
+        assert self._config is not None
+        seconds = status(self._run, self._config).remaining_s
+        return "" if seconds is None else f"about {duration(seconds)} left"
+
+    @property
+    def _num_blocks(self) -> int:
+        assert self._run is not None
+        num_blocks: int = self._run.manifest.model["num_blocks"]
+        return num_blocks
+
+    def _ends_block(self, step: Step) -> bool:
+        """Whether a block is done with this step, so that its line can be written."""
+        assert self._config is not None
+        return step.kind == ("refine-block" if self._config.refine else "prune-block")
+
+    def _outcome(self, step: Step, commit: StepCommit) -> str:
+        """What a finished step has to tell, in a few words."""
+        assert self._run is not None
+        figures = commit.figures
+        if self._ends_block(step):
+            assert step.block is not None
+            layers = self._run.budget[step.block]["layers"]
+            masked = figures["num_masked"] / max(1, sum(layer["size"] for layer in layers))
+            compensated = self._run.commit_for(f"compensate-block/{step.block}")
+            parts = [f"{100 * masked:.2f}% masked"]
+            parts += [_losses(compensated.figures)] if compensated else []
+            parts += [f"refined {_losses(figures)}"] if step.kind == "refine-block" else []
+            return ", ".join(parts)
+        if step.kind == "compensate-block":
+            return _losses(figures)
+        if step.kind == "evaluate":
+            partial = " (partial)" if figures["is_partial"] else ""
+            metric = figures.get("metric", "perplexity")
+            value = figures[metric]
+            shown = "infinite" if value is None else figure_text(metric, value)
+            return f"{METRICS[metric].title} {shown}{partial}"
+        if step.kind == "zero-shot":
+            partial = " (partial)" if figures["is_partial"] else ""
+            accuracies = [
+                f"{name} {100 * v:.2f}%" for name, v in figures["metrics"].items() if name in ("acc", "acc_norm")
+            ]
+            return ", ".join(accuracies) + partial
+        if step.kind == "calibrate":
+            what = "images" if "num_images" in figures else "tokens"
+            passed_over = sum(figures.get("skipped", {}).values())
+            note = f", {passed_over} passed over" if passed_over else ""
+            return f"{figures[f'num_{what}']:,} {what} of {figures['source']}{note}"
+        if step.kind == "export":
+            return f"{figures['num_masked']:,} of {figures['num_prunable']:,} weights masked"
+        return ""
+
+
+class PlainListener(ProgressListener):
+    """One line per block, and one per step that belongs to no block."""
+
+    def __init__(self, console: Console, every_step: bool = False) -> None:
+        super().__init__()
+        self._console = console
+        self._every_step = every_step
+        self._spoke_at = 0.0
+
+    def begin(self, title: str) -> None:
+        self._print(title)
+
+    def show_warning(self, message: str) -> None:
+        self._print(f"warning: {message}")
+
+    def step_started(self, step: Step, position: int, total: int) -> None:
+        self._spoke_at = time.monotonic()
+
+    def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
+        if time.monotonic() - self._spoke_at > _HEARTBEAT_S:
+            self._spoke_at = time.monotonic()
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            self._print(f"  {_label(step)}: {done}/{total} {unit}{', ' if shown else ''}{shown}")
+
+    def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
+        if step.block is not None and not self._ends_block(step) and not self._every_step:
+            return  # the line comes when the block is done
+        elapsed_s = commit.elapsed_s
+        what = _label(step)
+        if self._ends_block(step) and not self._every_step:
+            assert self._run is not None
+            names = {f"{kind}/{step.block}" for kind in ("compensate-block", "prune-block", "refine-block")}
+            elapsed_s = sum(done.elapsed_s for done in self._run.commits if done.step in names)
+            what = f"block {step.block} of {self._num_blocks}"
+        parts = [self._outcome(step, commit), duration(elapsed_s), self._remaining if position + 1 < total else ""]
+        self._print(f"[{position + 1}/{total}] {what}: " + ", ".join(part for part in parts if part))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+class LiveListener(ProgressListener):
+    """Two bars: the run's steps, and the step that is running with its latest figures."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+        super().__init__()
+        self._progress: Progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+        )
+        self._run_bar: TaskID | None = None
+        self._step_bar: TaskID | None = None
+
+    def __enter__(self) -> LiveListener:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def begin(self, title: str) -> None:
+        for bar in (self._run_bar, self._step_bar):
+            if bar is not None:
+                self._progress.remove_task(bar)
+        self._run_bar = self._step_bar = None
+        self._progress.console.print(title, highlight=False)
+
+    def show_warning(self, message: str) -> None:
+        self._progress.console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+
+    def step_started(self, step: Step, position: int, total: int) -> None:
+        if self._run_bar is None or self._step_bar is None:
+            self._run_bar = self._progress.add_task("steps", total=total, note="")
+            self._step_bar = self._progress.add_task("", total=None, note="")
+        note = "" if step.block is None else f"block {step.block} of {self._num_blocks}"
+        notes = [part for part in (note, self._remaining) if part]
+        self._progress.update(self._run_bar, completed=position, note=", ".join(notes))
+        self._progress.reset(self._step_bar, description=_label(step), note="")
+
+    def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
+        assert self._step_bar is not None
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        note = f"{unit}{', ' if shown else ''}{shown}"
+        self._progress.update(self._step_bar, completed=done, total=total, note=note)
+
+    def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
+        assert self._run_bar is not None
+        self._progress.update(
+            self._run_bar, completed=position + 1, note=self._remaining if position + 1 < total else ""
+        )
+        outcome = self._outcome(step, commit)
+        if outcome and (step.block is None or self._ends_block(step)):
+            self._progress.console.print(f"  {_label(step)}: {outcome}", highlight=False)
+
+
+@contextmanager
+def listening(every_step: bool = False) -> Iterator[Any]:
+    """The display that suits where stderr goes. every_step: a log gets a line per step, not per block."""
+    from rich.console import Console
+
+    console = Console(stderr=True, markup=False)  # paths may hold brackets
+    if console.is_terminal:
+        with LiveListener(console) as listener:
+            yield listener
+    else:
+        yield PlainListener(console, every_step)
+
+
+def _label(step: Step) -> str:
+    """The step's name with local files by their names: their whole paths do not fit a line."""
+    return re.sub(r"([:@])/.*/", r"\1", step.name)
+
+
+def _losses(figures: Mapping[str, Any]) -> str:
+    side = "_aside" if figures["loss_before_aside"] is not None else ""
+    before, after = figures[f"loss_before{side}"], figures[f"loss_after{side}"]
+    if not figures["kept_epoch"]:
+        return f"loss {before:.4g} (kept as it was: no epoch helped)"
+    return f"loss {before:.4g} -> {after:.4g}"

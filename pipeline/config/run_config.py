@@ -1,0 +1,261 @@
+"""A run's configuration: the settings with every default filled in, as run.json keeps it.
+
+`pipeline.config.settings.gather` merges what was given; `complete` fills in what is left, knowing the model. Identity
+fields decide the weights: another value in the same run directory is refused. Free fields may change at any resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.config.settings import Gathered, Settings, flag_of
+from pipeline.errors import ConfigError
+from stages.metrics.harness_tasks import LAYOUT
+from stages.sparsity.nm_pattern import Pattern
+from stages.tasks.base import EvaluationProtocol, Task
+from stages.training.presets import TrainingDefaults
+
+
+class RunConfig(Settings):
+    """`Settings` with every default filled in: what run.json keeps.
+
+    A field that the method does not use is None (a magnitude run has no calibration, only LAMP has epochs).
+    """
+
+    seqlen: int = Field(ge=2)
+    evaluate: tuple[str, ...] = ()
+    eval_seqlen: int = Field(ge=2)
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def n_of_m(self) -> Pattern | None:
+        """The N:M pattern, if that is what is asked for."""
+        return Pattern.parse(self.pattern) if self.pattern is not None else None
+
+    @property
+    def target_sparsity(self) -> float:
+        """The share of the prunable weights that is to be masked."""
+        pattern = self.n_of_m
+        if pattern is not None:
+            return pattern.sparsity
+        assert self.sparsity is not None
+        return self.sparsity
+
+    @property
+    def goal(self) -> str:
+        """What is asked for, for people: "70%", "2:4, int4"."""
+        what = self.pattern or f"{100 * self.target_sparsity:g}%"
+        grouped = f" in groups of {self.group_size}" if self.group_size else ""
+        return what + (f", int{self.bits}{grouped}" if self.bits else "")
+
+    @property
+    def slug(self) -> str:
+        """The same for file names: "s70", "2of4-int4"."""
+        what = self.pattern.replace(":", "of") if self.pattern else f"s{100 * self.target_sparsity:g}"
+        grouped = f"g{self.group_size}" if self.group_size else ""
+        return what + (f"-int{self.bits}{grouped}" if self.bits else "")
+
+    @property
+    def evaluation_protocol(self) -> EvaluationProtocol:
+        """How the model is measured."""
+        return EvaluationProtocol(self.eval_seqlen, self.eval_max_tokens, self.eval_points, self.eval_max_images)
+
+    def with_free(self, free: Mapping[str, Any]) -> RunConfig:
+        """This configuration with other free settings."""
+        return RunConfig(**{**self.model_dump(), **free})
+
+    @property
+    def free(self) -> dict[str, Any]:
+        """The settings that do not change the weights, ready for JSON."""
+        return self.model_dump(mode="json", include=set(FREE_FIELDS))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that make the weights, ready for JSON."""
+        return self.model_dump(mode="json", exclude=set(FREE_FIELDS))
+
+
+FREE_FIELDS = (
+    "evaluate",
+    "evaluate_dense",
+    "eval_seqlen",
+    "eval_max_tokens",
+    "eval_points",
+    "eval_max_images",
+    "tasks",
+    "task_data",
+    "task_limit",
+    "keep_activations",
+    "memory_limit",
+    "checkpoint_minutes",
+    "scratch_dir",
+    "max_runtime",
+    "watch_preemption",
+    "preemption_url",
+    "allow_environment_change",
+)
+LAMP_FIELDS = (
+    "pruner",
+    "effort",
+    "epochs",
+    "lr",
+    "lr_decay",
+    "loss",
+    "hold_aside",
+    "refine",
+    "refine_epochs",
+    "refine_lr",
+)
+BASELINE = "baseline"  # the origin of a baseline's method
+# What decides which samples are drawn, beside the data itself.
+DRAWING_FIELDS = ("calibration", "calibration_sampling", "calibration_skip", "num_samples", "seqlen", "seed")
+CALIBRATION_FIELDS = ("calibration", "calibration_sampling", "num_samples")
+
+
+def check_combinations(gathered: Gathered) -> None:
+    """Raise ConfigError for settings that exclude each other, with both of their names."""
+    settings = gathered.values
+
+    def origin(field: str) -> str:
+        where = gathered.origins.get(field, "flag")
+        return "" if where == "flag" else f" ({where})"
+
+    if settings.pattern is None and settings.sparsity is None:
+        raise ConfigError("--sparsity is missing, or --pattern N:M instead (lampctl run --help has examples)")
+    if settings.pattern is not None:
+        for field in ("sparsity", "alpha", "beta", "layer_sparsity", "budget", "budget_spread"):
+            if getattr(settings, field) not in (None, {}):
+                raise ConfigError(
+                    f"--pattern {settings.pattern}{origin('pattern')} fixes the sparsity of every group of every "
+                    f"layer: it excludes {flag_of(field)}{origin(field)}"
+                )
+    if settings.budget == "outliers" and settings.method == "magnitude":
+        is_baseline = gathered.origins.get("method") == BASELINE
+        remedy = "; leave out --baseline magnitude" if is_baseline else ""
+        raise ConfigError(f"--budget outliers{origin('budget')}: magnitude pruning looks at no data{remedy}")
+    if settings.budget_spread is not None and settings.budget != "outliers":
+        where = f"{settings.budget_spread:g}{origin('budget_spread')}"
+        raise ConfigError(f"--budget-spread {where} is about --budget outliers")
+    if settings.group_size is not None and settings.bits is None:
+        raise ConfigError(f"--group-size {settings.group_size}{origin('group_size')} is about --bits, which is not set")
+    if settings.bits is not None and settings.method == "wanda":
+        is_baseline = gathered.origins.get("method") == BASELINE
+        raise ConfigError(
+            f"--bits {settings.bits}{origin('bits')}: Wanda changes no weight that it keeps and so cannot quantize; "
+            + ("leave out --baseline wanda" if is_baseline else "use --method lamp, sparsegpt, alps or magnitude")
+        )
+    if settings.effort is not None and gathered.preset == "paper":
+        raise ConfigError(f"--effort {settings.effort}{origin('effort')}: --preset paper fixes the training")
+    if settings.refine is False:
+        for field in ("refine_epochs", "refine_lr"):
+            if getattr(settings, field) is not None:
+                raise ConfigError(f"--no-refine{origin('refine')} excludes {flag_of(field)}{origin(field)}")
+
+
+def complete(
+    gathered: Gathered,
+    max_positions: int | None,
+    defaults: TrainingDefaults,
+    task: Task,
+    baselines: Sequence[str] = (),
+) -> tuple[RunConfig, dict[str, str], list[str]]:
+    """Fill in what nobody gave. Gives the configuration, each field's origin, and notices for the user.
+
+    task: what a model of this kind is calibrated on and measured by, unless somebody says. baselines: methods that
+    take the same settings beside this run; what one of them uses is worth no notice.
+
+    `defaults.alpha` and `.beta` must be feasible already, and the combination checked. Raises ConfigError where the
+    model cannot do what was asked for.
+    """
+    settings, notices = gathered.values, []
+    values, origins = settings.model_dump(), dict(gathered.origins)
+
+    def fill(field: str, value: Any) -> None:
+        if values[field] is None:
+            values[field] = value
+
+    fill("seqlen", 2048)
+    if max_positions is not None and values["seqlen"] > max_positions:
+        if gathered.given("seqlen"):
+            raise ConfigError(
+                f"--seqlen {values['seqlen']}: {settings.model} has {max_positions} positions; "
+                f"use --seqlen {max_positions} or less"
+            )
+        notices.append(f"seqlen is {max_positions}, all the positions that {settings.model} has")
+        values["seqlen"] = max_positions
+    fill("eval_seqlen", values["seqlen"])
+    is_lamp, uses_calibration = settings.method == "lamp", settings.method != "magnitude"
+    if settings.pattern is None:
+        fill("alpha", defaults.alpha if is_lamp else 1.0)
+        fill("beta", defaults.beta if is_lamp else 0.0)
+        fill("budget", "uniform")
+        if values["budget"] == "outliers":
+            fill("budget_spread", 0.05)
+    if is_lamp and values["refine"] is None and (values["refine_epochs"] or values["refine_lr"]):
+        values["refine"] = True
+    if is_lamp and values["bits"] is not None:
+        fill("pruner", "sparsegpt")  # in one sweep with the grid; ALPS's mask knows nothing of it
+    for field in LAMP_FIELDS:
+        if is_lamp:
+            fill(field, getattr(defaults, field))
+        else:
+            _drop(field, gathered, values, [] if "lamp" in baselines else notices, "it is about --method lamp")
+    if is_lamp and gathered.preset == "paper":
+        fixed = ("alpha", "beta", *(field for field in LAMP_FIELDS if field != "effort"))
+        others = [
+            flag_of(field) for field in fixed if gathered.given(field) and values[field] != getattr(defaults, field)
+        ]
+        if others:
+            notices.append(f"{', '.join(others)}: this departs from the paper's settings (--preset paper)")
+    if is_lamp and not values["refine"]:
+        values["refine_epochs"] = values["refine_lr"] = None
+        if not values["epochs"]:
+            raise ConfigError(f"--epochs 0 without --refine trains nothing: that is --method {values['pruner']}")
+    if uses_calibration:
+        fill("calibration", task.default_calibration)
+        if values["calibration"] is None:
+            raise ConfigError(task.missing_calibration)
+        fill("num_samples", 128)
+        fill("calibration_sampling", task.default_sampling(values["calibration"]))
+    else:
+        for field in CALIBRATION_FIELDS:
+            _drop(field, gathered, values, [] if baselines else notices, "magnitude pruning looks at no data")
+        values["calibration_skip"] = 0
+    if values["evaluate"] is None and task.missing_evaluation is not None:
+        notices.append(task.missing_evaluation)
+    fill("evaluate", task.default_evaluation)
+    fill("tasks", usual_tasks(values["task_data"], values["task_limit"]))
+    for field in values:
+        origins.setdefault(field, "default")
+    config = RunConfig(**values)
+    check_evaluation(config, max_positions)
+    return config, origins, notices
+
+
+def usual_tasks(task_data: str | None, task_limit: int | None) -> tuple[str, ...]:
+    """The tasks where nobody named any: none, unless something was said about their rows."""
+    return () if task_data is None and task_limit is None else tuple(LAYOUT)
+
+
+def check_evaluation(config: RunConfig, max_positions: int | None) -> None:
+    """Raise ConfigError where the evaluation settings do not fit the model or each other."""
+    if max_positions is not None and config.eval_seqlen > max_positions:
+        raise ConfigError(f"--eval-seqlen {config.eval_seqlen}: the model has {max_positions} positions")
+    if config.eval_max_tokens is not None and config.eval_max_tokens < config.eval_seqlen:
+        raise ConfigError(
+            f"--eval-max-tokens {config.eval_max_tokens} is less than one window of {config.eval_seqlen} tokens"
+        )
+
+
+def _drop(field: str, gathered: Gathered, values: dict[str, Any], notices: list[str], reason: str) -> None:
+    if gathered.given(field):
+        notices.append(f"--{field.replace('_', '-')} has no effect: {reason}")
+    values[field] = None
+
+
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The identity fields whose values differ, as {field: (value of the run, value asked for)}."""
+    return {field: (old.get(field), new.get(field)) for field in {**old, **new} if old.get(field) != new.get(field)}

@@ -1,0 +1,75 @@
+"""How much room a run will need at most, step by step, before it starts: worked out from the plan alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.engine.plan import Step, is_stream, releasable
+from pipeline.errors import OutOfDisk
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the fullest moment."""
+
+    weights: int  # blocks, masks, the exported model
+    activations: int  # streams, with those that a step keeps for itself while it runs
+    step: str  # when that is
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.activations
+
+
+def most_needed(
+    steps: Sequence[Step],
+    committed: Sequence[str],
+    size_of: Callable[[str], int],
+    scratch_of: Callable[[Step], int],
+    *,
+    keeps_activations: bool = False,
+) -> Need:
+    """The fullest moment from now on: what the steps to come add, beside what is there, less what they release.
+
+    size_of: bytes of a payload, by name. scratch_of: bytes of a step's own intermediate streams.
+    """
+    done, size_of = list(committed), functools.cache(size_of)
+    held = {name for step in steps if step.name in set(done) for name in step.writes}
+
+    def release() -> None:
+        if not keeps_activations:
+            held.difference_update(releasable(steps, done))
+
+    def total(*, is_bulky: bool) -> int:
+        return sum(size_of(name) for name in held if is_stream(name) == is_bulky)
+
+    release()
+    before = Need(total(is_bulky=False), total(is_bulky=True), "")
+    most = Need(0, 0, "")
+    for step in steps:
+        if step.name in done:
+            continue
+        held.update(step.writes)
+        weights = total(is_bulky=False) - before.weights
+        activations = total(is_bulky=True) + scratch_of(step) - before.activations
+        if weights + activations > most.total:
+            most = Need(weights, activations, step.name)
+        done.append(step.name)
+        release()
+    return most
+
+
+def require_room(label: str, needed: int, free: int, what: str) -> None:
+    """Raise OutOfDisk, with the numbers, unless `free` bytes hold `needed`."""
+    if needed > free:
+        raise OutOfDisk(
+            f"{label} will need {_gb(needed)} for {what}, and has {_gb(free)}: nothing was begun. Free some space, "
+            "name another disk by --run-dir or --scratch-dir, or use a smaller --num-samples or --seqlen"
+        )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

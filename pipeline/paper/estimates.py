@@ -1,0 +1,110 @@
+"""What a table of the paper would cost here, before anything is fetched or computed: hours, disk, download."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.run_config import RunConfig
+
+# A share of the best rate of a matrix product, which passes over blocks reach (docs/performance.md, P1).
+_REACHED = 0.55
+_FORWARD_BACKWARD = 3  # of a forward pass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """As much of a model as an estimate needs."""
+
+    num_blocks: int
+    hidden: int
+    block: int  # weights of a block
+    download_bytes: int  # 0: it is here
+    task: str = "language"
+    tokens: int | None = None  # of a sample, where the model leaves no choice
+
+
+def _sam(num_blocks: int, hidden: int, megabytes: int) -> Scale:
+    return Scale(num_blocks, hidden, 12 * hidden**2, megabytes * 1_000_000, "vision", 64 * 64)
+
+
+def _opt(num_blocks: int, hidden: int, megabytes: int) -> Scale:
+    return Scale(num_blocks, hidden, 12 * hidden**2, megabytes * 1_000_000)
+
+
+# The models of the paper's tables, which need not be here to be planned for.
+KNOWN = {
+    "opt-125m": _opt(12, 768, 251),
+    "opt-1.3b": _opt(24, 2048, 2_630),
+    "opt-2.7b": _opt(32, 2560, 5_300),
+    "opt-6.7b": _opt(32, 4096, 13_300),
+    "llama-2-7b": Scale(32, 4096, 4 * 4096**2 + 3 * 4096 * 11_008, 13_480_000_000),
+    "sam-vit-b": _sam(12, 768, 375),
+    "sam-vit-l": _sam(24, 1024, 1_250),
+    "sam-vit-h": _sam(32, 1280, 2_565),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the runs of one model take."""
+
+    num_runs: int
+    seconds: float
+    disk_bytes: int  # of all runs once they are done, and one at its fullest
+    download_bytes: int
+
+
+def scale_of(model: str) -> Scale | None:
+    """The scale of a model: known from the paper, or of one that is on this machine; None: not known."""
+    if model in KNOWN:
+        return KNOWN[model]
+    from stages.errors import StageError
+    from stages.models.resolve import WHEEL_ALIASES, resolve
+    from stages.tasks.registry import open_model
+
+    try:
+        opened = open_model(resolve(model))
+    except StageError:
+        return None
+    block = sum(opened.entry_sizes(0).values())
+    download = 1_000_000 * WHEEL_ALIASES[model].size_mb if model in WHEEL_ALIASES else 0
+    return Scale(opened.num_blocks, opened.hidden_size, block, download, opened.task, opened.fixed_tokens)
+
+
+def estimate(scale: Scale, configs: Sequence[RunConfig], flops_per_s: float) -> Estimate:
+    """The cost of these runs of one model. flops_per_s: the best rate of matrix products on this machine."""
+    seconds = sum(_flops(scale, config) for config in configs) / (_REACHED * flops_per_s)
+    weights = 4 * scale.num_blocks * scale.block
+    streams = max((_stream_bytes(scale, config) for config in configs), default=0)
+    return Estimate(len(configs), seconds, len(configs) * weights + 3 * streams, scale.download_bytes)
+
+
+def _flops(scale: Scale, config: RunConfig) -> float:
+    tokens = (config.num_samples or 0) * config.seqlen
+    passes = 0.0
+    if config.method != "magnitude":
+        passes = 2.0  # for the Hessians, and of the pruned block
+    if config.method == "lamp":
+        passes += 1 + _FORWARD_BACKWARD * ((config.epochs or 0) + (config.refine_epochs or 0 if config.refine else 0))
+    return 2.0 * scale.num_blocks * scale.block * tokens * passes
+
+
+def _stream_bytes(scale: Scale, config: RunConfig) -> int:
+    return (config.num_samples or 0) * config.seqlen * scale.hidden * 4
+
+
+def best_rate(device: Any) -> float:
+    """FLOP a second of a matrix product on a device, in fp32 on a processor and bf16 on a GPU: measured."""
+    import torch
+
+    from stages.runtime.autotune import best_of
+
+    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def product() -> None:
+        (left @ right).sum().item()
+
+    return 2.0 * size**3 / best_of(product, 5)

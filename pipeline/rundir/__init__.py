@@ -1,0 +1,1 @@
+"""The run directory: records, commits, payloads, checkpoints, leases, and where they are stored."""

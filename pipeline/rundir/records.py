@@ -1,0 +1,229 @@
+"""The records that lie in a run directory: what a run is, and what each step has committed.
+
+A record is a JSON object whose `digest` is the sha256 of the rest of it in canonical form (sorted keys, no
+white space, ASCII). JSON has no NaN or infinity: in a commit's figures they become null, since a perplexity
+that overflowed is no reason to throw a finished step away; anywhere else they are refused with ValueError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.errors import ConfigMismatch, DamagedData
+from pipeline.rundir.migrations import migrate
+
+# The step of a record that takes the commits from figures["from_number"] on out of force.
+INVALIDATE = "invalidate"
+ENVIRONMENT = "environment"  # from here on, another machine or other versions
+
+StreamDtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
+
+
+def relative_path(path: str) -> str:
+    """The same path, if it is a plain POSIX path that stays in the folder it starts from; else ValueError."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in path or "\0" in path:
+        raise ValueError(f"{path!r} is not a plain relative path inside the run directory")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(relative_path)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PayloadFile(_Part):
+    """A file that a commit vouches for. `path` is relative to the run directory."""
+
+    path: RelativePath
+    size: int = Field(ge=0)
+    sha256: Sha256
+
+
+class StreamSpec(_Part):
+    """What an activation stream holds: `num_samples` tensors of `sample_shape`, of one dtype."""
+
+    num_samples: int = Field(ge=1)
+    sample_shape: tuple[Annotated[int, Field(ge=1)], ...]
+    dtype: StreamDtype
+
+
+class Payload(_Part):
+    """A named result of a step: the files under `root`, a folder of its own in the run directory."""
+
+    kind: Literal["stream", "file", "folder"]
+    root: RelativePath
+    files: tuple[PayloadFile, ...] = Field(min_length=1)
+    stream: StreamSpec | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        paths = {file.path for file in self.files}
+        if len(paths) != len(self.files) or not all(path.startswith(f"{self.root}/") for path in paths):
+            raise ValueError(f"the files of a payload must be distinct and lie under its root {self.root}")
+        if (self.stream is not None) != (self.kind == "stream"):
+            raise ValueError("a payload has a stream description if, and only if, it is a stream")
+        if self.stream is not None and len(self.files) != self.stream.num_samples + 1:
+            raise ValueError(f"a stream of {self.stream.num_samples} samples has one file more than samples")
+        if self.kind == "file" and len(self.files) != 1:
+            raise ValueError("a payload of kind file has one file")
+        return self
+
+    def inner(self, file: PayloadFile) -> str:
+        """The path of one of its files, relative to the payload's root."""
+        return file.path.removeprefix(f"{self.root}/")
+
+    def file(self, inner: str) -> PayloadFile:
+        """The file at this path relative to the root. Raises KeyError."""
+        for file in self.files:
+            if self.inner(file) == inner:
+                return file
+        raise KeyError(inner)
+
+
+class Record(BaseModel):
+    """A JSON file with a schema version and its own digest. Build one with `new`, read one with `read`."""
+
+    # "constants" lets NaN through to json.dumps, which refuses it; the default makes it null unasked.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    newest_schema: ClassVar[int] = 1
+
+    schema_version: Literal[1] = 1
+    digest: Sha256
+
+    @classmethod
+    def new(cls, **fields: Any) -> Self:
+        """The record of these fields, with its digest. Raises ValueError for what JSON cannot say."""
+        body = cls(digest="0" * 64, **fields).model_dump(mode="json", exclude={"digest"})
+        # Through JSON and back, so that what is in memory is what a reader will find.
+        return cls.model_validate_json(json.dumps({**body, "digest": _digest(body)}), strict=True)
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes: the same for the same record, always."""
+        return _file_bytes(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: Path | str, remedy: str = "") -> Self:
+        """The record in these bytes of the file `path`, checked.
+
+        Raises DamagedData, ConfigMismatch (too new). `remedy` is added to the message of DamagedData: what the user
+        can do about it.
+        """
+        try:
+            raw = json.loads(data, parse_constant=_refuse_constant)
+            if not isinstance(raw, dict):
+                raise ValueError("it is no JSON object")
+            version = raw.get("schema_version")
+            if type(version) is int and version > cls.newest_schema:
+                raise ConfigMismatch(
+                    f"{path} was written by a newer lampctl (schema {version}; this one knows up to "
+                    f"{cls.newest_schema}). Nothing was changed: update lampctl and run the command again"
+                )
+            body = {key: value for key, value in raw.items() if key != "digest"}
+            # The bytes, too: a digest of the contents knows nothing of white space.
+            if raw.get("digest") != _digest(body) or data != _file_bytes(raw):
+                raise ValueError("its contents do not match its digest")
+            if version != cls.newest_schema:
+                data = json.dumps(migrate(cls.__name__, raw, cls.newest_schema)).encode()
+            return cls.model_validate_json(data, strict=True)
+        except (ValueError, RecursionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DamagedData(f"{path} is damaged: {reason[:200]}. {remedy}".rstrip()) from error
+
+
+class RunManifest(Record):
+    """run.json: what a run is. Written once, before the first step."""
+
+    created_at: AwareDatetime
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    identity: dict[str, Any]
+    model: dict[str, Any]
+    environment: dict[str, Any]
+    budget: list[Any]
+    plan: list[str]
+
+
+class StepCommit(Record):
+    """commits/NNNNNN.json: a step is done, and these are its results.
+
+    `parent` is the digest of the commit before, or of run.json; `attempt` the folder in data/ that was
+    written for it; `free` the settings in force that do not change the weights.
+    """
+
+    number: int = Field(ge=0)
+    step: str = Field(min_length=1)
+    parent: Sha256
+    attempt: str = Field(pattern=r"^[0-9]{6}-[0-9a-f]{8}$")
+    payloads: dict[str, Payload]
+    figures: dict[str, Any]
+    free: dict[str, Any]
+    started_at: AwareDatetime
+    elapsed_s: float = Field(ge=0, allow_inf_nan=False)
+    peak_memory_bytes: int | None = Field(default=None, ge=0)
+    peak_device_bytes: int | None = Field(default=None, ge=0)
+
+    @field_validator("figures", mode="before")
+    @classmethod
+    def _finite(cls, figures: Any) -> Any:
+        return finite_or_null(figures)
+
+    @model_validator(mode="after")
+    def _payloads_in_data(self) -> Self:
+        for name, payload in self.payloads.items():
+            if payload.root.split("/")[:2] != ["data", self.attempt] or payload.root.count("/") != 2:
+                raise ValueError(f"payload {name} does not lie in data/{self.attempt}/")
+        return self
+
+    @model_validator(mode="after")
+    def _says_what_it_invalidates(self) -> Self:
+        if self.step == INVALIDATE:
+            number = self.figures.get("from_number")
+            if self.payloads or type(number) is not int or not 0 <= number < self.number:
+                raise ValueError("a record that invalidates names an earlier commit, and has no payloads")
+        if self.step == ENVIRONMENT and (self.payloads or not isinstance(self.figures.get("environment"), dict)):
+            raise ValueError("a record of another environment says which, and has no payloads")
+        return self
+
+
+def finite_or_null(value: Any) -> Any:
+    """The same JSON value with None for every float that JSON cannot say, and lists for tuples."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(inner) for inner in value]
+    return value
+
+
+def _digest(body: Mapping[str, object]) -> str:
+    """The sha256, in hexadecimal, of the body in canonical JSON. ValueError for NaN and infinities."""
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _file_bytes(fields: Mapping[str, object]) -> bytes:
+    return (json.dumps(fields, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is no JSON")

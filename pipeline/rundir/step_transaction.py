@@ -1,0 +1,215 @@
+"""One attempt at a step: a fresh folder, filled with payloads, that a commit will point at or nobody will."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import DamagedData, FileExists, FileGone, MissingChunk
+from pipeline.rundir import filesystem
+from pipeline.rundir.filesystem import Bytes, FileDigest, FileWriter
+from pipeline.rundir.records import Payload, PayloadFile, relative_path
+
+# torch takes a second to import, and asking how far a run is needs none of it.
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.rundir.activation_store import ActivationStream, ScratchStreams
+    from pipeline.rundir.run_directory import RunDirectory
+
+Contents = Bytes | Callable[[FileWriter], object]
+
+_SCRATCH = ".scratch"
+
+
+class Attempt:
+    """Collects the payloads of one step. `RunDirectory.begin` makes one, `RunDirectory.commit` ends it."""
+
+    def __init__(self, run: RunDirectory, number: int, step: str, path: Path) -> None:
+        self.run = run
+        self.number = number
+        self.step = step
+        self.path = path
+        self._streams: dict[str, ActivationStream] = {}
+        self._folders: dict[str, PayloadFolder] = {}
+        self._scratch: ScratchStreams | None = None
+        self._payloads: dict[str, Payload] | None = None
+
+    @property
+    def id(self) -> str:
+        """The name of its folder, which no other attempt of any process has."""
+        return self.path.name
+
+    def stream(
+        self,
+        name: str,
+        num_samples: int,
+        sample_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        is_precious: bool = False,
+    ) -> ActivationStream:
+        """A new activation stream, to be filled with all its samples before the step commits.
+
+        is_precious: it belongs beside the weights, even where activations lie on a scratch disk.
+        """
+        from pipeline.rundir import activation_store
+
+        spec = activation_store.stream_spec(num_samples, sample_shape, dtype)
+        try:
+            folder = self._new_root(name, is_bulky=not is_precious)
+            stream = activation_store.write_stream(folder, spec, self.run.check_superseded)
+        except FileExists:
+            raise ValueError(f"{self.step} makes payload {name} twice") from None
+        self._streams[name] = stream
+        return stream
+
+    def write_file(self, name: str, filename: str, contents: Contents) -> PayloadFile:
+        """Make a payload that is one file. `contents`: its bytes, or a function that writes them."""
+        return self._new_folder(name, "file").write(filename, contents)
+
+    def folder(self, name: str) -> PayloadFolder:
+        """A new payload of several files, to be filled."""
+        return self._new_folder(name, "folder")
+
+    def adopt(self, name: str, from_run: RunDirectory, payload: Payload, *, is_bulky: bool = False) -> Payload:
+        """Take over a payload of another run, by hard links where the file system has them.
+
+        is_bulky: it is an activation stream, which may lie on a scratch disk. Every file is read and hashed first:
+        DamagedData if it is not what that run committed.
+        """
+        folder = self._new_folder(name, payload.kind, is_bulky=is_bulky)
+        for file in payload.files:
+            source = from_run.storage.local(file.path)
+            digest = filesystem.hash_file(source)
+            if digest != FileDigest(file.size, file.sha256):
+                raise DamagedData(f"{source} is damaged: it is not what its run committed. It was not taken over")
+            folder._add_link(payload.inner(file), source, digest)
+        return folder._seal(payload)
+
+    def scratch(self) -> ScratchStreams:
+        """Room for intermediate streams, never flushed, deleted before the step commits."""
+        from pipeline.rundir.activation_store import ScratchStreams
+
+        if self._scratch is None:
+            try:
+                folder = self.run.storage.new_folder(f"data/{self.id}/{_SCRATCH}", is_bulky=True)
+            except FileGone:
+                self.run.check_superseded()
+                raise
+            self._scratch = ScratchStreams(folder, self.run.check_superseded)
+        return self._scratch
+
+    def seal(self) -> dict[str, Payload]:
+        """Its payloads, by name, all complete. Nothing can be written after that.
+
+        Raises MissingChunk for a stream with a sample that was never written; Superseded if the folder is
+        gone because another process has committed this step.
+        """
+        if self._payloads is None:
+            if self._scratch is not None:
+                self._scratch.close()
+            payloads = {name: stream.seal(self._key(name)) for name, stream in self._streams.items()}
+            payloads.update((name, folder._seal()) for name, folder in self._folders.items())
+            self._require_all_there(payloads)
+            self._payloads = dict(sorted(payloads.items()))
+        return self._payloads
+
+    def _require_all_there(self, payloads: dict[str, Payload]) -> None:
+        expected = {file.path for payload in payloads.values() for file in payload.files}
+        there = self.run.storage.written(f"data/{self.id}")
+        if expected - there:
+            self.run.check_superseded()
+            raise MissingChunk(f"{self.run.label}/{min(expected - there)} was deleted before {self.step} was done")
+        # Somebody wrote past the writer: the commit would not vouch for it.
+        assert not there - expected, f"{min(there - expected)} belongs to no payload of {self.step}"
+
+    def _key(self, name: str) -> str:
+        """Where a payload lies: slashes in its name would nest one payload in another."""
+        return f"data/{self.id}/{name.replace('/', '-')}"
+
+    def _new_root(self, name: str, *, is_bulky: bool = False) -> Path:
+        """The new folder of a payload."""
+        relative_path(name)
+        if name.startswith(".") or self._payloads is not None:
+            raise ValueError(f"payload {name} cannot be made: a bad name, or {self.step} is sealed")
+        try:
+            return self.run.storage.new_folder(self._key(name), is_bulky=is_bulky)
+        except FileGone:
+            self.run.check_superseded()
+            raise
+
+    def _new_folder(self, name: str, kind: str, *, is_bulky: bool = False) -> PayloadFolder:
+        try:
+            folder = PayloadFolder(self.run, self._key(name), self._new_root(name, is_bulky=is_bulky), kind)
+        except FileExists:
+            raise ValueError(f"{self.step} makes payload {name} twice") from None
+        self._folders[name] = folder
+        return folder
+
+
+class PayloadFolder:
+    """A payload made of files: written through the hashing writer, or linked with a digest that is known."""
+
+    def __init__(self, run: RunDirectory, key: str, path: Path, kind: str) -> None:
+        self.key = key
+        self.path = path
+        self._run = run
+        self._kind = kind
+        self._files: dict[str, PayloadFile] = {}
+        self._sealed: Payload | None = None
+
+    def write(self, filename: str, contents: Contents) -> PayloadFile:
+        """The record of the new file `filename`. `contents`: its bytes, or a function that writes them."""
+        try:
+            with FileWriter(self._target(filename)) as writer:
+                if callable(contents):
+                    contents(writer)
+                else:
+                    writer.write(contents)
+        except FileGone:
+            self._run.check_superseded()
+            raise
+        return self._add(filename, writer.digest)
+
+    def link(self, filename: str, source: PayloadFile) -> PayloadFile:
+        """The record of `filename`, a second name of a file that this run has committed; it is not reread.
+
+        Where the file system has no hard links it is copied, and then compared with its digest.
+        """
+        digest = FileDigest(source.size, source.sha256)
+        file = self._add_link(filename, self._run.storage.local(source.path), digest)
+        self._run.storage.same_as(file.path, source.path)
+        return file
+
+    def _add_link(self, filename: str, source: Path, digest: FileDigest) -> PayloadFile:
+        target = self._target(filename)
+        try:
+            copied = filesystem.link_or_copy(source, target)
+        except FileGone:
+            self._run.check_superseded()
+            raise
+        if copied not in (None, digest) or target.stat().st_size != digest.size:
+            raise DamagedData(f"{source} is damaged: it is not what was committed")
+        return self._add(filename, digest)
+
+    def _target(self, filename: str) -> Path:
+        if self._sealed is not None or filename in self._files:
+            raise ValueError(f"{filename} is in {self.path} already, or the payload is sealed")
+        target = self.path / relative_path(filename)
+        filesystem.make_folder(target.parent)
+        return target
+
+    def _add(self, filename: str, digest: FileDigest) -> PayloadFile:
+        self._files[filename] = PayloadFile(path=f"{self.key}/{filename}", size=digest.size, sha256=digest.sha256)
+        return self._files[filename]
+
+    def _seal(self, original: Payload | None = None) -> Payload:
+        """The payload; of another run's kind and stream, if it was taken over from there."""
+        if self._sealed is None:
+            files = tuple(file for _, file in sorted(self._files.items()))
+            stream = original.stream if original is not None else None
+            fields = {"kind": self._kind, "root": self.key, "files": files, "stream": stream}
+            self._sealed = Payload.model_validate(fields)
+        return self._sealed

@@ -1,0 +1,1 @@
+"""Runs as a whole: prepare, begin, resume, status, comparison."""

@@ -1,0 +1,147 @@
+"""How a run, or a model folder that no run made, stands: the figures that `lampctl compare` puts side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import ConfigError, RunNotFound
+from pipeline.rundir.storage.object_client import is_address
+from pipeline.runs.lifecycle import reopen
+from pipeline.runs.status import EvaluationResult, RunStatus, evaluation_of, status
+from stages.interfaces import Watcher
+
+if TYPE_CHECKING:
+    from stages.models.base import BlockModel
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One run or one model. None: not known, or not there yet."""
+
+    label: str
+    base: str  # the model that was pruned, or the folder itself
+    method: str | None
+    goal: str | None
+    evaluations: tuple[EvaluationResult, ...]
+    num_masked: int | None
+    num_prunable: int | None
+    dense_bytes: int | None  # weights in the exported folder, zeros and all
+    packed_bytes: int | None  # of the packed file beside it
+    pruning_s: float | None
+    peak_memory_bytes: int | None
+    peak_device_bytes: int | None
+
+    @property
+    def sparsity(self) -> float | None:
+        """Masked weights over prunable ones in the exported model."""
+        return self.num_masked / self.num_prunable if self.num_masked is not None and self.num_prunable else None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What to measure of models that no run has figures of."""
+
+    sources: tuple[str, ...] = ()
+    seqlen: int | None = None  # None: as the first run evaluates, else 2048, or as much as the model takes
+    max_tokens: int | None = None
+
+
+def standings(places: Sequence[str], measure: Measure, hooks: Watcher) -> tuple[Standing, ...]:
+    """How each of these stands, in their order: runs from their commits alone, model folders looked through.
+
+    Raises RunNotFound for what is neither; ConfigError for text to measure on where there is no model to measure.
+    """
+    found = {place: _run_of(place) for place in places}
+    states = {place: status(*reopen(run)) for place, run in found.items() if run is not None}
+    if measure.sources and len(states) == len(found):
+        raise ConfigError(
+            "--evaluate is about model folders, and all of these are runs: lampctl evaluate RUN --evaluate "
+            f"{','.join(measure.sources)} adds a figure to a run"
+        )
+    usual = next((state.config.eval_seqlen for state in states.values()), None)
+    wanted = Measure(measure.sources, measure.seqlen or usual, measure.max_tokens)
+    return tuple(
+        standing_of(states[place]) if place in states else _standing_of_folder(Path(place), wanted, hooks)
+        for place in places
+    )
+
+
+def standing_of(state: RunStatus) -> Standing:
+    """How a run stands."""
+    return Standing(
+        label=state.label,
+        base=state.config.model,
+        method=state.config.method,
+        goal=state.config.goal,
+        evaluations=state.evaluations,
+        num_masked=state.num_masked,
+        num_prunable=state.num_prunable,
+        dense_bytes=state.model_size_bytes,
+        packed_bytes=_packed_bytes(state),
+        pruning_s=state.pruning_s,
+        peak_memory_bytes=state.peak_memory_bytes,
+        peak_device_bytes=state.peak_device_bytes,
+    )
+
+
+def _run_of(place: str) -> str | None:
+    """The run that a name means, be it the run or its model/; None for the folder of another model."""
+    if is_address(place):
+        return place.rstrip("/").removesuffix("/model")
+    path = Path(place).absolute()
+    if (path / "run.json").exists():
+        return place
+    if path.name == "model" and (path.parent / "run.json").exists():
+        return str(path.parent)
+    if (path / "config.json").exists():
+        return None
+    remedy = "; unpack it first: lampctl export --unpack FILE --out FOLDER" if path.is_file() else ""
+    raise RunNotFound(f"{place} is no run and no model folder: it has neither run.json nor config.json{remedy}")
+
+
+def _packed_bytes(state: RunStatus) -> int | None:
+    """The size of the packed file where `lampctl export --format packed` puts it."""
+    if is_address(state.label):
+        return None
+    folder = Path(state.label)
+    packed = folder / f"{folder.resolve().name}.packed.safetensors"
+    return packed.stat().st_size if packed.is_file() else None
+
+
+def _standing_of_folder(path: Path, measure: Measure, hooks: Watcher) -> Standing:
+    from stages.metrics.achieved_sparsity import achieved
+    from stages.models.resolve import resolve
+    from stages.tasks.registry import open_model
+
+    path = path.absolute()
+    model = open_model(resolve(str(path)))
+    count = achieved(model, path)
+    packed = path.with_name(f"{path.name}.packed.safetensors")
+    return Standing(
+        label=str(path),
+        base=str(path),
+        method=None,
+        goal=None,
+        evaluations=_measured(model, measure, hooks) if measure.sources else (),
+        num_masked=count.num_masked,
+        num_prunable=count.num_prunable,
+        dense_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        packed_bytes=packed.stat().st_size if packed.is_file() else None,
+        pruning_s=None,
+        peak_memory_bytes=None,
+        peak_device_bytes=None,
+    )
+
+
+def _measured(model: BlockModel, measure: Measure, hooks: Watcher) -> tuple[EvaluationResult, ...]:
+    """The figures of a model that belongs to no run."""
+    from pipeline.runs.model_evaluation import Wanted, measure_model
+
+    seqlen = measure.seqlen if model.fixed_tokens is None else None  # a run's may have been what is compared with
+    wanted = Wanted(measure.sources, (), seqlen, measure.max_tokens)
+    found = measure_model(model.source, wanted, lambda _: nullcontext(hooks)).measured
+    return tuple(evaluation_of(f"evaluate/pruned/{one['source']}", {"which": "pruned", **one}) for one in found)

@@ -1,0 +1,54 @@
+"""What the models of runs write after the same prompts, beside what their originals do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.run_config import RunConfig
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.runs.packing import published_model
+from stages.interfaces import Watcher
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One prompt, and what the original and the pruned model write after it."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
+def continuations(
+    runs: Sequence[tuple[RunDirectory, RunConfig]],
+    prompts: Sequence[str],
+    num_tokens: int,
+    device: str,
+    hooks: Watcher,
+) -> tuple[tuple[Continuation, ...], ...]:
+    """For each run its continuations of the prompts; none for one that is not exported yet, or writes no text.
+
+    Both models are checked to be what the run says. An original that several runs share writes once.
+    Raises ResourceError or ConfigMismatch where an original is gone or has changed; DamagedData.
+    """
+    from pipeline.steps.executor import StageWorker
+    from stages.generate import continue_prompts
+    from stages.runtime.device import choose
+
+    place = choose(device).torch_device
+    originals: dict[Path, tuple[str, ...]] = {}
+    found: list[tuple[Continuation, ...]] = []
+    for run, config in runs:
+        if run.commit_for("export") is None or run.manifest.model.get("task") == "vision":
+            found.append(())
+            continue
+        trusts = config.trust_remote_code
+        original = StageWorker(run, config, {}).model.source.path
+        if original not in originals:
+            originals[original] = continue_prompts(original, prompts, num_tokens, place, hooks, trusts)
+        pruned = continue_prompts(published_model(run), prompts, num_tokens, place, hooks, trusts)
+        texts = zip(prompts, originals[original], pruned, strict=True)
+        found.append(tuple(Continuation(*text) for text in texts))
+    return tuple(found)

@@ -1,0 +1,237 @@
+"""Measure a model that belongs to no run: perplexity, one block in memory at a time, and zero-shot accuracy.
+
+Nothing is kept but the figures that come back; `pipeline.steps.executor` does the same for a run, in committed steps.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from pipeline.config.run_config import usual_tasks
+from pipeline.config.settings import split_tasks
+from pipeline.errors import ConfigError
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.storage.locate import locate
+from pipeline.rundir.storage.object_client import is_address
+from pipeline.runs.prepare import RUNS
+from stages.formats.file_digest import local_path
+from stages.tasks.base import EvaluationProtocol, Points
+
+if TYPE_CHECKING:
+    from stages.interfaces import Checkpoint, Watcher
+    from stages.metrics.harness_tasks import TaskData
+    from stages.metrics.zero_shot import TaskResult
+    from stages.models.base import BlockModel, ModelFolder
+
+_USUAL_SEQLEN = 2048
+# Shows how far a piece of work is, which it is told the name of.
+Showing = Callable[[str], AbstractContextManager["Watcher"]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured of a model, and how."""
+
+    sources: tuple[str, ...]
+    tasks: tuple[str, ...]
+    seqlen: int | None = None  # None: 2048, or what the model can
+    max_tokens: int | None = None
+    points: Points | None = None
+    max_images: int | None = None
+    task_data: str | None = None
+    task_limit: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What was measured of a model."""
+
+    model: str
+    source: str  # "hub", "folder", "pickle", "gguf", "wheel"
+    revision: str | None
+    device: str
+    measured: tuple[dict[str, Any], ...]  # a record a source: its "metric", that figure, how it was measured
+    accuracies: tuple[TaskResult, ...]
+    task_files: str | None  # for the harness's own command line: its --include_path
+
+    def record(self) -> dict[str, Any]:
+        """The same, ready for JSON, with what the results only work out when they are asked."""
+        accuracies = [{**asdict(found), "is_partial": found.is_partial} for found in self.accuracies]
+        return {**asdict(self), "measured": [_finite(found) for found in self.measured], "accuracies": accuracies}
+
+
+def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """With null for what overflowed: JSON has no infinity."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+
+
+def wanted_of(sources: str | None, settings: Mapping[str, Any], *, device: str, dtype: str) -> Wanted:
+    """What was asked for on the command line; where nothing was, perplexity on WikiText-2.
+
+    settings: those of an evaluation, as a run names them; None where nothing was said. Raises ConfigError, UsageError.
+    """
+    from stages.tasks.registry import parse_source
+
+    tasks, task_data, task_limit = (settings[name] for name in ("tasks", "task_data", "task_limit"))
+    points = settings["eval_points"]
+    if points is not None and points not in get_args(Points):
+        raise ConfigError(f"--points {points}: choose one of {', '.join(get_args(Points))}")
+    named = split_tasks(tasks) if tasks is not None else usual_tasks(task_data, task_limit)
+    if sources is None:
+        sources = "" if named else "wikitext2"
+    parsed = [parse_source(name.strip()).name for name in sources.split(",") if name.strip()]
+    if not parsed and not named:
+        raise ConfigError("nothing to measure: name texts (--data wikitext2) or tasks (--tasks zero-shot)")
+    return Wanted(
+        tuple(dict.fromkeys(parsed)),
+        named,
+        settings["eval_seqlen"],
+        settings["eval_max_tokens"],
+        points,
+        settings["eval_max_images"],
+        task_data,
+        task_limit,
+        device,
+        dtype,
+    )
+
+
+def names_run(place: str) -> bool:
+    """Whether `place` is a run rather than a model. Raises ConfigError for a folder that is neither."""
+    folder = local_path(place)
+    if is_address(place) or RunDirectory.is_at(locate(folder)):
+        return True
+    if folder.parts[:1] == RUNS.parts and not folder.exists():
+        return True  # and `reopen` says that there is none
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ConfigError(f"{place} is neither a run (it has no run.json) nor a model (it has no config.json)")
+    return False
+
+
+def measure_model(folder: ModelFolder, wanted: Wanted, showing: Showing) -> ModelFigures:
+    """The figures of one model. All that is asked for is checked before anything is computed.
+
+    Raises ConfigError, UsageError for what cannot be measured; ResourceError where the hub is out of reach.
+    """
+    from stages.metrics.harness_tasks import TaskData, render
+    from stages.metrics.zero_shot import check_tasks
+    from stages.runtime import device
+    from stages.tasks.registry import open_model
+
+    data = TaskData.at(wanted.task_data) if wanted.task_data is not None else None
+    check_tasks(wanted.tasks, data)
+    choices = device.choose(wanted.device, wanted.dtype)
+    device.apply(choices)
+    measured: tuple[dict[str, Any], ...] = ()
+    if wanted.sources or wanted.tasks:
+        model = open_model(folder)
+        _require_fitting(model, wanted)
+    if wanted.sources:
+        seqlen = _seqlen(wanted, model)
+        at_once = device.micro_batches(choices.torch_device, seqlen)[-1]
+        choices = replace(choices, batch_tokens=at_once * seqlen)
+        measured = _measured(model, wanted, seqlen, choices, showing)
+        del model
+    accuracies: tuple[TaskResult, ...] = ()
+    if wanted.tasks:
+        accuracies = _accuracies(folder, wanted, data, choices.device, showing)
+    return ModelFigures(
+        model=folder.name,
+        source=folder.source,
+        revision=folder.revision,
+        device=choices.device,
+        measured=measured,
+        accuracies=accuracies,
+        task_files=str(render(data)) if data is not None and wanted.tasks else None,
+    )
+
+
+def _require_fitting(model: BlockModel, wanted: Wanted) -> None:
+    """Raise ConfigError for what says nothing about a model of this kind."""
+    if model.task != "vision":
+        return
+    for flag, value in (("--tasks", wanted.tasks), ("--seqlen", wanted.seqlen), ("--max-tokens", wanted.max_tokens)):
+        if value:
+            raise ConfigError(f"{flag}: {model.source.name} is a vision model; that is about text")
+
+
+def _seqlen(wanted: Wanted, model: BlockModel) -> int:
+    if model.fixed_tokens is not None:
+        return model.fixed_tokens
+    most = model.max_positions
+    seqlen = wanted.seqlen
+    if seqlen is None:
+        seqlen = _USUAL_SEQLEN if most is None else min(_USUAL_SEQLEN, most)
+    if most is not None and seqlen > most:
+        raise ConfigError(f"--seqlen {seqlen}: the model has {most} positions; use --seqlen {most} or less")
+    if wanted.max_tokens is not None and wanted.max_tokens < seqlen:
+        raise ConfigError(f"--max-tokens {wanted.max_tokens} is less than one window of {seqlen} tokens")
+    return seqlen
+
+
+def _measured(
+    model: BlockModel, wanted: Wanted, seqlen: int, choices: Any, showing: Showing
+) -> tuple[dict[str, Any], ...]:
+    from pipeline.rundir.activation_store import ScratchStreams
+    from stages.tasks.base import require_task
+    from stages.tasks.registry import parse_source, task_named
+
+    task = task_named(model.task)
+    protocol = EvaluationProtocol(seqlen, wanted.max_tokens, wanted.points, wanted.max_images)
+    sources = [parse_source(name) for name in wanted.sources]
+    for source in sources:
+        require_task(source, model)
+        source.check()
+        task.require_measurable(model, source, protocol)
+    found = []
+    for source in sources:
+        with (
+            tempfile.TemporaryDirectory(prefix="lampctl-") as place,
+            showing(f"measuring on {source.name.partition(':')[0]}") as watcher,
+        ):
+            scratch, hooks = ScratchStreams(Path(place)), _Unkept(watcher)
+            figures = task.evaluate(model, model, source, protocol, scratch, choices, hooks)
+            found.append({"source": source.name, **figures})
+    return tuple(found)
+
+
+def _accuracies(
+    folder: ModelFolder, wanted: Wanted, data: TaskData | None, device: str, showing: Showing
+) -> tuple[TaskResult, ...]:
+    from stages.metrics.zero_shot import ZeroShot
+
+    model, found = ZeroShot(folder, device), []
+    for task in wanted.tasks:
+        with showing(task) as watcher:
+            found.append(model.measure(task, data, wanted.task_limit, watcher))
+    return tuple(found)
+
+
+class _Unkept:
+    """`stages.interfaces.Hooks` of work that keeps nothing: stopped, it begins at the beginning."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def report(self, done: int, total: int, unit: str, **figures: float) -> None:
+        self._watcher.report(done, total, unit, **figures)
+
+    def check_stop(self) -> None:
+        self._watcher.check_stop()
+
+    def warn(self, message: str) -> None:
+        self._watcher.warn(message)
+
+    def restore(self) -> Checkpoint | None:
+        return None
+
+    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        self._watcher.check_stop()

@@ -1,0 +1,1 @@
+"""The steps of a run: what each reads, writes, costs and does."""

@@ -1,0 +1,90 @@
+"""A search for the best settings: Optuna draws points, the sweep does them. Needs the extra `sweep`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import ConfigError
+from pipeline.sweeps.spec import SweepSpec
+from stages.metrics.registry import METRICS
+
+if TYPE_CHECKING:
+    from pipeline.sweeps.sweep import Trial
+
+_STUDY = "lampctl"
+_ATTEMPTS = 4
+
+
+class Search:
+    """The trials of a search, kept in a database: every point is written down before it is begun."""
+
+    def __init__(self, spec: SweepSpec, database: str) -> None:
+        """database: an SQLAlchemy URL. Raises ConfigError if Optuna is missing or the database cannot be opened."""
+        try:
+            import optuna
+        except ImportError as error:
+            raise ConfigError("--search needs Optuna: pip install 'lampctl[sweep]'") from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna: Any = optuna
+        self._spec = spec
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._study: Any = optuna.create_study(
+                    storage=database, study_name=_STUDY, direction=self._direction, load_if_exists=True
+                )
+                break
+            except Exception as error:
+                if attempt < _ATTEMPTS - 1:  # two that begin at once are in each other's way
+                    time.sleep(0.5 * (attempt + 1))
+                    continue
+                raise ConfigError(
+                    f"the search's database {database} cannot be used ({str(error).splitlines()[0]}); if it is "
+                    "damaged, move it away: the search begins anew, and runs that are done stay"
+                ) from error
+
+    @property
+    def _direction(self) -> Literal["minimize", "maximize"]:
+        from stages.tasks.registry import parse_source, task_named
+
+        named = self._spec.settings.get("evaluate")
+        task = task_named(parse_source(named[0]).task if named else "language")
+        return "maximize" if METRICS[task.metric].higher_is_better else "minimize"
+
+    def drawn(self) -> list[Trial]:
+        """All trials so far, in their order."""
+        return [self._trial(found) for found in self._study.get_trials(deepcopy=False)]
+
+    def draw(self) -> Trial | None:
+        """A new point, written down; None if there are enough."""
+        count = len(self._study.get_trials(deepcopy=False))
+        assert self._spec.num_trials is not None
+        if count >= self._spec.num_trials:
+            return None
+        # By its number: a search that was interrupted draws the same points as one that was not.
+        self._study.sampler = self._optuna.samplers.TPESampler(seed=1000 * self._spec.settings["seed"] + count)
+        distributions = {
+            found.field: self._optuna.distributions.FloatDistribution(found.low, found.high, log=found.is_log)
+            for found in self._spec.search
+        }
+        return self._trial(self._study.ask(distributions))
+
+    def tell(self, trial: Trial, value: float | None) -> None:
+        """The result of a trial; None: it failed, or its figure overflowed."""
+        state = self._optuna.trial.TrialState
+        kept = self._study.get_trials(deepcopy=False)[trial.number]
+        if kept.state.is_finished():
+            return  # by an earlier call, or by another process
+        try:
+            if value is None:
+                self._study.tell(trial.number, state=state.FAIL)
+            else:
+                self._study.tell(trial.number, value)
+        except ValueError:
+            if not self._study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+                raise
+
+    def _trial(self, found: Any) -> Trial:
+        from pipeline.sweeps.sweep import Trial
+
+        return Trial(f"{found.number:04d}", {name: float(value) for name, value in found.params.items()}, found.number)

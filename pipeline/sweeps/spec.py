@@ -1,0 +1,217 @@
+"""What a sweep varies: grids of settings, or ranges that a search draws from."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.config.run_config import FREE_FIELDS
+from pipeline.config.settings import Gathered, Settings, explain, flag_of
+from pipeline.errors import ConfigError
+from pipeline.runs.prepare import sibling, with_absolute_paths
+
+# (low, high, on a logarithmic scale): what the paper varies, where it varies it (its Figs. 3-8).
+_USUAL = {
+    "alpha": (0.5, 1.0, False),
+    "beta": (0.0, 0.4, False),
+    "lr": (1e-4, 5e-3, True),
+    "refine_lr": (1e-4, 5e-3, True),
+    "lr_decay": (0.7, 1.0, False),
+}
+_NUMBERS = {"sparsity", "budget_spread", "damping", *_USUAL}
+_MOST_VALUES = 1000
+_LONGEST = 40  # letters of a value in a trial's name
+_NEVER = ("model", "revision", "trust_remote_code", *FREE_FIELDS)
+
+
+class Range(BaseModel):
+    """A number that a search draws."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    field: str
+    low: float
+    high: float
+    is_log: bool = False
+
+
+class SweepSpec(BaseModel):
+    """What `sweep.json` keeps: the settings that all trials share, and what differs between them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    settings: dict[str, Any]
+    origins: dict[str, str]
+    preset: str | None
+    grid: dict[str, tuple[str, ...]] = {}
+    points: tuple[dict[str, Any], ...] = ()  # where the trials are no grid
+    search: tuple[Range, ...] = ()
+    num_trials: int | None = Field(None, ge=1)  # of a search
+    database: str | None = None  # of a search; None: one in the sweep's folder
+
+    @property
+    def gathered(self) -> Gathered:
+        """The settings that all trials share."""
+        return Gathered(Settings(**self.settings), self.origins, self.preset)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The settings that differ between trials."""
+        named = dict.fromkeys(field for point in self.points for field in point)
+        return (*self.grid, *named, *(found.field for found in self.search))
+
+
+def new_spec(
+    gathered: Gathered, grids: Sequence[str], searches: str | None, num_trials: int | None, database: str | None
+) -> SweepSpec:
+    """The sweep that a user asked for. Raises ConfigError with what is wrong."""
+    gathered = with_absolute_paths(gathered)  # a sweep is resumed from anywhere
+    grid = dict(_axis(text) for text in grids)
+    if len(grid) < len(grids):
+        raise ConfigError("--grid names one setting twice: give it all its values in one")
+    ranges = tuple(_range(text) for text in searches.split(",") if text.strip()) if searches else ()
+    if not grid and not ranges:
+        raise ConfigError(
+            "a sweep needs something to vary: --grid sparsity=0.5,0.6,0.7 or --search alpha,lr --trials 20"
+        )
+    if grid and ranges:
+        raise ConfigError("--grid excludes --search: a search chooses its own values")
+    if ranges and num_trials is None:
+        raise ConfigError("--search needs --trials N")
+    if not ranges and (num_trials is not None or database is not None):
+        raise ConfigError("--trials and --storage are about --search")
+    if ranges and not (gathered.values.evaluate is None or gathered.values.evaluate):
+        raise ConfigError("--search needs --evaluate: it looks for the best figure of the first source")
+    repeated = [found.field for found in ranges if [other.field for other in ranges].count(found.field) > 1]
+    if repeated:
+        raise ConfigError(f"--search names {repeated[0]} twice")
+    for found in ranges:
+        for bound in (found.low, found.high):
+            settings_at(gathered, {found.field: bound})
+    values = gathered.values.model_dump(mode="json")
+    spec = SweepSpec(
+        settings=values,
+        origins=gathered.origins,
+        preset=gathered.preset,
+        grid=grid,
+        search=ranges,
+        num_trials=num_trials,
+        database=database,
+    )
+    for point in points_of(spec):
+        settings_at(gathered, point)  # before anything is written
+    return spec
+
+
+def points_of(spec: SweepSpec) -> list[dict[str, Any]]:
+    """Every combination of the grid's values, in order, or the points that are named one by one."""
+    if spec.points:
+        return [dict(point) for point in spec.points]
+    names = list(spec.grid)
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*spec.grid.values())]
+
+
+def settings_at(gathered: Gathered, point: Mapping[str, Any]) -> Gathered:
+    """The settings of one trial. Raises ConfigError where a value is none of that setting."""
+    values = {**gathered.values.model_dump(mode="json"), **point}
+    origins = {**gathered.origins, **dict.fromkeys(point, "flag")}
+    try:
+        changed = Gathered(Settings(**values), origins, gathered.preset)
+    except ValidationError as error:
+        raise ConfigError(explain(error, origins)) from error
+    if changed.values.method == "lamp":
+        return changed
+    plain = sibling(changed, changed.values.method)
+    # As a baseline, but for what the sweep itself sets.
+    kept = {field: getattr(changed.values, field) for field in ("alpha", "beta", "evaluate_dense") if field in point}
+    return replace(plain, values=plain.values.model_copy(update=kept))
+
+
+def name_of(point: Mapping[str, Any]) -> str:
+    """A trial's folder: "sparsity-0.5_method-lamp"."""
+    return "_".join(f"{field}-{_plain(value)}" for field, value in point.items())
+
+
+def _plain(value: Any) -> str:
+    """As part of a file name; what that leaves out comes back as a digest, so that no two values share a name."""
+    text = repr(value) if isinstance(value, float) else str(value)
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "of" if c == ":" else "-" for c in text)
+    if len(plain) <= _LONGEST and text in (plain, plain.replace("of", ":")):
+        return plain
+    return f"{plain[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _axis(text: str) -> tuple[str, tuple[str, ...]]:
+    field, values = _split(text, "--grid")
+    found = tuple(dict.fromkeys(_values(field, values)))
+    if field == "calibration":
+        from stages.tasks.registry import parse_source
+
+        found = tuple(parse_source(name).name for name in found)  # with absolute paths
+    if not found:
+        raise ConfigError(f"--grid {text}: no value is left")
+    return field, found
+
+
+def _values(field: str, text: str) -> Iterable[str]:
+    for part in text.split(","):
+        numbers = part.split(":")
+        if len(numbers) != 3:
+            if part.strip():
+                yield part.strip()
+            continue
+        try:
+            start, stop, step = (Decimal(number.strip()) for number in numbers)
+        except InvalidOperation:
+            raise ConfigError(f"--grid {field}={part}: START:STOP:STEP are three numbers") from None
+        if not all(number.is_finite() for number in (start, stop, step)) or step <= 0 or stop < start:
+            raise ConfigError(f"--grid {field}={part}: STEP must be above 0, and STOP no less than START")
+        if (stop - start) / step >= _MOST_VALUES:
+            raise ConfigError(f"--grid {field}={part} has over {_MOST_VALUES} values")
+        for number in range(int((stop - start) / step) + 1):
+            yield str(start + number * step)
+
+
+def _range(text: str) -> Range:
+    field, equals, bounds = text.strip().partition("=")
+    field = _known(field, "--search")
+    if field not in _NUMBERS:
+        raise ConfigError(f"--search {field}: a search draws numbers; these it can: {', '.join(sorted(_NUMBERS))}")
+    if not equals:
+        if field not in _USUAL:
+            raise ConfigError(f"--search {field}: say where, as {field}=LOW:HIGH or {field}=LOW:HIGH:log")
+        low, high, is_log = _USUAL[field]
+        return Range(field=field, low=low, high=high, is_log=is_log)
+    parts = bounds.split(":")
+    try:
+        low, high = float(parts[0]), float(parts[1])
+    except (ValueError, IndexError):
+        raise ConfigError(f"--search {text}: say {field}=LOW:HIGH or {field}=LOW:HIGH:log") from None
+    is_log = parts[2:] == ["log"]
+    if (parts[2:] and not is_log) or not low < high or not math.isfinite(high - low) or (is_log and low <= 0):
+        raise ConfigError(f"--search {text}: LOW must be below HIGH, and above 0 for log")
+    return Range(field=field, low=low, high=high, is_log=is_log)
+
+
+def _split(text: str, flag: str) -> tuple[str, str]:
+    field, equals, values = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{flag} {text}: say SETTING=VALUE,VALUE,... or SETTING=START:STOP:STEP")
+    return _known(field, flag), values
+
+
+def _known(field: str, flag: str) -> str:
+    name = field.strip().lstrip("-").replace("-", "_")
+    varied = sorted(set(Settings.model_fields) - set(_NEVER))
+    if name not in varied:
+        known = ", ".join(flag_of(found).removeprefix("--") for found in varied)
+        raise ConfigError(f"{flag} {field}: that can't be varied; these can: {known}")
+    return name

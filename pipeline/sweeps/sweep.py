@@ -1,0 +1,268 @@
+"""Sweeps: many runs that differ in some settings. Every trial is an ordinary run directory.
+
+    SWEEP/sweep.json              what is varied, written once
+    SWEEP/shared/<digest>/        a run that is calibrated and captured, and goes no further: trials take that over
+    SWEEP/trials/<name>/          one run each
+    SWEEP/failures/<name>.json    why a trial failed; gone once it has succeeded
+    SWEEP/search.db               of a search (Optuna), unless it keeps its trials elsewhere
+
+The state of a sweep is that of its runs: it is resumed by walking through the trials again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.config.run_config import RunConfig
+from pipeline.config.settings import Gathered
+from pipeline.engine.runner import Listener, StopRequest
+from pipeline.errors import (
+    ConfigError,
+    ConfigMismatch,
+    DamagedData,
+    FileExists,
+    FileGone,
+    Interrupted,
+    NotARun,
+    Occupied,
+    PipelineError,
+    Preempted,
+    RunNotFound,
+)
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.storage.base import Storage
+from pipeline.rundir.storage.locate import locate
+from pipeline.rundir.storage.object_client import is_address
+from pipeline.runs.lifecycle import go_on, reopen, start
+from pipeline.runs.prepare import Prepared, prepare
+from pipeline.runs.status import RunStatus, status
+from pipeline.sweeps.spec import SweepSpec, name_of, points_of, settings_at
+from stages.errors import StageError
+
+_MEASURES = (
+    *("evaluate", "eval_seqlen", "eval_max_tokens", "eval_points", "eval_max_images"),
+    *("tasks", "task_data", "task_limit"),
+)
+Begin = Callable[[RunDirectory, RunConfig], None]
+
+_SPEC = "sweep.json"
+# What decides calibration set and first streams: a run with these is shared by all trials that agree in them.
+_SHARED_FIELDS = (
+    *("model", "revision", "trust_remote_code", "calibration", "calibration_sampling", "calibration_skip"),
+    *("num_samples", "seqlen", "seed", "device", "dtype", "threads", "micro_batch", "scratch_dir"),
+    *("allow_environment_change",),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep."""
+
+    name: str
+    point: dict[str, Any]  # the settings that are its own
+    number: int | None = None  # of a search
+
+
+@dataclass(frozen=True)
+class TrialState:
+    """How far a trial is."""
+
+    trial: Trial
+    state: str  # "waiting", "begun", "done", "failed"
+    run: RunStatus | None
+    error: str | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The figure that counts, of the pruned model on the first source."""
+        found = [e for e in self.run.evaluations if e.which == "pruned"] if self.run is not None else []
+        return found[0].value if found else None
+
+
+class Sweep:
+    """A sweep and the place it lies in."""
+
+    def __init__(self, place: str, storage: Storage, spec: SweepSpec) -> None:
+        self.place, self.storage, self.spec = place, storage, spec
+
+    @classmethod
+    def create(cls, place: str, spec: SweepSpec) -> Sweep:
+        """A new sweep at `place`, or the one that is there if it is the same one.
+
+        Raises ConfigMismatch if another sweep lies there, NotARun for a folder that holds something else.
+        """
+        storage = locate(place)
+        if not storage.exists(_SPEC):
+            storage.prepare()
+            if not storage.is_free() and not storage.exists(_SPEC):
+                raise NotARun(f"{storage.label} is not empty and holds no sweep: name a new folder by --sweep-dir")
+            with suppress(FileExists):
+                storage.create(_SPEC, (spec.model_dump_json(indent=2) + "\n").encode())
+        found = cls.open(place)
+        different = [f for f in SweepSpec.model_fields if f != "origins" and getattr(found.spec, f) != getattr(spec, f)]
+        if different:
+            raise ConfigMismatch(
+                f"{storage.label} holds another sweep (it differs in {', '.join(different)}): use another --sweep-dir, "
+                "or go on with that one: lampctl sweep resume"
+            )
+        return found
+
+    @classmethod
+    def open(cls, place: str) -> Sweep:
+        """The sweep at `place`. Raises RunNotFound, DamagedData."""
+        storage = locate(place)
+        try:
+            spec = SweepSpec.model_validate_json(storage.read(_SPEC))
+            _ = spec.gathered  # settings that make no sense are damage, too
+        except FileGone:
+            raise RunNotFound(f"there is no sweep at {storage.label}: {_SPEC} is missing") from None
+        except ValidationError as error:
+            raise DamagedData(f"{storage.label}/{_SPEC} is damaged: {error.errors()[0]['msg']}") from error
+        return cls(place, storage, spec)
+
+    def place_of(self, *parts: str) -> str:
+        """Where something of this sweep lies."""
+        if is_address(self.place):
+            return "/".join((self.place.rstrip("/"), *parts))
+        return str(Path(self.place).absolute().joinpath(*parts))
+
+    # -- trials
+
+    def trials(self) -> list[Trial]:
+        """Those of the grid, or those that a search has drawn so far."""
+        if self.spec.search:
+            return self._search().drawn()
+        seen, found = set(), []
+        for point in points_of(self.spec):
+            # Settings that a method does not have make no difference to it.
+            values = settings_at(self.spec.gathered, point).values.model_dump_json()
+            if values not in seen:
+                seen.add(values)
+                found.append(Trial(name_of(point), point))
+        return found
+
+    def states(self) -> list[TrialState]:
+        """All trials, and how far each is."""
+        return [self._state(trial) for trial in self.trials()]
+
+    def _state(self, trial: Trial) -> TrialState:
+        error = self._failure(trial)
+        try:
+            run, config = reopen(self.place_of("trials", trial.name))
+        except RunNotFound:
+            return TrialState(trial, "failed" if error else "waiting", None, error)
+        except (DamagedData, NotARun, ConfigMismatch) as damage:
+            return TrialState(trial, "failed", None, str(damage))
+        state = status(run, config)
+        if state.is_finished and _measures(config, self.spec.gathered):
+            return TrialState(trial, "done", state)
+        return TrialState(trial, "failed" if error else "begun", state, error)
+
+    def _failure(self, trial: Trial) -> str | None:
+        try:
+            found: str = json.loads(self.storage.read(f"failures/{trial.name}.json"))["error"]
+        except FileGone:
+            return None
+        except (ValueError, KeyError, TypeError, IndexError, PipelineError) as error:
+            return f"the record of its failure cannot be read ({type(error).__name__})"
+        return found
+
+    # -- work
+
+    def run(self, begin: Begin, listener: Listener, stop: StopRequest) -> Iterator[TrialState]:
+        """Do what is left, trial by trial; one that fails does not keep the others from their turn.
+
+        begin: told of every run before it goes on. Raises what stops a run from outside: Preempted, Interrupted.
+        """
+        if self.spec.search:
+            yield from self._run_search(begin, listener, stop)
+            return
+        for number, trial in enumerate(self.trials()):
+            try:
+                yield self._do(trial, begin, listener, stop, evaluates_dense=number == 0)
+            except Occupied as error:
+                listener.warn(f"trial {trial.name} is left to somebody else: {error}")
+
+    def _run_search(self, begin: Begin, listener: Listener, stop: StopRequest) -> Iterator[TrialState]:
+        search = self._search()
+        # First those that were drawn before: unfinished ones, failed ones, and any whose run has gone.
+        waiting = [trial for trial in search.drawn() if self._state(trial).state != "done"]
+        while trial := waiting.pop(0) if waiting else search.draw():
+            state = self._do(trial, begin, listener, stop, evaluates_dense=False)
+            search.tell(trial, state.value)
+            yield state
+
+    @property
+    def _methods(self) -> tuple[str, ...]:
+        """Methods that are compared: what one of them leaves aside is worth no notice."""
+        named = self.spec.grid.get("method", ())
+        return tuple(dict.fromkeys((*named, *(p["method"] for p in self.spec.points if "method" in p))))
+
+    def _search(self) -> Any:
+        from pipeline.sweeps.search import Search
+
+        if self.spec.database is None and is_address(self.place):
+            raise ConfigError(f"--search in {self.place} needs --storage URL: a database can't lie in a bucket")
+        default = f"sqlite:///{self.place_of('search.db')}"
+        return Search(self.spec, self.spec.database or default)
+
+    def _do(
+        self, trial: Trial, begin: Begin, listener: Listener, stop: StopRequest, *, evaluates_dense: bool
+    ) -> TrialState:
+        before = self._state(trial)
+        if before.state == "done":
+            return before
+        key = f"failures/{trial.name}.json"
+        try:
+            gathered = settings_at(self.spec.gathered, trial.point)
+            if not evaluates_dense:
+                # Once is enough.
+                gathered = replace(gathered, values=gathered.values.model_copy(update={"evaluate_dense": False}))
+            prepared = prepare(gathered, self._methods)
+            shared = self._shared(gathered, prepared, begin, listener, stop)
+            run = start(prepared, self.place_of("trials", trial.name))
+            for notice in prepared.notices:
+                listener.warn(notice)
+            begin(run, prepared.config)
+            go_on(run, prepared.config, listener, stop, shared_with=shared)
+        except (Preempted, Interrupted, Occupied):
+            raise
+        except (PipelineError, StageError) as error:
+            listener.warn(f"trial {trial.name} failed: {error}")
+            record = {"error": str(error), "at": datetime.now(UTC).isoformat()}
+            self.storage.replace(key, (json.dumps(record, indent=2) + "\n").encode())
+            return self._state(trial)
+        self.storage.remove(key)
+        return self._state(trial)
+
+    def _shared(
+        self, gathered: Gathered, prepared: Prepared, begin: Begin, listener: Listener, stop: StopRequest
+    ) -> RunDirectory | None:
+        """A run that is calibrated and captured as this trial would be; None for a trial that looks at no data."""
+        if prepared.config.calibration is None:
+            return None
+        values = {field: getattr(gathered.values, field) for field in _SHARED_FIELDS}
+        plain = type(gathered.values)(**values, sparsity=0.5, method="lamp", evaluate=())
+        origins = {field: origin for field, origin in gathered.origins.items() if field in _SHARED_FIELDS}
+        stem = prepare(Gathered(plain, origins, None))
+        digest = hashlib.sha256(json.dumps([stem.config.identity, stem.model], sort_keys=True).encode()).hexdigest()
+        run = start(stem, self.place_of("shared", digest[:12]))
+        if not any(commit.step == "capture" for commit in run.commits):
+            begin(run, stem.config)
+            go_on(run, stem.config, listener, stop, until=lambda step: step.kind == "capture")
+        return run
+
+
+def _measures(config: RunConfig, gathered: Gathered) -> bool:
+    """Whether a run measures what the user asks for now; what a preset names may not be for this kind of model."""
+    asked = [field for field in _MEASURES if gathered.given(field)]
+    return all(getattr(gathered.values, field) in (None, getattr(config, field)) for field in asked)

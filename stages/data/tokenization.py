@@ -1,0 +1,129 @@
+"""Token ids for calibration and evaluation, as the field draws them (SparseGPT's and GPTQ's code)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.data.text_sources import Source, Use
+from stages.errors import UsageError
+from stages.runtime.hub import reason_of
+
+# A source in which so many documents in a row are too short is taken to have no long ones.
+_MAX_REJECTIONS = 2000
+
+
+def load_tokenizer(folder: Path, *, trusts_code: bool = False) -> Any:
+    """The tokenizer that the model in `folder` ships with; code of its own is run only if that is trusted.
+
+    Raises UsageError if it has none that works.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise UsageError(f"{folder} holds no tokenizer that transformers can read ({reason_of(error)})") from error
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """Token ids (n,) of one text, with what the tokenizer puts at its head (BOS), once."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def calibration_tokens(
+    source: Source,
+    tokenizer: Any,
+    num_samples: int,
+    seqlen: int,
+    sampling: str | None,
+    skip: int = 0,
+    seed: int = 0,
+) -> Tensor:
+    """Token ids (num_samples, seqlen).
+
+    sampling: "contiguous": windows one after the other from the start; "random": windows anywhere in the text, or,
+    where the source is made of documents (C4), one crop of one random document each. skip: leave out so many
+    windows, or draws, first. Raises UsageError if the source holds too few tokens, with the numbers.
+    """
+    if sampling == "random":
+        draw = _draw_from_documents if source.has_documents else _draw_from_text
+        return draw(source, tokenizer, skip + num_samples, seqlen, random.Random(seed))[skip:]
+    needed = (skip + num_samples) * seqlen
+    tokens = _first_tokens(source, tokenizer, needed)
+    if len(tokens) < needed:
+        where = f"after skipping {skip} windows " if skip else ""
+        raise UsageError(
+            f"{source.name} has {len(tokens):,} tokens; {num_samples} samples of {seqlen} {where}need {needed:,}: "
+            f"lower --num-samples{' or --calibration-skip' if skip else ''} or --seqlen, or use more text"
+        )
+    return tokens[:needed].view(-1, seqlen)[skip:].clone()
+
+
+def evaluation_tokens(source: Source, tokenizer: Any) -> Tensor:
+    """All token ids (n,) of the evaluation text, tokenized once."""
+    return tokenize(tokenizer, source.text("evaluation"))
+
+
+def _first_tokens(source: Source, tokenizer: Any, needed: int) -> Tensor:
+    """All tokens of the calibration text, or, of a source with very many documents, of as many as are needed."""
+    if not source.has_documents:
+        return tokenize(tokenizer, source.text("calibration"))
+    num_documents = 256
+    while True:
+        tokens = tokenize(tokenizer, source.text("calibration", num_documents))
+        if len(tokens) >= needed or num_documents >= len(source.documents("calibration")):
+            return tokens
+        num_documents *= 2
+
+
+def _draw_from_text(source: Source, tokenizer: Any, count: int, seqlen: int, rng: random.Random) -> Tensor:
+    tokens = tokenize(tokenizer, source.text("calibration"))
+    if len(tokens) <= seqlen:
+        raise UsageError(f"{source.name} has {len(tokens):,} tokens, not more than one sample of --seqlen {seqlen}")
+    starts = [rng.randint(0, len(tokens) - seqlen - 1) for _ in range(count)]
+    return torch.stack([tokens[start : start + seqlen] for start in starts])
+
+
+def _draw_from_documents(source: Source, tokenizer: Any, count: int, seqlen: int, rng: random.Random) -> Tensor:
+    documents = source.documents("calibration")
+    samples: list[Tensor] = []
+    rejected = 0
+    while len(samples) < count:
+        tokens = tokenize(tokenizer, documents[rng.randint(0, len(documents) - 1)])
+        if len(tokens) <= seqlen:
+            rejected += 1
+            if rejected >= _MAX_REJECTIONS * (len(samples) + 1):
+                raise UsageError(
+                    f"of {rejected + len(samples):,} documents drawn from {source.name}, {len(samples)} have more than "
+                    f"{seqlen} tokens, and {count} are needed: lower --seqlen or --num-samples"
+                )
+            continue
+        start = rng.randint(0, len(tokens) - seqlen - 1)
+        samples.append(tokens[start : start + seqlen])
+    return torch.stack(samples)
+
+
+def require_length(source: Source, tokenizer: Any, use: Use, num_tokens: int, vocab_size: int, remedy: str) -> None:
+    """Raise UsageError if a local source has fewer tokens than that, or some that the model does not know.
+
+    A source of the hub is not looked at.
+    """
+    if source.is_local:
+        tokens = tokenize(tokenizer, source.text(use))
+        if len(tokens) < num_tokens:
+            raise UsageError(f"{source.name} has {len(tokens):,} tokens for {use}, {num_tokens:,} are needed: {remedy}")
+        require_vocabulary(tokens, vocab_size, "the model")
+
+
+def require_vocabulary(tokens: Tensor, vocab_size: int, model: str) -> None:
+    """Raise UsageError if the tokenizer gives tokens that the model has no embedding for."""
+    if tokens.numel() and int(tokens.max()) >= vocab_size:
+        raise UsageError(
+            f"the tokenizer beside the weights gives token {int(tokens.max())}, and {model} has only {vocab_size} "
+            "embeddings: it is the tokenizer of another model"
+        )

@@ -1,0 +1,1 @@
+"""Files: safetensors, checkpoints, pruning masks, packed models."""

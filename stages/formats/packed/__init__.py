@@ -1,0 +1,1 @@
+"""The packed file: layout, writer, reader, bit packing."""

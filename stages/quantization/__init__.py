@@ -1,0 +1,1 @@
+"""Quantization grids: scales, zero points, codes."""

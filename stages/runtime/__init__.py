@@ -1,0 +1,1 @@
+"""How blocks run on a device: choices, autotuning, the memory planner, the block runner, prefetching."""

@@ -1,0 +1,180 @@
+"""How much memory each kind of step takes at its fullest, worked out from a model's shapes before anything is loaded.
+
+P: numbers of a block.    C, R: input and output width of a layer.    N: tokens in one forward pass.    H: hidden size.
+V: vocabulary.    All arithmetic is fp32, 4 bytes a number; with bf16 it takes no more.
+
+The figures are the sum of what the code is known to hold at once, and of activations counted layer by layer: estimates.
+A step that takes more than the limit says so, with what it took (`pipeline/steps/executor.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stages.errors import ResourceError
+from stages.models.base import BlockModel, LayerInfo
+
+_FP32 = 4
+# Layers with these roles read one and the same input, and so share a Hessian.
+_SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
+# Beside a layer's own weights: copies of them that are alive at once while it is pruned.
+_WEIGHT_COPIES = {"sparsegpt": 5, "alps": 9, "wanda": 4, "magnitude": 3}
+# ALPS: scaled Hessian, an inverse and what it is made from; five inverses where several layers use them.
+_ALPS_MATRICES, _ALPS_SHARED_MATRICES = 3, 7
+# What the export gathers before it writes (`stages.export`).
+_EXPORTED_AT_ONCE = 256_000_000
+# Allocators keep some of what was freed, and small things add up.
+_SLACK = 1.05
+_NOISE = 1.15
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What of a model and of its calibration set decides how much memory a run takes."""
+
+    block: int  # P, of the largest block
+    layers: tuple[LayerInfo, ...]  # of that block
+    hidden: int  # H
+    vocabulary: int  # V
+    tokens: int  # of one sample
+    itemsize: int  # bytes of a stored activation
+    attention: int = 0  # numbers that a block's attention writes out for one sample
+
+    @classmethod
+    def of(cls, model: BlockModel, tokens: int, itemsize: int) -> Shapes:
+        """Of `model` with samples of so many tokens."""
+        sizes = [sum(model.entry_sizes(index).values()) for index in range(model.num_blocks)]
+        largest = max(range(model.num_blocks), key=sizes.__getitem__)
+        return cls(
+            sizes[largest],
+            model.layers(largest),
+            model.hidden_size,
+            model.vocab_size,
+            tokens,
+            itemsize,
+            model.attention_numbers,
+        )
+
+    @property
+    def inputs(self) -> dict[str, list[LayerInfo]]:
+        """The layers by the input that they read."""
+        groups: dict[str, list[LayerInfo]] = {}
+        for layer in self.layers:
+            groups.setdefault(_SHARED.get(layer.role or "", layer.path), []).append(layer)
+        return groups
+
+    def chunks(self, num_streams: int, samples: int) -> int:
+        """Bytes of two micro-batches of each of so many streams."""
+        return 2 * num_streams * samples * self.tokens * self.hidden * self.itemsize
+
+    def passing(self, samples: int) -> int:
+        """Bytes of a forward pass that remembers nothing: one layer's input and output, and the residual stream."""
+        widest = max((layer.rows + layer.cols for layer in self.layers), default=0)
+        # Gated and attention layers hold two outputs at once.
+        return _FP32 * samples * (self.tokens * (2 * widest + 4 * self.hidden) + self.attention)
+
+    def remembered(self) -> int:
+        """Bytes of a forward pass over one sample that remembers everything for its gradient."""
+        distinct = sum(group[0].cols for group in self.inputs.values())
+        linear = 2 * distinct + 2 * sum(layer.rows for layer in self.layers) + 6 * self.hidden
+        return _FP32 * (self.tokens * linear + 2 * self.attention)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does, as far as its memory is concerned."""
+
+    pruner: str  # "sparsegpt", "alps", "wanda", "magnitude"
+    trains: bool  # compensates or refines
+    is_quantized: bool
+    eval_tokens: int  # of one window; 0: nothing is evaluated
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The choices that keep a run within a limit, and what it then takes at its fullest."""
+
+    samples_at_once: int  # in a forward pass where nothing is trained
+    spills: bool  # the best weights so far lie on the disk while a block is trained
+    peak_bytes: int
+    step: str  # when that is
+
+
+def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str, int]:
+    """Bytes at the fullest moment of each kind of step, beside what the process holds anyway."""
+    block, passing = _FP32 * shapes.block, shapes.passing(samples)
+    ends = _FP32 * shapes.vocabulary * shapes.hidden
+    found = {"capture": ends + block * work.trains + passing + shapes.chunks(3, samples)}
+    found["prune-block"] = block + _pruning(shapes, work) + passing + shapes.chunks(2, samples)
+    if work.trains:
+        copies = 3 if spills else 4  # weights, two moments, the best so far
+        # A straight-through grid computes with weights of its own, and remembers them.
+        copies += work.is_quantized
+        # Gradients appear while what was remembered for them goes.
+        low, high = sorted((block, shapes.remembered()))
+        backward = max(high + low // 2, passing)
+        masks = shapes.block
+        found["training"] = copies * block + masks + backward + shapes.chunks(2, samples)
+    found["export"] = ends + min(_EXPORTED_AT_ONCE, 2 * ends)
+    if work.eval_tokens:
+        logits = 3 * _FP32 * work.eval_tokens * shapes.vocabulary
+        found["evaluate"] = max(2 * ends + logits, ends + passing, block + passing) + shapes.chunks(2, samples)
+    return {kind: int(size * _SLACK) for kind, size in found.items()}
+
+
+def _pruning(shapes: Shapes, work: Work) -> int:
+    """Bytes of statistics and of solving for the layer that takes most."""
+    if work.pruner == "magnitude":
+        return _FP32 * _WEIGHT_COPIES["magnitude"] * max(layer.rows * layer.cols for layer in shapes.layers)
+    power = 1 if work.pruner == "wanda" else 2  # Wanda needs the diagonals alone
+    sums = sum(_FP32 * group[0].cols ** power for group in shapes.inputs.values())
+    most = 0
+    for group in shapes.inputs.values():
+        matrices = 0
+        if work.pruner in ("sparsegpt", "alps"):
+            matrices = 1
+        if work.pruner == "alps":
+            matrices += _ALPS_SHARED_MATRICES if len(group) > 1 else _ALPS_MATRICES
+        size = max(layer.rows * layer.cols for layer in group)
+        most = max(most, _FP32 * (matrices * group[0].cols ** 2 + _WEIGHT_COPIES[work.pruner] * size))
+    return sums + max(most, 2 * shapes.block)  # the block rounded, in two bytes a number, comes when solving is over
+
+
+def fit(
+    shapes: Shapes, work: Work, base_bytes: int, limit_bytes: int | None, candidates: Sequence[int], where: str
+) -> Fit:
+    """The largest of the micro-batches `candidates` (samples, rising) that keeps the run within the limit.
+
+    base_bytes: what is taken before anything of the model is. limit_bytes: None: there is none, the last one is taken.
+    Best weights are spilled to the disk only where nothing else helps. where: "memory", "GPU memory", for messages.
+    Raises ResourceError with the smallest limit that would do.
+    """
+    options = [(samples, spills) for spills in (False, True) for samples in reversed(candidates)]
+    for samples, spills in options:
+        found = peaks(shapes, work, samples, spills=spills)
+        step = max(found, key=found.__getitem__)
+        if limit_bytes is None or base_bytes + found[step] <= limit_bytes:
+            return Fit(samples, spills, base_bytes + found[step], step)
+    # What the process holds before anything is begun differs from call to call.
+    smallest = int(_NOISE * base_bytes) + max(peaks(shapes, work, candidates[0], spills=True).values())
+    details = peaks(shapes, work, candidates[0], spills=True)
+    assert limit_bytes is not None
+    raise ResourceError(
+        f"--memory-limit {_gb(limit_bytes)} is too little: this run needs {_gb(_round_up(smallest))} of {where} "
+        f"({_describe(details, base_bytes)}). Give it that much, or use a smaller --seqlen"
+    )
+
+
+def _describe(details: Mapping[str, int], base_bytes: int) -> str:
+    parts = [f"{kind} {_gb(base_bytes + size)}" for kind, size in sorted(details.items(), key=lambda x: -x[1])]
+    return ", ".join(parts)
+
+
+def _round_up(size: int) -> int:
+    step = 10_000_000
+    return -(-size // step) * step
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f}GB"

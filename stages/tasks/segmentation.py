@@ -1,0 +1,123 @@
+"""Segment Anything: images in, single-point IoU out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from stages.data.image_sources import (
+    ImageRecord,
+    ImageSource,
+    Skipped,
+    UnusableImageError,
+    chosen,
+    prepare,
+    read_pixels,
+)
+from stages.errors import UsageError
+from stages.interfaces import Hooks, Scratch
+from stages.metrics.single_point_iou import evaluate_masks
+from stages.models.base import BlockModel
+from stages.models.sam.encoder import SamEncoder
+from stages.runtime.device import DeviceChoices
+from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Points, require_task
+
+
+class Vision:
+    """A `stages.tasks.base.Task`."""
+
+    name = "vision"
+    metric = "iou"
+    default_calibration: str | None = None
+    default_evaluation: tuple[str, ...] = ()
+    default_points: Points | None = "auto"
+    missing_calibration = (
+        "--calibration is missing: name images, as sa1b:DIR (an archive of SA-1B, unpacked), coco:DIR or images:DIR"
+    )
+    missing_evaluation: str | None = "nothing is measured: name annotated images by --evaluate coco:DIR or sa1b:DIR"
+
+    def default_sampling(self, calibration: str) -> str:
+        return "random"
+
+    def require_samples(self, model: BlockModel, source: DataSource, drawing: Drawing) -> None:
+        records, _ = _images(source, model).records()
+        needed = drawing.skip + drawing.num_samples
+        if len(records) < needed:
+            raise UsageError(
+                f"{source.name} has {len(records)} images, {needed} are needed: lower --num-samples"
+                + (" or --calibration-skip" if drawing.skip else "")
+            )
+
+    def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
+        if not _images(source, model).has_masks:
+            raise UsageError(f"{source.name} has no masks to measure by: evaluate on coco:DIR or sa1b:DIR")
+
+    def draw(self, model: BlockModel, source: DataSource, drawing: Drawing) -> Drawn:
+        images = _images(source, model)
+        assert isinstance(model, SamEncoder)
+        records, skipped = images.records()
+        order = chosen(records, drawing.seed, is_random=drawing.sampling == "random")
+        usable = _usable(order, drawing.skip + drawing.num_samples, model.sizes.image_size, skipped)
+        if len(usable) < drawing.skip + drawing.num_samples:
+            raise UsageError(
+                f"{source.name} holds {len(usable)} pictures that can be read ({_listed(skipped)}), "
+                f"{drawing.skip + drawing.num_samples} are needed: "
+                + ("lower --num-samples" if usable else "name a folder of pictures")
+            )
+        drawn = usable[drawing.skip :]
+        figures = {"num_images": len(drawn), "skipped": dict(skipped.reasons)}
+        return Drawn(_Pictures(drawn, model.sizes.image_size), figures)
+
+    def evaluate(
+        self,
+        model: BlockModel,
+        original: BlockModel,
+        source: DataSource,
+        protocol: EvaluationProtocol,
+        scratch: Scratch,
+        choices: DeviceChoices,
+        hooks: Hooks,
+    ) -> dict[str, Any]:
+        assert isinstance(model, SamEncoder)
+        images = _images(source, model)
+        return evaluate_masks(model, images, protocol.points or "auto", protocol.max_images, scratch, choices, hooks)
+
+
+class _Pictures:
+    """Preprocessed images (3, S, S), each read when it is asked for."""
+
+    def __init__(self, records: list[ImageRecord], side: int) -> None:
+        self._records, self._side = records, side
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        pixels: Tensor = prepare(read_pixels(self._records[index]), self._side).pixels
+        return pixels
+
+
+def _usable(order: list[ImageRecord], count: int, side: int, skipped: Skipped) -> list[ImageRecord]:
+    """The first `count` records whose pictures can be read; the others are counted."""
+    found: list[ImageRecord] = []
+    for record in order:
+        if len(found) == count:
+            break
+        try:
+            prepare(read_pixels(record), side)
+        except UnusableImageError as error:
+            skipped.add(str(error), record.path)
+            continue
+        found.append(record)
+    return found
+
+
+def _listed(skipped: Skipped) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.reasons.items())) or "none passed over"
+
+
+def _images(source: DataSource, model: BlockModel) -> ImageSource:
+    require_task(source, model)
+    assert isinstance(source, ImageSource)
+    return source

@@ -1,0 +1,1 @@
+"""How a block is trained: the loss, the loop, the best weights, defaults and random order."""

@@ -1,0 +1,361 @@
+"""Train one block by Adam until, on the biased stream, it gives what a target stream holds.
+
+Compensation (LAMP Eq. 9) trains a dense block, refinement a pruned one; how they train is the same and is here.
+At every batch boundary the trainer can say where it is (`Checkpoint`), and go on from there to the same bits.
+
+T: tokens of a sample.    H: hidden size.    One sample a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import NumericalError
+from stages.interfaces import Checkpoint, Hooks, Scratch, Stream
+from stages.models.base import BlockModel
+from stages.runtime.block_runner import BlockPass
+from stages.runtime.device import DeviceChoices
+from stages.runtime.prefetch import Writing
+from stages.training.best_weights import Snapshot
+from stages.training.loss import block_loss, split_samples
+from stages.training.seeding import generator_for
+
+# After an epoch that did not help, training goes on from the best weights at the rate times this (docs/experiments.md).
+BACKTRACK = 0.35
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train."""
+
+    epochs: int
+    lr: float
+    lr_decay: float  # the rate is multiplied by this after each epoch
+    # Judge each epoch on samples kept aside, never keep what made it worse, and then go on from the best at a lower
+    # rate; off: as the paper, train on all samples and keep what comes out.
+    hold_aside: bool
+    seed: int
+    loss: str = "mse"  # as the paper; or "token": each token's error relative to its target
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean loss over the samples trained on and over those kept aside (None: none were)."""
+
+    trained: float
+    aside: float | None
+
+    @property
+    def judged(self) -> float:
+        """The loss that decides: of the samples kept aside, where there are any."""
+        return self.trained if self.aside is None else self.aside
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a block's training went."""
+
+    before: Losses
+    after: Losses
+    epoch_losses: tuple[Losses, ...]  # `trained` is the mean over the epoch's own steps
+    num_steps: int
+    kept_epoch: int  # the epoch whose weights were kept, from 1; 0: those from before, nothing helped
+
+
+@dataclass
+class _Course:
+    """Where training is: all of its state that is neither a weight nor the optimizer's."""
+
+    epoch: int = 1  # the one under way
+    losses: dict[int, float] = field(default_factory=dict)  # of its steps so far, by sample, in their order
+    epochs: list[Losses] = field(default_factory=list)  # those that are over
+    best: float = math.inf
+    kept_epoch: int = 0
+    rate: float = 1.0  # what backtracking has left of it
+    is_over: bool = False  # all epochs are; the block holds the best weights
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "losses": list(self.losses.items())}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> _Course:
+        losses = {int(index): loss for index, loss in values["losses"]}
+        return cls(**{**values, "losses": losses, "epochs": [Losses(**epoch) for epoch in values["epochs"]]})
+
+
+class BlockTrainer:
+    """Trains a block that is given, in place.
+
+    block: fp32, on the device of `choices`. inputs: token ids of the N samples. stream_in, targets: N samples
+    (T, H), what the block gets and what it should give; `targets` may still be filled in the first pass.
+    purpose: names the random order of the samples, and what is trained in messages. passes_before: of all samples in
+    `first_pass`, for the progress shown. spill: room for the best weights so far; None: they stay in memory.
+
+    `first_pass`, then `train`, then whatever the caller does, with `boundary` at its batch boundaries.
+    """
+
+    def __init__(
+        self,
+        model: BlockModel,
+        block: nn.Module,
+        block_index: int,
+        inputs: Stream,
+        stream_in: Stream,
+        targets: Stream,
+        settings: TrainingSettings,
+        choices: DeviceChoices,
+        hooks: Hooks,
+        *,
+        purpose: str,
+        passes_before: int = 0,
+        passes_after: int = 0,
+        spill: Scratch | None = None,
+    ) -> None:
+        self.block, self.block_index = block, block_index
+        self.inputs, self.stream_in, self.targets = inputs, stream_in, targets
+        self.settings, self.choices, self.hooks, self.purpose = settings, choices, hooks, purpose
+        self.device = choices.torch_device
+        self._pass = BlockPass(model, block, block_index, inputs, choices)
+        self._spill = spill
+        self.train_set, self.aside = split_samples(len(inputs), settings.hold_aside)
+        if settings.hold_aside and not self.aside and settings.epochs:
+            hooks.warn("only one calibration sample: none is kept aside, training is judged on itself")
+        num_steps = settings.epochs * len(self.train_set)
+        self._num_after = passes_after * len(inputs)
+        self._total = passes_before * len(inputs) + num_steps + self._num_after
+        self._done = 0  # of them, samples
+        self._restored = hooks.restore() if settings.epochs else None
+        self._before: Losses | None = None
+        self._course: _Course | None = None  # None: training has not begun
+        self._optimizer: torch.optim.Adam | None = None
+        self._scaler: torch.amp.GradScaler | None = None
+        self._best: Snapshot | None = None
+        self._ended: Checkpoint | None = None
+
+    def advance(self, count: int = 1, **figures: float) -> None:
+        """Tell that `count` more samples have passed."""
+        self._done += count
+        self.hooks.report(self._done, self._total, "samples", **figures)
+
+    def boundary(self) -> None:
+        """A batch boundary: the stage may be stopped here, and later go on from here."""
+        if self._ended is not None:
+            ended = self._ended
+            self.hooks.checkpoint(lambda: ended)
+        elif self._course is not None:
+            self.hooks.checkpoint(self._checkpoint)
+        else:
+            self.hooks.check_stop()
+
+    @torch.no_grad()
+    def first_pass(self, makes_targets_of: Stream | None = None) -> Losses:
+        """The mean loss over all samples before any training.
+
+        makes_targets_of: the targets are not there yet; they are what the block, as it is, makes of this stream, and
+        are written on the way. In an attempt that goes on from a checkpoint the losses are known, and that is all.
+        """
+        everything = range(len(self.inputs))
+        if self._restored is not None:
+            if makes_targets_of is not None:
+                self._pass.propagate(makes_targets_of, self.targets, self.hooks.check_stop, self.advance)
+            self._before = Losses(**self._restored.figures["before"])
+            return self._before
+        if makes_targets_of is None:
+            values = self._losses(everything, self.hooks.check_stop)
+        else:
+            values = self._losses_and_targets(makes_targets_of)
+        self._before = Losses(_mean(values, self.train_set), _mean(values, self.aside) if self.aside else None)
+        return self._before
+
+    def _losses_and_targets(self, source: Stream) -> dict[int, float]:
+        """The loss of every sample against what the block makes of `source`, which is written to the targets."""
+        values: dict[int, float] = {}
+        batches = self._pass.batches(range(len(self.inputs)))
+        with (
+            self._pass.reading(batches, source, self.stream_in) as read,
+            Writing(self.targets, self.device) as out,
+        ):
+            for batch in read:
+                self.hooks.check_stop()
+                target = self._pass.forward(batch.samples[0], batch.call)
+                out.write(batch.numbers, target)
+                target = target.to(self.choices.torch_dtype)  # as the stream holds it
+                values |= self._losses_of(batch.numbers, self._pass.forward(batch.samples[1], batch.call), target)
+                self.advance(len(batch.numbers))
+        return values
+
+    @torch.no_grad()
+    def _losses(self, indices: Sequence[int], boundary: Callable[[], None]) -> dict[int, float]:
+        """The loss of each of these samples as the block is now."""
+        values: dict[int, float] = {}
+        with self._pass.reading(self._pass.batches(indices), self.stream_in, self.targets) as read:
+            for batch in read:
+                boundary()
+                hidden = self._pass.forward(batch.samples[0], batch.call)
+                values |= self._losses_of(batch.numbers, hidden, batch.samples[1])
+                if self._course is None:
+                    self.advance(len(batch.numbers))
+        return values
+
+    def _losses_of(self, numbers: Sequence[int], hidden: Tensor, target: Tensor) -> dict[int, float]:
+        losses = [
+            block_loss(hidden[k : k + 1], target[k : k + 1], self.settings.loss).item() for k in range(len(numbers))
+        ]
+        return dict(zip(numbers, losses, strict=True))
+
+    def train(self, parameters: Sequence[nn.Parameter]) -> Training:
+        """Train `parameters` of the block, after `first_pass`; leaves the weights that were best.
+
+        Raises NumericalError if the loss is or becomes no finite number.
+        """
+        before = self._before
+        assert before is not None, "there was no first pass"
+        if not math.isfinite(before.trained):
+            raise NumericalError(
+                f"block {self.block_index}: the loss is {before.trained} before any training: the model's weights or "
+                "activations hold NaN or infinity"
+            )
+        if not self.settings.epochs:
+            return Training(before, before, (), 0, 0)
+        course = self._begin(before, parameters)
+        while not course.is_over:
+            self._train_epoch(course)
+            self._judge_epoch(course, parameters)
+        self._optimizer = self._best = None
+        after = before
+        if course.kept_epoch:
+            after = Losses(self._mean_loss(self.train_set), self._mean_loss(self.aside) if self.aside else None)
+        if not math.isfinite(after.trained):  # the last update came after the last loss
+            raise NumericalError(
+                f"block {self.block_index}: the loss is {after.trained} after training; {self._advice()}"
+            )
+        if self._num_after:  # the caller changes the block from here on
+            ended = self._checkpoint()
+            self._ended = Checkpoint({name: tensor.clone() for name, tensor in ended.tensors.items()}, ended.figures)
+        num_steps = len(course.epochs) * len(self.train_set)
+        return Training(before, after, tuple(course.epochs), num_steps, course.kept_epoch)
+
+    def _begin(self, before: Losses, parameters: Sequence[nn.Parameter]) -> _Course:
+        """Training about to begin, or as the checkpoint has it."""
+        if self.settings.hold_aside:
+            self._best = Snapshot(self.block, self._spill)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        self._optimizer = torch.optim.Adam(parameters, lr=self.settings.lr, fused=True)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.choices.torch_dtype == torch.float16)
+        self._course = _Course(best=before.judged)
+        if self._restored is not None:
+            self._go_on(self._restored, parameters)
+            self._restored = None
+        if self._course.is_over:
+            _freeze(parameters)
+        return self._course
+
+    def _train_epoch(self, course: _Course) -> None:
+        """One pass over the samples trained on, in an order of its own, or the rest of one."""
+        assert self._optimizer is not None
+        assert self._scaler is not None
+        generator = generator_for(self.settings.seed, self.purpose, self.block_index, course.epoch)
+        order = [self.train_set[i] for i in torch.randperm(len(self.train_set), generator=generator).tolist()]
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.lr * self.settings.lr_decay ** (course.epoch - 1) * course.rate
+        steps = [[index] for index in order[len(course.losses) :]]
+        with self._pass.reading(steps, self.stream_in, self.targets) as read:
+            for batch in read:
+                self.boundary()
+                hidden, target = batch.samples
+                loss = block_loss(self._pass.training_forward(hidden, batch.call), target, self.settings.loss)
+                self._scaler.scale(loss).backward()
+                self._scaler.step(self._optimizer)
+                self._scaler.update()
+                # Now, and not before the next backward pass: the forward pass between needs the room.
+                self._optimizer.zero_grad(set_to_none=True)
+                value = loss.item()  # a GPU is waited for only now, with all of the step handed over
+                if not math.isfinite(value):
+                    raise NumericalError(
+                        f"block {self.block_index}: the loss became {value} in epoch {course.epoch}; {self._advice()}"
+                    )
+                course.losses[batch.numbers[0]] = value
+                self.advance(loss=value, epoch=course.epoch)
+
+    def _judge_epoch(self, course: _Course, parameters: Sequence[nn.Parameter]) -> None:
+        """Keep what the epoch has learnt or take it back (Adam's moments stay), and begin the next one, or end."""
+        aside = self._mean_loss(self.aside) if self.aside else None
+        if self.settings.hold_aside:
+            # The losses of an epoch are from before each of its own updates: they cannot judge them.
+            judged = aside if aside is not None else self._mean_loss(self.train_set)
+            assert self._best is not None
+            if judged < course.best:
+                course.best, course.kept_epoch = judged, course.epoch
+                self._best.take()
+            else:
+                course.rate *= BACKTRACK
+                self._best.give_back()
+        else:
+            course.kept_epoch = course.epoch
+        course.epochs.append(Losses(_mean(course.losses, [*course.losses]), aside))
+        course.losses = {}
+        course.epoch += 1
+        if course.epoch > self.settings.epochs:
+            course.is_over = True
+            _freeze(parameters)
+
+    def _checkpoint(self) -> Checkpoint:
+        course, before = self._course, self._before
+        assert course is not None
+        assert before is not None
+        tensors = {f"block.{name}": tensor for name, tensor in self.block.state_dict().items()}
+        if self._best is not None and course.kept_epoch and not course.is_over:
+            tensors.update((f"best.{name}", tensor) for name, tensor in self._best.tensors().items())
+        if self._optimizer is not None and not course.is_over:
+            for number, state in self._optimizer.state_dict()["state"].items():
+                tensors.update((f"adam.{number}.{name}", value) for name, value in state.items())
+        done = min(self._done, self._total - self._num_after)
+        figures: dict[str, Any] = {"before": asdict(before), "course": course.to_json(), "done": done}
+        if self._scaler is not None:
+            figures["scaler"] = self._scaler.state_dict()
+        return Checkpoint(tensors, figures)
+
+    def _go_on(self, checkpoint: Checkpoint, parameters: Sequence[nn.Parameter]) -> None:
+        """Take everything from a checkpoint. The block is as it was before training."""
+        assert self._optimizer is not None
+        assert self._scaler is not None
+        tensors, figures = checkpoint.tensors, checkpoint.figures
+        self._course = _Course.from_json(figures["course"])
+        self._done = figures["done"]
+        self._scaler.load_state_dict(figures["scaler"])
+        best = _named(tensors, "best.")
+        if best and self._best is not None:
+            self._best.set(best)
+        self.block.load_state_dict(_named(tensors, "block."))
+        for number, parameter in enumerate(parameters):
+            state = _named(tensors, f"adam.{number}.")
+            if state:
+                self._optimizer.state[parameter] = {name: tensor.to(self.device) for name, tensor in state.items()}
+
+    def _advice(self) -> str:
+        flag = "--refine-lr" if self.purpose == "refine" else "--lr"
+        return f"use a smaller {flag} than {self.settings.lr:g}"
+
+    def _mean_loss(self, indices: Sequence[int]) -> float:
+        return _mean(self._losses(indices, self.boundary), indices)
+
+
+def _freeze(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.requires_grad_(False)
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _mean(losses: Mapping[int, float], indices: Sequence[int]) -> float:
+    return math.fsum(losses[i] for i in indices) / len(indices)

@@ -1,0 +1,68 @@
+"""`--help`: at once, and with examples."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMANDS = [
+    *("run", "resume", "status", "init", "calibrate", "capture", "prune-block", "compensate-block", "export"),
+    *("evaluate", "compare", "report"),
+]
+
+
+def test_help_answers_in_half_a_second():
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "lampctl", "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.5
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; sys.argv = ['lampctl', 'run', '--help']\n"
+        "from lampctl.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'zarr', 'datasets'} & set(sys.modules), 'too much is imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=dict(os.environ))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_an_example(lampctl, command):
+    shown = lampctl(command, "--help")
+    assert shown.code == 0
+    assert f"lampctl {command}" in shown.out.split("Usage:", 1)[1].split("\n", 1)[1]
+
+
+def test_run_tells_every_setting_that_has_a_flag(lampctl):
+    from pipeline.config.settings import Settings
+
+    only_in_files = {"layer_sparsity", "damping", "column_block"}
+    shown = lampctl("run", "--help").out
+    for name in set(Settings.model_fields) - only_in_files - {"model"}:
+        assert f"--{name.replace('_', '-')}" in shown, name
+
+
+def test_version(lampctl):
+    import importlib.metadata
+
+    assert lampctl("--version").out == f"lampctl {importlib.metadata.version('lampctl')}\n"
+
+
+def test_every_error_of_ours_has_an_exit_code():
+    import pipeline.errors
+    import stages.errors
+    from lampctl.cli.exit_codes import BUG, exit_code
+
+    for module in (pipeline.errors, stages.errors):
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and name not in ("PipelineError", "StageError"):
+                assert exit_code(kind("x")) != BUG, name
+    assert exit_code(RuntimeError()) == BUG

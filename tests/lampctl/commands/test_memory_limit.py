@@ -1,0 +1,86 @@
+"""`--memory-limit`, `--micro-batch` and `--threads` from the user's side, and what a run says of its memory."""
+
+import json
+
+import pytest
+
+from tests.small_models import save
+
+DATA = (
+    *("--sparsity", "0.5", "--calibration", "text:words.txt", "--num-samples", "4", "--seqlen", "32"),
+    *("--effort", "low", "--evaluate", "", "--device", "cpu"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _words(words):
+    """The file that DATA names."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("models") / "m", "llama")
+
+
+def device_of(run):
+    return json.loads((run / "run.json").read_text())["environment"]["device"]
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can(lampctl, model, tmp_path):
+    answer = lampctl("run", model, *DATA, "--memory-limit", "100MB", "--run-dir", tmp_path / "run")
+    assert answer.code == 5
+    assert "--memory-limit 0.10GB is too little: this run needs" in answer.err
+    assert "training" in answer.err
+    assert not (tmp_path / "run").exists()
+    answer = lampctl("run", model, *DATA, "--memory-limit", "lots", "--run-dir", tmp_path / "run")
+    assert answer.code == 2
+    assert "--memory-limit lots: expected a size such as 8GB" in answer.err
+
+
+def test_a_limit_may_be_changed_when_a_run_goes_on_and_the_micro_batch_stays(lampctl, model, tmp_path):
+    run = tmp_path / "run"
+    assert lampctl("init", model, *DATA, "--memory-limit", "8GB", "--run-dir", run).code == 0
+    assert device_of(run)["batch_tokens"] == 8 * 32
+    answer = lampctl("run", model, *DATA, "--memory-limit", "8.5 GiB", "--run-dir", run)
+    assert answer.code == 0, answer.err
+    assert device_of(run)["batch_tokens"] == 8 * 32
+    free = [json.loads(path.read_text())["free"] for path in sorted((run / "commits").iterdir())]
+    assert {values["memory_limit"] for values in free} == {"8.5 GiB"}
+
+
+def test_threads_and_micro_batch_are_what_the_run_computes_with(lampctl, model, tmp_path):
+    run = tmp_path / "run"
+    assert lampctl("init", model, *DATA, "--threads", "1", "--micro-batch", "3", "--run-dir", run).code == 0
+    assert device_of(run)["num_threads"] == 1
+    assert device_of(run)["batch_tokens"] == 3 * 32
+    answer = lampctl("run", model, *DATA, "--micro-batch", "2", "--run-dir", run)
+    assert answer.code == 3
+    assert "micro_batch" in answer.err
+
+
+def test_status_shows_what_each_kind_of_step_took(lampctl, model, tmp_path):
+    run = tmp_path / "run"
+    assert lampctl("run", model, *DATA, "--run-dir", run).code == 0
+    shown = lampctl("status", run).out
+    assert "peak memory" in shown
+    for kind in ("capture", "prune-block", "refine-block", "compensate-block", "export"):
+        assert kind in shown
+    state = json.loads(lampctl("status", run, "--json").out)
+    assert all(step["peak_memory_bytes"] > 10**8 for step in state["steps"])
+    assert state["peak_memory_bytes"] == max(step["peak_memory_bytes"] for step in state["steps"])
+    assert state["peak_device_bytes"] is None
+
+
+def test_compiling_without_a_compiler_is_refused(lampctl, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    answer = lampctl("run", model, *DATA, "--compile", "--run-dir", tmp_path / "run")
+    assert answer.code == 2
+    assert "--compile needs a C++ compiler" in answer.err
+
+
+def test_a_step_that_takes_more_than_the_limit_says_so(lampctl, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.runtime.device.PeakMemory.process_bytes", lambda self: 9 * 10**9)
+    answer = lampctl("run", model, *DATA, "--memory-limit", "8GB", "--run-dir", tmp_path / "run")
+    assert answer.code == 0
+    assert "this step took 9.00 GB, more than --memory-limit 8GB" in answer.err

@@ -1,0 +1,84 @@
+"""What people see while a run goes on."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from lampctl.output.progress import LiveListener
+from lampctl.output.units import duration, size
+from tests.small_models import save
+
+FLAGS = (
+    *("--sparsity", "0.5", "--calibration", "text:words.txt", "--num-samples", "4", "--seqlen", "64", "--epochs", "1"),
+    *("--evaluate", "text:words.txt", "--eval-max-tokens", "256", "--device", "cpu", "--run-dir", "r"),
+)
+
+
+def test_a_log_gets_one_line_per_block(lampctl, tmp_path, words):
+    answer = lampctl("run", save(tmp_path / "m", "llama"), *FLAGS)
+    assert answer.code == 0, answer.err
+    lines = answer.err.splitlines()
+    blocks = [line for line in lines if re.match(r"\[\d+/13\] block \d of 3: \d\d\.\d\d% masked", line)]
+    assert len(blocks) == 3
+    assert ", loss" not in blocks[0]
+    losses = r"loss [\d.e-]+ (-> [\d.e-]+|\(kept as it was: no epoch helped\))"
+    assert re.search(f"masked, refined {losses}, ", blocks[0])
+    assert re.search(f"masked, {losses}, refined {losses}, ", blocks[1])
+    assert not any("\x1b" in line or "\r" in line for line in lines)
+    # What began the run, the blocks, and the steps that belong to none: calibrate, capture, export, two evaluations.
+    assert len(lines) == 1 + 3 + 5
+    assert "evaluate/pruned/text:words.txt@64:256: perplexity" in answer.err
+
+
+class EveryFrame(LiveListener):
+    """Draws at each report: by the clock, a quick step may never be on the screen."""
+
+    def step_started(self, *args):
+        super().step_started(*args)
+        self._progress.refresh()
+
+    def step_progress(self, *args):
+        super().step_progress(*args)
+        self._progress.refresh()
+
+
+def test_a_terminal_shows_steps_figures_and_the_time_that_is_left(lampctl, tmp_path, words):
+    from lampctl.cli.exit_codes import end_now
+    from pipeline.engine.runner import StopRequest
+    from pipeline.runs.lifecycle import go_on, reopen
+
+    assert lampctl("init", save(tmp_path / "m", "llama"), *FLAGS).code == 0
+    run, config = reopen(tmp_path / "r")
+    screen = io.StringIO()
+    with EveryFrame(Console(file=screen, force_terminal=True, width=120)) as listener:
+        listener.attach(run, config)
+        listener.warn("mind [this]")
+        listener.warn("mind [this]")
+        go_on(run, config, listener, StopRequest(end_now))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    for expected in ("compensate-block/1", "loss ", "epoch 1", "block 1 of 3", "13/13", "warning: mind [this]"):
+        assert expected in shown, expected
+    assert re.search(r"about [\d.]+ s left", shown)
+    assert shown.count("mind [this]") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.96, "10 s"),
+        (99.4, "99 s"),
+        (99.6, "1 min 40 s"),
+        (3599.7, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_sizes():
+    assert size(812e6) == "812 MB"
+    assert size(7.812e9) == "7.81 GB"

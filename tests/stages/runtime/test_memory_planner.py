@@ -1,0 +1,69 @@
+"""What a run will take is worked out before it begins, and a limit is kept by choices or refused with numbers."""
+
+import pytest
+
+from stages.errors import ResourceError
+from stages.models.base import LayerInfo
+from stages.runtime.memory_planner import Shapes, Work, fit, peaks
+
+LAMP = Work("sparsegpt", trains=True, is_quantized=False, eval_tokens=2048)
+GB = 10**9
+
+
+def opt_6_7b(tokens=2048):
+    width, inner = 4096, 16384
+    sizes = [("q_proj", "q", width, width), ("k_proj", "k", width, width), ("v_proj", "v", width, width)]
+    sizes += [("out_proj", "out", width, width), ("fc1", "fc1", inner, width), ("fc2", "fc2", width, inner)]
+    layers = tuple(LayerInfo(f"b.{path}", path, role, rows, cols, False) for path, role, rows, cols in sizes)
+    return Shapes(sum(x.rows * x.cols for x in layers), layers, width, 50272, tokens, 4)
+
+
+def test_a_trained_block_takes_five_copies_with_its_gradient_and_four_if_the_best_is_on_the_disk():
+    shapes = opt_6_7b(tokens=16)
+    block = 4 * shapes.block
+    kept, spilt = (peaks(shapes, LAMP, 1, spills=spills)["training"] for spills in (False, True))
+    assert kept - spilt == pytest.approx(1.05 * block, rel=1e-6)
+    assert 5 * block < kept < 6 * block
+
+
+def test_layers_that_read_one_input_share_a_hessian():
+    shapes = opt_6_7b()
+    assert sorted(len(group) for group in shapes.inputs.values()) == [1, 1, 1, 3]
+
+
+def test_alps_takes_more_than_sparsegpt_and_magnitude_least():
+    taken = {
+        pruner: peaks(opt_6_7b(), Work(pruner, False, False, 0), 1, spills=False)["prune-block"]
+        for pruner in ("magnitude", "wanda", "sparsegpt", "alps")
+    }
+    assert taken["magnitude"] < taken["wanda"] < taken["sparsegpt"] < taken["alps"]
+
+
+def test_more_samples_at_once_take_more_and_the_most_that_fit_are_taken():
+    shapes, work = opt_6_7b(), Work("wanda", False, False, 0)
+    taken = [max(peaks(shapes, work, samples, spills=False).values()) for samples in (1, 2, 4)]
+    assert taken == sorted(set(taken))
+    assert fit(shapes, work, GB, None, [1, 2, 4], "memory").samples_at_once == 4
+    chosen = fit(shapes, work, GB, GB + taken[1], [1, 2, 4], "memory")
+    assert chosen.samples_at_once == 2
+    assert chosen.peak_bytes <= GB + taken[1]
+    assert not chosen.spills
+
+
+def test_the_best_weights_go_to_the_disk_only_where_nothing_else_helps():
+    shapes = opt_6_7b()
+    found = {spills: max(peaks(shapes, LAMP, 1, spills=spills).values()) for spills in (False, True)}
+    assert not fit(shapes, LAMP, 0, found[False], [1, 2], "memory").spills
+    assert fit(shapes, LAMP, 0, found[False] - 1, [1, 2], "memory").spills
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can():
+    shapes = opt_6_7b()
+    with pytest.raises(ResourceError, match=r"--memory-limit 1\.00GB is too little: this run needs") as refused:
+        fit(shapes, LAMP, GB // 2, GB, [1, 2], "memory")
+    smallest = float(str(refused.value).split("needs ")[1].split("GB")[0])
+    assert fit(shapes, LAMP, GB // 2, int(smallest * GB), [1, 2], "memory").spills
+    with pytest.raises(ResourceError):
+        fit(shapes, LAMP, GB // 2, int((smallest - 0.1) * GB), [1, 2], "memory")
+    # What the process holds by then may be a little more.
+    assert fit(shapes, LAMP, int(0.57 * GB), int(smallest * GB), [1, 2], "memory").spills

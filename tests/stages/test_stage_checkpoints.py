@@ -1,0 +1,261 @@
+"""A stage that was stopped goes on from its checkpoint, at any batch boundary, to the very bits of a quiet one."""
+
+import itertools
+
+import pytest
+import torch
+
+from pipeline.rundir.step_checkpoints import _decode, _encode
+from stages.capture import capture
+from stages.compensate_block import compensate_block
+from stages.evaluate import evaluate_perplexity
+from stages.interfaces import Checkpoint, ListScratch, ListStream, NullHooks
+from stages.models.decoder import open_model
+from stages.models.resolve import resolve
+from stages.prune_block import PruneSettings, prune_block
+from stages.refine_block import refine_block
+from stages.runtime.device import DeviceChoices
+from stages.sparsity.budget import LayerShape, allocate
+from stages.sparsity.nm_pattern import Pattern
+from stages.training.loss import block_loss
+from stages.training.trainer import TrainingSettings
+from tests.small_models import VOCAB, save
+
+N, T, H = 5, 16, 32
+FP32 = DeviceChoices("cpu", "float32", 1, "highest", "here")
+BF16 = DeviceChoices("cpu", "bfloat16", 1, "highest", "here")
+
+
+class Stopped(Exception):  # noqa: N818
+    pass
+
+
+class StoppingHooks(NullHooks):
+    """Goes on from `kept`; stops at boundary number `at` and keeps what the stage says there, as a record would."""
+
+    def __init__(self, at: int | None = None, kept: Checkpoint | None = None) -> None:
+        super().__init__()
+        self.at, self.kept, self.num_boundaries, self.num_restorable = at, kept, 0, 0
+        self.done: list[int] = []
+
+    def restore(self):
+        return self.kept
+
+    def report(self, done, total, unit, **figures):
+        assert 0 <= done <= total
+        self.done.append(done)
+
+    def checkpoint(self, make):
+        self.num_restorable += 1
+        self._at_boundary(make)
+
+    def check_stop(self):
+        self._at_boundary(None)
+
+    def _at_boundary(self, make):
+        if self.num_boundaries == self.at:
+            if make is not None:
+                binding = {"step": "this"}
+                self.kept, _ = _decode(_encode(make(), binding, 0.0), binding)
+            raise Stopped
+        self.num_boundaries += 1
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return open_model(resolve(str(save(tmp_path_factory.mktemp("models") / "m", "llama-gqa"))))
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    stream = ListStream(N, (T,), torch.long)
+    for i in range(N):
+        stream.write(i, torch.randint(4, VOCAB, (T,), generator=torch.Generator().manual_seed(i)))
+    return stream
+
+
+@pytest.fixture(scope="module")
+def streams(model, inputs):
+    """What block 1 gets: the biased stream is off by some noise."""
+    biased, dense = ListStream(N, (T, H), torch.float32), ListStream(N, (T, H), torch.float32)
+    capture(model, inputs, ListStream(N, (T, H), torch.float32), dense, FP32, NullHooks())
+    for i in range(N):
+        biased.write(i, dense[i] + 0.1 * torch.randn(T, H, generator=torch.Generator().manual_seed(i)))
+    return biased, dense
+
+
+def budget_of(model, sparsity):
+    blocks = [[LayerShape(x.name, x.role, x.rows, x.cols) for x in model.layers(i)] for i in range(model.num_blocks)]
+    return allocate(blocks, sparsity, 1.0, 0.0)
+
+
+def same(left, right):
+    """Bit for bit, NaN and all."""
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def every_stop(run, hooks_of=StoppingHooks, step=1):
+    """`run(hooks)` undisturbed, and stopped at every `step`-th boundary and gone on with: [(boundary, result)]."""
+    quiet = hooks_of()
+    expected = run(quiet)
+    for at in range(0, quiet.num_boundaries, step):
+        hooks = hooks_of(at)
+        with pytest.raises(Stopped):
+            run(hooks)
+        again = hooks_of(None, hooks.kept)
+        yield at, expected, run(again), again, quiet
+
+
+TRAININGS = {
+    "mse": (TrainingSettings(2, 1e-3, 0.9, False, 0), FP32),
+    "aside": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), FP32),
+    "bf16": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), BF16),
+    "backtracking": (TrainingSettings(3, 0.3, 0.9, True, 0), FP32),
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_compensation_goes_on_to_the_same_bits(model, inputs, streams, name):
+    settings, choices = TRAININGS[name]
+
+    def run(hooks):
+        out = ListStream(N, (T, H), torch.float32)
+        result = compensate_block(model, 1, inputs, *streams, out, settings, choices, hooks)
+        return result.state, result.training, torch.stack([out[i] for i in range(N)])
+
+    num_restored = 0
+    for _at, expected, found, hooks, quiet in every_stop(run):
+        assert same(found[0], expected[0])
+        assert found[1] == expected[1]
+        assert torch.equal(found[2], expected[2])
+        num_restored += hooks.kept is not None
+        # The epochs that are behind are not trained again: only the pass that writes the targets is.
+        if hooks.kept is not None and hooks.kept.figures["course"]["is_over"]:
+            assert hooks.num_boundaries < quiet.num_boundaries - settings.epochs * (N - 1)
+    assert num_restored >= settings.epochs * (N - 1)
+    if name == "backtracking":
+        assert expected[1].kept_epoch < settings.epochs
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_refinement_goes_on_to_the_same_bits_also_while_it_runs_the_stream_on(model, inputs, streams, bits):
+    biased, dense = streams
+    target = ListStream(N, (T, H), torch.float32)
+    settings = TrainingSettings(2, 1e-3, 0.9, True, 0, "token")
+    compensate_block(model, 1, inputs, biased, dense, target, TrainingSettings(0, 1e-3, 1, False, 0), FP32, NullHooks())
+    budget = budget_of(model, 0.5)[1]
+    pruned = prune_block(
+        *(model, 1, budget, PruneSettings("sparsegpt", bits=bits), FP32, NullHooks()),
+        export_dtypes=None,
+        inputs=inputs,
+        biased=biased,
+    )
+    dtypes = dict.fromkeys(model.stored_names(1), torch.bfloat16)
+
+    def run(hooks):
+        out = ListStream(N, (T, H), torch.float32)
+        args = (model, 1, inputs, biased, target, pruned.state, pruned.outcome, settings, FP32, hooks)
+        result = refine_block(*args, export_dtypes=dtypes, biased_out=out)
+        return result.finished.state, result.training, torch.stack([out[i] for i in range(N)])
+
+    for _at, expected, found, _hooks, _quiet in every_stop(run):
+        assert same(found[0], expected[0])
+        assert found[1] == expected[1]
+        assert torch.equal(found[2], expected[2])
+
+
+@pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "alps", "magnitude"])
+def test_pruning_goes_on_with_its_sums(model, inputs, streams, pruner):
+    biased, _ = streams
+    dtypes = dict.fromkeys(model.stored_names(1), torch.float32)
+    pattern = Pattern(2, 4) if pruner == "sparsegpt" else None
+    settings = PruneSettings(pruner, pattern=pattern)
+
+    def run(hooks):
+        out = ListStream(N, (T, H), torch.float32)
+        result = prune_block(
+            *(model, 1, budget_of(model, 0.5)[1], settings, FP32, hooks),
+            export_dtypes=dtypes,
+            inputs=None if pruner == "magnitude" else inputs,
+            biased=None if pruner == "magnitude" else biased,
+            biased_out=None if pruner == "magnitude" else out,
+        )
+        masks = {name: layer.mask for name, layer in result.outcome.layers.items()}
+        return result.finished.state, masks, result.finished.layers
+
+    for at, expected, found, hooks, _quiet in every_stop(run):
+        assert same(found[0], expected[0])
+        assert same(found[1], expected[1])
+        assert found[2] == expected[2]
+        if pruner != "magnitude":
+            assert hooks.kept.figures["num_samples"] == min(at, N)
+
+
+def test_evaluation_goes_on_after_the_last_group_of_windows(model, monkeypatch):
+    monkeypatch.setattr("stages.evaluate._TOKENS_AT_ONCE", 2 * T)
+    windows = torch.randint(4, VOCAB, (5, T), generator=torch.Generator().manual_seed(0))
+
+    def run(hooks):
+        return evaluate_perplexity(model, windows, ListScratch(), FP32, hooks)
+
+    passes = 2 * (model.num_blocks + 2)
+    for at, expected, found, hooks, quiet in every_stop(run):
+        assert found == expected
+        assert len(hooks.kept.figures["losses"]) == 2 * (at // passes)
+        assert hooks.num_boundaries == quiet.num_boundaries - passes * (at // passes)
+
+
+def test_groups_of_windows_do_not_change_the_perplexity(model, monkeypatch):
+    windows = torch.randint(4, VOCAB, (5, T), generator=torch.Generator().manual_seed(0))
+    at_once = evaluate_perplexity(model, windows, ListScratch(), FP32, NullHooks())
+    monkeypatch.setattr("stages.evaluate._TOKENS_AT_ONCE", 1)
+    assert evaluate_perplexity(model, windows, ListScratch(), FP32, NullHooks()) == at_once
+
+
+def test_the_losses_of_another_text_are_not_gone_on_with(model, monkeypatch):
+    monkeypatch.setattr("stages.evaluate._TOKENS_AT_ONCE", 2 * T)
+    one, other = (torch.randint(4, VOCAB, (4, T), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    hooks = StoppingHooks(at=2 * (model.num_blocks + 2))
+    with pytest.raises(Stopped):
+        evaluate_perplexity(model, one, ListScratch(), FP32, hooks)
+    assert len(hooks.kept.figures["losses"]) == 2
+    again = evaluate_perplexity(model, other, ListScratch(), FP32, StoppingHooks(None, hooks.kept))
+    assert again == evaluate_perplexity(model, other, ListScratch(), FP32, NullHooks())
+
+
+def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lower_rate(model, inputs, streams):
+    """Against the same schedule, written out."""
+    biased, dense = streams
+    settings, choices = TRAININGS["backtracking"]
+    out = ListStream(N, (T, H), torch.float32)
+    result = compensate_block(model, 1, inputs, biased, dense, out, settings, choices, NullHooks())
+
+    block = model.load_block(1, torch.device("cpu"))
+    calls = [model.load_ends(torch.device("cpu")).enter(inputs[i][None]).calls[1] for i in range(N)]
+    (aside,) = {0, 1, 2, 3, 4} - set(train_set := [0, 1, 3, 4])
+
+    def loss(i):
+        return block_loss(model.run_block(block, biased[i][None], calls[i]), out[i][None], "mse")
+
+    from stages.training.seeding import generator_for
+
+    block.requires_grad_(True)
+    best, rate, adam = loss(aside).item(), 1.0, torch.optim.Adam(block.parameters(), fused=True)
+    best_state = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
+    for epoch in itertools.count(1):
+        if epoch > settings.epochs:
+            break
+        adam.param_groups[0]["lr"] = 0.3 * 0.9 ** (epoch - 1) * rate
+        order = torch.randperm(4, generator=generator_for(0, "compensate", 1, epoch)).tolist()
+        for i in (train_set[k] for k in order):
+            adam.zero_grad()
+            loss(i).backward()
+            adam.step()
+        if loss(aside).item() < best:
+            best = loss(aside).item()
+            best_state = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
+        else:
+            block.load_state_dict(best_state)
+            rate *= 0.35
+    assert rate < 1
+    assert same(result.state, best_state)
