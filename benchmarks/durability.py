@@ -102,9 +102,8 @@ def run_lampctl(arguments: list[str]) -> None:
 
 def watch_durability(watch: StopWatch) -> None:
     """Have everything that makes a run durable timed."""
-    from pipeline.run_directory import filesystem, run_directory
-
     from pipeline.engine import repair
+    from pipeline.rundir import filesystem, run_directory
 
     class Hash:
         """hashlib.sha256, timed."""

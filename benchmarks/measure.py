@@ -19,11 +19,11 @@ from stages.data.text_sources import parse_source
 from stages.data.tokenization import evaluation_tokens, load_tokenizer
 from stages.evaluate import evaluate_perplexity
 from stages.interfaces import ListScratch, NullHooks
+from stages.machine.device import PeakMemory, apply, choose
 from stages.metrics.perplexity import windows
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.runtime.device import PeakMemory, apply, choose
 
 
 def main() -> None:

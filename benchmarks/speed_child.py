@@ -34,8 +34,7 @@ def main() -> None:
     watch = StopWatch(main_only=True)
     found: dict[str, Any] = {"first_compute": None, "timeline": []}
 
-    from pipeline.runner import runner
-
+    from pipeline.engine import runner
     from pipeline.rundir import filesystem
     from stages.runtime import block_runner, prefetch
 

@@ -18,12 +18,12 @@ from pipeline.rundir.storage.local import FolderStorage
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.interfaces import ListStream, NullHooks
+from stages.machine.autotune import best_of
+from stages.machine.device import DTYPES, DeviceChoices, apply, choose
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.runtime.autotune import best_of
 from stages.runtime.block_runner import BlockPass
-from stages.runtime.device import DTYPES, DeviceChoices, apply, choose
 from stages.training.trainer import TrainingSettings
 
 NUM_SAMPLES, SEQLEN = 32, 256

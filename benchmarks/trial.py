@@ -25,13 +25,13 @@ from stages.data.text_sources import parse_source
 from stages.data.tokenization import calibration_tokens, evaluation_tokens, load_tokenizer
 from stages.evaluate import evaluate_perplexity
 from stages.interfaces import ListScratch, ListStream, NullHooks
+from stages.machine.device import DeviceChoices, apply, choose
 from stages.metrics.perplexity import windows
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.prune_block import PruneSettings, prune_block
 from stages.refine_block import refine_block
-from stages.runtime.device import DeviceChoices, apply, choose
 from stages.sparsity.budget import BlockBudget, LayerShape, allocate, follow_pattern
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.trainer import TrainingSettings

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.interfaces import Hooks, Scratch, Stream
+from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.runtime.block_runner import BlockPass, Counter
-from stages.runtime.device import DeviceChoices
 from stages.sparsity.budget import BlockBudget, BudgetError, LayerShape, allocate
 
 _OUTLYING = 5.0

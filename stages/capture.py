@@ -7,9 +7,9 @@ import contextlib
 import torch
 
 from stages.interfaces import Hooks, Stream
+from stages.machine.device import DeviceChoices, computing
 from stages.models.base import BlockModel, tokens_of
 from stages.runtime.block_runner import micro_batches
-from stages.runtime.device import DeviceChoices, computing
 from stages.runtime.prefetch import Reading, Writing
 
 

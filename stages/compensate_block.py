@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stages.interfaces import Hooks, Scratch, Stream
+from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
-from stages.runtime.device import DeviceChoices
 from stages.training.trainer import BlockTrainer, Training, TrainingSettings
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from stages.data.text_sources import Source
 from stages.data.tokenization import evaluation_tokens, require_vocabulary
 from stages.interfaces import Checkpoint, Hooks, Scratch, Stream
+from stages.machine.device import DeviceChoices, computing
 from stages.metrics.perplexity import perplexity, window_loss
 from stages.metrics.perplexity import windows as cut
 from stages.models.base import BlockModel
 from stages.runtime.block_runner import BlockPass, micro_batches
-from stages.runtime.device import DeviceChoices, computing
 from stages.runtime.prefetch import Reading, Writing
 
 # Windows that pass through a block before the next is loaded: many, since each block is read once for them all.

@@ -19,9 +19,9 @@ from stages.finish_block import LayerOutcome, PruneOutcome, check_layer
 from stages.formats.checkpoint_files import StateFile, serialized
 from stages.formats.pruning_masks import FOLDER, PrunedWeight
 from stages.formats.safetensors_io import Bytes
+from stages.machine.device import DTYPES
 from stages.metrics.registry import METRICS, figure_text
 from stages.models.base import BlockModel
-from stages.runtime.device import DTYPES
 from stages.sparsity.nm_pattern import Pattern
 
 _SHARD_BYTES = 256_000_000  # a larger tensor has a file of its own: no more than one is in memory

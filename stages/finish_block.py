@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from stages.errors import NumericalError
 from stages.interfaces import Stream
+from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.quantization.grid import Grid, most_levels
 from stages.runtime.block_runner import BlockPass
-from stages.runtime.device import DeviceChoices
 from stages.sparsity.budget import BlockBudget
 from stages.sparsity.nm_pattern import Pattern
 

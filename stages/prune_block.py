@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stages.errors import NumericalError
 from stages.finish_block import FinishedBlock, LayerOutcome, PruneOutcome, finish_block, require_budget
 from stages.interfaces import Checkpoint, Hooks, Stream
+from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.pruners.alps import Splitting, alps, split
 from stages.pruners.hessian import Factor, HessianSum, SquareSum, factorise
@@ -24,7 +25,6 @@ from stages.pruners.sparsegpt import sparsegpt
 from stages.pruners.wanda import wanda_mask
 from stages.quantization.grid import Grid, fit_grid
 from stages.runtime.block_runner import BlockPass, Counter
-from stages.runtime.device import DeviceChoices
 from stages.sparsity.budget import BlockBudget
 from stages.sparsity.nm_pattern import Pattern
 

@@ -18,9 +18,9 @@ from torch.nn.utils import parametrize
 
 from stages.finish_block import FinishedBlock, PruneOutcome, finish_block
 from stages.interfaces import Hooks, Scratch, Stream
+from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.quantization.grid import Grid
-from stages.runtime.device import DeviceChoices
 from stages.training.trainer import BlockTrainer, Training, TrainingSettings
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from stages.capture import capture
 from stages.interfaces import Hooks, Scratch, Stream
+from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.runtime.block_runner import BlockPass, Counter
-from stages.runtime.device import DeviceChoices
 
 StateOf = Callable[[int], Mapping[str, Tensor] | None]
 

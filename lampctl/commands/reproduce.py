@@ -124,7 +124,7 @@ def _plan(
     from lampctl.output.paper import show_cells, show_plan
     from pipeline.paper.estimates import best_rate, scale_of
     from pipeline.paper.reproduce import cells_of, planned
-    from stages.runtime import device
+    from stages.machine import device
 
     choices = device.choose(gathered.values.device, gathered.values.dtype, gathered.values.threads)
     device.apply(choices)

@@ -74,7 +74,7 @@ def means_of(measured: Sequence[Measured]) -> dict[str, dict[str, float | int]]:
 
 def model_figures(figures: ModelFigures, as_json: bool) -> None:
     """What was measured of a model that belongs to no run."""
-    from lampctl.output.tables import console_here
+    from lampctl.output.console import console_here
 
     if as_json:
         record = figures.record()

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lampctl.output.accuracy import accuracy_table, mean_notes, means_of
+from lampctl.output.console import console_here
 from lampctl.output.labels import METHODS, layer_label, source_label
 from lampctl.output.units import duration, size
 from lampctl.report.comparison import Comparison
@@ -221,12 +221,6 @@ _PACKED_PARTS = {
     "files": "  tokenizer, configuration, card",
     "described": "  names, shapes, digests",
 }
-
-
-def console_here() -> Console:
-    """stdout, as wide as the terminal; a file or pipe gets what does not need wrapping."""
-    console = Console(markup=False)  # paths may hold brackets
-    return console if console.is_terminal else Console(width=160, markup=False)
 
 
 def _shown(place: str) -> str:

@@ -15,7 +15,8 @@ from pipeline.runs.status import described
 from stages.metrics.registry import METRICS, figure_text
 
 if TYPE_CHECKING:
-    from pipeline.sweeps.sweep import Sweep, TrialState
+    from pipeline.sweeps.sweep import Sweep
+    from pipeline.sweeps.trial import TrialState
 
 
 def trial_record(state: TrialState) -> dict[str, Any]:

@@ -54,10 +54,10 @@ def _samples(
 ) -> tuple[MaskSample, ...]:
     from pipeline.steps.executor import StageWorker
     from stages.data.image_sources import ImageSource
+    from stages.machine.device import apply, choose
     from stages.metrics.mask_prediction import answers_to, asked_of
     from stages.models.resolve import resolve
     from stages.models.sam.encoder import SamEncoder
-    from stages.runtime.device import apply, choose
     from stages.tasks.registry import open_model, parse_source
 
     source = parse_source(name)

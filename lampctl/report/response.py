@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pipeline.sweeps.sweep import Sweep, TrialState
+    from pipeline.sweeps.sweep import Sweep
+    from pipeline.sweeps.trial import TrialState
 
 _OWN = ("trial", "state", "metric", "data", "which", "value", "is_partial")
 

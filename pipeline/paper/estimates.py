@@ -61,7 +61,8 @@ def scale_of(model: str) -> Scale | None:
     if model in KNOWN:
         return KNOWN[model]
     from stages.errors import StageError
-    from stages.models.resolve import WHEEL_ALIASES, resolve
+    from stages.models.aliases import WHEEL_ALIASES
+    from stages.models.resolve import resolve
     from stages.tasks.registry import open_model
 
     try:
@@ -99,7 +100,7 @@ def best_rate(device: Any) -> float:
     """FLOP a second of a matrix product on a device, in fp32 on a processor and bf16 on a GPU: measured."""
     import torch
 
-    from stages.runtime.autotune import best_of
+    from stages.machine.autotune import best_of
 
     size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

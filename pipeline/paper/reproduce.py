@@ -19,7 +19,8 @@ from pipeline.paper.tables import Table, published, settings_of
 from pipeline.rundir.storage.locate import locate
 from pipeline.runs.status import RunStatus
 from pipeline.sweeps.spec import SweepSpec, name_of, settings_at
-from pipeline.sweeps.sweep import Sweep, TrialState
+from pipeline.sweeps.sweep import Sweep
+from pipeline.sweeps.trial import TrialState
 from stages.formats.file_digest import local_path
 from stages.tasks.registry import task_named
 from stages.training.presets import published as published_settings

@@ -35,7 +35,7 @@ def continuations(
     """
     from pipeline.steps.executor import StageWorker
     from stages.generate import continue_prompts
-    from stages.runtime.device import choose
+    from stages.machine.device import choose
 
     place = choose(device).torch_device
     originals: dict[Path, tuple[str, ...]] = {}

@@ -242,7 +242,7 @@ def _go_on(
     checks: Checks,
 ) -> None:
     from pipeline.steps.executor import StageWorker
-    from stages.runtime import device
+    from stages.machine import device
 
     steps, evaluations = steps_of(run, config)
     worker = StageWorker(run, config, evaluations, shared_with)
@@ -321,7 +321,7 @@ def environment_here(run: RunDirectory, config: RunConfig) -> tuple[dict[str, An
 
     The arithmetic stays that of the run; threads and the like are chosen anew where the device is another one.
     """
-    from stages.runtime import device
+    from stages.machine import device
 
     then = run.environment
     choices = device.DeviceChoices(**then["device"])

@@ -121,9 +121,9 @@ def measure_model(folder: ModelFolder, wanted: Wanted, showing: Showing) -> Mode
 
     Raises ConfigError, UsageError for what cannot be measured; ResourceError where the hub is out of reach.
     """
+    from stages.machine import device
     from stages.metrics.harness_tasks import TaskData, render
     from stages.metrics.zero_shot import check_tasks
-    from stages.runtime import device
     from stages.tasks.registry import open_model
 
     data = TaskData.at(wanted.task_data) if wanted.task_data is not None else None

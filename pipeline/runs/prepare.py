@@ -52,9 +52,9 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     Raises what the stages raise for an unknown model, a hub out of reach, an infeasible budget, a text that is
     not there.
     """
+    from stages.machine.device import choose, micro_batches, require_compiler
     from stages.metrics.zero_shot import check_tasks
     from stages.models.resolve import resolve
-    from stages.runtime.device import choose, micro_batches, require_compiler
     from stages.sparsity.budget import feasible_alpha, feasible_beta
     from stages.sparsity.nm_pattern import Pattern
     from stages.tasks.registry import open_model, task_named
@@ -123,7 +123,7 @@ def fit_memory(model: Any, config: RunConfig, choices: Any, at_once: Sequence[in
 
     at_once: numbers of samples that may share a forward pass, rising. Raises ResourceError where none will do.
     """
-    from stages.runtime.device import memory_in_use
+    from stages.machine.device import memory_in_use
     from stages.runtime.memory_planner import Shapes, Work, fit
 
     work = Work(

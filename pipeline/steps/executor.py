@@ -29,13 +29,13 @@ from stages.finish_block import FinishedBlock
 from stages.formats.checkpoint_files import StateFile, serialized
 from stages.formats.pruning_masks import mask_file, read_mask_file
 from stages.interfaces import Hooks, Samples, Scratch
+from stages.machine.device import DeviceChoices, PeakMemory, release_memory
 from stages.metrics.zero_shot import ZeroShot
 from stages.models.base import BlockModel
 from stages.models.resolve import resolve
 from stages.prune_block import PruneSettings, prune_block
 from stages.refine_block import refine_block
 from stages.replay import replay
-from stages.runtime.device import DeviceChoices, PeakMemory, release_memory
 from stages.tasks.base import DataSource, Task
 from stages.tasks.registry import open_model, parse_source, task_named
 from stages.training.trainer import Training, TrainingSettings

@@ -10,7 +10,7 @@ from pipeline.sweeps.spec import SweepSpec
 from stages.metrics.registry import METRICS
 
 if TYPE_CHECKING:
-    from pipeline.sweeps.sweep import Trial
+    from pipeline.sweeps.trial import Trial
 
 _STUDY = "lampctl"
 _ATTEMPTS = 4
@@ -85,6 +85,6 @@ class Search:
                 raise
 
     def _trial(self, found: Any) -> Trial:
-        from pipeline.sweeps.sweep import Trial
+        from pipeline.sweeps.trial import Trial
 
         return Trial(f"{found.number:04d}", {name: float(value) for name, value in found.params.items()}, found.number)

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,9 @@ from pipeline.rundir.storage.locate import locate
 from pipeline.rundir.storage.object_client import is_address
 from pipeline.runs.lifecycle import go_on, reopen, start
 from pipeline.runs.prepare import Prepared, prepare
-from pipeline.runs.status import RunStatus, status
+from pipeline.runs.status import status
 from pipeline.sweeps.spec import SweepSpec, name_of, points_of, settings_at
+from pipeline.sweeps.trial import Trial, TrialState
 from stages.errors import StageError
 
 _MEASURES = (
@@ -61,31 +62,6 @@ _SHARED_FIELDS = (
     *("num_samples", "seqlen", "seed", "device", "dtype", "threads", "micro_batch", "scratch_dir"),
     *("allow_environment_change",),
 )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of a sweep."""
-
-    name: str
-    point: dict[str, Any]  # the settings that are its own
-    number: int | None = None  # of a search
-
-
-@dataclass(frozen=True)
-class TrialState:
-    """How far a trial is."""
-
-    trial: Trial
-    state: str  # "waiting", "begun", "done", "failed"
-    run: RunStatus | None
-    error: str | None = None
-
-    @property
-    def value(self) -> float | None:
-        """The figure that counts, of the pruned model on the first source."""
-        found = [e for e in self.run.evaluations if e.which == "pruned"] if self.run is not None else []
-        return found[0].value if found else None
 
 
 class Sweep:

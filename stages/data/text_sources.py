@@ -184,7 +184,7 @@ def _embedded(use: Use) -> list[str]:
 def _check_hub(name: str) -> None:
     from huggingface_hub import HfApi
 
-    from stages.runtime.hub import UNREACHABLE
+    from stages.machine.hub import UNREACHABLE
 
     try:
         HfApi().dataset_info(_HUB[name].repo, timeout=20)
@@ -199,7 +199,7 @@ def _hub_rows(name: str, use: Use) -> Sequence[str]:
     """Rows of a data set of the hub, or of the cache if the hub is out of reach."""
     from huggingface_hub import HfApi
 
-    from stages.runtime.hub import UNREACHABLE
+    from stages.machine.hub import UNREACHABLE
 
     try:
         # `datasets` itself tries for half a minute before it gives up.
@@ -214,7 +214,7 @@ def _hub_rows(name: str, use: Use) -> Sequence[str]:
 
 
 def _out_of_reach(name: str, error: BaseException) -> ResourceError:
-    from stages.runtime.hub import reason_of
+    from stages.machine.hub import reason_of
 
     return ResourceError(
         f"{name} comes from the Hugging Face hub, which is out of reach ({reason_of(error)}): try later, or use "
@@ -225,7 +225,7 @@ def _out_of_reach(name: str, error: BaseException) -> ResourceError:
 def _cached_rows(name: str, use: Use) -> Sequence[str] | None:
     import datasets
 
-    from stages.runtime.hub import UNREACHABLE
+    from stages.machine.hub import UNREACHABLE
 
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = True

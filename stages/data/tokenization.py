@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.data.text_sources import Source, Use
 from stages.errors import UsageError
-from stages.runtime.hub import reason_of
+from stages.machine.hub import reason_of
 
 # A source in which so many documents in a row are too short is taken to have no long ones.
 _MAX_REJECTIONS = 2000

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from stages.runtime.cache import machine_cache_dir
+from stages.machine.cache import machine_cache_dir
 
 # The relative error that an fp32 product of these sizes may have. Plain fp32 accumulation stays near 3e-7;
 # anything reduced (TF32, bf16) is above 1e-4.

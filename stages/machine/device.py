@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from stages.errors import ResourceError, UsageError
-from stages.runtime.autotune import tuned
+from stages.machine.autotune import tuned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

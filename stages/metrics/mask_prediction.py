@@ -9,9 +9,9 @@ import torch
 
 from stages.data.image_sources import ImageSource, UnusableImageError, decode_mask, prepare, read_pixels
 from stages.interfaces import Watcher
+from stages.machine.device import DeviceChoices, computing
 from stages.metrics.iou import interior_point, mask_iou
 from stages.models.sam.encoder import SamEncoder
-from stages.runtime.device import DeviceChoices, computing
 
 
 @dataclass(frozen=True)

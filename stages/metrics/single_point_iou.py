@@ -27,10 +27,10 @@ from stages.data.image_sources import (
 )
 from stages.errors import NumericalError, UsageError
 from stages.interfaces import Checkpoint, Hooks, Scratch, Stream
+from stages.machine.device import DeviceChoices, computing
 from stages.metrics.iou import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
 from stages.models.sam.encoder import SamEncoder, SamEnds
 from stages.runtime.block_runner import BlockPass, micro_batches
-from stages.runtime.device import DeviceChoices, computing
 from stages.runtime.prefetch import Reading, Writing
 
 # Images that pass through a block before the next is loaded.

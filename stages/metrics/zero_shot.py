@@ -116,7 +116,7 @@ class ZeroShot:
 
 def _load(manager: Any, task: str) -> None:
     """Have the harness read the rows of a task, which it fetches where it needs to."""
-    from stages.runtime.hub import UNREACHABLE, reason_of
+    from stages.machine.hub import UNREACHABLE, reason_of
 
     try:
         manager.load([task])

@@ -19,7 +19,7 @@ from stages.formats.file_digest import FileDigest, digest_file
 
 if TYPE_CHECKING:
     from stages.interfaces import Samples
-    from stages.models.block_inputs import Calls
+    from stages.machine.device import DeviceChoices
 
 Part = Literal["enter", "leave", "all"]
 
@@ -97,6 +97,18 @@ class Ends(Protocol):
         ...
 
 
+class BlockInputs(Protocol):
+    """What the blocks get beside the hidden state. `stages.models.block_inputs` implements it for every family."""
+
+    def depend_on_inputs(self, example: Tensor, choices: DeviceChoices) -> bool:
+        """Whether they differ between inputs of one shape. example: the inputs (1, ...) of one sample."""
+        ...
+
+    def of(self, inputs: Tensor, choices: DeviceChoices) -> tuple[BlockCall, ...]:
+        """One call for each block. inputs: a batch (N, ...) on the device."""
+        ...
+
+
 def tokens_of(model: BlockModel, samples: Samples) -> int:
     """How many tokens each of the samples has, as far as the work on them goes."""
     return math.prod(model.hidden_shape(tuple(samples[0].shape))[:-1])
@@ -139,7 +151,7 @@ class BlockModel(Protocol):
         """Embeddings ("enter"), or all that lies outside the blocks ("leave", "all")."""
         ...
 
-    def calls(self, device: torch.device) -> Calls:
+    def calls(self, device: torch.device) -> BlockInputs:
         """What the blocks get beside the hidden state: one object per device, which remembers."""
         ...
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.machine.device import DeviceChoices, computing
 from stages.models.base import BlockCall, Ends
-from stages.runtime.device import DeviceChoices, computing
 
 
-class Calls:
+class CachedBlockInputs:
     """The calls of a model's blocks, on one device. Build one per model: it keeps what it has learnt."""
 
     def __init__(self, load_ends: Callable[[], Ends], drop_ends: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from stages.errors import ResourceError, UsageError
 from stages.formats.checkpoint_files import INDEX
 from stages.formats.file_digest import digest_file
-from stages.runtime.cache import cache_dir
+from stages.machine.cache import cache_dir
 
 log = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.errors import UsageError
 from stages.formats.checkpoint_files import WeightFiles, match_names
+from stages.machine.hub import reason_of
 from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part
-from stages.models.block_inputs import Calls
+from stages.models.block_inputs import CachedBlockInputs
 from stages.models.layer_roles import role_of
 from stages.models.meta_init import copied, materialised, require_materialised
 from stages.models.recorder import Recorder, StopForward, Tape, output_of
-from stages.runtime.hub import reason_of
 
 # Blocks whose linear layers hold less of their matrix weights than this are refused: the rest would stay dense.
 _SMALLEST_SHARE = 0.95
@@ -90,7 +90,7 @@ class Decoder:
         self._stored = self._match_weights()
         self._returns_tuple: bool | None = None
         self._ends: tuple[torch.device, Part, DecoderEnds] | None = None
-        self._calls: dict[torch.device, Calls] = {}
+        self._calls: dict[torch.device, CachedBlockInputs] = {}
 
     # -- what is in it
 
@@ -146,9 +146,9 @@ class Decoder:
 
     # -- what lies around the blocks
 
-    def calls(self, device: torch.device) -> Calls:
+    def calls(self, device: torch.device) -> CachedBlockInputs:
         if device not in self._calls:
-            self._calls[device] = Calls(lambda: self.load_ends(device, "enter"), self._drop_ends)
+            self._calls[device] = CachedBlockInputs(lambda: self.load_ends(device, "enter"), self._drop_ends)
         return self._calls[device]
 
     def _drop_ends(self) -> None:

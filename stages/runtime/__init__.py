@@ -1,1 +1,1 @@
-"""How blocks run on a device: choices, autotuning, the memory planner, the block runner, prefetching."""
+"""How blocks run: the block runner, prefetching, the memory planner."""

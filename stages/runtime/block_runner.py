@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.interfaces import Samples, Stream, Watcher
+from stages.machine.device import DeviceChoices, computing
 from stages.models.base import BlockCall, BlockModel, tokens_of
-from stages.runtime.device import DeviceChoices, computing
 from stages.runtime.prefetch import Reading, Writing
 
 

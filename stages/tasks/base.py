@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.interfaces import Hooks, Samples, Scratch
+    from stages.machine.device import DeviceChoices
     from stages.models.base import BlockModel
-    from stages.runtime.device import DeviceChoices
 
 # Where in a mask the one point is that asks for it; "auto": the annotation's own, else the interior one.
 Points = Literal["auto", "annotation", "interior", "random", "box-center"]

@@ -10,8 +10,8 @@ from stages.data.text_sources import Source
 from stages.data.tokenization import load_tokenizer, require_length, require_vocabulary
 from stages.evaluate import evaluate_text
 from stages.interfaces import Hooks, Scratch
+from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel, ModelFolder
-from stages.runtime.device import DeviceChoices
 from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Listed, Points, require_task
 
 

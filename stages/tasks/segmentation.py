@@ -17,10 +17,10 @@ from stages.data.image_sources import (
 )
 from stages.errors import UsageError
 from stages.interfaces import Hooks, Scratch
+from stages.machine.device import DeviceChoices
 from stages.metrics.single_point_iou import evaluate_masks
 from stages.models.base import BlockModel
 from stages.models.sam.encoder import SamEncoder
-from stages.runtime.device import DeviceChoices
 from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Points, require_task
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from stages.errors import NumericalError
 from stages.interfaces import Checkpoint, Hooks, Scratch, Stream
+from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.runtime.block_runner import BlockPass
-from stages.runtime.device import DeviceChoices
 from stages.runtime.prefetch import Writing
 from stages.training.best_weights import Snapshot
 from stages.training.loss import block_loss, split_samples

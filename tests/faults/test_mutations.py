@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from pipeline.run_directory import activation_store, filesystem, run_directory
 
 from pipeline.engine import verify
 from pipeline.errors import DamagedData, PipelineError
+from pipeline.rundir import activation_store, filesystem, run_directory
 from pipeline.rundir.records import Record
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.local import FolderStorage

@@ -131,10 +131,8 @@ def test_a_runner_that_is_frozen_past_its_lease_is_followed_and_stops_when_it_wa
 @pytest.mark.parametrize("days", [-1, 1])
 def test_a_clock_that_jumps_by_a_day_changes_nothing(quiet, tmp_path, monkeypatch, days):
     """Also in the middle of a run, and in the lease."""
-    from pipeline.run_directory import lease, run_directory
-
-    from pipeline.engine import repair
-    from pipeline.engine import runner as engine
+    from pipeline.engine import repair, runner
+    from pipeline.rundir import lease, run_directory
 
     class Jumping(datetime):
         num_calls = 0
@@ -144,7 +142,7 @@ def test_a_clock_that_jumps_by_a_day_changes_nothing(quiet, tmp_path, monkeypatc
             cls.num_calls += 1
             return datetime.now(UTC) + timedelta(days=days if cls.num_calls > 5 else 0)
 
-    for module in (engine, lease, repair, run_directory):
+    for module in (runner, lease, repair, run_directory):
         monkeypatch.setattr(module, "datetime", Jumping)
     place = tmp_path / "run"
     with lease.Lease(

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from stages.allocate import budget_by_outliers, outlier_shares
 from stages.capture import capture
 from stages.interfaces import ListScratch, ListStream, NullHooks
+from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.runtime.device import DeviceChoices
 from stages.sparsity.budget import BudgetError, LayerShape, allocate
 from tests.small_models import VOCAB, save
 

@@ -13,11 +13,11 @@ from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.errors import NumericalError
 from stages.interfaces import ListScratch, ListStream, NullHooks
+from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.prune_block import PruneSettings, prune_block
 from stages.refine_block import refine_block
-from stages.runtime.device import DeviceChoices
 from stages.sparsity.budget import LayerShape, allocate
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.loss import block_loss, split_samples

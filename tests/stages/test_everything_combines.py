@@ -6,11 +6,11 @@ import torch
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.interfaces import ListStream, NullHooks
+from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.prune_block import PruneSettings, prune_block
 from stages.refine_block import refine_block
-from stages.runtime.device import DeviceChoices
 from stages.sparsity.budget import LayerShape, allocate, follow_pattern
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.trainer import TrainingSettings

@@ -9,7 +9,7 @@ from pipeline.rundir.storage.base import Storage
 from pipeline.rundir.storage.bucket import BucketStorage
 from pipeline.rundir.storage.local import FolderStorage
 from pipeline.rundir.storage.object_client import Objects, is_address
-from stages.runtime.cache import cache_dir
+from stages.machine.cache import cache_dir
 
 Place = str | Path | Storage
 

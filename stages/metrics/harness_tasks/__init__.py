@@ -16,7 +16,7 @@ from string import Template
 
 from stages.errors import UsageError
 from stages.formats.file_digest import digest_file
-from stages.runtime.cache import cache_dir
+from stages.machine.cache import cache_dir
 
 # Where a task's rows lie below the folder of the task data; of a pattern, one file may be there.
 LAYOUT: Mapping[str, str] = {

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from stages.errors import ResourceError, UsageError
 from stages.formats.file_digest import digest_file
+from stages.machine.cache import cache_dir
+from stages.models.aliases import MetaCheckpoint
 from stages.models.convert import cached, converted
-from stages.models.resolve import MetaCheckpoint
 from stages.models.sam.modules import META_SIZES, PIXEL_MEAN, PIXEL_STD, SamSizes, build_sam
 from stages.models.sam.names import folder_name
-from stages.runtime.cache import cache_dir
 
 log = logging.getLogger(__name__)
 

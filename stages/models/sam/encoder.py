@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stages.errors import ResourceError, UsageError
 from stages.formats.checkpoint_files import WeightFiles
 from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part
-from stages.models.block_inputs import Calls
+from stages.models.block_inputs import CachedBlockInputs
 from stages.models.layer_roles import role_of
 from stages.models.meta_init import copied, materialised, require_materialised
 from stages.models.sam.checkpoint import META_CHECKPOINT, preprocessor_config
@@ -56,7 +56,7 @@ class SamEncoder:
         self.input_bytes_per_token = 3 * self.sizes.patch_size**2 * 4  # fp32
         self._layers = tuple(self._find_layers(index) for index in range(self.num_blocks))
         self._stored = self._match_weights()
-        self._calls: dict[torch.device, Calls] = {}
+        self._calls: dict[torch.device, CachedBlockInputs] = {}
         self._ends: tuple[torch.device, Part, SamEnds] | None = None
 
     # -- what is in it
@@ -106,9 +106,9 @@ class SamEncoder:
 
     # -- what lies around the blocks
 
-    def calls(self, device: torch.device) -> Calls:
+    def calls(self, device: torch.device) -> CachedBlockInputs:
         if device not in self._calls:
-            self._calls[device] = Calls(lambda: self.load_ends(device, "enter"), self._drop_ends)
+            self._calls[device] = CachedBlockInputs(lambda: self.load_ends(device, "enter"), self._drop_ends)
         return self._calls[device]
 
     def _drop_ends(self) -> None:

@@ -80,7 +80,7 @@ def test_compiling_without_a_compiler_is_refused(lampctl, model, tmp_path, monke
 
 
 def test_a_step_that_takes_more_than_the_limit_says_so(lampctl, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.runtime.device.PeakMemory.process_bytes", lambda self: 9 * 10**9)
+    monkeypatch.setattr("stages.machine.device.PeakMemory.process_bytes", lambda self: 9 * 10**9)
     answer = lampctl("run", model, *DATA, "--memory-limit", "8GB", "--run-dir", tmp_path / "run")
     assert answer.code == 0
     assert "this step took 9.00 GB, more than --memory-limit 8GB" in answer.err

@@ -78,7 +78,7 @@ def test_the_environment_variable_decides_too(lampctl, begun, monkeypatch):
 
 
 def test_another_device_is_named(lampctl, begun, monkeypatch):
-    monkeypatch.setattr("stages.runtime.device._processor_name", lambda: "Another Processor 9000")
+    monkeypatch.setattr("stages.machine.device._processor_name", lambda: "Another Processor 9000")
     answer = lampctl("resume", "r")
     assert answer.code == 3
     assert "cpu is Another Processor 9000 here" in answer.err

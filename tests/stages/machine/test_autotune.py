@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stages.errors import UsageError
-from stages.runtime import autotune, device
-from stages.runtime.autotune import Tuning, tuned
+from stages.machine import autotune, device
+from stages.machine.autotune import Tuning, tuned
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ from segment_anything import SamPredictor
 
 from stages.errors import UsageError
 from stages.interfaces import ListScratch, NullHooks
+from stages.machine.device import DeviceChoices
 from stages.metrics import single_point_iou as evaluate_masks_module
 from stages.metrics.iou import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
 from stages.metrics.single_point_iou import evaluate_masks
 from stages.models.resolve import resolve
-from stages.runtime.device import DeviceChoices
 from stages.tasks.registry import open_model, parse_source
 from tests.small_sam import build, coco, picture, rle, sa1b, save
 

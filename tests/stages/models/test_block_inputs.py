@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from stages.machine.device import DeviceChoices
 from stages.models.base import BlockCall, Entry
-from stages.models.block_inputs import Calls
+from stages.models.block_inputs import CachedBlockInputs
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.runtime.device import DeviceChoices
 from tests.small_models import FAMILIES, save
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ class CountingEnds:
 
 def calls_of(ends):
     dropped = []
-    return Calls(lambda: ends, lambda: dropped.append(True)), dropped
+    return CachedBlockInputs(lambda: ends, lambda: dropped.append(True)), dropped
 
 
 def test_the_model_is_asked_once_for_all_samples_of_a_shape_and_let_go():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from stages.capture import capture
 from stages.errors import NumericalError
 from stages.interfaces import ListStream, NullHooks
+from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.prune_block import PruneSettings, prune_block
@@ -16,7 +17,6 @@ from stages.pruners.hessian import HessianSum, SquareSum, factorise
 from stages.pruners.sparsegpt import sparsegpt
 from stages.pruners.wanda import wanda_mask
 from stages.quantization.grid import fit_grid
-from stages.runtime.device import DeviceChoices
 from stages.sparsity.budget import BlockBudget, LayerBudget
 from stages.sparsity.nm_pattern import Pattern
 from tests.small_models import VOCAB, save

@@ -12,7 +12,8 @@ import pytest
 from stages.errors import ResourceError, UsageError
 from stages.formats.file_digest import digest_file
 from stages.models import resolve as source
-from stages.models.resolve import HUB_ALIASES, WheelModel, resolve
+from stages.models.aliases import HUB_ALIASES, WheelModel
+from stages.models.resolve import resolve
 from tests.small_models import save
 
 COMMIT = "a" * 40

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import SamConfig, SamModel
 
 from stages.errors import ResourceError, UsageError
-from stages.models.resolve import SAM_ALIASES, MetaCheckpoint, resolve
+from stages.models.aliases import SAM_ALIASES, MetaCheckpoint
+from stages.models.resolve import resolve
 from stages.models.sam import checkpoint
 from stages.models.sam.checkpoint import sizes_of_state
 from stages.models.sam.encoder import SamEncoder

@@ -8,11 +8,11 @@ import torch
 from stages.capture import capture
 from stages.evaluate import evaluate_perplexity
 from stages.interfaces import ListScratch, ListStream, NullHooks
+from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.prune_block import PruneSettings, prune_block
 from stages.runtime.block_runner import BlockPass, Counter, micro_batches, samples_at_once
-from stages.runtime.device import DeviceChoices
 from stages.sparsity.budget import LayerShape, allocate
 from stages.training.trainer import BlockTrainer, TrainingSettings
 from tests.small_models import FAMILIES, VOCAB, save

@@ -9,9 +9,9 @@ import torch
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.interfaces import ListStream, NullHooks
+from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.runtime.device import DeviceChoices
 from stages.training.trainer import TrainingSettings
 from tests.small_models import VOCAB, save
 

@@ -1,0 +1,11 @@
+"""The console that tables are printed on."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+
+def console_here() -> Console:
+    """stdout, as wide as the terminal; a file or pipe gets what does not need wrapping."""
+    console = Console(markup=False)  # paths may hold brackets
+    return console if console.is_terminal else Console(width=160, markup=False)

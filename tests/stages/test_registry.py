@@ -1,0 +1,63 @@
+"""The registry: built-in names, entry points, and what is said of names that are none."""
+
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from stages import registry as module
+from stages.errors import UsageError
+from stages.registry import Registry
+
+
+@pytest.fixture
+def fruits(monkeypatch) -> Registry:
+    """Two built-in entries, one entry point that works, one whose package is broken, one that hides a built-in."""
+    points = [
+        EntryPoint("zebra", "fractions:Fraction", "lampctl.fruits"),
+        EntryPoint("broken", "no_such_package_at_all:Thing", "lampctl.fruits"),
+        EntryPoint("path", "fractions:Fraction", "lampctl.fruits"),
+    ]
+    monkeypatch.setattr(module, "entry_points", lambda group: points if group == "lampctl.fruits" else [])
+    return Registry("fruit", {"path": "pathlib:Path", "colour": "colorsys:rgb_to_hls"})
+
+
+def test_names_list_built_in_entries_first_and_import_nothing(fruits):
+    sys.modules.pop("colorsys", None)
+    assert fruits.names == ("path", "colour", "broken", "zebra")
+    assert list(fruits) == list(fruits.names)
+    assert "colour" in fruits
+    assert "plum" not in fruits
+    assert "colorsys" not in sys.modules
+
+
+def test_an_entry_is_imported_when_it_is_asked_for(fruits):
+    from fractions import Fraction
+    from pathlib import Path
+
+    assert fruits.get("path") is Path  # the entry point of the same name does not replace it
+    assert fruits.get("zebra") is Fraction
+
+
+def test_an_unknown_name_is_a_usage_error_that_names_the_nearest_and_all(fruits):
+    with pytest.raises(
+        UsageError, match=r"no fruit is called zebr \(did you mean zebra\?\): choose one of path, colour"
+    ):
+        fruits.get("zebr")
+
+
+def test_a_plugin_that_cannot_be_imported_names_its_package(fruits):
+    with pytest.raises(UsageError, match=r"fruit broken of the package no_such_package_at_all cannot be imported"):
+        fruits.get("broken")
+
+
+def test_entries_can_be_added_by_hand_once_and_removed(fruits):
+    fruits.register("fig", 1)
+    assert fruits.get("fig") == 1
+    assert fruits.names[-1] == "fig"
+    with pytest.raises(ValueError, match="fig"):
+        fruits.register("fig", 2)
+    fruits.unregister("fig")
+    assert "fig" not in fruits
+    with pytest.raises(KeyError):
+        fruits.unregister("path")
