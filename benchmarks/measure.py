@@ -18,7 +18,7 @@ from torch import Tensor
 from stages.data.text_sources import parse_source
 from stages.data.tokenization import evaluation_tokens, load_tokenizer
 from stages.evaluate import evaluate_perplexity
-from stages.interfaces import ListScratch, NullHooks
+from stages.in_memory import ListScratch, NullCallbacks
 from stages.machine.device import PeakMemory, apply, choose
 from stages.metrics.perplexity import windows
 from stages.models.base import BlockModel
@@ -45,7 +45,7 @@ def main() -> None:
     for name in filter(None, args.evaluate.split(",")):
         source = parse_source(name)
         cut = windows(evaluation_tokens(source, tokenizer), args.eval_seqlen, args.eval_max_tokens, source.max_windows)
-        result = evaluate_perplexity(model, cut, ListScratch(), choices, NullHooks())
+        result = evaluate_perplexity(model, cut, ListScratch(), choices, NullCallbacks())
         report["evaluations"].append(
             {"source": source.name, "perplexity": result.perplexity, "num_tokens": result.num_tokens}
         )

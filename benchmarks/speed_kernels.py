@@ -17,7 +17,7 @@ from pipeline.rundir.records import Payload, PayloadFile, StreamSpec
 from pipeline.rundir.storage.local import FolderStorage
 from stages.capture import capture
 from stages.compensate_block import compensate_block
-from stages.interfaces import ListStream, NullHooks
+from stages.in_memory import ListStream, NullCallbacks
 from stages.machine.autotune import best_of
 from stages.machine.device import DTYPES, DeviceChoices, apply, choose
 from stages.models.base import BlockModel
@@ -47,12 +47,12 @@ def arithmetic(model_name: str, dtype: str, folder: Path, repeats: int = 3) -> l
         scratch.stream(name, NUM_SAMPLES, (SEQLEN, model.hidden_size), choices.torch_dtype)
         for name in ("biased", "dense", "dense out", "biased out")
     )
-    capture(model, inputs, biased, dense, choices, NullHooks())
+    capture(model, inputs, biased, dense, choices, NullCallbacks())
     one_pass_s = _ideal_pass_s(model, choices) * NUM_SAMPLES
     settings = TrainingSettings(epochs=1, lr=1e-4, lr_decay=1.0, hold_aside=False, seed=0)
 
     def do_capture() -> None:
-        capture(model, inputs, biased, dense, choices, NullHooks())
+        capture(model, inputs, biased, dense, choices, NullCallbacks())
 
     block = model.load_block(1, choices.torch_device)
     block_pass = BlockPass(model, block, 1, inputs, choices)
@@ -61,7 +61,7 @@ def arithmetic(model_name: str, dtype: str, folder: Path, repeats: int = 3) -> l
         block_pass.propagate(biased, biased_out, lambda: None, lambda count: None)
 
     def do_compensate() -> None:
-        compensate_block(model, 1, inputs, biased, dense, dense_out, settings, choices, NullHooks())
+        compensate_block(model, 1, inputs, biased, dense, dense_out, settings, choices, NullCallbacks())
 
     # Forward passes that each does over all samples; a training step is three. Two passes come before training, one
     # after it, for the loss that is reported.

@@ -24,7 +24,7 @@ from stages.compensate_block import compensate_block
 from stages.data.text_sources import parse_source
 from stages.data.tokenization import calibration_tokens, evaluation_tokens, load_tokenizer
 from stages.evaluate import evaluate_perplexity
-from stages.interfaces import ListScratch, ListStream, NullHooks
+from stages.in_memory import ListScratch, ListStream, NullCallbacks
 from stages.machine.device import DeviceChoices, apply, choose
 from stages.metrics.perplexity import windows
 from stages.models.base import BlockModel
@@ -56,7 +56,7 @@ def main() -> None:
     load = model.load_block
     model.load_block = lambda i, *rest, **more: load(i, *rest, **more, state=states.get(i))  # type: ignore[method-assign]
     exact = dataclasses.replace(choices, dtype="float32")
-    perplexity = evaluate_perplexity(model, cut, ListScratch(), exact, NullHooks()).perplexity
+    perplexity = evaluate_perplexity(model, cut, ListScratch(), exact, NullCallbacks()).perplexity
     line = {"command": " ".join(sys.argv[1:]), "perplexity": round(perplexity, 2), "seconds": round(seconds)}
     print(json.dumps(line))
     with args.out.open("a") as file:
@@ -76,7 +76,7 @@ def prune_first_blocks(
     model: BlockModel, inputs: ListStream, args: argparse.Namespace, choices: DeviceChoices
 ) -> dict[int, dict[str, torch.Tensor]]:
     """The exported states of the blocks that were pruned."""
-    hooks = NullHooks()
+    callbacks = NullCallbacks()
     pattern = Pattern.parse(args.pattern) if args.pattern else None
     pruning = PruneSettings(args.pruner, pattern=pattern, bits=args.bits)
     settings = (args.lr_decay, args.hold_aside, args.seed, args.loss)
@@ -87,17 +87,17 @@ def prune_first_blocks(
         return ListStream(len(inputs), (args.seqlen, model.hidden_size), choices.torch_dtype)
 
     biased, dense = stream(), stream()
-    capture(model, inputs, biased, dense, choices, hooks)
+    capture(model, inputs, biased, dense, choices, callbacks)
     states = {}
     for i, budget in enumerate(_budgets(model, pattern, args)[: args.blocks]):
         state, target, out = None, dense, stream()
         if i:
             target = stream()
-            state = compensate_block(model, i, inputs, biased, dense, target, compensation, choices, hooks).state
+            state = compensate_block(model, i, inputs, biased, dense, target, compensation, choices, callbacks).state
         dtypes = model.original_dtypes(i)
         refines = args.refine_epochs > 0
         pruned = prune_block(
-            *(model, i, budget, pruning, choices, hooks),
+            *(model, i, budget, pruning, choices, callbacks),
             state=state,
             export_dtypes=None if refines else dtypes,
             inputs=inputs,
@@ -107,7 +107,7 @@ def prune_first_blocks(
         finished = pruned.finished
         if refines:
             finished = refine_block(
-                *(model, i, inputs, biased, target, pruned.state, pruned.outcome, refinement, choices, hooks),
+                *(model, i, inputs, biased, target, pruned.state, pruned.outcome, refinement, choices, callbacks),
                 export_dtypes=dtypes,
                 biased_out=out,
             ).finished

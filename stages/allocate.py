@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from stages.interfaces import Hooks, Scratch, Stream
+from stages.interfaces import Callbacks, Scratch, Stream
 from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.runtime.block_runner import BlockPass, Counter
@@ -31,13 +31,13 @@ def outlier_shares(
     prunable: Collection[str],
     scratch: Scratch,
     choices: DeviceChoices,
-    hooks: Hooks,
+    callbacks: Callbacks,
 ) -> list[float]:
     """The share of outlying weights of each block, over its layers whose names are in `prunable`.
 
     inputs: token ids of the N samples. hidden: N samples (tokens, hidden), the input of block 0.
     """
-    counter = Counter(hooks, model.num_blocks * len(inputs), "samples")
+    counter = Counter(callbacks, model.num_blocks * len(inputs), "samples")
     passed = scratch.stream("hidden", len(inputs), tuple(hidden[0].shape), choices.torch_dtype)
     shares = []
     for block_index in range(model.num_blocks):
@@ -47,7 +47,7 @@ def outlier_shares(
         handles = [layer.register_forward_pre_hook(_adder(squares, path)) for path, layer in layers.items()]
         source = hidden if block_index == 0 else passed
         block_pass = BlockPass(model, block, block_index, inputs, choices)
-        block_pass.propagate(source, passed, hooks.check_stop, counter.advance)
+        block_pass.propagate(source, passed, callbacks.check_stop, counter.advance)
         for handle in handles:
             handle.remove()
         shares.append(_outlying_share(model, layers, squares))

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from stages.interfaces import Hooks, Stream
+from stages.interfaces import Callbacks, Stream
 from stages.machine.device import DeviceChoices, computing
 from stages.models.base import BlockModel, tokens_of
 from stages.runtime.block_runner import micro_batches
@@ -20,7 +20,7 @@ def capture(
     biased: Stream,
     dense_out: Stream | None,
     choices: DeviceChoices,
-    hooks: Hooks,
+    callbacks: Callbacks,
 ) -> None:
     """Write the input of block 0 to `biased` and, if asked, block 0's own output to `dense_out`.
 
@@ -36,7 +36,7 @@ def capture(
         biased_out = stack.enter_context(Writing(biased, device))
         blocks_out = stack.enter_context(Writing(dense_out, device)) if dense_out is not None else None
         for numbers, (tokens,) in read:
-            hooks.check_stop()
+            callbacks.check_stop()
             with computing(choices):
                 entry = ends.enter(tokens)
             hidden = entry.hidden.to(choices.torch_dtype)
@@ -45,4 +45,4 @@ def capture(
                 with computing(choices):
                     # A copy: the writer may not be done with `hidden`, and some block might work in place.
                     blocks_out.write(numbers, model.run_block(block, hidden.clone(), entry.calls[0]))
-            hooks.report(numbers[-1] + 1, len(inputs), "samples")
+            callbacks.report(numbers[-1] + 1, len(inputs), "samples")

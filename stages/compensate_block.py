@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.interfaces import Hooks, Scratch, Stream
+from stages.interfaces import Callbacks, Scratch, Stream
 from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.training.trainer import BlockTrainer, Training, TrainingSettings
@@ -33,7 +33,7 @@ def compensate_block(
     dense_out: Stream,
     settings: TrainingSettings,
     choices: DeviceChoices,
-    hooks: Hooks,
+    callbacks: Callbacks,
     spill: Scratch | None = None,
 ) -> CompensatedBlock:
     """Train block `block_index` to give, on the biased stream, what the original gives on the dense one.
@@ -45,7 +45,7 @@ def compensate_block(
     """
     block = model.load_block(block_index, choices.torch_device)
     trainer = BlockTrainer(
-        *(model, block, block_index, inputs, biased_in, dense_out, settings, choices, hooks),
+        *(model, block, block_index, inputs, biased_in, dense_out, settings, choices, callbacks),
         purpose="compensate",
         spill=spill,
         passes_before=2,

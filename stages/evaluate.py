@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages.data.text_sources import Source
 from stages.data.tokenization import evaluation_tokens, require_vocabulary
-from stages.interfaces import Checkpoint, Hooks, Scratch, Stream
+from stages.interfaces import Callbacks, Checkpoint, Scratch, Stream
 from stages.machine.device import DeviceChoices, computing
 from stages.metrics.perplexity import perplexity, window_loss
 from stages.metrics.perplexity import windows as cut
@@ -59,7 +59,7 @@ def evaluate_text(
     max_tokens: int | None,
     scratch: Scratch,
     choices: DeviceChoices,
-    hooks: Hooks,
+    callbacks: Callbacks,
 ) -> TextResult:
     """Perplexity on a source as the field reads it: tokenized once, cut into windows, the tail dropped.
 
@@ -70,7 +70,7 @@ def evaluate_text(
     require_vocabulary(tokens, model.vocab_size, model.source.name)
     num_available = len(cut(tokens, seqlen, None, source.max_windows))
     read = cut(tokens, seqlen, max_tokens, source.max_windows)
-    result = evaluate_perplexity(model, read, scratch, choices, hooks)
+    result = evaluate_perplexity(model, read, scratch, choices, callbacks)
     return TextResult(
         source=source.name,
         perplexity=result.perplexity,
@@ -84,7 +84,7 @@ def evaluate_text(
 
 @torch.no_grad()
 def evaluate_perplexity(
-    model: BlockModel, windows: Tensor, scratch: Scratch, choices: DeviceChoices, hooks: Hooks
+    model: BlockModel, windows: Tensor, scratch: Scratch, choices: DeviceChoices, callbacks: Callbacks
 ) -> PerplexityResult:
     """Perplexity over `windows` (n, seqlen) of token ids.
 
@@ -94,7 +94,7 @@ def evaluate_perplexity(
     num_windows, seqlen = windows.shape
     group = min(max(_TOKENS_AT_ONCE // seqlen, 1), num_windows)
     stream = scratch.stream("hidden", group, (seqlen, model.hidden_size), choices.torch_dtype)
-    measuring = _Measuring(model, windows, stream, choices, hooks)
+    measuring = _Measuring(model, windows, stream, choices, callbacks)
     for start in range(len(measuring.losses), num_windows, group):
         measuring.measure(range(start, min(start + group, num_windows)))
     return PerplexityResult(perplexity(measuring.losses), num_windows, seqlen)
@@ -116,13 +116,15 @@ class _Windows:
 class _Measuring:
     """The losses of the windows that are done, and how the next ones are measured."""
 
-    def __init__(self, model: BlockModel, windows: Tensor, stream: Stream, choices: DeviceChoices, hooks: Hooks):
+    def __init__(
+        self, model: BlockModel, windows: Tensor, stream: Stream, choices: DeviceChoices, callbacks: Callbacks
+    ):
         self.model, self.windows, self.stream = model, windows, stream
-        self.choices, self.hooks, self.device = choices, hooks, choices.torch_device
+        self.choices, self.callbacks, self.device = choices, callbacks, choices.torch_device
         # Of the very text: a run may be evaluated on another one under the same name.
         self._text = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
         self.losses: list[float] = []
-        restored = hooks.restore()
+        restored = callbacks.restore()
         if restored is not None and restored.figures["text"] == self._text:
             self.losses = restored.figures["losses"]
         self._passes = model.num_blocks + 2  # in, through each block, out
@@ -159,8 +161,8 @@ class _Measuring:
         self.losses = [*self.losses, *losses]
 
     def _boundary(self) -> None:
-        self.hooks.checkpoint(lambda: Checkpoint(figures={"text": self._text, "losses": self.losses}))
+        self.callbacks.checkpoint(lambda: Checkpoint(figures={"text": self._text, "losses": self.losses}))
 
     def _advance(self, count: int = 1, **figures: float) -> None:
         self._done += count
-        self.hooks.report(self._done, len(self.windows) * self._passes, "windows", **figures)
+        self.callbacks.report(self._done, len(self.windows) * self._passes, "windows", **figures)

@@ -17,7 +17,7 @@ def continue_prompts(
     prompts: Sequence[str],
     num_tokens: int,
     device: torch.device,
-    hooks: Watcher,
+    callbacks: Watcher,
     trusts_code: bool = False,
 ) -> tuple[str, ...]:
     """What the model in `folder` writes after each prompt: at each place its most probable token.
@@ -28,14 +28,14 @@ def continue_prompts(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of loading; `hooks` tells how far this is
+    logging.disable_progress_bar()  # of loading; `callbacks` tells how far this is
     tokenizer = load_tokenizer(folder, trusts_code=trusts_code)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trusts_code)
     model.eval().to(device)
     num_positions = getattr(model.config, "max_position_embeddings", None)
     texts = []
     for number, prompt in enumerate(prompts):
-        hooks.check_stop()
+        callbacks.check_stop()
         ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
         room = num_tokens if num_positions is None else min(num_tokens, num_positions - ids.shape[1])
         written = ids
@@ -53,5 +53,5 @@ def continue_prompts(
                 pad_token_id=tokenizer.eos_token_id,
             )
         texts.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
-        hooks.report(number + 1, len(prompts), "prompts")
+        callbacks.report(number + 1, len(prompts), "prompts")
     return tuple(texts)

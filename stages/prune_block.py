@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stages.errors import NumericalError
 from stages.finish_block import FinishedBlock, LayerOutcome, PruneOutcome, finish_block, require_budget
-from stages.interfaces import Checkpoint, Hooks, Stream
+from stages.interfaces import Callbacks, Checkpoint, Stream
 from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.pruners.alps import Splitting, alps, split
@@ -97,7 +97,7 @@ def prune_block(
     budget: BlockBudget,
     settings: PruneSettings,
     choices: DeviceChoices,
-    hooks: Hooks,
+    callbacks: Callbacks,
     *,
     state: Mapping[str, Tensor] | None = None,
     export_dtypes: Mapping[str, torch.dtype] | None,
@@ -121,20 +121,20 @@ def prune_block(
     collected: _Collected | None = None
     num_passes = (1 if inputs is not None else 0) + (1 if biased_out is not None else 0)
     total = len(infos) + num_passes * (len(inputs) if inputs is not None else 0)
-    counter = Counter(hooks, total, "passes")
+    counter = Counter(callbacks, total, "passes")
     if settings.pruner != "magnitude":
         if inputs is None or biased is None:
             raise ValueError(f"{settings.pruner} needs the calibration set and the biased stream")
-        collected = _collect(model, block, block_index, modules, inputs, biased, settings, choices, hooks, counter)
+        collected = _collect(model, block, block_index, modules, inputs, biased, settings, choices, callbacks, counter)
         groups = collected.groups
     group_of = {path: group for group in groups for path in group.paths}
 
     def boundary() -> None:
         """Later, the sums need not be made again; the layers are pruned anew."""
         if collected is None:
-            hooks.check_stop()
+            callbacks.check_stop()
         else:
-            hooks.checkpoint(collected.checkpoint)
+            callbacks.checkpoint(collected.checkpoint)
 
     solvers: dict[int, _Solver] = {}
     layers: dict[str, LayerOutcome] = {}
@@ -150,7 +150,7 @@ def prune_block(
             if id(group) not in solvers:
                 solvers.clear()
                 try:
-                    solvers[id(group)] = _Solver.of(group, settings, _Named(hooks, where))
+                    solvers[id(group)] = _Solver.of(group, settings, _Named(callbacks, where))
                 except NumericalError as failure:
                     raise NumericalError(f"{where}: {failure}") from failure
             solver = solvers[id(group)]
@@ -184,11 +184,11 @@ def prune_block(
 class _Named:
     """Warns, saying where."""
 
-    hooks: Hooks
+    callbacks: Callbacks
     where: str
 
     def __call__(self, message: str) -> None:
-        self.hooks.warn(f"{self.where}: {message}")
+        self.callbacks.warn(f"{self.where}: {message}")
 
 
 def _collect(
@@ -200,14 +200,14 @@ def _collect(
     biased: Stream,
     settings: PruneSettings,
     choices: DeviceChoices,
-    hooks: Hooks,
+    callbacks: Callbacks,
     counter: Counter,
 ) -> _Collected:
     """Sums over the inputs of every layer, one sum per distinct input, from one pass over the stream.
 
     The pass ends where the last layer has got its input: what it and whatever follows would compute is of no use.
     """
-    collected = _Collected.restored(hooks.restore(), choices.torch_device)
+    collected = _Collected.restored(callbacks.restore(), choices.torch_device)
     kind = SquareSum if settings.pruner == "wanda" else HessianSum
     groups = collected.groups
     seen: dict[int, tuple[Tensor, _LayerInputs]] = {}  # in the current batch: the tensor itself, kept alive
@@ -247,7 +247,7 @@ def _collect(
     try:
         with block_pass.reading(batches, biased) as read:
             for batch in read:
-                hooks.checkpoint(collected.checkpoint)
+                callbacks.checkpoint(collected.checkpoint)
                 waited_for.update(modules)
                 with contextlib.suppress(_AllSeen):
                     block_pass.forward(batch.samples[0], batch.call)

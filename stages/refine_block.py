@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stages.finish_block import FinishedBlock, PruneOutcome, finish_block
-from stages.interfaces import Hooks, Scratch, Stream
+from stages.interfaces import Callbacks, Scratch, Stream
 from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.quantization.grid import Grid
@@ -42,7 +42,7 @@ def refine_block(
     outcome: PruneOutcome,
     settings: TrainingSettings,
     choices: DeviceChoices,
-    hooks: Hooks,
+    callbacks: Callbacks,
     *,
     export_dtypes: Mapping[str, torch.dtype],
     biased_out: Stream | None,
@@ -58,7 +58,7 @@ def refine_block(
     block = model.load_block(block_index, choices.torch_device, state=state)
     outcome = outcome.to(choices.torch_device)
     trainer = BlockTrainer(
-        *(model, block, block_index, inputs, biased_in, dense_out, settings, choices, hooks),
+        *(model, block, block_index, inputs, biased_in, dense_out, settings, choices, callbacks),
         purpose="refine",
         spill=spill,
         passes_before=1,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.capture import capture
-from stages.interfaces import Hooks, Scratch, Stream
+from stages.interfaces import Callbacks, Scratch, Stream
 from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.runtime.block_runner import BlockPass, Counter
@@ -30,7 +30,7 @@ def replay(
     state_of: StateOf,
     scratch: Scratch,
     choices: DeviceChoices,
-    hooks: Hooks,
+    callbacks: Callbacks,
 ) -> None:
     """Write to `out` what the first `num_blocks` blocks make of the calibration set.
 
@@ -38,16 +38,16 @@ def replay(
     the block; None: the original's.
     """
     if not num_blocks:
-        capture(model, inputs, out, None, choices, hooks)
+        capture(model, inputs, out, None, choices, callbacks)
         return
     shape = model.hidden_shape(tuple(inputs[0].shape))
     hidden = scratch.stream("replay", len(inputs), shape, choices.torch_dtype)
-    capture(model, inputs, hidden, None, choices, hooks)
+    capture(model, inputs, hidden, None, choices, callbacks)
     total = num_blocks * len(inputs)
     for block_index in range(num_blocks):
         block = model.load_block(block_index, choices.torch_device, state=state_of(block_index))
         target = out if block_index == num_blocks - 1 else hidden
-        counter = Counter(hooks, total, "samples", done=block_index * len(inputs))
+        counter = Counter(callbacks, total, "samples", done=block_index * len(inputs))
         BlockPass(model, block, block_index, inputs, choices).propagate(
-            hidden, target, hooks.check_stop, counter.advance
+            hidden, target, callbacks.check_stop, counter.advance
         )

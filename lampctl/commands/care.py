@@ -38,11 +38,11 @@ def verify(
 
     directory, config = reopen(run)
     steps, _ = steps_of(directory, config)
-    with showing_files(f"checking {directory.label}") as hooks:
+    with showing_files(f"checking {directory.label}") as callbacks:
 
         def advance(done: int, total: int) -> None:
-            hooks.check_stop()
-            hooks.report(done, total, "files")
+            callbacks.check_stop()
+            callbacks.report(done, total, "files")
 
         report = compare(directory, steps, is_deep=deep, advance=advance)
     if as_json:

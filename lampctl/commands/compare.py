@@ -51,8 +51,8 @@ def compare(
     names = tuple(name.strip() for name in (sources or "").split(",") if name.strip())
     if not names and (eval_seqlen or eval_max_tokens):
         raise ConfigError("--eval-seqlen and --eval-max-tokens are about --evaluate, which is missing")
-    with showing_files("looking through models") as hooks:
-        table = comparison.compare(standings(places, Measure(names, eval_seqlen, eval_max_tokens), hooks))
+    with showing_files("looking through models") as callbacks:
+        table = comparison.compare(standings(places, Measure(names, eval_seqlen, eval_max_tokens), callbacks))
     if as_json:
         print(comparison.as_json(table))
     elif as_csv:

@@ -86,8 +86,8 @@ def _pack(place: str, out: Path | None, force: bool, as_json: bool) -> None:
 
     source = find_packable(place)
     target = out or source.target
-    with showing_files(f"packing {source.folder}") as hooks:
-        sizes = pack_model(source, target, hooks, force)
+    with showing_files(f"packing {source.folder}") as callbacks:
+        sizes = pack_model(source, target, callbacks, force)
     tables.packed("packed model", target, sizes, as_json)
 
 
@@ -97,6 +97,6 @@ def _unpack(packed: Path, folder: Path, as_json: bool) -> None:
     from pipeline.runs.packing import unpack_model
     from stages.formats.packed.layout import packed_sizes
 
-    with showing_files(f"unpacking {packed}") as hooks:
-        unpack_model(packed, folder, hooks)
+    with showing_files(f"unpacking {packed}") as callbacks:
+        unpack_model(packed, folder, callbacks)
     tables.packed("model", folder, packed_sizes(packed), as_json)

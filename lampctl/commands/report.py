@@ -44,7 +44,7 @@ def report(
     if prompt and not text:
         raise ConfigError("--prompt is about the text, which --no-text leaves out: give one of them")
     prompts = tuple(prompt or _PROMPTS) if text else ()
-    with showing_files("writing text") as hooks:
-        written = write_report(runs, out, prompts, text_tokens, device, hooks)
+    with showing_files("writing text") as callbacks:
+        written = write_report(runs, out, prompts, text_tokens, device, callbacks)
     num_figures = sum(path.suffix == ".png" for path in written)
     print(f"{written[0]}: one page; its {num_figures} figures are in {written[0].parent / 'figures'}, as PNG and CSV")

@@ -26,7 +26,7 @@ class MaskSample:
 
 
 def mask_samples(
-    runs: Sequence[tuple[RunDirectory, RunConfig]], count: int, device: str, hooks: Watcher
+    runs: Sequence[tuple[RunDirectory, RunConfig]], count: int, device: str, callbacks: Watcher
 ) -> tuple[tuple[MaskSample, ...], ...]:
     """For each vision run its answers on the first images that it was evaluated on; none for any other run.
 
@@ -39,7 +39,7 @@ def mask_samples(
         if run.commit_for("export") is None or not sources:
             found.append(())
             continue
-        found.append(_samples(run, config, sources[0], count, device, hooks, originals))
+        found.append(_samples(run, config, sources[0], count, device, callbacks, originals))
     return tuple(found)
 
 
@@ -49,7 +49,7 @@ def _samples(
     name: str,
     count: int,
     device: str,
-    hooks: Watcher,
+    callbacks: Watcher,
     originals: dict[tuple[Any, str], list[Answer]],
 ) -> tuple[MaskSample, ...]:
     from pipeline.steps.executor import StageWorker
@@ -71,6 +71,6 @@ def _samples(
     assert isinstance(pruned, SamEncoder)
     key = (original.source.path, name)
     if key not in originals:
-        originals[key] = answers_to(original, asked, choices, hooks)
-    answers = answers_to(pruned, asked, choices, hooks)
+        originals[key] = answers_to(original, asked, choices, callbacks)
+    answers = answers_to(pruned, asked, choices, callbacks)
     return tuple(MaskSample(name, *sample) for sample in zip(asked, originals[key], answers, strict=True))

@@ -29,7 +29,7 @@ _NUM_PICTURES = 4
 
 
 def write_report(
-    places: Sequence[str], out: Path, prompts: Sequence[str], num_tokens: int, device: str, hooks: Watcher
+    places: Sequence[str], out: Path, prompts: Sequence[str], num_tokens: int, device: str, callbacks: Watcher
 ) -> list[Path]:
     """Write the report of these runs to the folder `out`; the files that were written, the page first.
 
@@ -43,8 +43,8 @@ def write_report(
     masks: Sequence[tuple[MaskSample, ...]] = [()] * len(opened)
     if prompts:
         try:
-            texts = continuations(opened, prompts, num_tokens, device, hooks)
-            masks = mask_samples(opened, _NUM_PICTURES, device, hooks)
+            texts = continuations(opened, prompts, num_tokens, device, callbacks)
+            masks = mask_samples(opened, _NUM_PICTURES, device, callbacks)
         except (ResourceError, ConfigMismatch, UsageError) as error:  # an original that is gone, or another one by now
             raise type(error)(f"{error}; or leave the text out: --no-text") from error
     runs = [

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.engine.plan import Step, is_stream, maker_of, needed, sources_of
-from pipeline.engine.runner import Listener, StopRequest, Worker, hooks_for
+from pipeline.engine.runner import Listener, StopRequest, Worker, callbacks_for
 from pipeline.engine.verify import damaged_payloads
 from pipeline.errors import DamagedData
 from pipeline.rundir.records import Payload
@@ -78,16 +78,16 @@ class _Mending:
                 return False
         step = maker_of(name, self._steps)
         commit, payload = self._run.find(name)
-        hooks = hooks_for(step, self._listener, self._stop)
+        callbacks = callbacks_for(step, self._listener, self._stop)
         # Under a name of its own: it will be a record only if it comes out otherwise.
         attempt = self._run.begin_again(f"rebuild/{name}")
         is_committed = False
         started_at, start = datetime.now(UTC), time.monotonic()
         try:
             if is_stream(name):
-                self._worker.replay(name, attempt, hooks)
+                self._worker.replay(name, attempt, callbacks)
             else:
-                self._worker.execute(step, attempt, hooks)
+                self._worker.execute(step, attempt, callbacks)
             made = attempt.seal()[name]
             if not _is_same(made, payload):
                 if is_stream(name) and self._allows_other_bits:

@@ -20,7 +20,7 @@ from pipeline.errors import Interrupted, PipelineError, Preempted, StepOrderErro
 from pipeline.rundir.records import StepCommit
 from pipeline.rundir.run_directory import Attempt, RunDirectory
 from pipeline.rundir.step_checkpoints import StepProgress
-from stages.interfaces import Checkpoint, Hooks
+from stages.interfaces import Callbacks, Checkpoint
 
 # After a signal: how long the next batch boundary is waited for before the process ends where it is, and how long
 # in all if a progress record is being written. Batch systems kill after 10 to 30 seconds.
@@ -59,11 +59,11 @@ class StepResult:
 class Worker(Protocol):
     """Does the work of steps."""
 
-    def execute(self, step: Step, attempt: Attempt, hooks: Hooks) -> StepResult:
+    def execute(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> StepResult:
         """Read the step's inputs from the run, write its payloads into the attempt."""
         ...
 
-    def replay(self, name: str, attempt: Attempt, hooks: Hooks) -> None:
+    def replay(self, name: str, attempt: Attempt, callbacks: Callbacks) -> None:
         """Write the activation stream `name` into the attempt once more, bit for bit, from committed weights."""
         ...
 
@@ -156,8 +156,8 @@ class StopRequest:
         )
 
 
-class _StepHooks:
-    """`stages.interfaces.Hooks` for one step.
+class _StepCallbacks:
+    """`stages.interfaces.Callbacks` for one step.
 
     progress: None for work that is not a step of its own, and is done from its beginning whenever it is done.
     """
@@ -195,9 +195,9 @@ class _StepHooks:
         self._listener.warn(message)
 
 
-def hooks_for(step: Step, listener: Listener, stop: StopRequest) -> Hooks:
+def callbacks_for(step: Step, listener: Listener, stop: StopRequest) -> Callbacks:
     """How work that is not the next step speaks with the listener and hears of a stop."""
-    return _StepHooks(step, listener, stop)
+    return _StepCallbacks(step, listener, stop)
 
 
 def advance(
@@ -224,11 +224,11 @@ def advance(
         listener.step_started(step, position, len(steps))
         run.event("step-started", step=step.name)
         progress = StepProgress(run, step.name)
-        hooks = _StepHooks(step, listener, stop, progress, checkpoint_every_s)
+        callbacks = _StepCallbacks(step, listener, stop, progress, checkpoint_every_s)
         started_at = datetime.now(UTC)
         attempt = run.begin(step.name)
         try:
-            result = worker.execute(step, attempt, hooks)
+            result = worker.execute(step, attempt, callbacks)
             commit = run.commit(
                 attempt,
                 figures=result.figures,

@@ -50,7 +50,7 @@ class Measure:
     max_tokens: int | None = None
 
 
-def standings(places: Sequence[str], measure: Measure, hooks: Watcher) -> tuple[Standing, ...]:
+def standings(places: Sequence[str], measure: Measure, callbacks: Watcher) -> tuple[Standing, ...]:
     """How each of these stands, in their order: runs from their commits alone, model folders looked through.
 
     Raises RunNotFound for what is neither; ConfigError for text to measure on where there is no model to measure.
@@ -65,7 +65,7 @@ def standings(places: Sequence[str], measure: Measure, hooks: Watcher) -> tuple[
     usual = next((state.config.eval_seqlen for state in states.values()), None)
     wanted = Measure(measure.sources, measure.seqlen or usual, measure.max_tokens)
     return tuple(
-        standing_of(states[place]) if place in states else _standing_of_folder(Path(place), wanted, hooks)
+        standing_of(states[place]) if place in states else _standing_of_folder(Path(place), wanted, callbacks)
         for place in places
     )
 
@@ -112,7 +112,7 @@ def _packed_bytes(state: RunStatus) -> int | None:
     return packed.stat().st_size if packed.is_file() else None
 
 
-def _standing_of_folder(path: Path, measure: Measure, hooks: Watcher) -> Standing:
+def _standing_of_folder(path: Path, measure: Measure, callbacks: Watcher) -> Standing:
     from stages.metrics.achieved_sparsity import achieved
     from stages.models.resolve import resolve
     from stages.tasks.registry import open_model
@@ -126,7 +126,7 @@ def _standing_of_folder(path: Path, measure: Measure, hooks: Watcher) -> Standin
         base=str(path),
         method=None,
         goal=None,
-        evaluations=_measured(model, measure, hooks) if measure.sources else (),
+        evaluations=_measured(model, measure, callbacks) if measure.sources else (),
         num_masked=count.num_masked,
         num_prunable=count.num_prunable,
         dense_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
@@ -137,11 +137,11 @@ def _standing_of_folder(path: Path, measure: Measure, hooks: Watcher) -> Standin
     )
 
 
-def _measured(model: BlockModel, measure: Measure, hooks: Watcher) -> tuple[EvaluationResult, ...]:
+def _measured(model: BlockModel, measure: Measure, callbacks: Watcher) -> tuple[EvaluationResult, ...]:
     """The figures of a model that belongs to no run."""
     from pipeline.runs.model_evaluation import Wanted, measure_model
 
     seqlen = measure.seqlen if model.fixed_tokens is None else None  # a run's may have been what is compared with
     wanted = Wanted(measure.sources, (), seqlen, measure.max_tokens)
-    found = measure_model(model.source, wanted, lambda _: nullcontext(hooks)).measured
+    found = measure_model(model.source, wanted, lambda _: nullcontext(callbacks)).measured
     return tuple(evaluation_of(f"evaluate/pruned/{one['source']}", {"which": "pruned", **one}) for one in found)

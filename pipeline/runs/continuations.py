@@ -26,7 +26,7 @@ def continuations(
     prompts: Sequence[str],
     num_tokens: int,
     device: str,
-    hooks: Watcher,
+    callbacks: Watcher,
 ) -> tuple[tuple[Continuation, ...], ...]:
     """For each run its continuations of the prompts; none for one that is not exported yet, or writes no text.
 
@@ -47,8 +47,8 @@ def continuations(
         trusts = config.trust_remote_code
         original = StageWorker(run, config, {}).model.source.path
         if original not in originals:
-            originals[original] = continue_prompts(original, prompts, num_tokens, place, hooks, trusts)
-        pruned = continue_prompts(published_model(run), prompts, num_tokens, place, hooks, trusts)
+            originals[original] = continue_prompts(original, prompts, num_tokens, place, callbacks, trusts)
+        pruned = continue_prompts(published_model(run), prompts, num_tokens, place, callbacks, trusts)
         texts = zip(prompts, originals[original], pruned, strict=True)
         found.append(tuple(Continuation(*text) for text in texts))
     return tuple(found)

@@ -197,8 +197,8 @@ def _measured(
             tempfile.TemporaryDirectory(prefix="lampctl-") as place,
             showing(f"measuring on {source.name.partition(':')[0]}") as watcher,
         ):
-            scratch, hooks = ScratchStreams(Path(place)), _Unkept(watcher)
-            figures = task.evaluate(model, model, source, protocol, scratch, choices, hooks)
+            scratch, callbacks = ScratchStreams(Path(place)), _Unkept(watcher)
+            figures = task.evaluate(model, model, source, protocol, scratch, choices, callbacks)
             found.append({"source": source.name, **figures})
     return tuple(found)
 
@@ -216,7 +216,7 @@ def _accuracies(
 
 
 class _Unkept:
-    """`stages.interfaces.Hooks` of work that keeps nothing: stopped, it begins at the beginning."""
+    """`stages.interfaces.Callbacks` of work that keeps nothing: stopped, it begins at the beginning."""
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher

@@ -43,7 +43,7 @@ def find_packable(place: str) -> Packable:
     return Packable(path, path.with_name(f"{path.name}.packed.safetensors"))
 
 
-def pack_model(source: Packable, target: Path, hooks: Watcher, replace: bool = False) -> PackedSizes:
+def pack_model(source: Packable, target: Path, callbacks: Watcher, replace: bool = False) -> PackedSizes:
     """Pack the model folder as the file `target`; how large it is.
 
     A packed file of the very same folder is left as it is. Raises ConfigError for any other file there, unless it may
@@ -65,7 +65,7 @@ def pack_model(source: Packable, target: Path, hooks: Watcher, replace: bool = F
     filesystem.make_folder(target.parent)
     temporary = filesystem.temporary_folder(target)
     try:
-        sizes = pack(source.folder, temporary / target.name, hooks, _RewritableFile)
+        sizes = pack(source.folder, temporary / target.name, callbacks, _RewritableFile)
         filesystem.flush_tree(temporary)
         filesystem.rename(temporary / target.name, target)
         filesystem.flush_folder(target.parent)
@@ -74,7 +74,7 @@ def pack_model(source: Packable, target: Path, hooks: Watcher, replace: bool = F
     return sizes
 
 
-def unpack_model(packed: Path, folder: Path, hooks: Watcher) -> None:
+def unpack_model(packed: Path, folder: Path, callbacks: Watcher) -> None:
     """Make `folder`, which must be missing or empty, of a packed file.
 
     Raises what `stages.formats.packed.reader.unpack` raises.
@@ -88,7 +88,7 @@ def unpack_model(packed: Path, folder: Path, hooks: Watcher) -> None:
     filesystem.make_folder(folder.parent)
     temporary = filesystem.temporary_folder(folder)
     try:
-        unpack(packed, temporary, hooks, _RewritableFile)
+        unpack(packed, temporary, callbacks, _RewritableFile)
         filesystem.flush_tree(temporary)
         filesystem.rename(temporary, folder)
         filesystem.flush_folder(folder.parent)

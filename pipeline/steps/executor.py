@@ -28,7 +28,7 @@ from stages.errors import ResourceError
 from stages.finish_block import FinishedBlock
 from stages.formats.checkpoint_files import StateFile, serialized
 from stages.formats.pruning_masks import mask_file, read_mask_file
-from stages.interfaces import Hooks, Samples, Scratch
+from stages.interfaces import Callbacks, Samples, Scratch
 from stages.machine.device import DeviceChoices, PeakMemory, release_memory
 from stages.metrics.zero_shot import ZeroShot
 from stages.models.base import BlockModel
@@ -83,7 +83,7 @@ class StageWorker:
             )
         return open_model(folder)
 
-    def execute(self, step: Step, attempt: Attempt, hooks: Hooks) -> StepResult:
+    def execute(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> StepResult:
         """Do one step."""
         peak = PeakMemory(self.choices.torch_device)
         work = {
@@ -97,19 +97,19 @@ class StageWorker:
             "evaluate": self._evaluate,
             "zero-shot": self._zero_shot,
         }[step.kind]
-        figures = work(step, attempt, hooks)
+        figures = work(step, attempt, callbacks)
         result = StepResult(figures, peak.process_bytes(), peak.device_bytes())
-        self._tell_excess(result, hooks)
+        self._tell_excess(result, callbacks)
         release_memory(self.choices.torch_device)
         return result
 
-    def _tell_excess(self, result: StepResult, hooks: Hooks) -> None:
+    def _tell_excess(self, result: StepResult, callbacks: Callbacks) -> None:
         """Warn of a step that took more than --memory-limit: what it would take was only estimated."""
         if self.config.memory_limit is None:
             return
         taken = result.peak_device_bytes or result.peak_memory_bytes or 0
         if taken > parse_size(self.config.memory_limit):
-            hooks.warn(f"this step took {taken / 1e9:.2f} GB, more than --memory-limit {self.config.memory_limit}")
+            callbacks.warn(f"this step took {taken / 1e9:.2f} GB, more than --memory-limit {self.config.memory_limit}")
 
     def fit_memory(self) -> None:
         """Keep what is left of the run within --memory-limit. Raises ResourceError where nothing will do.
@@ -148,7 +148,7 @@ class StageWorker:
         targets_only = step.kind == "compensate-block" and len(step.writes) == 1
         return stream if step.kind == "allocate" or targets_only else 0
 
-    def replay(self, name: str, attempt: Attempt, hooks: Hooks) -> None:
+    def replay(self, name: str, attempt: Attempt, callbacks: Callbacks) -> None:
         """Write the activation stream `name` once more, from the calibration set and finished blocks alone."""
         kind, _, number = name.partition("/")
 
@@ -163,10 +163,10 @@ class StageWorker:
             pruned if kind == "biased" else lambda block: None,
             attempt.scratch(),
             self.choices,
-            hooks,
+            callbacks,
         )
 
-    def _calibrate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+    def _calibrate(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> dict[str, Any]:
         taken = self._take_over(step, attempt)
         if taken is not None:
             return taken
@@ -181,9 +181,9 @@ class StageWorker:
         samples, first = drawn.samples, drawn.samples[0]
         stream = attempt.stream("calibration", len(samples), tuple(first.shape), first.dtype, is_precious=True)
         for index in range(len(samples)):
-            hooks.check_stop()
+            callbacks.check_stop()
             stream.write(index, samples[index])
-            hooks.report(index + 1, len(samples), "samples")
+            callbacks.report(index + 1, len(samples), "samples")
         return {"source": config.calibration, **drawn.figures}
 
     @property
@@ -220,16 +220,16 @@ class StageWorker:
             raise DamagedData(f"{error}. `lampctl resume {other.label} --check-all` makes it again") from error
         return {**commit.figures, "shared_with": other.manifest.digest}
 
-    def _capture(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+    def _capture(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> dict[str, Any]:
         taken = self._take_over(step, attempt)
         if taken is not None:
             return taken
         dense = self._activations(attempt, "dense/1") if "dense/1" in step.writes else None
         biased = self._activations(attempt, "biased/0")
-        capture(self.model, self.run.open_stream("calibration"), biased, dense, self.choices, hooks)
+        capture(self.model, self.run.open_stream("calibration"), biased, dense, self.choices, callbacks)
         return {}
 
-    def _allocate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+    def _allocate(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> dict[str, Any]:
         config = self.config
         assert config.budget_spread is not None
         assert config.alpha is not None
@@ -242,7 +242,7 @@ class StageWorker:
             names,
             attempt.scratch(),
             self.choices,
-            hooks,
+            callbacks,
         )
         blocks = prunable_layers(self.model, config.ignore)
         fixed = fixed_sparsities(blocks, config.layer_sparsity)
@@ -250,10 +250,10 @@ class StageWorker:
             blocks, shares, config.budget_spread, config.target_sparsity, config.alpha, config.beta, fixed
         )
         if spread != config.budget_spread:
-            hooks.warn(f"the spread of the budget is {spread:g}: no layer can be pruned above 100% or below 0%")
+            callbacks.warn(f"the spread of the budget is {spread:g}: no layer can be pruned above 100% or below 0%")
         return {"outlier_shares": shares, "spread": spread, "budget": [asdict(block) for block in budget]}
 
-    def _prune(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+    def _prune(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> dict[str, Any]:
         block, config = step.block, self.config
         assert block is not None
         state = None
@@ -274,7 +274,7 @@ class StageWorker:
                 config.group_size,
             ),
             self.choices,
-            hooks,
+            callbacks,
             state=state,
             export_dtypes=export.block_dtypes(self.model, block, config.export_dtype) if is_finished else None,
             inputs=self.run.open_stream("calibration") if uses_data else None,
@@ -335,7 +335,7 @@ class StageWorker:
         """Room on the disk for what would not fit into memory, if anything."""
         return attempt.scratch() if self._spills else None
 
-    def _compensate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+    def _compensate(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> dict[str, Any]:
         block, config = step.block, self.config
         assert block is not None
         biased = self.run.open_stream(f"biased/{block}")
@@ -355,13 +355,13 @@ class StageWorker:
             dense_out,
             self._training(config.epochs, config.lr),
             self.choices,
-            hooks,
+            callbacks,
             self._spill(attempt),
         )
         _write_state(attempt, f"compensated/{block}", result.state)
         return _training_figures(result.training)
 
-    def _refine(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+    def _refine(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> dict[str, Any]:
         block, config = step.block, self.config
         assert block is not None
         result = refine_block(
@@ -374,23 +374,25 @@ class StageWorker:
             export.outcome_of(read_mask_file(self.run.open_file(f"masks/{block}")), config.n_of_m),
             self._training(config.refine_epochs, config.refine_lr),
             self.choices,
-            hooks,
+            callbacks,
             export_dtypes=export.block_dtypes(self.model, block, config.export_dtype),
             biased_out=self._biased_out(step, attempt),
             spill=self._spill(attempt),
         )
         return {**_training_figures(result.training), **self._finish(attempt, block, result.finished)}
 
-    def _export(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
-        return write_model(self.run, self.model, self.config, attempt.folder("model"), hooks)
+    def _export(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> dict[str, Any]:
+        return write_model(self.run, self.model, self.config, attempt.folder("model"), callbacks)
 
-    def _evaluate(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+    def _evaluate(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> dict[str, Any]:
         what = self.evaluations[step.name]
         assert isinstance(what, Evaluation)
         model = self.model if what.which == "dense" else self._open_published()
         source = parse_source(what.source)
         self._require_same_data(source)
-        figures = self._task.evaluate(model, self.model, source, what.protocol, attempt.scratch(), self.choices, hooks)
+        figures = self._task.evaluate(
+            model, self.model, source, what.protocol, attempt.scratch(), self.choices, callbacks
+        )
         return {"which": what.which, "source": what.source, "source_digest": source.digest(), **figures}
 
     def _require_same_data(self, source: DataSource) -> None:
@@ -408,7 +410,7 @@ class StageWorker:
                 "back, or give the new data another name, so that its figures stand beside the old ones"
             )
 
-    def _zero_shot(self, step: Step, attempt: Attempt, hooks: Hooks) -> dict[str, Any]:
+    def _zero_shot(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> dict[str, Any]:
         what = self.evaluations[step.name]
         assert isinstance(what, ZeroShotEvaluation)
         data = task_data_of(self.config)
@@ -418,7 +420,7 @@ class StageWorker:
             if what.which == "pruned":
                 folder = resolve(str(self._published_model()), trusts_code=self.config.trust_remote_code)
             self._loaded = (what.which, ZeroShot(folder, self.choices.device))
-        result = self._loaded[1].measure(what.task, data, what.limit, hooks)
+        result = self._loaded[1].measure(what.task, data, what.limit, callbacks)
         return {
             "which": what.which,
             **asdict(result),

@@ -17,14 +17,14 @@ from stages.formats.checkpoint_files import Joined, StateFile
 from stages.formats.pruning_masks import FOLDER as MASKS
 from stages.formats.pruning_masks import read_mask_file
 from stages.formats.safetensors_io import Bytes
-from stages.interfaces import Hooks
+from stages.interfaces import Callbacks
 from stages.models.base import BlockModel
 from stages.models.derived_files import Through
 from stages.sparsity.budget import BlockBudget, LayerBudget
 
 
 def write_model(
-    run: RunDirectory, model: BlockModel, config: RunConfig, folder: PayloadFolder, hooks: Hooks
+    run: RunDirectory, model: BlockModel, config: RunConfig, folder: PayloadFolder, callbacks: Callbacks
 ) -> dict[str, Any]:
     """Fill `folder` with the pruned model and count what is in it, on the files themselves.
 
@@ -33,7 +33,7 @@ def write_model(
     files: dict[str, list[str]] = {}
     total_size, num_masked, num_other_zeros, most_levels = 0, 0, 0, 0
     for block in range(model.num_blocks):
-        hooks.check_stop()
+        callbacks.check_stop()
         payload = run.payload(f"pruned/{block}")
         path = run.open_file(f"pruned/{block}")
         folder.link(path.name, payload.files[0])
@@ -47,7 +47,7 @@ def write_model(
         num_masked += counted.num_masked
         num_other_zeros += counted.num_other_zeros
         most_levels = max(most_levels, counted.num_levels)
-        hooks.report(block + 1, model.num_blocks + 1, "blocks")
+        callbacks.report(block + 1, model.num_blocks + 1, "blocks")
     outside: dict[str, Tensor] = {}
     for shard in export.outside_shards(model, config.export_dtype):
         written = folder.write(shard.filename, in_pieces(shard.pieces()))

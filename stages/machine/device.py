@@ -174,7 +174,7 @@ def _processor_name() -> str:
 def release_memory(device: torch.device) -> None:
     """Give back what the work before has left, so that it does not stand beside what comes next.
 
-    Modules, hooks and optimizers refer to each other in circles, which only the collector breaks; and the C library
+    Modules, callbacks and optimizers refer to each other in circles, which only the collector breaks; and the C library
     keeps pieces of up to 32 MB for later, some 400 MB of them with blocks of 100 MB, unless it is asked for them.
     """
     gc.collect()

@@ -26,7 +26,7 @@ from stages.data.image_sources import (
     read_pixels,
 )
 from stages.errors import NumericalError, UsageError
-from stages.interfaces import Checkpoint, Hooks, Scratch, Stream
+from stages.interfaces import Callbacks, Checkpoint, Scratch, Stream
 from stages.machine.device import DeviceChoices, computing
 from stages.metrics.iou import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
 from stages.models.sam.encoder import SamEncoder, SamEnds
@@ -57,7 +57,7 @@ def evaluate_masks(
     max_images: int | None,
     scratch: Scratch,
     choices: DeviceChoices,
-    hooks: Hooks,
+    callbacks: Callbacks,
 ) -> dict[str, Any]:
     """Mean IoU over all annotated masks of the images, one point each; figures ready for JSON.
 
@@ -68,7 +68,7 @@ def evaluate_masks(
     records, skipped = source.records()
     num_available = len(records)
     records = records[:max_images] if max_images is not None else records
-    measuring = _Measuring(model, source, points, records, choices, hooks)
+    measuring = _Measuring(model, source, points, records, choices, callbacks)
     group = min(_IMAGES_AT_ONCE, max(len(records), 1))
     sizes = model.sizes
     stream = scratch.stream("hidden", group, (sizes.grid, sizes.grid, sizes.embed_dim), choices.torch_dtype)
@@ -134,10 +134,10 @@ class _Measuring:
         points: str,
         records: Sequence[ImageRecord],
         choices: DeviceChoices,
-        hooks: Hooks,
+        callbacks: Callbacks,
     ) -> None:
         self.model, self.source, self.points, self.records = model, source, points, records
-        self.choices, self.hooks, self.device = choices, hooks, choices.torch_device
+        self.choices, self.callbacks, self.device = choices, callbacks, choices.torch_device
         self.scores: list[MaskScore] = []
         self.skipped: dict[str, int] = {}
         self.num_seen = 0
@@ -145,7 +145,7 @@ class _Measuring:
         self._new: list[MaskScore] = []  # of the group at hand
         listing = "\0".join(str(record.path) for record in records)
         self._data = hashlib.sha256(f"{source.digest()}\0{points}\0{listing}".encode()).hexdigest()
-        restored = hooks.restore()
+        restored = callbacks.restore()
         if restored is not None and restored.figures["data"] == self._data:
             self.scores = [MaskScore(*score) for score in restored.figures["scores"]]
             self.skipped, self.num_seen = restored.figures["skipped"], restored.figures["num_seen"]
@@ -252,7 +252,7 @@ class _Measuring:
         return scores
 
     def _boundary(self) -> None:
-        self.hooks.checkpoint(
+        self.callbacks.checkpoint(
             lambda: Checkpoint(
                 figures={
                     "data": self._data,
@@ -265,7 +265,7 @@ class _Measuring:
 
     def _advance(self, count: int = 1, **figures: float) -> None:
         self._done += count
-        self.hooks.report(self._done, len(self.records) * self._passes, "images", **figures)
+        self.callbacks.report(self._done, len(self.records) * self._passes, "images", **figures)
 
 
 class _Shaped:

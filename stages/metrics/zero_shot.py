@@ -91,14 +91,14 @@ class ZeroShot:
                 trust_remote_code=folder.trusts_code,
             )
 
-    def measure(self, task: str, data: TaskData | None, limit: int | None, hooks: Watcher) -> TaskResult:
+    def measure(self, task: str, data: TaskData | None, limit: int | None, callbacks: Watcher) -> TaskResult:
         """Accuracy on one task. data: where its rows lie; None: they come from the hub. limit: only so many rows.
 
         Raises ResourceError where the hub is out of reach, UsageError for a task that the harness refuses.
         """
         from lm_eval import simple_evaluate
 
-        self._model.hooks = hooks
+        self._model.callbacks = callbacks
         with _quiet():
             manager = _manager(data)
             _load(manager, task)
@@ -160,13 +160,13 @@ def _result(task: str, found: Mapping[str, Any]) -> TaskResult:
 
 
 def _watched_model() -> type[Any]:
-    """The harness's model for transformers, which tells our hooks how far it is, and stops when they say so."""
+    """The harness's model for transformers, which tells our callbacks how far it is, and stops when they say so."""
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):
-        """Between any two forward passes, the hooks are asked."""
+        """Between any two forward passes, the callbacks are asked."""
 
-        hooks: Watcher
+        callbacks: Watcher
         _done = _total = 0
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
@@ -175,16 +175,16 @@ def _watched_model() -> type[Any]:
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             self._done, self._total = 0, len(requests)
             found = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-            self.hooks.report(self._total, self._total, "answers")
+            self.callbacks.report(self._total, self._total, "answers")
             return found
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            self.hooks.check_stop()
+            self.callbacks.check_stop()
             logits = super()._model_call(inps, *args, **kwargs)
             # Answers of one token share a pass, so these are at least as many.
             self._done = min(self._done + len(inps), self._total)
             if self._total:
-                self.hooks.report(self._done, self._total, "answers")
+                self.callbacks.report(self._done, self._total, "answers")
             return logits
 
     return Watched

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.interfaces import Hooks, Samples, Scratch
+    from stages.interfaces import Callbacks, Samples, Scratch
     from stages.machine.device import DeviceChoices
     from stages.models.base import BlockModel
 
@@ -111,7 +111,7 @@ class Task(Protocol):
         protocol: EvaluationProtocol,
         scratch: Scratch,
         choices: DeviceChoices,
-        hooks: Hooks,
+        callbacks: Callbacks,
     ) -> dict[str, Any]:
         """Figures of `model`, ready for JSON; "metric" names the one that counts. original: has the tokenizer."""
         ...

@@ -9,7 +9,7 @@ from stages.calibrate import calibrate
 from stages.data.text_sources import Source
 from stages.data.tokenization import load_tokenizer, require_length, require_vocabulary
 from stages.evaluate import evaluate_text
-from stages.interfaces import Hooks, Scratch
+from stages.interfaces import Callbacks, Scratch
 from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel, ModelFolder
 from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Listed, Points, require_task
@@ -63,11 +63,11 @@ class Language:
         protocol: EvaluationProtocol,
         scratch: Scratch,
         choices: DeviceChoices,
-        hooks: Hooks,
+        callbacks: Callbacks,
     ) -> dict[str, Any]:
         tokenizer = _tokenizer(original.source)
         text, seqlen = _text(source, model), protocol.seqlen
-        result = evaluate_text(model, text, tokenizer, seqlen, protocol.max_tokens, scratch, choices, hooks)
+        result = evaluate_text(model, text, tokenizer, seqlen, protocol.max_tokens, scratch, choices, callbacks)
         return {"metric": "perplexity", **asdict(result)}
 
 

@@ -16,7 +16,7 @@ from stages.data.image_sources import (
     read_pixels,
 )
 from stages.errors import UsageError
-from stages.interfaces import Hooks, Scratch
+from stages.interfaces import Callbacks, Scratch
 from stages.machine.device import DeviceChoices
 from stages.metrics.single_point_iou import evaluate_masks
 from stages.models.base import BlockModel
@@ -77,11 +77,13 @@ class Vision:
         protocol: EvaluationProtocol,
         scratch: Scratch,
         choices: DeviceChoices,
-        hooks: Hooks,
+        callbacks: Callbacks,
     ) -> dict[str, Any]:
         assert isinstance(model, SamEncoder)
         images = _images(source, model)
-        return evaluate_masks(model, images, protocol.points or "auto", protocol.max_images, scratch, choices, hooks)
+        return evaluate_masks(
+            model, images, protocol.points or "auto", protocol.max_images, scratch, choices, callbacks
+        )
 
 
 class _Pictures:

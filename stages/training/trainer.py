@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import NumericalError
-from stages.interfaces import Checkpoint, Hooks, Scratch, Stream
+from stages.interfaces import Callbacks, Checkpoint, Scratch, Stream
 from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
 from stages.runtime.block_runner import BlockPass
@@ -110,7 +110,7 @@ class BlockTrainer:
         targets: Stream,
         settings: TrainingSettings,
         choices: DeviceChoices,
-        hooks: Hooks,
+        callbacks: Callbacks,
         *,
         purpose: str,
         passes_before: int = 0,
@@ -119,18 +119,18 @@ class BlockTrainer:
     ) -> None:
         self.block, self.block_index = block, block_index
         self.inputs, self.stream_in, self.targets = inputs, stream_in, targets
-        self.settings, self.choices, self.hooks, self.purpose = settings, choices, hooks, purpose
+        self.settings, self.choices, self.callbacks, self.purpose = settings, choices, callbacks, purpose
         self.device = choices.torch_device
         self._pass = BlockPass(model, block, block_index, inputs, choices)
         self._spill = spill
         self.train_set, self.aside = split_samples(len(inputs), settings.hold_aside)
         if settings.hold_aside and not self.aside and settings.epochs:
-            hooks.warn("only one calibration sample: none is kept aside, training is judged on itself")
+            callbacks.warn("only one calibration sample: none is kept aside, training is judged on itself")
         num_steps = settings.epochs * len(self.train_set)
         self._num_after = passes_after * len(inputs)
         self._total = passes_before * len(inputs) + num_steps + self._num_after
         self._done = 0  # of them, samples
-        self._restored = hooks.restore() if settings.epochs else None
+        self._restored = callbacks.restore() if settings.epochs else None
         self._before: Losses | None = None
         self._course: _Course | None = None  # None: training has not begun
         self._optimizer: torch.optim.Adam | None = None
@@ -141,17 +141,17 @@ class BlockTrainer:
     def advance(self, count: int = 1, **figures: float) -> None:
         """Tell that `count` more samples have passed."""
         self._done += count
-        self.hooks.report(self._done, self._total, "samples", **figures)
+        self.callbacks.report(self._done, self._total, "samples", **figures)
 
     def boundary(self) -> None:
         """A batch boundary: the stage may be stopped here, and later go on from here."""
         if self._ended is not None:
             ended = self._ended
-            self.hooks.checkpoint(lambda: ended)
+            self.callbacks.checkpoint(lambda: ended)
         elif self._course is not None:
-            self.hooks.checkpoint(self._checkpoint)
+            self.callbacks.checkpoint(self._checkpoint)
         else:
-            self.hooks.check_stop()
+            self.callbacks.check_stop()
 
     @torch.no_grad()
     def first_pass(self, makes_targets_of: Stream | None = None) -> Losses:
@@ -163,11 +163,11 @@ class BlockTrainer:
         everything = range(len(self.inputs))
         if self._restored is not None:
             if makes_targets_of is not None:
-                self._pass.propagate(makes_targets_of, self.targets, self.hooks.check_stop, self.advance)
+                self._pass.propagate(makes_targets_of, self.targets, self.callbacks.check_stop, self.advance)
             self._before = Losses(**self._restored.figures["before"])
             return self._before
         if makes_targets_of is None:
-            values = self._losses(everything, self.hooks.check_stop)
+            values = self._losses(everything, self.callbacks.check_stop)
         else:
             values = self._losses_and_targets(makes_targets_of)
         self._before = Losses(_mean(values, self.train_set), _mean(values, self.aside) if self.aside else None)
@@ -182,7 +182,7 @@ class BlockTrainer:
             Writing(self.targets, self.device) as out,
         ):
             for batch in read:
-                self.hooks.check_stop()
+                self.callbacks.check_stop()
                 target = self._pass.forward(batch.samples[0], batch.call)
                 out.write(batch.numbers, target)
                 target = target.to(self.choices.torch_dtype)  # as the stream holds it

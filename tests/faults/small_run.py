@@ -21,7 +21,7 @@ from pipeline.errors import PipelineError, RunNotFound
 from pipeline.rundir.records import RunManifest
 from pipeline.rundir.run_directory import Attempt, RunDirectory
 from pipeline.rundir.storage.base import Storage
-from stages.interfaces import Checkpoint, Hooks
+from stages.interfaces import Callbacks, Checkpoint
 
 STEPS = chain("lamp", 3, refines=True)
 _SHAPE = (2, 2)
@@ -57,13 +57,15 @@ class StandIn:
         self.executed: list[str] = []
         self._fresh: dict[str, bytes] = {}
 
-    def execute(self, step: Step, attempt: Attempt, hooks: Hooks) -> StepResult:
+    def execute(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> StepResult:
         self.executed.append(step.name)
-        restored = hooks.restore()
+        restored = callbacks.restore()
         done = 0 if restored is None else restored.figures["done"]
         for batch in range(done, _NUM_BATCHES):
-            hooks.checkpoint(lambda batch=batch: Checkpoint({"state": torch.full((2,), float(batch))}, {"done": batch}))
-            hooks.report(batch + 1, _NUM_BATCHES, "batches")
+            callbacks.checkpoint(
+                lambda batch=batch: Checkpoint({"state": torch.full((2,), float(batch))}, {"done": batch})
+            )
+            callbacks.report(batch + 1, _NUM_BATCHES, "batches")
         read = [self._contents(name) for name in step.reads]
         self._fresh = {}
         # Streams last: they follow from the weights that the step writes.
@@ -77,8 +79,8 @@ class StandIn:
                 attempt.write_file(name, "block.safetensors", self._fresh[name])
         return StepResult({"read": _digest(*read).hex()})
 
-    def replay(self, name: str, attempt: Attempt, hooks: Hooks) -> None:
-        hooks.check_stop()
+    def replay(self, name: str, attempt: Attempt, callbacks: Callbacks) -> None:
+        callbacks.check_stop()
         self._write_stream(name, attempt)
 
     def refresh_views(self) -> None:

@@ -24,7 +24,7 @@ import os, signal, sys
 from pipeline import engine
 
 kind, count = sys.argv[1], 0
-report = engine._StepHooks.report
+report = engine._StepCallbacks.report
 
 def explode(self, done, total, unit, **figures):
     global count
@@ -33,7 +33,7 @@ def explode(self, done, total, unit, **figures):
     if count == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-engine._StepHooks.report = explode
+engine._StepCallbacks.report = explode
 sys.argv[:2] = ["lampctl"]
 from lampctl.app import main
 main()

@@ -197,10 +197,10 @@ def run_until(place: Path, step: str) -> None:
 
     execute = StandIn.execute
 
-    def stopping(self, wanted, attempt, hooks):
+    def stopping(self, wanted, attempt, callbacks):
         if wanted.name == step:
             raise Crash
-        return execute(self, wanted, attempt, hooks)
+        return execute(self, wanted, attempt, callbacks)
 
     StandIn.execute = stopping
     try:

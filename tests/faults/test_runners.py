@@ -81,10 +81,10 @@ from tests.faults.small_run import StandIn, go, open_or_create
 place, pause = Path(sys.argv[1]), float(sys.argv[2])
 execute = StandIn.execute
 
-def slowly(self, step, attempt, hooks):
+def slowly(self, step, attempt, callbacks):
     time.sleep(pause)
-    hooks.check_stop()
-    return execute(self, step, attempt, hooks)
+    callbacks.check_stop()
+    return execute(self, step, attempt, callbacks)
 
 StandIn.execute = slowly
 run = open_or_create(place)

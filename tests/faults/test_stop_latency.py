@@ -34,10 +34,10 @@ def strike():
     open("struck", "w").write(str(time.time()))
     os.kill(os.getpid(), signal.SIGTERM)
 
-def timed(self, step, attempt, hooks):
+def timed(self, step, attempt, callbacks):
     if step.kind == kind:
         threading.Timer(delay, strike).start()
-    return execute(self, step, attempt, hooks)
+    return execute(self, step, attempt, callbacks)
 
 StageWorker.execute = timed
 sys.argv[:3] = ["lampctl"]

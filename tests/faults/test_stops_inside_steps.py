@@ -18,7 +18,7 @@ import os, signal, sys
 from pipeline import engine
 
 kind, number, wanted, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 0
-checkpoint = engine._StepHooks.checkpoint
+checkpoint = engine._StepCallbacks.checkpoint
 
 def explode(self, make):
     global count
@@ -29,7 +29,7 @@ def explode(self, make):
     if count == wanted:
         os.kill(os.getpid(), number)
 
-engine._StepHooks.checkpoint = explode
+engine._StepCallbacks.checkpoint = explode
 sys.argv[:4] = ["lampctl"]
 from lampctl.app import main
 main()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.allocate import budget_by_outliers, outlier_shares
 from stages.capture import capture
-from stages.interfaces import ListScratch, ListStream, NullHooks
+from stages.in_memory import ListScratch, ListStream, NullCallbacks
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
@@ -28,10 +28,10 @@ def test_shares_are_those_of_the_whole_model(tmp_path, family):
     inputs, hidden = ListStream(3, (16,), torch.long), ListStream(3, (16, 32), torch.float32)
     for i in range(3):
         inputs.write(i, torch.randint(4, VOCAB, (16,), generator=torch.Generator().manual_seed(i)))
-    capture(model, inputs, hidden, None, CHOICES, NullHooks())
+    capture(model, inputs, hidden, None, CHOICES, NullCallbacks())
     left_out = model.layers(1)[0].name
     prunable = {layer.name for i in range(3) for layer in model.layers(i)} - {left_out}
-    shares = outlier_shares(model, inputs, hidden, prunable, ListScratch(), CHOICES, NullHooks())
+    shares = outlier_shares(model, inputs, hidden, prunable, ListScratch(), CHOICES, NullCallbacks())
 
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     seen: dict[str, list[torch.Tensor]] = {}

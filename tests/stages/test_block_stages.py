@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.errors import NumericalError
-from stages.interfaces import ListScratch, ListStream, NullHooks
+from stages.in_memory import ListScratch, ListStream, NullCallbacks
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
@@ -85,17 +85,24 @@ def lamp(model, inputs, method="lamp"):
     """All of Algorithm 1, in memory: streams by block, and the pruned states."""
     num_blocks, dtypes = model.num_blocks, [dict.fromkeys(model.stored_names(i), FP32) for i in range(model.num_blocks)]
     biased, dense = {0: stream()}, {1: stream()}
-    capture(model, inputs, biased[0], dense[1], CHOICES, NullHooks())
+    capture(model, inputs, biased[0], dense[1], CHOICES, NullCallbacks())
     states, budget = {}, budget_of(model, 0.6, 0.8)
     for i in range(num_blocks):
         state = None
         if i and method == "lamp":
             dense[i + 1] = stream()
-            args = (model, i, inputs, biased[i], dense[i], dense[i + 1], settings(), CHOICES, NullHooks())
+            args = (model, i, inputs, biased[i], dense[i], dense[i + 1], settings(), CHOICES, NullCallbacks())
             state = compensate_block(*args).state
         biased[i + 1] = stream()
         result = prune_block(
-            *(model, i, budget[i], PruneSettings("sparsegpt" if method == "lamp" else method), CHOICES, NullHooks()),
+            *(
+                model,
+                i,
+                budget[i],
+                PruneSettings("sparsegpt" if method == "lamp" else method),
+                CHOICES,
+                NullCallbacks(),
+            ),
             state=state,
             export_dtypes=dtypes[i],
             inputs=inputs,
@@ -126,7 +133,7 @@ def test_compensation_reports_the_mse_of_the_last_blocks_output(model, inputs):
     biased, dense, _ = lamp(model, inputs, "sparsegpt")
     target = stream()
     state, result = _compensated(
-        *(model, 1, inputs, biased[1], dense[1], target, settings(hold_aside=False), CHOICES, NullHooks())
+        *(model, 1, inputs, biased[1], dense[1], target, settings(hold_aside=False), CHOICES, NullCallbacks())
     )
     with torch.no_grad():
         ends, block = model.load_ends(torch.device("cpu")), model.load_block(1, torch.device("cpu"))
@@ -147,7 +154,7 @@ def test_compensation_reports_the_mse_of_the_last_blocks_output(model, inputs):
 def test_an_update_that_makes_it_worse_is_never_kept(model, inputs):
     biased, dense, _ = lamp(model, inputs, "sparsegpt")
     args = (model, 1, inputs, biased[1], dense[1], stream())
-    state, result = _compensated(*args, settings(lr=3.0), CHOICES, NullHooks())
+    state, result = _compensated(*args, settings(lr=3.0), CHOICES, NullCallbacks())
     assert result.kept_epoch == 0
     assert result.after == result.before
     # Each epoch begins at the original weights again, at a lower rate: what it learns is less and less harmful.
@@ -161,7 +168,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_change(model, i
     biased, dense, _ = lamp(model, inputs, "sparsegpt")
     args = (model, 1, inputs, biased[1], dense[1], stream())
     with pytest.raises(NumericalError, match=r"block 1: the loss became .* use a smaller --lr"):
-        compensate_block(*args, settings(lr=1e30, hold_aside=False), CHOICES, NullHooks())
+        compensate_block(*args, settings(lr=1e30, hold_aside=False), CHOICES, NullCallbacks())
 
 
 def test_weights_that_diverged_in_the_last_step_are_refused(model, inputs):
@@ -169,7 +176,7 @@ def test_weights_that_diverged_in_the_last_step_are_refused(model, inputs):
     with pytest.raises(NumericalError, match="block 1: "):
         refine_block(
             *(model, 1, inputs, biased, target, pruned.state, pruned.outcome),
-            *(settings(lr=1e38, epochs=1, hold_aside=False), CHOICES, NullHooks()),
+            *(settings(lr=1e38, epochs=1, hold_aside=False), CHOICES, NullCallbacks()),
             export_dtypes=dict.fromkeys(model.stored_names(1), FP32),
             biased_out=None,
         )
@@ -177,9 +184,9 @@ def test_weights_that_diverged_in_the_last_step_are_refused(model, inputs):
 
 def test_wanda_masks_come_from_the_inputs_that_each_layer_really_gets(folder, model, inputs):
     biased = stream()
-    capture(model, inputs, biased, None, CHOICES, NullHooks())
+    capture(model, inputs, biased, None, CHOICES, NullCallbacks())
     result = prune_block(
-        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("wanda"), CHOICES, NullHooks()),
+        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("wanda"), CHOICES, NullCallbacks()),
         export_dtypes=dict.fromkeys(model.stored_names(0), FP32),
         inputs=inputs,
         biased=biased,
@@ -205,9 +212,9 @@ def test_wanda_masks_come_from_the_inputs_that_each_layer_really_gets(folder, mo
 
 def test_biased_output_is_computed_with_the_weights_as_exported(model, inputs):
     biased, out = stream(), stream()
-    capture(model, inputs, biased, None, CHOICES, NullHooks())
+    capture(model, inputs, biased, None, CHOICES, NullCallbacks())
     result = prune_block(
-        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("sparsegpt"), CHOICES, NullHooks()),
+        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("sparsegpt"), CHOICES, NullCallbacks()),
         export_dtypes=dict.fromkeys(model.stored_names(0), torch.bfloat16),
         inputs=inputs,
         biased=biased,
@@ -222,10 +229,10 @@ def test_biased_output_is_computed_with_the_weights_as_exported(model, inputs):
 
 def test_relative_error_is_that_of_the_layers_output(model, inputs):
     biased = stream()
-    capture(model, inputs, biased, None, CHOICES, NullHooks())
+    capture(model, inputs, biased, None, CHOICES, NullCallbacks())
     before = model.load_block(0, torch.device("cpu"))
     result = prune_block(
-        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("sparsegpt"), CHOICES, NullHooks()),
+        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("sparsegpt"), CHOICES, NullCallbacks()),
         export_dtypes=dict.fromkeys(model.stored_names(0), FP32),
         inputs=inputs,
         biased=biased,
@@ -255,11 +262,11 @@ def test_one_sample_only_is_trained_on_and_said(model, inputs):
     one = ListStream(1, (T,), torch.long)
     one.write(0, inputs[0])
     biased, dense, target = (ListStream(1, (T, H), FP32) for _ in range(3))
-    capture(model, one, biased, dense, CHOICES, NullHooks())
+    capture(model, one, biased, dense, CHOICES, NullCallbacks())
     biased.write(0, dense[0] + 0.3 * torch.randn(T, H, generator=torch.Generator().manual_seed(7)))
-    hooks = NullHooks()
-    _, result = _compensated(model, 1, one, biased, dense, target, settings(), CHOICES, hooks)
-    assert "only one calibration sample" in hooks.warnings[0]
+    callbacks = NullCallbacks()
+    _, result = _compensated(model, 1, one, biased, dense, target, settings(), CHOICES, callbacks)
+    assert "only one calibration sample" in callbacks.warnings[0]
     assert result.after.trained < result.before.trained
 
 
@@ -267,10 +274,10 @@ def pruned_for_refining(model, inputs, **changes):
     """Block 1 pruned on the biased stream of a SparseGPT run, and what refining it needs."""
     biased, dense, _ = lamp(model, inputs, "sparsegpt")
     target = stream()
-    compensate_block(model, 1, inputs, biased[1], dense[1], target, settings(epochs=0), CHOICES, NullHooks())
+    compensate_block(model, 1, inputs, biased[1], dense[1], target, settings(epochs=0), CHOICES, NullCallbacks())
     budget = budget_of(model, 0.5 if "pattern" in changes else 0.6)[1]
     result = prune_block(
-        *(model, 1, budget, PruneSettings("sparsegpt", **changes), CHOICES, NullHooks()),
+        *(model, 1, budget, PruneSettings("sparsegpt", **changes), CHOICES, NullCallbacks()),
         export_dtypes=None,
         inputs=inputs,
         biased=biased[1],
@@ -298,7 +305,7 @@ def test_refining_lowers_the_loss_and_keeps_mask_pattern_and_grid(model, inputs,
     out = stream()
     result = refine_block(
         *(model, 1, inputs, biased, target, pruned.state, pruned.outcome),
-        *(settings(lr=3e-3, epochs=8, hold_aside=False), CHOICES, NullHooks()),
+        *(settings(lr=3e-3, epochs=8, hold_aside=False), CHOICES, NullCallbacks()),
         export_dtypes=dict.fromkeys(model.stored_names(1), dtype),
         biased_out=out,
     )
@@ -325,7 +332,7 @@ def test_refining_lowers_the_loss_and_keeps_mask_pattern_and_grid(model, inputs,
 def test_a_refinement_that_makes_it_worse_is_never_kept(model, inputs):
     biased, target, pruned = pruned_for_refining(model, inputs)
     result = refine_block(
-        *(model, 1, inputs, biased, target, pruned.state, pruned.outcome, settings(lr=3.0), CHOICES, NullHooks()),
+        *(model, 1, inputs, biased, target, pruned.state, pruned.outcome, settings(lr=3.0), CHOICES, NullCallbacks()),
         export_dtypes=dict.fromkeys(model.stored_names(1), FP32),
         biased_out=None,
     )
@@ -336,7 +343,9 @@ def test_a_refinement_that_makes_it_worse_is_never_kept(model, inputs):
 def test_compensation_with_no_epochs_only_writes_the_targets(model, inputs):
     biased, dense, _ = lamp(model, inputs, "sparsegpt")
     target = stream()
-    result = compensate_block(model, 1, inputs, biased[1], dense[1], target, settings(epochs=0), CHOICES, NullHooks())
+    result = compensate_block(
+        model, 1, inputs, biased[1], dense[1], target, settings(epochs=0), CHOICES, NullCallbacks()
+    )
     original = model.load_block(1, torch.device("cpu")).state_dict()
     assert all(torch.equal(tensor, original[name]) for name, tensor in result.state.items())
     assert result.training.num_steps == 0
@@ -358,17 +367,17 @@ def test_the_rate_falls_by_epoch(model, inputs, monkeypatch):
     step = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda o, *a: rates.append(o.param_groups[0]["lr"]) or step(o, *a))
     chosen = settings(epochs=3, lr_decay=0.5, hold_aside=False)
-    compensate_block(model, 1, inputs, biased[1], dense[1], stream(), chosen, CHOICES, NullHooks())
+    compensate_block(model, 1, inputs, biased[1], dense[1], stream(), chosen, CHOICES, NullCallbacks())
     assert rates == [1e-3] * N + [5e-4] * N + [2.5e-4] * N
 
 
 def test_best_weights_on_the_disk_change_nothing(model, inputs):
     biased, dense = stream(), stream()
-    capture(model, inputs, biased, dense, CHOICES, NullHooks())
+    capture(model, inputs, biased, dense, CHOICES, NullCallbacks())
     found = []
     for spill in (None, ListScratch()):
         result = compensate_block(
-            *(model, 1, inputs, biased, dense, stream(), settings(epochs=3, lr=3e-2), CHOICES, NullHooks()), spill
+            *(model, 1, inputs, biased, dense, stream(), settings(epochs=3, lr=3e-2), CHOICES, NullCallbacks()), spill
         )
         found.append(result)
     assert found[0].training == found[1].training

@@ -5,7 +5,7 @@ import torch
 
 from stages.capture import capture
 from stages.compensate_block import compensate_block
-from stages.interfaces import ListStream, NullHooks
+from stages.in_memory import ListStream, NullCallbacks
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
@@ -48,7 +48,7 @@ def pruned_states(model, method, goal, bits, dtype):
     inputs, biased, dense = ListStream(N, (T,), torch.long), stream(), stream()
     for i in range(N):
         inputs.write(i, torch.randint(4, VOCAB, (T,), generator=torch.Generator().manual_seed(i)))
-    capture(model, inputs, biased, dense, CHOICES, NullHooks())
+    capture(model, inputs, biased, dense, CHOICES, NullCallbacks())
     pattern = goal if isinstance(goal, Pattern) else None
     trains, refines = method.startswith("lamp"), method.endswith("refined")
     settings = PruneSettings(
@@ -60,9 +60,9 @@ def pruned_states(model, method, goal, bits, dtype):
         state, target, out = None, dense, stream()
         if trains and i:
             target = stream()
-            state = compensate_block(model, i, inputs, biased, dense, target, training, CHOICES, NullHooks()).state
+            state = compensate_block(model, i, inputs, biased, dense, target, training, CHOICES, NullCallbacks()).state
         result = prune_block(
-            *(model, i, budget, settings, CHOICES, NullHooks()),
+            *(model, i, budget, settings, CHOICES, NullCallbacks()),
             state=state,
             export_dtypes=None if refines else dtypes,
             inputs=inputs,
@@ -72,7 +72,7 @@ def pruned_states(model, method, goal, bits, dtype):
         finished = result.finished
         if refines:
             finished = refine_block(
-                *(model, i, inputs, biased, target, result.state, result.outcome, training, CHOICES, NullHooks()),
+                *(model, i, inputs, biased, target, result.state, result.outcome, training, CHOICES, NullCallbacks()),
                 export_dtypes=dtypes,
                 biased_out=out,
             ).finished

@@ -9,7 +9,8 @@ from pipeline.rundir.step_checkpoints import _decode, _encode
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.evaluate import evaluate_perplexity
-from stages.interfaces import Checkpoint, ListScratch, ListStream, NullHooks
+from stages.in_memory import ListScratch, ListStream, NullCallbacks
+from stages.interfaces import Checkpoint
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
@@ -30,7 +31,7 @@ class Stopped(Exception):  # noqa: N818
     pass
 
 
-class StoppingHooks(NullHooks):
+class StoppingCallbacks(NullCallbacks):
     """Goes on from `kept`; stops at boundary number `at` and keeps what the stage says there, as a record would."""
 
     def __init__(self, at: int | None = None, kept: Checkpoint | None = None) -> None:
@@ -78,7 +79,7 @@ def inputs():
 def streams(model, inputs):
     """What block 1 gets: the biased stream is off by some noise."""
     biased, dense = ListStream(N, (T, H), torch.float32), ListStream(N, (T, H), torch.float32)
-    capture(model, inputs, ListStream(N, (T, H), torch.float32), dense, FP32, NullHooks())
+    capture(model, inputs, ListStream(N, (T, H), torch.float32), dense, FP32, NullCallbacks())
     for i in range(N):
         biased.write(i, dense[i] + 0.1 * torch.randn(T, H, generator=torch.Generator().manual_seed(i)))
     return biased, dense
@@ -94,15 +95,15 @@ def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def every_stop(run, hooks_of=StoppingHooks, step=1):
-    """`run(hooks)` undisturbed, and stopped at every `step`-th boundary and gone on with: [(boundary, result)]."""
-    quiet = hooks_of()
+def every_stop(run, callbacks_of=StoppingCallbacks, step=1):
+    """`run(callbacks)` undisturbed, and stopped at every `step`-th boundary and gone on with: [(boundary, result)]."""
+    quiet = callbacks_of()
     expected = run(quiet)
     for at in range(0, quiet.num_boundaries, step):
-        hooks = hooks_of(at)
+        callbacks = callbacks_of(at)
         with pytest.raises(Stopped):
-            run(hooks)
-        again = hooks_of(None, hooks.kept)
+            run(callbacks)
+        again = callbacks_of(None, callbacks.kept)
         yield at, expected, run(again), again, quiet
 
 
@@ -118,20 +119,20 @@ TRAININGS = {
 def test_compensation_goes_on_to_the_same_bits(model, inputs, streams, name):
     settings, choices = TRAININGS[name]
 
-    def run(hooks):
+    def run(callbacks):
         out = ListStream(N, (T, H), torch.float32)
-        result = compensate_block(model, 1, inputs, *streams, out, settings, choices, hooks)
+        result = compensate_block(model, 1, inputs, *streams, out, settings, choices, callbacks)
         return result.state, result.training, torch.stack([out[i] for i in range(N)])
 
     num_restored = 0
-    for _at, expected, found, hooks, quiet in every_stop(run):
+    for _at, expected, found, callbacks, quiet in every_stop(run):
         assert same(found[0], expected[0])
         assert found[1] == expected[1]
         assert torch.equal(found[2], expected[2])
-        num_restored += hooks.kept is not None
+        num_restored += callbacks.kept is not None
         # The epochs that are behind are not trained again: only the pass that writes the targets is.
-        if hooks.kept is not None and hooks.kept.figures["course"]["is_over"]:
-            assert hooks.num_boundaries < quiet.num_boundaries - settings.epochs * (N - 1)
+        if callbacks.kept is not None and callbacks.kept.figures["course"]["is_over"]:
+            assert callbacks.num_boundaries < quiet.num_boundaries - settings.epochs * (N - 1)
     assert num_restored >= settings.epochs * (N - 1)
     if name == "backtracking":
         assert expected[1].kept_epoch < settings.epochs
@@ -142,19 +143,21 @@ def test_refinement_goes_on_to_the_same_bits_also_while_it_runs_the_stream_on(mo
     biased, dense = streams
     target = ListStream(N, (T, H), torch.float32)
     settings = TrainingSettings(2, 1e-3, 0.9, True, 0, "token")
-    compensate_block(model, 1, inputs, biased, dense, target, TrainingSettings(0, 1e-3, 1, False, 0), FP32, NullHooks())
+    compensate_block(
+        model, 1, inputs, biased, dense, target, TrainingSettings(0, 1e-3, 1, False, 0), FP32, NullCallbacks()
+    )
     budget = budget_of(model, 0.5)[1]
     pruned = prune_block(
-        *(model, 1, budget, PruneSettings("sparsegpt", bits=bits), FP32, NullHooks()),
+        *(model, 1, budget, PruneSettings("sparsegpt", bits=bits), FP32, NullCallbacks()),
         export_dtypes=None,
         inputs=inputs,
         biased=biased,
     )
     dtypes = dict.fromkeys(model.stored_names(1), torch.bfloat16)
 
-    def run(hooks):
+    def run(callbacks):
         out = ListStream(N, (T, H), torch.float32)
-        args = (model, 1, inputs, biased, target, pruned.state, pruned.outcome, settings, FP32, hooks)
+        args = (model, 1, inputs, biased, target, pruned.state, pruned.outcome, settings, FP32, callbacks)
         result = refine_block(*args, export_dtypes=dtypes, biased_out=out)
         return result.finished.state, result.training, torch.stack([out[i] for i in range(N)])
 
@@ -171,10 +174,10 @@ def test_pruning_goes_on_with_its_sums(model, inputs, streams, pruner):
     pattern = Pattern(2, 4) if pruner == "sparsegpt" else None
     settings = PruneSettings(pruner, pattern=pattern)
 
-    def run(hooks):
+    def run(callbacks):
         out = ListStream(N, (T, H), torch.float32)
         result = prune_block(
-            *(model, 1, budget_of(model, 0.5)[1], settings, FP32, hooks),
+            *(model, 1, budget_of(model, 0.5)[1], settings, FP32, callbacks),
             export_dtypes=dtypes,
             inputs=None if pruner == "magnitude" else inputs,
             biased=None if pruner == "magnitude" else biased,
@@ -183,44 +186,44 @@ def test_pruning_goes_on_with_its_sums(model, inputs, streams, pruner):
         masks = {name: layer.mask for name, layer in result.outcome.layers.items()}
         return result.finished.state, masks, result.finished.layers
 
-    for at, expected, found, hooks, _quiet in every_stop(run):
+    for at, expected, found, callbacks, _quiet in every_stop(run):
         assert same(found[0], expected[0])
         assert same(found[1], expected[1])
         assert found[2] == expected[2]
         if pruner != "magnitude":
-            assert hooks.kept.figures["num_samples"] == min(at, N)
+            assert callbacks.kept.figures["num_samples"] == min(at, N)
 
 
 def test_evaluation_goes_on_after_the_last_group_of_windows(model, monkeypatch):
     monkeypatch.setattr("stages.evaluate._TOKENS_AT_ONCE", 2 * T)
     windows = torch.randint(4, VOCAB, (5, T), generator=torch.Generator().manual_seed(0))
 
-    def run(hooks):
-        return evaluate_perplexity(model, windows, ListScratch(), FP32, hooks)
+    def run(callbacks):
+        return evaluate_perplexity(model, windows, ListScratch(), FP32, callbacks)
 
     passes = 2 * (model.num_blocks + 2)
-    for at, expected, found, hooks, quiet in every_stop(run):
+    for at, expected, found, callbacks, quiet in every_stop(run):
         assert found == expected
-        assert len(hooks.kept.figures["losses"]) == 2 * (at // passes)
-        assert hooks.num_boundaries == quiet.num_boundaries - passes * (at // passes)
+        assert len(callbacks.kept.figures["losses"]) == 2 * (at // passes)
+        assert callbacks.num_boundaries == quiet.num_boundaries - passes * (at // passes)
 
 
 def test_groups_of_windows_do_not_change_the_perplexity(model, monkeypatch):
     windows = torch.randint(4, VOCAB, (5, T), generator=torch.Generator().manual_seed(0))
-    at_once = evaluate_perplexity(model, windows, ListScratch(), FP32, NullHooks())
+    at_once = evaluate_perplexity(model, windows, ListScratch(), FP32, NullCallbacks())
     monkeypatch.setattr("stages.evaluate._TOKENS_AT_ONCE", 1)
-    assert evaluate_perplexity(model, windows, ListScratch(), FP32, NullHooks()) == at_once
+    assert evaluate_perplexity(model, windows, ListScratch(), FP32, NullCallbacks()) == at_once
 
 
 def test_the_losses_of_another_text_are_not_gone_on_with(model, monkeypatch):
     monkeypatch.setattr("stages.evaluate._TOKENS_AT_ONCE", 2 * T)
     one, other = (torch.randint(4, VOCAB, (4, T), generator=torch.Generator().manual_seed(i)) for i in range(2))
-    hooks = StoppingHooks(at=2 * (model.num_blocks + 2))
+    callbacks = StoppingCallbacks(at=2 * (model.num_blocks + 2))
     with pytest.raises(Stopped):
-        evaluate_perplexity(model, one, ListScratch(), FP32, hooks)
-    assert len(hooks.kept.figures["losses"]) == 2
-    again = evaluate_perplexity(model, other, ListScratch(), FP32, StoppingHooks(None, hooks.kept))
-    assert again == evaluate_perplexity(model, other, ListScratch(), FP32, NullHooks())
+        evaluate_perplexity(model, one, ListScratch(), FP32, callbacks)
+    assert len(callbacks.kept.figures["losses"]) == 2
+    again = evaluate_perplexity(model, other, ListScratch(), FP32, StoppingCallbacks(None, callbacks.kept))
+    assert again == evaluate_perplexity(model, other, ListScratch(), FP32, NullCallbacks())
 
 
 def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lower_rate(model, inputs, streams):
@@ -228,7 +231,7 @@ def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lo
     biased, dense = streams
     settings, choices = TRAININGS["backtracking"]
     out = ListStream(N, (T, H), torch.float32)
-    result = compensate_block(model, 1, inputs, biased, dense, out, settings, choices, NullHooks())
+    result = compensate_block(model, 1, inputs, biased, dense, out, settings, choices, NullCallbacks())
 
     block = model.load_block(1, torch.device("cpu"))
     calls = [model.load_ends(torch.device("cpu")).enter(inputs[i][None]).calls[1] for i in range(N)]

@@ -20,7 +20,7 @@ from stages.models.derived_files import derived_files
 from stages.quantization.grid import Grid
 
 
-def unpack(packed: Path, target_folder: Path, hooks: Watcher, create: Callable[[Path], Sink] = open_new) -> None:
+def unpack(packed: Path, target_folder: Path, callbacks: Watcher, create: Callable[[Path], Sink] = open_new) -> None:
     """Make the folder that was packed, in `target_folder`, which is missing or empty. One layer is in memory at a time.
 
     Nothing here makes the files durable, and a failure leaves those that were made: that is for who gives the folder.
@@ -34,7 +34,7 @@ def unpack(packed: Path, target_folder: Path, hooks: Watcher, create: Callable[[
         unpacking = _Unpacking(file, contents)
         # What follows from the other files comes last.
         for number, about in enumerate(sorted(contents.files, key=lambda file: file.is_derived), 1):
-            hooks.check_stop()
+            callbacks.check_stop()
             path = target_folder / _relative(file.path, about)
             path.parent.mkdir(parents=True, exist_ok=True)
             sha256 = hashlib.sha256()
@@ -51,7 +51,7 @@ def unpack(packed: Path, target_folder: Path, hooks: Watcher, create: Callable[[
                         take(piece)
             if sha256.hexdigest() != about.sha256:
                 raise DamagedFileError(f"{packed} is damaged: {about.path} in it is not what was packed. {AGAIN}")
-            hooks.report(number, len(contents.files), "files")
+            callbacks.report(number, len(contents.files), "files")
 
 
 def _derive(packed: Path, about: PackedFile, folder: Path) -> Callable[[Callable[[bytes], object]], None]:

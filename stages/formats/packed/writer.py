@@ -27,14 +27,16 @@ from stages.interfaces import Watcher
 from stages.models.derived_files import derived_digest, derived_files
 
 
-def pack(model_folder: Path, target: Path, hooks: Watcher, create: Callable[[Path], Sink] = open_new) -> PackedSizes:
+def pack(
+    model_folder: Path, target: Path, callbacks: Watcher, create: Callable[[Path], Sink] = open_new
+) -> PackedSizes:
     """Write `target`, a new file that `stages.formats.packed.reader.unpack` makes the folder of again; its sizes.
 
     Hidden files (".git") are left out. One layer is in memory at a time. Nothing here makes the file durable, and a
     failure leaves a part of it: that is for who gives `target`.
     Raises UsageError for a folder that is no pruned model; ResourceError for one with a damaged weight file.
     """
-    packing = _Packing(model_folder, hooks)
+    packing = _Packing(model_folder, callbacks)
     tensors: list[tuple[str, tuple[int, ...]]] = [(f"{name}:", ()) for name in (*packing.files, CONTENTS)]
     for name in packing.files:
         if name.endswith(".safetensors"):
@@ -43,9 +45,9 @@ def pack(model_folder: Path, target: Path, hooks: Watcher, create: Callable[[Pat
     with create(target) as sink:
         writer = TensorWriter(sink, tensors, {"format": FORMAT, "version": str(VERSION)})
         for number, name in enumerate(packing.files, 1):
-            hooks.check_stop()
+            callbacks.check_stop()
             packing.add(name, writer)
-            hooks.report(number, len(packing.files), "files")
+            callbacks.report(number, len(packing.files), "files")
         contents = packing.contents().model_dump_json().encode()
         writer.add(CONTENTS, "U8", [len(contents)], [contents])
         writer.finish()
@@ -72,8 +74,8 @@ def is_packed_from(contents: Contents, folder: Path) -> bool:
 class _Packing:
     """What is known of a folder while it is packed."""
 
-    def __init__(self, folder: Path, hooks: Watcher) -> None:
-        self._folder, self._hooks = folder, hooks
+    def __init__(self, folder: Path, callbacks: Watcher) -> None:
+        self._folder, self._hooks = folder, callbacks
         self.files = folder_files(folder)
         self._masks_of = _masks_of(folder, [name for name in self.files if is_mask_file(name)])
         self._derived = derived_files(folder)

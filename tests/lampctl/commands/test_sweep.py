@@ -80,7 +80,7 @@ import os, signal, sys
 from pipeline import engine
 
 count = 0
-report = engine._StepHooks.report
+report = engine._StepCallbacks.report
 
 def explode(self, done, total, unit, **figures):
     global count
@@ -89,7 +89,7 @@ def explode(self, done, total, unit, **figures):
     if count == 9:
         os.kill(os.getpid(), signal.SIGKILL)
 
-engine._StepHooks.report = explode
+engine._StepCallbacks.report = explode
 sys.argv[:1] = ["lampctl"]
 from lampctl.app import main
 main()

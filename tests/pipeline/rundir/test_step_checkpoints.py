@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.engine.plan import Step
-from pipeline.engine.runner import StopRequest, _StepHooks
+from pipeline.engine.runner import StopRequest, _StepCallbacks
 from pipeline.errors import OutOfDisk, Preempted, Superseded
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_checkpoints import StepProgress
@@ -146,8 +146,8 @@ class Listener:
         raise AssertionError(message)
 
 
-def hooks(run, stop, every_s):
-    return _StepHooks(Step("compensate-block", 1), Listener(), stop, StepProgress(run, STEP), every_s)
+def callbacks(run, stop, every_s):
+    return _StepCallbacks(Step("compensate-block", 1), Listener(), stop, StepProgress(run, STEP), every_s)
 
 
 def never(error):
@@ -156,11 +156,11 @@ def never(error):
 
 def test_a_checkpoint_is_kept_when_it_is_time_and_when_the_stage_is_stopped(run):
     stop = StopRequest(never, grace_s=3600)
-    seldom = hooks(run, stop, 3600.0)
+    seldom = callbacks(run, stop, 3600.0)
     seldom.checkpoint(lambda: checkpoint(0))
-    hooks(run, stop, 0.0).checkpoint(lambda: checkpoint(0))
+    callbacks(run, stop, 0.0).checkpoint(lambda: checkpoint(0))
     assert records(run) == []
-    often = hooks(run, stop, 1e-9)
+    often = callbacks(run, stop, 1e-9)
     often.checkpoint(lambda: checkpoint(1))
     assert len(records(run)) == 1
     stop.request(Preempted("the machine goes away"))

@@ -10,7 +10,7 @@ from PIL import Image
 from segment_anything import SamPredictor
 
 from stages.errors import UsageError
-from stages.interfaces import ListScratch, NullHooks
+from stages.in_memory import ListScratch, NullCallbacks
 from stages.machine.device import DeviceChoices
 from stages.metrics import single_point_iou as evaluate_masks_module
 from stages.metrics.iou import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
@@ -93,7 +93,7 @@ def by_predictor(folder, seed: int, point_of) -> list[float]:
 def test_it_is_what_metas_predictor_gives(tmp_path, choices):
     folder = coco(tmp_path / "c", 5, 37, 64)
     model, source = open_model(resolve(str(save(tmp_path / "sam", 2)))), parse_source(f"coco:{folder}")
-    figures = evaluate_masks(model, source, "auto", None, ListScratch(), choices, NullHooks())
+    figures = evaluate_masks(model, source, "auto", None, ListScratch(), choices, NullCallbacks())
     expected = by_predictor(folder, 2, interior_point)
     assert figures["iou"] == pytest.approx(np.mean(expected), abs=1e-6)
     assert 0 < figures["iou"] < 1
@@ -106,13 +106,13 @@ def test_the_annotations_own_point_is_taken(tmp_path):
     model = open_model(resolve(str(save(tmp_path / "sam"))))
     source = parse_source(f"sa1b:{sa1b(tmp_path / 's', 3)}")
     kinds = ("auto", "annotation", "interior", "random", "box-center")
-    results = {kind: evaluate_masks(model, source, kind, None, ListScratch(), ONE, NullHooks()) for kind in kinds}
+    results = {kind: evaluate_masks(model, source, kind, None, ListScratch(), ONE, NullCallbacks()) for kind in kinds}
     assert results["auto"]["iou"] == results["annotation"]["iou"]
-    again = evaluate_masks(model, source, "random", None, ListScratch(), ONE, NullHooks())
+    again = evaluate_masks(model, source, "random", None, ListScratch(), ONE, NullCallbacks())
     assert again == results["random"]
     plain = parse_source(f"coco:{coco(tmp_path / 'c', 2)}")
     with pytest.raises(UsageError, match="name no points"):
-        evaluate_masks(model, plain, "annotation", None, ListScratch(), ONE, NullHooks())
+        evaluate_masks(model, plain, "annotation", None, ListScratch(), ONE, NullCallbacks())
 
 
 def test_what_cannot_be_used_is_counted(tmp_path):
@@ -125,7 +125,7 @@ def test_what_cannot_be_used_is_counted(tmp_path):
     (folder / "instances.json").write_text(json.dumps(content))
     (folder / "images" / "004.png").unlink()
     model = open_model(resolve(str(save(tmp_path / "sam"))))
-    figures = evaluate_masks(model, parse_source(f"coco:{folder}"), "auto", None, ListScratch(), ONE, NullHooks())
+    figures = evaluate_masks(model, parse_source(f"coco:{folder}"), "auto", None, ListScratch(), ONE, NullCallbacks())
     assert figures["num_masks"] == figures["num_images"] == 1
     assert figures["skipped"] == {
         "broken": 1,
@@ -135,7 +135,7 @@ def test_what_cannot_be_used_is_counted(tmp_path):
         "annotated, but missing": 1,
     }
     few = evaluate_masks(
-        model, parse_source(f"coco:{coco(tmp_path / 'd', 4)}"), "auto", 2, ListScratch(), ONE, NullHooks()
+        model, parse_source(f"coco:{coco(tmp_path / 'd', 4)}"), "auto", 2, ListScratch(), ONE, NullCallbacks()
     )
     assert few["is_partial"]
     assert few["num_images"] == 2
@@ -148,14 +148,14 @@ def test_no_mask_at_all_is_an_error(tmp_path):
     )
     model = open_model(resolve(str(save(tmp_path / "sam"))))
     with pytest.raises(UsageError, match="none of 2 images"):
-        evaluate_masks(model, parse_source(f"coco:{folder}"), "auto", None, ListScratch(), ONE, NullHooks())
+        evaluate_masks(model, parse_source(f"coco:{folder}"), "auto", None, ListScratch(), ONE, NullCallbacks())
 
 
 class _StoppedError(Exception):
     """As a signal stops a step."""
 
 
-class _Stopping(NullHooks):
+class _Stopping(NullCallbacks):
     """Keeps a checkpoint at every boundary, and stops at the n-th."""
 
     def __init__(self, kept, after: int) -> None:
@@ -180,16 +180,16 @@ def test_stopped_anywhere_it_ends_with_the_same_figures_and_counts(tmp_path, mon
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 2]
     (folder / "instances.json").write_text(json.dumps(content))
     model, source = open_model(resolve(str(save(tmp_path / "sam")))), parse_source(f"coco:{folder}")
-    quiet = evaluate_masks(model, source, "auto", None, ListScratch(), ONE, NullHooks())
+    quiet = evaluate_masks(model, source, "auto", None, ListScratch(), ONE, NullCallbacks())
     assert quiet["skipped"] == {"masks that cannot be read": 1, "without masks": 1}
     kept, stops, after = None, 0, 1
     while True:
-        hooks = _Stopping(kept, after)
+        callbacks = _Stopping(kept, after)
         try:
-            found = evaluate_masks(model, source, "auto", None, ListScratch(), ONE, hooks)
+            found = evaluate_masks(model, source, "auto", None, ListScratch(), ONE, callbacks)
             break
         except _StoppedError:
-            kept, stops, after = hooks.kept, stops + 1, after + 3
+            kept, stops, after = callbacks.kept, stops + 1, after + 3
     assert stops > 3
     assert found == quiet
 
@@ -201,6 +201,6 @@ def test_a_point_that_lies_nowhere_is_counted_not_measured(tmp_path, point):
     content["annotations"][0]["point_coords"] = [point]
     (folder / "sa_1.json").write_text(json.dumps(content))
     model = open_model(resolve(str(save(tmp_path / "sam"))))
-    figures = evaluate_masks(model, parse_source(f"sa1b:{folder}"), "auto", None, ListScratch(), ONE, NullHooks())
+    figures = evaluate_masks(model, parse_source(f"sa1b:{folder}"), "auto", None, ListScratch(), ONE, NullCallbacks())
     assert figures["num_masks"] == 2
     assert figures["skipped"] == {"masks whose point lies outside of the image": 1}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UsageError
-from stages.interfaces import NullHooks
+from stages.in_memory import NullCallbacks
 from stages.metrics.harness_tasks import LAYOUT, TaskData, render
 from stages.metrics.zero_shot import TASKS, TaskResult, ZeroShot, check_tasks, mean_of
 from stages.models.resolve import resolve
@@ -84,12 +84,12 @@ def test_a_label_that_is_none_is_an_error():
 
 def test_a_small_model_is_measured(tmp_path, task_data):
     model = ZeroShot(resolve(str(save(tmp_path / "m", "llama"))), "cpu")
-    found = model.measure("arc_easy", task_data, 2, NullHooks())
+    found = model.measure("arc_easy", task_data, 2, NullCallbacks())
     assert isinstance(found, TaskResult)
     assert (found.num_rows, found.num_rows_available, found.is_partial) == (2, 3, True)
     assert set(found.metrics) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
     assert found.metrics["acc"] in (0.0, 0.5, 1.0)
-    whole = model.measure("boolq", task_data, None, NullHooks())
+    whole = model.measure("boolq", task_data, None, NullCallbacks())
     assert not whole.is_partial
     assert "acc_norm" not in whole.metrics
 

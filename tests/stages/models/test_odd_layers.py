@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from stages.capture import capture
 from stages.errors import NumericalError
-from stages.interfaces import ListStream, NullHooks
+from stages.in_memory import ListStream, NullCallbacks
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
@@ -78,20 +78,20 @@ def prune_first(model, pruner, *, spoil=None, ignore=(), damping=0.01, **changes
     inputs, biased = ListStream(2, (8,), torch.long), ListStream(2, (8, 32), FP32)
     for i in range(2):
         inputs.write(i, torch.randint(4, VOCAB, (8,), generator=torch.Generator().manual_seed(i)))
-    capture(model, inputs, biased, None, CHOICES, NullHooks())
+    capture(model, inputs, biased, None, CHOICES, NullCallbacks())
     if spoil:
         spoil(biased)
     layers = [x for x in model.layers(0) if x.path.rpartition(".")[2] not in ignore]
     budget = BlockBudget(tuple(LayerBudget(x.name, x.role, x.rows * x.cols, x.rows * x.cols // 2) for x in layers))
-    hooks = NullHooks()
+    callbacks = NullCallbacks()
     result = prune_block(
-        *(model, 0, budget, PruneSettings(pruner, damping=damping, **changes), CHOICES, hooks),
+        *(model, 0, budget, PruneSettings(pruner, damping=damping, **changes), CHOICES, callbacks),
         export_dtypes=dict.fromkeys(model.stored_names(0), FP32),
         inputs=inputs,
         biased=biased,
         biased_out=ListStream(2, (8, 32), FP32),
     )
-    return result, hooks
+    return result, callbacks
 
 
 @pytest.mark.parametrize("pruner", ["sparsegpt", "alps"])

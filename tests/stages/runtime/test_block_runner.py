@@ -7,7 +7,7 @@ import torch
 
 from stages.capture import capture
 from stages.evaluate import evaluate_perplexity
-from stages.interfaces import ListScratch, ListStream, NullHooks
+from stages.in_memory import ListScratch, ListStream, NullCallbacks
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
@@ -61,7 +61,7 @@ def test_capture_and_propagation_do_not_depend_on_how_many_samples_share_a_pass(
     found = []
     for choices in (ONE, together(samples)):
         biased, dense, out = stream(), stream(), stream()
-        capture(model, inputs, biased, dense, choices, NullHooks())
+        capture(model, inputs, biased, dense, choices, NullCallbacks())
         block_pass = BlockPass(model, model.load_block(1, choices.torch_device), 1, inputs, choices)
         block_pass.propagate(dense, out, lambda: None, lambda count: None)
         found.append([rows(x) for x in (biased, dense, out)])
@@ -72,7 +72,7 @@ def test_capture_and_propagation_do_not_depend_on_how_many_samples_share_a_pass(
 def test_a_stream_may_be_replaced_by_what_the_block_makes_of_it(models):
     model, inputs = models["llama-gqa"], calibration()
     source, out = stream(), stream()
-    capture(model, inputs, source, None, ONE, NullHooks())
+    capture(model, inputs, source, None, ONE, NullCallbacks())
     block_pass = BlockPass(model, model.load_block(0, ONE.torch_device), 0, inputs, together(2))
     told = []
     block_pass.propagate(source, out, lambda: None, told.append)
@@ -88,9 +88,9 @@ def test_pruning_and_losses_do_not_depend_on_it_either(models):
     results, losses = [], []
     for choices in (ONE, together(2), together(5)):
         biased, dense, out = stream(), stream(), stream()
-        capture(model, inputs, biased, dense, ONE, NullHooks())
+        capture(model, inputs, biased, dense, ONE, NullCallbacks())
         result = prune_block(
-            *(model, 0, allocate(blocks, 0.5, 1.0, 0.0)[0], PruneSettings("sparsegpt"), choices, NullHooks()),
+            *(model, 0, allocate(blocks, 0.5, 1.0, 0.0)[0], PruneSettings("sparsegpt"), choices, NullCallbacks()),
             export_dtypes=dtypes,
             inputs=inputs,
             biased=biased,
@@ -99,7 +99,7 @@ def test_pruning_and_losses_do_not_depend_on_it_either(models):
         results.append((result, rows(out)))
         settings = TrainingSettings(epochs=0, lr=1e-3, lr_decay=1.0, hold_aside=True, seed=0)
         block = model.load_block(1, choices.torch_device)
-        targets = (model, block, 1, inputs, biased, dense, settings, choices, NullHooks())
+        targets = (model, block, 1, inputs, biased, dense, settings, choices, NullCallbacks())
         losses.append(BlockTrainer(*targets, purpose="compensate").first_pass().trained)
     for result, out in results[1:]:
         for name, layer in results[0][0].outcome.layers.items():
@@ -112,14 +112,14 @@ def test_pruning_and_losses_do_not_depend_on_it_either(models):
 def test_perplexity_does_not_depend_on_it(models):
     windows = torch.randint(4, VOCAB, (7, T), generator=torch.Generator().manual_seed(0))
     found = [
-        evaluate_perplexity(models["opt"], windows, ListScratch(), choices, NullHooks()).perplexity
+        evaluate_perplexity(models["opt"], windows, ListScratch(), choices, NullCallbacks()).perplexity
         for choices in (ONE, together(3))
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_counter_adds_up():
-    class Told(NullHooks):
+    class Told(NullCallbacks):
         def __init__(self):
             super().__init__()
             self.seen = []

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from stages.interfaces import ListStream
+from stages.in_memory import ListStream
 from stages.runtime.prefetch import DEPTH, Reading, Writing
 
 CPU = torch.device("cpu")

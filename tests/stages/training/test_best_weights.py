@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.interfaces import ListScratch
+from stages.in_memory import ListScratch
 from stages.training.best_weights import Snapshot
 
 
