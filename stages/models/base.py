@@ -97,6 +97,29 @@ class Ends(Protocol):
         ...
 
 
+class Weights(Protocol):
+    """The weights of a whole model, by their names in its files, each read when it is asked for."""
+
+    def __contains__(self, key: str) -> bool: ...
+
+    @property
+    def keys(self) -> Iterable[str]:
+        """All names."""
+        ...
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype in which the tensor is stored."""
+        ...
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The tensor's shape."""
+        ...
+
+    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        """A copy of the tensor; a floating-point tensor in `dtype`, if one is given."""
+        ...
+
+
 class BlockInputs(Protocol):
     """What the blocks get beside the hidden state. `stages.models.block_inputs` implements it for every family."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import IO
 
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.errors import UsageError
 from stages.formats.checkpoint_files import WeightFiles, match_names
 from stages.machine.hub import reason_of
-from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part
+from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_inputs import CachedBlockInputs
 from stages.models.layer_roles import role_of
 from stages.models.meta_init import copied, materialised, require_materialised
@@ -53,7 +54,17 @@ def open_model(folder: ModelFolder) -> Decoder:
     """
     config = _read_config(folder)
     files = WeightFiles(folder.path)
-    return Decoder(folder, config, files)
+    with without_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=folder.trusts_code)
+    return Decoder(folder, model, files)
+
+
+def without_weights() -> AbstractContextManager[None]:
+    """Build models on `meta`. Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed."""
+    from accelerate import init_empty_weights
+
+    context: AbstractContextManager[None] = init_empty_weights(include_buffers=False)
+    return context
 
 
 class Decoder:
@@ -65,15 +76,16 @@ class Decoder:
     attention_numbers = 0
     has_other_forms = False
 
-    def __init__(self, folder: ModelFolder, config: PreTrainedConfig, files: WeightFiles) -> None:
-        from accelerate import init_empty_weights
+    def __init__(self, folder: ModelFolder, model: PreTrainedModel, files: Weights) -> None:
+        """Wrap a model that has no weights yet.
 
+        Args:
+            folder: Where the model comes from.
+            model: On `meta`, built inside `without_weights`; it becomes part of the decoder.
+            files: The weights, by their names in the model's own files.
+        """
+        config = model.config
         self.source, self.config, self._files = folder, config, files
-        # Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed; parameters are not.
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=folder.trusts_code
-            )
         model.eval().requires_grad_(False)
         model.tie_weights()
         self._model = model
