@@ -154,8 +154,8 @@ def _declared(
         bool | None,
         typer.Option(
             "--hold-aside/--no-hold-aside",
-            help="Judge each epoch on 1 sample in 16 kept aside, stop early, never keep what made it worse. "
-            "[default: on; preset paper: off]",
+            help="Judge each epoch on 1 held-out sample in 16; undo an epoch that did not help and continue at a lower "
+            "learning rate. [default: on; preset paper: off]",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Random seed. [default: 0]")] = None,

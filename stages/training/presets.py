@@ -21,7 +21,7 @@ class TrainingDefaults:
     lr: float
     lr_decay: float  # factor per epoch
     loss: str  # "mse", "token"
-    hold_aside: bool  # keep 1 sample in 16 aside, stop early, never keep an update that made it worse
+    hold_aside: bool  # judge epochs on 1 held-out sample in 16; undo one that did not help, lower the rate
     refine: bool
     refine_epochs: int
     refine_lr: float
@@ -64,7 +64,7 @@ def measured(model_type: str, sparsity: float, num_blocks: int, effort: str) -> 
 
 
 def published(model_type: str, sparsity: float) -> TrainingDefaults:
-    """The paper's settings, published for 70% (LAMP section 4 and the ICP code); no early stop, no refinement.
+    """The paper's settings, published for 70% (LAMP section 4 and the ICP code); no held-out samples, no refinement.
 
     OPT: rate 1e-4, 12 epochs, alpha 0.691, beta 0.2 at 70%, which is the middle of the 0.6(1-s) to 0.8(1-s) that
     the paper found best. Segment Anything: rate 5e-4, 8 epochs, decay 0.9, alpha 0.85. Others: as Llama-2-7B.

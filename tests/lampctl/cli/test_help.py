@@ -50,6 +50,12 @@ def test_run_tells_every_setting_that_has_a_flag(lampctl):
         assert f"--{name.replace('_', '-')}" in shown, name
 
 
+def test_help_of_hold_aside_says_that_training_goes_on(lampctl):
+    words = " ".join(lampctl("run", "--help").out.replace("│", " ").split())
+    assert "undo an epoch that did not help and continue at a lower learning rate" in words
+    assert "stop early" not in words
+
+
 def test_version(lampctl):
     import importlib.metadata
 
