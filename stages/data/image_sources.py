@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import random
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 KINDS = ("coco", "sa1b", "images")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+# What PIL's readers raise for damaged files, beside errors of its own.
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def read_pixels(record: ImageRecord) -> np.ndarray:
             return np.asarray(turned.convert("RGB"))
     except FileNotFoundError as error:
         raise UnusableImageError("missing") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*_BROKEN, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UnusableImageError("broken") from error
 
 
@@ -188,37 +191,55 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         if isinstance(segmentation, list):
             _require_plain(segmentation, size)
             coded = coding.merge(coding.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            coded = coding.frPyObjects(segmentation, height, width)
         else:
+            _require_runs(segmentation, size)
             coded = segmentation
-        if tuple(coded["size"]) != size:
-            raise UnusableImageError("with a mask of another size")
+            if isinstance(segmentation["counts"], list):
+                coded = coding.frPyObjects(segmentation, height, width)
         if sum(_run_lengths(coded["counts"])) != height * width:
             raise ValueError("the runs do not fill the mask")
         decoded = coding.decode(coded)
-    except (TypeError, KeyError, ValueError, IndexError, Exception) as error:
-        if isinstance(error, UnusableImageError):
-            raise
+    except ValueError as error:
         raise UnusableImageError("with a mask that cannot be read") from error
     mask: np.ndarray = decoded.astype(bool)
     return mask
 
 
-def _require_plain(polygons: Any, size: tuple[int, int]) -> None:
+def _require_plain(polygons: list[Any], size: tuple[int, int]) -> None:
     """Raise ValueError for polygons that the library must not be given: it crashes, or fills the memory."""
     farthest = 20 * (max(size) + 1)
+    if not polygons:
+        raise ValueError("no polygon")
     for polygon in polygons:
-        if len(polygon) < 6 or len(polygon) % 2:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError("a polygon has three corners at least")
         if not all(isinstance(x, int | float) and abs(x) <= farthest for x in polygon):
             raise ValueError("a corner that lies nowhere near the image")
 
 
+def _require_runs(segmentation: Any, size: tuple[int, int]) -> None:
+    """Check the form of a run-length code, as the library does not.
+
+    Raises ValueError; UnusableImageError for a code of another size.
+    """
+    if not isinstance(segmentation, dict) or not segmentation.keys() >= {"counts", "size"}:
+        raise ValueError("neither polygons nor a run-length code")
+    if not isinstance(segmentation["size"], list | tuple):
+        raise ValueError("the size is no list")
+    if tuple(segmentation["size"]) != size:
+        raise UnusableImageError("with a mask of another size")
+    counts = segmentation["counts"]
+    if isinstance(counts, list):
+        if not all(isinstance(run, int | float) and 0 <= run <= size[0] * size[1] for run in counts):
+            raise ValueError("a run that is no number, or longer than the mask")
+    elif not isinstance(counts, str | bytes):
+        raise ValueError("the runs are neither a list nor a code")
+
+
 def _run_lengths(counts: str | bytes) -> list[int]:
     """The runs of COCO's compressed code: numbers of 5 bits a character, each but the first two as a difference.
 
-    The library decodes whatever it is given, even what does not fill the mask. Raises ValueError, IndexError.
+    The library decodes whatever it is given, even what does not fill the mask. Raises ValueError.
     """
     code = counts.encode() if isinstance(counts, str) else counts
     runs: list[int] = []
@@ -226,6 +247,8 @@ def _run_lengths(counts: str | bytes) -> list[int]:
     while place < len(code):
         value, shift, more = 0, 0, True
         while more:
+            if place == len(code):
+                raise ValueError("the code ends inside a run")
             bits = code[place] - 48
             if not 0 <= bits < 64:
                 raise ValueError("a character that is no part of the code")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from stages.data import image_sources as images
 from stages.data.image_sources import ImageRecord, UnusableImageError, chosen, decode_mask, prepare, read_pixels
 from stages.errors import UsageError
 from stages.tasks.registry import parse_source
@@ -44,12 +47,57 @@ def test_polygons_and_run_lengths_of_one_shape_are_one_mask():
         [[0, 0, 1e9, 0, 1e9, 1e9]],
         [[float("nan"), 0, 10, 0, 10, 10]],
         [[0, 0, "a", 1, 2, 2]],
+        "abc",
+        [3],
+        [None],
+        {},
+        {"size": [20, 30]},
+        {"counts": "0"},
+        {"counts": [600], "size": 20},
+        {"counts": [600], "size": ["a", "b"]},
+        {"counts": None, "size": [20, 30]},
+        {"counts": {}, "size": [20, 30]},
+        {"counts": ["a"], "size": [20, 30]},
+        {"counts": [-1, 601], "size": [20, 30]},
+        {"counts": [10**30], "size": [20, 30]},
+        {"counts": [float("inf")], "size": [20, 30]},
+        {"counts": "o", "size": [20, 30]},
+        {"counts": "\ud800", "size": [20, 30]},
     ],
 )
 def test_masks_that_cannot_be_read_say_so(segmentation):
     """Some of these crash the library, or fill the memory, if it is given them."""
     with pytest.raises(UnusableImageError):
         decode_mask(segmentation, (20, 30))
+
+
+@pytest.mark.parametrize("error", [KeyError, TypeError, AttributeError, IndexError, AssertionError])
+def test_a_bug_of_ours_is_no_picture_that_cannot_be_read(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error("ours")
+
+    monkeypatch.setattr(images, "_run_lengths", fail)
+    monkeypatch.setattr(images, "_eight_bits", fail)
+    with pytest.raises(error, match="ours"):
+        decode_mask([[5, 4, 17, 4, 17, 10, 5, 10]], (20, 30))
+    Image.fromarray(np.ones((6, 8), dtype=np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(error, match="ours"):
+        read_pixels(ImageRecord(tmp_path / "x.tif", None))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "tif"])
+def test_damaged_files_are_read_or_say_so(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(picture(0, 24, 32)[0]).save(path)
+    whole, chance = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole[: chance.choice([len(whole), chance.randrange(len(whole))])])
+        for _ in range(min(len(damaged), chance.randrange(1, 9))):
+            damaged[chance.randrange(min(len(damaged), chance.choice([64, 10**9])))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(UnusableImageError):
+            read_pixels(ImageRecord(path, None))
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1", "I;16"])
