@@ -242,7 +242,12 @@ def machine() -> str:
 
 def software() -> str:
     """The versions that decide the figures of a lampctl run."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("lampctl", "torch", "transformers")]
+    from stages.version import VERSION
+
+    versions = [
+        f"lampctl {VERSION}",
+        *(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")),
+    ]
     commit = _git("rev-parse", "--short", "HEAD")
     if commit:
         is_changed = bool(_git("status", "--porcelain", "--", "lampctl", "pipeline", "stages"))

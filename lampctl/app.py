@@ -25,6 +25,7 @@ from lampctl.commands.run import init, run
 from lampctl.commands.status import status
 from lampctl.commands.steps import allocate, calibrate, capture, compensate_block, prune_block, refine_block
 from pipeline.rundir.redact import scrub
+from stages.version import VERSION
 
 app = typer.Typer(
     name="lampctl",
@@ -45,9 +46,7 @@ app.command()(reproduce)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        import importlib.metadata
-
-        print(f"lampctl {importlib.metadata.version('lampctl')}")
+        print(f"lampctl {VERSION}")
         raise typer.Exit
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from lampctl.report.style import INK, MARKERS, SERIES, log_axis, png, require_ma
 from lampctl.report.write import PAGE, require_ours
 from pipeline.rundir.redact import scrub
 from stages.metrics.registry import METRICS, figure_text
+from stages.version import VERSION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def write_response(sweep: Sweep, states: Sequence[TrialState], out: Path) -> lis
     model = Path(str(sweep.spec.settings["model"])).name
     title = f"{model}: {', '.join(sweep.spec.fields)}"
     subtitle = scrub(f"{sweep.storage.label}, {done} of {sweep.spec.num_trials or len(states)} trials are done")
-    footer = f"Made by lampctl {importlib.metadata.version('lampctl')} from the commits of the trials' runs."
+    footer = f"Made by lampctl {VERSION} from the commits of the trials' runs."
     written[0].write_text(page(title, subtitle, sections, footer), encoding="utf-8")
     return written
 

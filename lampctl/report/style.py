@@ -52,7 +52,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError("figures need matplotlib: pip install 'lampctl[report]'") from error
+        raise ConfigError("figures need matplotlib: pip install '.[report]' in the clone of lampctl") from error
 
 
 @contextmanager

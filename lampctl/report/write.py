@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from pipeline.runs.lifecycle import reopen
 from pipeline.runs.status import status
 from stages.errors import ResourceError, UsageError
 from stages.interfaces import Watcher
+from stages.version import VERSION
 
 PAGE = "index.html"
 _FIGURES = "figures"
@@ -53,7 +53,7 @@ def write_report(
     ]
     sections = contents(runs, compare([standing_of(run.state) for run in runs]))
     title, subtitle = heading(runs)
-    footer = f"Made by lampctl {importlib.metadata.version('lampctl')} from what the run directories hold."
+    footer = f"Made by lampctl {VERSION} from what the run directories hold."
     figures = out / _FIGURES
     figures.mkdir(parents=True, exist_ok=True)
     written = [out / PAGE]

@@ -15,6 +15,7 @@ from pipeline.config.run_config import BASELINE, LAMP_FIELDS, RunConfig, check_c
 from pipeline.config.settings import Gathered, Method, flag_of
 from pipeline.engine.plan import Step, chain
 from pipeline.errors import ConfigError
+from stages.version import VERSION
 
 if TYPE_CHECKING:
     from stages.models.base import BlockModel
@@ -306,8 +307,8 @@ def _model_record(model: Any, folder: Any) -> dict[str, Any]:
 
 def environment_record(device: Mapping[str, Any]) -> dict[str, Any]:
     """Versions and device choices that decide the last bits."""
-    packages = {name: importlib.metadata.version(name) for name in ("lampctl", "torch", "transformers", "zarr")}
-    return {"python": platform.python_version(), "packages": packages, "device": dict(device)}
+    others = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "zarr")}
+    return {"python": platform.python_version(), "packages": {"lampctl": VERSION, **others}, "device": dict(device)}
 
 
 def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.lifecycle import steps_of
 from pipeline.runs.plausible import making_sense
 from stages.metrics.registry import how_measured
+from stages.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,7 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
         settings=settings,
         figures=tuple(figures),
         accuracies=accuracies,
-        version=importlib.metadata.version("lampctl"),
+        version=VERSION,
     )
 
 

@@ -24,7 +24,7 @@ class Search:
         try:
             import optuna
         except ImportError as error:
-            raise ConfigError("--search needs Optuna: pip install 'lampctl[sweep]'") from error
+            raise ConfigError("--search needs Optuna: pip install '.[sweep]' in the clone of lampctl") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna: Any = optuna
         self._spec = spec

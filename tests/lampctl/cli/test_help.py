@@ -4,8 +4,14 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
+
+from stages.version import VERSION
+
+ROOT = Path(__file__).parents[2]
 
 COMMANDS = [
     *("run", "resume", "status", "init", "calibrate", "capture", "prune-block", "compensate-block", "export"),
@@ -57,9 +63,23 @@ def test_help_of_hold_aside_says_that_training_goes_on(lampctl):
 
 
 def test_version(lampctl):
-    import importlib.metadata
+    assert lampctl("--version").out == f"lampctl {VERSION}\n"
 
-    assert lampctl("--version").out == f"lampctl {importlib.metadata.version('lampctl')}\n"
+
+def test_no_distribution_of_the_name_lampctl_is_asked_for(monkeypatch):
+    """On the package index that name belongs to another project."""
+    from pipeline.prepare import environment_record
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["name"] == "lampctl-prune"
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "stages.version.VERSION"}
+    asked = []
+    monkeypatch.setattr("importlib.metadata.version", lambda name: asked.append(name) or "1.0")
+    assert environment_record({})["packages"]["lampctl"] == VERSION
+    assert asked == ["torch", "transformers", "zarr"]
+    for path in (path for folder in ("lampctl", "pipeline", "stages") for path in (ROOT / folder).rglob("*.py")):
+        assert "pip install 'lampctl[" not in path.read_text(), path
 
 
 def test_every_error_of_ours_has_an_exit_code():

@@ -212,7 +212,7 @@ def test_without_matplotlib_it_says_how_to_get_it(lampctl, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     answer = lampctl("report", folder / "lamp", "--out", "out", "--no-text")
     assert answer.code == 2
-    assert "pip install 'lampctl[report]'" in answer.err
+    assert "pip install '.[report]' in the clone of lampctl" in answer.err
     assert not Path("out").exists()
 
 
