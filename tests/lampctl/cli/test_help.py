@@ -11,7 +11,7 @@ import pytest
 
 from stages.version import VERSION
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 COMMANDS = [
     *("run", "resume", "status", "init", "calibrate", "capture", "prune-block", "compensate-block", "export"),
@@ -68,7 +68,7 @@ def test_version(lampctl):
 
 def test_no_distribution_of_the_name_lampctl_is_asked_for(monkeypatch):
     """On the package index that name belongs to another project."""
-    from pipeline.prepare import environment_record
+    from pipeline.runs.prepare import environment_record
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["name"] == "lampctl-prune"
