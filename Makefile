@@ -44,12 +44,12 @@ demo-vision: $(READY) ## Prune sam-tiny to 70% and compare with SparseGPT, with 
 
 bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines and peers (a long day on 2 cores)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python benchmarks/peers.py
-	$(BIN)/python benchmarks/quality.py --jobs 2
+	$(BIN)/python -m benchmarks.quality.peers
+	$(BIN)/python -m benchmarks.quality --jobs 2
 
 bench-speed: $(READY) ## Speed and memory: the table of docs/performance.md (an hour and a half on 2 quiet cores)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python -m benchmarks.quality.peers
 	$(BIN)/python benchmarks/speed.py
 
 docker-check: ## Build the image and stop and resume a run in it (needs buildah; BASE=image, TORCH=torch)

@@ -1,6 +1,6 @@
 """Settings that work: per method, sparsity and family of models.
 
-What they rest on is in docs/experiments.md, with the commands (`python benchmarks/trial.py ...`), and alpha in
+What they rest on is in docs/experiments.md, with the commands (`python -m benchmarks.quality.trial ...`), and alpha in
 benchmarks/results/tune.md; the paper's own settings are what the paper and the public code closest to it state for 70%.
 """
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cells import Cell, Row, figures_of_run, folder_for, run_command
-from texts import EMBEDDED, Text
+from benchmarks.quality.cells import Cell, Row, figures_of_run, folder_for, run_command
+from benchmarks.quality.texts import EMBEDDED, Text
 
-BENCHMARKS = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
 DENSE, MAGNITUDE, REFERENCE = "dense", "magnitude", "SparseGPT"
 # Ours: the flags of `lampctl run` beside those of the point.
 METHODS: dict[str, tuple[str, ...]] = {
@@ -31,7 +31,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "LAMP, effort medium": ("--method", "lamp", "--dtype", "bfloat16", "--effort", "medium"),
     "LAMP, effort high": ("--method", "lamp", "--dtype", "bfloat16", "--effort", "high"),
 }
-# The peers': the pruner of benchmarks/peer_prune.py.
+# The peers': the pruner of benchmarks/quality/peer_prune.py.
 PEERS = {"llm-compressor Wanda": "wanda", "llm-compressor SparseGPT": "sparsegpt"}
 LAMPS = tuple(name for name in METHODS if name.startswith("LAMP"))
 # In tables and when running: what is quick first.
@@ -187,8 +187,8 @@ def _peer_cell(setup: Setup, key: Row, part: Part, draw: int) -> Cell:
     settings = " ".join(flags)
     folder = folder_for(key, settings, setup.work)
     amount = ("--num-samples", str(part.num_samples), "--seqlen", str(part.seqlen), "--skip", str(draw))
-    windows = (sys.executable, str(BENCHMARKS / "windows.py"), setup.model, setup.calibration.source, str(folder))
-    prune = (str(setup.peer_python), str(BENCHMARKS / "peer_prune.py"), str(folder), *flags)
+    windows = (sys.executable, str(HERE / "windows.py"), setup.model, setup.calibration.source, str(folder))
+    prune = (str(setup.peer_python), str(HERE / "peer_prune.py"), str(folder), *flags)
     measured = _measure(str(folder / "pruned"), *setup.eval_flags, *_pattern(point))
 
     def figures(reports: list[dict]) -> Row:
@@ -205,7 +205,7 @@ def _peer_cell(setup: Setup, key: Row, part: Part, draw: int) -> Cell:
 
 
 def _measure(model: str, *flags: str) -> tuple[str, ...]:
-    return (sys.executable, str(BENCHMARKS / "measure.py"), model, *flags)
+    return (sys.executable, str(HERE / "measure.py"), model, *flags)
 
 
 def _counts(report: dict) -> Row:

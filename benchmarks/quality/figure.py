@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cells import Row
-from plan import DENSE, MAGNITUDE, ORDER
-from report import Line, Section, frontier, has_efforts, sections_of
+from benchmarks.quality.cells import Row
+from benchmarks.quality.plan import DENSE, MAGNITUDE, ORDER
+from benchmarks.quality.sections import Line, Section, frontier, has_efforts, sections_of
+from benchmarks.reporting import save_figure
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
@@ -50,10 +51,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     order = sorted(handles, key=[DENSE, *named].index)
     figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=4, fontsize=8)
-    unfinished = path.with_name(f"{path.stem}.unfinished.png")
-    figure.savefig(unfinished, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
-    unfinished.replace(path)
+    save_figure(figure, path)
     return True
 
 

@@ -1,6 +1,6 @@
 """The peers' own Python environment, beside the project's: they hold other packages at other versions.
 
-    python benchmarks/peers.py [FOLDER]
+    python -m benchmarks.quality.peers [FOLDER]
 
 makes it in FOLDER (default: runs/quality/peers-venv), once, and prints the path of its Python. The benchmark finds it
 there; another one is named by --peer-python or the environment variable PEER_PYTHON.
@@ -26,7 +26,7 @@ def find(named: Path | None = None) -> Path | None:
     """
     chosen = named or (Path(os.environ["PEER_PYTHON"]) if os.environ.get("PEER_PYTHON") else None)
     if chosen is not None and not chosen.is_file():
-        raise SystemExit(f"{chosen}: no such Python; make one with: python benchmarks/peers.py")
+        raise SystemExit(f"{chosen}: no such Python; make one with: python -m benchmarks.quality.peers")
     chosen = chosen or DEFAULT / "bin" / "python"
     # Not resolved: it is the link's own place that makes it an environment.
     return chosen.absolute() if chosen.is_file() else None

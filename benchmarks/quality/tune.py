@@ -1,6 +1,6 @@
 """Learning rate and alpha of LAMP as published: SmolLM2-135M, on text that no result is reported on.
 
-    python benchmarks/tune.py --calibration C4.jsonl --evaluate OTHER_C4.jsonl
+    python -m benchmarks.quality.tune --calibration C4.jsonl --evaluate OTHER_C4.jsonl
 
 Without files, the two disjoint parts of the embedded corpus. Writes benchmarks/results/tune.csv and tune.md.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cells import Cell, Row, Table, figures_of_run, folder_for, machine, run_cells, run_command, software
-from texts import as_text_file
+from benchmarks.quality.cells import Cell, Row, Table, figures_of_run, folder_for, run_cells, run_command
+from benchmarks.quality.texts import as_text_file
+from benchmarks.reporting import RESULTS, machine, markdown_table, software, write_page
 
-RESULTS = Path(__file__).parent / "results"
 KEY = ("sparsity", "lr", "alpha")
 GRID = (
     *((0.7, lr, alpha) for lr, alpha in ((1e-3, 0.7), (2e-3, 0.7), (1e-3, 0.85))),
@@ -44,7 +44,7 @@ def main() -> None:
     )
     table = Table(RESULTS / "tune.csv", KEY)
     failed = run_cells([_cell(args.model, point, common, args.work) for point in GRID], table)
-    rows = table.rows()
+    columns = (*KEY, "perplexity", "seconds")
     lines = [
         "# Learning rate and alpha of LAMP as published, by sparsity",
         "",
@@ -53,14 +53,11 @@ def main() -> None:
         f"{args.calibration.name if args.calibration else 'pydocs'}; evaluation: "
         f"{args.evaluate.name if args.evaluate else 'pydocs'}. {machine()}; {software()}.",
         "",
-        "Command: `python benchmarks/tune.py --calibration C4.jsonl --evaluate OTHER_C4.jsonl`",
+        "Command: `python -m benchmarks.quality.tune --calibration C4.jsonl --evaluate OTHER_C4.jsonl`",
         "",
-        "| sparsity | lr | alpha | perplexity | seconds |",
-        "|---|---|---|---|---|",
-        *(f"| {r['sparsity']} | {r['lr']} | {r['alpha']} | {r['perplexity']} | {r['seconds']} |" for r in rows),
+        *markdown_table(columns, [[row[name] for name in columns] for row in table.rows()]),
     ]
-    (RESULTS / "tune.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_page(RESULTS / "tune.md", lines)
     if failed:
         raise SystemExit("failed:\n  " + "\n  ".join(failed))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Resolved, links and all: lampctl names a text by its real path.
-SHARED = (Path(__file__).resolve().parents[2] / "shared" / "data" / "text").resolve()
+SHARED = (Path(__file__).resolve().parents[3] / "shared" / "data" / "text").resolve()
 EMBEDDED = "pydocs"
 # Learning rates and alpha were chosen by looking at the first of these documents (tune.py): judge on others.
 FIRST_UNSEEN_DOCUMENT = 740

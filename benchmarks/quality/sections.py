@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cells import Row
-from plan import DENSE, LAMPS, LEFT_OUT, MAGNITUDE, NONE, ORDER, PEERS, POINTS, REFERENCE
+from benchmarks.quality.cells import Row
+from benchmarks.quality.plan import DENSE, LAMPS, LEFT_OUT, MAGNITUDE, NONE, ORDER, PEERS, POINTS, REFERENCE
+from benchmarks.reporting import markdown_table
 
 _PREFIX = "perplexity_"
 
@@ -131,12 +132,12 @@ def has_efforts(lines: Sequence[Line]) -> bool:
     return sum(line.method in LAMPS for line in lines) > 1
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The whole report."""
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """The lines of the whole report."""
     lines = ["# Quality, side by side", "", *_circumstances(rows)]
     for section in sections_of(rows):
         lines += ["", f"## {section.title}", "", *_table(section), *_missing(section), *_frontiers(section)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _circumstances(rows: Sequence[Row]) -> list[str]:
@@ -157,8 +158,8 @@ def _circumstances(rows: Sequence[Row]) -> list[str]:
         "",
         f"- machine: {all_of('machine')}; {loads}",
         f"- software: {all_of('software')}",
-        "- commands: `python benchmarks/peers.py`, then `python benchmarks/quality.py` (all of it; `--quick`: the 32 x "
-        "256 part); `--report` makes this page and its figure anew from quality.csv",
+        "- commands: `python -m benchmarks.quality.peers`, then `python -m benchmarks.quality` (all of it; `--quick`: "
+        "the 32 x 256 part); `--report` makes this page and its figure anew from quality.csv",
         "",
         "![perplexity by sparsity and by pattern](quality.png)",
     ]
@@ -168,12 +169,13 @@ def _table(section: Section) -> list[str]:
     heads = ["at", "method", "draws"]
     for text in section.texts:
         heads += [text, f"of {REFERENCE}"]
-    lines = [_cells([*heads, "sparsity", "seconds", "CPU s", "peak MB"]), _cells(["---"] * (len(heads) + 4))]
+    heads += ["sparsity", "seconds", "CPU s", "peak MB"]
+    rows = []
     if section.dense is not None:
         values = [NONE, DENSE, NONE]
         for text in section.texts:
             values += [section.dense.get(_PREFIX + text) or NONE, NONE]
-        lines.append(_cells([*values, *(NONE,) * 4]))
+        rows.append([*values, *(NONE,) * 4])
     for line in section.lines:
         values = [line.point, line.method, ", ".join(line.draws)]
         for text in section.texts:
@@ -182,8 +184,8 @@ def _table(section: Section) -> list[str]:
         sparsity = statistics.mean(float(row["sparsity"]) for row in line.rows)
         cpu = NONE if line.cpu_seconds is None else f"{line.cpu_seconds:.0f}"
         values += [f"{sparsity:.3%}", f"{line.seconds:.0f}", cpu, f"{line.peak_memory_mb:.0f}"]
-        lines.append(_cells(values))
-    return lines
+        rows.append(values)
+    return markdown_table(heads, rows)
 
 
 def _missing(section: Section) -> list[str]:
@@ -209,11 +211,13 @@ def _frontiers(section: Section) -> list[str]:
             continue
         text = section.texts[0]
         lines += ["", f"### Perplexity on {text} for processor time, at {point}", ""]
-        lines += [_cells(["CPU s", "method", text, "best for its time"]), _cells(["---"] * 4)]
-        lines += [
-            _cells([f"{line.cpu_seconds:.0f}", line.method, f"{line.mean(text):.1f}", "yes" if is_best else ""])
-            for line, is_best in frontier(section.at(point), text)
-        ]
+        lines += markdown_table(
+            ("CPU s", "method", text, "best for its time"),
+            [
+                (f"{line.cpu_seconds:.0f}", line.method, f"{line.mean(text):.1f}", "yes" if is_best else "")
+                for line, is_best in frontier(section.at(point), text)
+            ],
+        )
     return lines
 
 
@@ -226,7 +230,3 @@ def _spread(values: Sequence[float]) -> str:
 
 def _draw_number(row: Row) -> int:
     return int(row["draw"]) if row["draw"] != NONE else 0
-
-
-def _cells(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"

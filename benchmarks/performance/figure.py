@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reporting import save_figure
+
 _LANES = ("read", "compute", "write")
 _SHOWN_S = 0.6  # of the timeline: enough for some samples
 
@@ -29,7 +31,7 @@ def draw_overlap(timeline: Sequence[tuple[str, float, float]], path: Path) -> No
     axis.set_xlim(0, 1000 * min(_SHOWN_S, last - begin + 0.02))
     axis.set_xlabel("milliseconds of a pass of the biased stream through a block")
     axis.grid(visible=True, axis="x", alpha=0.25)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -62,13 +64,4 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes[2].set_xlabel("of what the machine can do")
     else:
         axes[2].set_axis_off()
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    unfinished = path.with_name(f"{path.stem}.unfinished.png")
-    figure.savefig(unfinished, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
-    unfinished.replace(path)
+    save_figure(figure, path)

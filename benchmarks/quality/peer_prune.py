@@ -1,6 +1,6 @@
 """Prune a model with llm-compressor. Runs with the peer's own Python and knows nothing of lampctl.
 
-    PEER_PYTHON benchmarks/peer_prune.py FOLDER --pruner sparsegpt --sparsity 0.7 [--mask 2:4]
+    PEER_PYTHON benchmarks/quality/peer_prune.py FOLDER --pruner sparsegpt --sparsity 0.7 [--mask 2:4]
 
 FOLDER/model is a folder of safetensors, FOLDER/windows.npy token ids (samples, tokens), as windows.py leaves them.
 FOLDER/pruned becomes a copy of the model with the pruned weights in their original names and dtype, not compressed.

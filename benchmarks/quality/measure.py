@@ -1,6 +1,6 @@
 """Look at a model folder, whoever made it: zeros in the linear layers of its blocks, and perplexity.
 
-    python benchmarks/measure.py MODEL [--evaluate SRC,...] [--pattern N:M]
+    python -m benchmarks.quality.measure MODEL [--evaluate SRC,...] [--pattern N:M]
 
 Prints JSON. Every model of the benchmark is measured by this, whoever pruned it, with the code and on the windows that
 `lampctl evaluate` uses.

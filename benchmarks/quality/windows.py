@@ -1,6 +1,6 @@
 """Lay out for a peer what lampctl would prune with: the same model folder, the same calibration windows.
 
-    python benchmarks/windows.py MODEL SOURCE FOLDER --num-samples 32 --seqlen 256 --skip 0
+    python -m benchmarks.quality.windows MODEL SOURCE FOLDER --num-samples 32 --seqlen 256 --skip 0
 
 FOLDER/model becomes a link to the model's folder on this machine, FOLDER/windows.npy the token ids (samples, tokens).
 """

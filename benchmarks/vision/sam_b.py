@@ -1,6 +1,6 @@
 """SAM-B's real architecture, random weights: does it fit, and does block by block give what the encoder gives?
 
-    python benchmarks/sam_b.py coco:DIR [--num-images 80] [--work runs/sam-b]
+    python -m benchmarks.vision.sam_b coco:DIR [--num-images 80] [--work runs/sam-b]
 
 First the whole encoder (12 blocks, one image) against `sam.image_encoder`, bit for bit in fp32. Then LAMP on a model of
 two of its blocks (windows of 14 and global attention, 1024 pixels, 768 channels), from calibration to export, on so
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.reporting import ROOT, markdown_table
 from stages.models.resolve import resolve
 from stages.models.sam.checkpoint import write_folder
 from stages.models.sam.encoder import SamEncoder
 from stages.models.sam.modules import META_SIZES, SamSizes, build_sam
 
-ROOT = Path(__file__).parents[1]
 SIZES = META_SIZES["vit_b"]
 TWO_BLOCKS = replace(SIZES, depth=2, global_attn_indexes=(1,))
 
@@ -79,10 +79,9 @@ def main() -> None:
         str(options.work / "run"),
     ]
     subprocess.run(command, check=True)
-    print("| step | seconds | peak memory |\n|---|---|---|")
-    for path in sorted((options.work / "run" / "commits").glob("*.json")):
-        commit = json.loads(path.read_text())
-        print(f"| {commit['step']} | {commit['elapsed_s']:.0f} | {commit['peak_memory_bytes'] / 1e9:.2f} GB |")
+    commits = [json.loads(path.read_text()) for path in sorted((options.work / "run" / "commits").glob("*.json"))]
+    cells = [(c["step"], f"{c['elapsed_s']:.0f}", f"{c['peak_memory_bytes'] / 1e9:.2f} GB") for c in commits]
+    print("\n".join(markdown_table(("step", "seconds", "peak memory"), cells)))
 
 
 if __name__ == "__main__":

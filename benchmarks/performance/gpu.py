@@ -1,6 +1,6 @@
 """The paper's Table 6 on this machine: memory and time of pruning OPT-6.7B. See gpu.md.
 
-    python benchmarks/gpu.py
+    python -m benchmarks.performance.gpu
 
 A model of OPT-6.7B's shape with random weights stands in for it: memory and time do not depend on the values, and
 nothing is downloaded. Writes benchmarks/results/gpu.md. --device cpu --blocks 2 --num-samples 2 tries it anywhere.
@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 import torch
-from cells import machine, software
-from speed_models import opt_6_7b_like
-from speed_runs import LAMPCTL, run
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.performance.models import opt_6_7b_like
+from benchmarks.performance.runs import LAMPCTL, run
+from benchmarks.reporting import RESULTS, machine, markdown_table, software, write_page
+
 METHODS = {
     "SparseGPT": ("--method", "sparsegpt"),
     "Wanda": ("--method", "wanda"),
@@ -55,30 +55,26 @@ def main() -> None:
     report = markdown(
         rows, f"{device}; {software()}", f"{args.blocks} blocks, {args.num_samples} x {args.seqlen} tokens"
     )
-    (RESULTS / "gpu.md").write_text(report, encoding="utf-8")
-    print(report)
+    write_page(RESULTS / "gpu.md", report)
 
 
-def markdown(rows: list[tuple[str, int | None, int, float]], where: str, amount: str) -> str:
+def markdown(rows: list[tuple[str, int | None, int, float]], where: str, amount: str) -> list[str]:
     """The table, beside the paper's."""
     base = rows[0][3]
-    lines = [
-        "# Pruning OPT-6.7B's shape",
-        "",
-        f"{amount}, random weights. {where}. Command: `python benchmarks/gpu.py`",
-        "",
-    ]
-    lines += [
-        "| | peak GPU memory | the paper's | peak memory of the process | time | of SparseGPT's |",
-        "|---|---|---|---|---|---|",
-    ]
+    cells = []
     for name, device_bytes, process_bytes, seconds in rows:
         gpu = "-" if device_bytes is None else f"{device_bytes / 1e9:.1f} GB"
         published = f"{PUBLISHED_GB[name]} GB" if name in PUBLISHED_GB else "-"
-        lines.append(
-            f"| {name} | {gpu} | {published} | {process_bytes / 1e9:.1f} GB | {seconds:.0f} s | {seconds / base:.2f} |"
-        )
-    return "\n".join([*lines, ""])
+        memory = (gpu, published, f"{process_bytes / 1e9:.1f} GB")
+        cells.append((name, *memory, f"{seconds:.0f} s", f"{seconds / base:.2f}"))
+    heads = ("", "peak GPU memory", "the paper's", "peak memory of the process", "time", "of SparseGPT's")
+    return [
+        "# Pruning OPT-6.7B's shape",
+        "",
+        f"{amount}, random weights. {where}. Command: `python -m benchmarks.performance.gpu`",
+        "",
+        *markdown_table(heads, cells),
+    ]
 
 
 if __name__ == "__main__":

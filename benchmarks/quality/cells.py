@@ -6,13 +6,9 @@ A benchmark that is stopped goes on at the first cell that has no row yet; withi
 from __future__ import annotations
 
 import contextlib
-import csv
-import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -26,6 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.reporting import locked, machine, read_rows, software, write_rows
 
 Row = dict[str, str]
 # Of the rows, beside a cell's own columns: how and where they were measured.
@@ -68,10 +66,7 @@ class Table:
 
     def rows(self) -> list[Row]:
         """All rows. Those of another benchmark's columns do not count."""
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if all(row.get(column) for column in self._key_columns)]
+        return [row for row in read_rows(self.path) if all(row.get(column) for column in self._key_columns)]
 
     def has(self, cell: Cell, rows: Sequence[Row]) -> bool:
         """Whether one of `rows` is this cell's, measured with these settings, and complete."""
@@ -84,33 +79,16 @@ class Table:
 
     def put(self, key: Row, row: Row) -> None:
         """Add a row, in place of an older one of the same key. Other processes may do so at the same time."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with locked(self.path.parent):
             rows = self.rows()
             at = next((i for i, old in enumerate(rows) if self._names(old, key)), len(rows))
             rows[at : at + 1] = [row]
             columns = dict.fromkeys(name for each in (*rows, row) for name in each)
             ordered = [name for name in columns if name not in CIRCUMSTANCES] + [*CIRCUMSTANCES]
-            unfinished = self.path.with_suffix(".csv.unfinished")
-            with unfinished.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=ordered, restval="", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self.path)
+            write_rows(self.path, ordered, rows)
 
     def _names(self, row: Row, key: Row) -> bool:
         return all(row.get(column) == key[column] for column in self._key_columns)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
 
 
 def run_cells(cells: Sequence[Cell], table: Table, jobs: int = 1, threads: int = 1) -> list[str]:
@@ -230,33 +208,3 @@ def figures_of_run(report: dict) -> Row:
         "cpu_seconds": f"{report['cpu_s']:.0f}",
         "peak_memory_mb": f"{report['peak_memory_bytes'] / 1e6:.0f}",
     }
-
-
-def machine() -> str:
-    """The processor, in words, and how many cores of it there are."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def software() -> str:
-    """The versions that decide the figures of a lampctl run."""
-    from stages.version import VERSION
-
-    versions = [
-        f"lampctl {VERSION}",
-        *(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")),
-    ]
-    commit = _git("rev-parse", "--short", "HEAD")
-    if commit:
-        is_changed = bool(_git("status", "--porcelain", "--", "lampctl", "pipeline", "stages"))
-        versions[0] += f" ({commit}{' and changes' if is_changed else ''})"
-    return ", ".join([*versions, f"Python {platform.python_version()}"])
-
-
-def _git(*words: str) -> str:
-    """What git says of this checkout; nothing where there is none."""
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""

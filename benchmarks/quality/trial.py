@@ -1,6 +1,6 @@
 """Try training settings quickly: LAMP in memory on the first blocks of a model, the others left as they are.
 
-    python benchmarks/trial.py --blocks 12 --sparsity 0.7 --epochs 2 --refine-epochs 3 --loss token --lr 2e-3
+    python -m benchmarks.quality.trial --blocks 12 --sparsity 0.7 --epochs 2 --refine-epochs 3 --loss token --lr 2e-3
 
 A trial costs a fraction of a run and ranks settings that act on every block alike (losses, rates, pruners);
 settings of the budget need whole runs. Calibration and evaluation are C4 where ../shared/data has it, else pydocs:
@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from texts import EMBEDDED, SHARED, as_text_file, say_embedded
 
+from benchmarks.quality.texts import EMBEDDED, SHARED, as_text_file, say_embedded
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.data.text_sources import parse_source

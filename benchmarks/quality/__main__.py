@@ -1,8 +1,8 @@
 """Perplexity of every method and of the peers, side by side: one model, the same calibration tokens, one evaluation.
 
-    python benchmarks/peers.py                          # once: llm-compressor, in an environment of its own
-    python benchmarks/quality.py --quick --jobs 2       # 32 x 256 tokens
-    python benchmarks/quality.py --jobs 2               # 64 x 256 and 128 x 512 tokens
+    python -m benchmarks.quality.peers              # once: llm-compressor, in an environment of its own
+    python -m benchmarks.quality --quick --jobs 2   # 32 x 256 tokens
+    python -m benchmarks.quality --jobs 2           # 64 x 256 and 128 x 512 tokens
 
 Every cell has one thread, so that seconds compare. A second call goes on where the first one was stopped. Writes
 benchmarks/results/quality.csv, .md and .png; the rows of both forms stand in one table. What is compared is in plan.py.
@@ -15,14 +15,12 @@ import re
 import sys
 from pathlib import Path
 
-import figure
-import peers
-from cells import Table, run_cells, show_commands
-from plan import FULL, KEY, PEERS, QUICK, Setup, cells_of
-from report import markdown
-from texts import default_calibration, default_evaluation, parse_text
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from benchmarks.quality import figure, peers
+from benchmarks.quality.cells import Table, run_cells, show_commands
+from benchmarks.quality.plan import FULL, KEY, PEERS, QUICK, Setup, cells_of
+from benchmarks.quality.sections import markdown
+from benchmarks.quality.texts import default_calibration, default_evaluation, parse_text
+from benchmarks.reporting import RESULTS, write_page
 
 
 def main() -> None:
@@ -47,9 +45,7 @@ def write_report(table: Table) -> None:
     rows = table.rows()
     if not rows:
         raise SystemExit(f"{table.path} has no rows yet")
-    text = markdown(rows)
-    table.path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    write_page(table.path.with_suffix(".md"), markdown(rows))
     try:
         figure.draw(rows, table.path.with_suffix(".png"))
     except ImportError:
@@ -81,7 +77,9 @@ def _arguments() -> argparse.Namespace:
 def _setup(args: argparse.Namespace) -> Setup:
     peer_python = peers.find(args.peer_python)
     if peer_python is None:
-        print(f"without {', '.join(PEERS)}: make their Python with `python benchmarks/peers.py`", file=sys.stderr)
+        print(
+            f"without {', '.join(PEERS)}: make their Python with `python -m benchmarks.quality.peers`", file=sys.stderr
+        )
     named = (args.evaluate or "").split(",") if args.evaluate else ()
     return Setup(
         model=args.model,

@@ -1,7 +1,7 @@
 """Single-point IoU of sam-tiny, dense and pruned, by every method: the table of README's vision section.
 
-    python benchmarks/vision.py            # an hour on a busy core; goes on where it was stopped
-    python benchmarks/vision.py --scenes 40 --num-samples 16 --work /tmp/vision   # a quick look
+    python -m benchmarks.vision            # an hour on a busy core; goes on where it was stopped
+    python -m benchmarks.vision --scenes 40 --num-samples 16 --work /tmp/vision   # a quick look
 
 Calibration: training scenes. Evaluation: scenes that neither training nor calibration has seen. Every cell is a run of
 `lampctl run`; rows are kept in results/vision.csv, the table and the picture are made of them.
@@ -10,7 +10,6 @@ Calibration: training scenes. Evaluation: scenes that neither training nor calib
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -19,8 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.reporting import RESULTS, ROOT, markdown_table, read_rows, save_figure, write_page, write_rows
+
 METHODS = ("magnitude", "wanda", "sparsegpt", "lamp")
 TITLES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "lamp": "LAMP"}
 FIELDS = ("goal", "method", "alpha", "iou", "low", "high", "small", "medium", "large", "masks", "wall_s", "peak_mb")
@@ -87,15 +86,8 @@ def measure(
     return rows
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def table(rows: list[dict[str, str]], command: str) -> str:
-    """Markdown: goals down, methods across."""
+def table(rows: list[dict[str, str]], command: str) -> list[str]:
+    """A page of Markdown: goals down, methods across."""
     by_key = {(row["goal"], row["method"], row["alpha"]): row for row in rows}
     dense = by_key[DENSE]
     lines = [
@@ -107,20 +99,20 @@ def table(rows: list[dict[str, str]], command: str) -> str:
         f"Dense: {cell_text(dense)} (small {number(dense['small'])}, medium {number(dense['medium'])}, "
         f"large {number(dense['large'])}).",
         "",
-        f"| | {' | '.join(TITLES[method] for method in METHODS)} | LAMP over SparseGPT |",
-        "|---|" + "---|" * (len(METHODS) + 1),
     ]
+    goals = []
     for goal in ("50%", "70%", "90%", "2:4", "2:4+int4"):
         found = [by_key.get((goal, method, "")) for method in METHODS]
         lamp, sparsegpt = by_key.get((goal, "lamp", "")), by_key.get((goal, "sparsegpt", ""))
         gain = f"{float(lamp['iou']) - float(sparsegpt['iou']):+.4f}" if lamp and sparsegpt else "-"
-        lines.append(f"| {goal} | {' | '.join(cell_text(row) for row in found)} | {gain} |")
-    lines += ["", "LAMP by alpha:", "", "| alpha | 70% | 90% |", "|---|---|---|"]
+        goals.append((goal, *map(cell_text, found), gain))
+    lines += markdown_table(("", *(TITLES[method] for method in METHODS), "LAMP over SparseGPT"), goals)
+    alphas = []
     for alpha in ALPHAS:
         found = [by_key.get((goal, "lamp", alpha)) for goal in ("70%", "90%")]
         if any(found):
-            lines.append(f"| {alpha} | {' | '.join(cell_text(row) for row in found)} |")
-    return "\n".join(lines) + "\n"
+            alphas.append((alpha, *map(cell_text, found)))
+    return [*lines, "", "LAMP by alpha:", "", *markdown_table(("alpha", "70%", "90%"), alphas)]
 
 
 def number(text: str) -> str:
@@ -153,7 +145,7 @@ def picture(rows: list[dict[str, str]], path: Path) -> None:
     axes.set(xlabel="sparsity (%)", ylabel="single-point IoU", title="sam-tiny on unseen scenes", xticks=(50, 70, 90))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _is_plain(row: dict[str, str], method: str) -> bool:
@@ -177,22 +169,18 @@ def main() -> None:
     write_coco(scenes["evaluation"], range(UNSEEN, UNSEEN + options.scenes))
     path = results / "vision.csv"
     for cell in cells():
-        rows = read(path)
+        rows = read_rows(path)
         known = {(row["goal"], row["method"], row["alpha"]) for row in rows}
         if cell.key in known:
             continue
         new = measure(cell, options.work, scenes, options.num_samples, dense=DENSE not in known)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows([*rows, *new])
+        write_rows(path, FIELDS, [*rows, *new])
         print(f"{cell.goal} {cell.method} {cell.alpha}: IoU {new[0]['iou']:.4f}, {new[0]['wall_s']} s", flush=True)
-    command = "python benchmarks/vision.py" + (
+    command = "python -m benchmarks.vision" + (
         f" --scenes {options.scenes} --num-samples {options.num_samples}" if is_quick else ""
     )
-    (results / "vision.md").write_text(table(read(path), command))
-    picture(read(path), results / "vision.png")
-    print((results / "vision.md").read_text())
+    picture(read_rows(path), results / "vision.png")
+    write_page(results / "vision.md", table(read_rows(path), command))
 
 
 if __name__ == "__main__":

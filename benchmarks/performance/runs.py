@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from speed_models import llama_like, opt_6_7b_like
 
-BENCHMARKS = Path(__file__).parent
+from benchmarks.performance.models import llama_like, opt_6_7b_like
+from benchmarks.reporting import ROOT
+
 LAMPCTL = (sys.executable, "-m", "lampctl")
 _QUIET = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 _PLAIN = ("--calibration", "pydocs", "--evaluate", "", "--no-evaluate-dense")
@@ -55,8 +56,9 @@ def against_peer(work: Path, peer_python: Path, method: str, repeats: int) -> li
     """P2, P3: from the start of the process to the pruned folder, with the same windows; ours and theirs in turn."""
     laid = work / "peer"
     flags = ("--num-samples", "32", "--seqlen", "256")
-    call((sys.executable, str(BENCHMARKS / "windows.py"), "smollm2-135m", "pydocs", str(laid), *flags))
-    prune = (str(peer_python), str(BENCHMARKS / "peer_prune.py"), str(laid), "--pruner", method, "--sparsity", "0.5")
+    quality = ROOT / "benchmarks" / "quality"
+    call((sys.executable, str(quality / "windows.py"), "smollm2-135m", "pydocs", str(laid), *flags))
+    prune = (str(peer_python), str(quality / "peer_prune.py"), str(laid), "--pruner", method, "--sparsity", "0.5")
     ours, theirs = [], []
     for _ in range(repeats):
         ours.append(run("smollm2-135m", work / "ours", "--sparsity", "0.5", "--method", method, *_SMALL))
@@ -102,7 +104,8 @@ def _child(work: Path, *arguments: str, until_compute: bool = False, run_dir: Pa
         shutil.rmtree(place, ignore_errors=True)
         arguments = (*arguments, "--run-dir", str(place))
     options = ("--until-compute",) if until_compute else ()
-    call((sys.executable, str(BENCHMARKS / "speed_child.py"), str(report), *options, "--", *arguments))
+    command = (sys.executable, "-m", "benchmarks.performance.watched_run", str(report), *options, "--", *arguments)
+    call(command, cwd=ROOT)
     return json.loads(report.read_text())
 
 

@@ -1,6 +1,6 @@
 """`lampctl` in this process, under stop watches: how long it waits, and when the first useful arithmetic begins.
 
-    python benchmarks/speed_child.py REPORT [--until-compute] -- run smollm2-135m ...
+    python -m benchmarks.performance.watched_run REPORT [--until-compute] -- run smollm2-135m ...
 
 Writes REPORT as JSON: seconds since the process began (`wall`, `first_compute`), the seconds in which the thread that
 computes does not (`waits`, by kind), and when samples of one pass were read, used and written (`timeline`).
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from durability import StopWatch, run_lampctl, watch_durability
+from benchmarks.durability.stop_watch import StopWatch, run_lampctl, watch_durability
 
 _TIMELINE_STEP, _TIMELINE_EVENTS = "refine-block/1", 400
 

@@ -1,0 +1,1 @@
+"""The cost of durability: what flushes, digests and commits add to the time of a run."""

@@ -1,0 +1,1 @@
+"""Segment Anything: IoU by method and sparsity, and the real SAM-B architecture."""
