@@ -190,7 +190,9 @@ def memory_of_a_large_block(work: Path) -> list[Row]:
 
 def _base_mb() -> float:
     # Not getrusage's figure, which remembers the parent's from before the exec.
-    code = "import pipeline.steps.executor; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    stages = "stages.export, stages.prune_block, stages.refine_block"
+    reading = "open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]"
+    code = f"import pipeline.steps.executor, {stages}; print({reading})"
     answer = subprocess.run((sys.executable, "-c", code), capture_output=True, check=True, text=True, env=_QUIET)
     return int(answer.stdout) * 1024 / 1e6
 

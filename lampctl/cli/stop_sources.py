@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.config.settings import Settings
-    from pipeline.engine.runner import StopRequest
+    from pipeline.engine.stop import StopRequest
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def stopping(config: Settings) -> Iterator[StopRequest]:
     """A request to stop that comes from wherever the settings say. Raises ConfigError for a time that is none."""
     from lampctl.cli.exit_codes import end_now
     from pipeline.engine.preemption import PreemptionWatcher, RunTimer
-    from pipeline.engine.runner import StopRequest
+    from pipeline.engine.stop import StopRequest
 
     with StopRequest(end_now) as stop, ExitStack() as watchers:
         if config.max_runtime is not None:

@@ -34,10 +34,11 @@ def verify(
     from lampctl.output.file_progress import showing_files
     from pipeline.engine.verify import verify as compare
     from pipeline.errors import DamagedData
-    from pipeline.runs.lifecycle import reopen, steps_of
+    from pipeline.runs.lifecycle import reopen
+    from pipeline.steps.lamp_plan import steps_of
 
     directory, config = reopen(run)
-    steps, _ = steps_of(directory, config)
+    steps = steps_of(directory, config)
     with showing_files(f"checking {directory.label}") as callbacks:
 
         def advance(done: int, total: int) -> None:

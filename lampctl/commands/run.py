@@ -11,7 +11,7 @@ from lampctl.cli.options import Chosen, with_settings
 
 if TYPE_CHECKING:
     from lampctl.output.progress import ProgressListener
-    from pipeline.engine.runner import StopRequest
+    from pipeline.engine.stop import StopRequest
     from pipeline.rundir.run_directory import RunDirectory
     from pipeline.runs.prepare import Prepared
 
@@ -123,4 +123,4 @@ def init(chosen: Chosen, run_dir: RunDir = None) -> None:
 
     prepared = prepare(chosen.gather())
     run = start(prepared, run_dir or prepared.default_run_dir)
-    tables.begun(run, prepared.config, prepared.origins, prepared.notices, steps_of(run, prepared.config)[0])
+    tables.begun(run, prepared.config, prepared.origins, prepared.notices, steps_of(run, prepared.config))

@@ -75,10 +75,11 @@ def do_step(place: str, kind: str, block: int | None = None) -> None:
     from lampctl.output.progress import listening
     from pipeline.engine.plan import Step, next_steps
     from pipeline.engine.runner import require_next
-    from pipeline.runs.lifecycle import go_on, reopen, steps_of
+    from pipeline.runs.lifecycle import go_on, reopen
+    from pipeline.steps.lamp_plan import steps_of
 
     directory, config = reopen(place, to_go_on=True)
-    steps, _ = steps_of(directory, config)
+    steps = steps_of(directory, config)
     if block is not None:
         wanted = Step(kind, block)
     else:

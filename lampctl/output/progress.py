@@ -25,7 +25,7 @@ _HEARTBEAT_S = 300.0
 
 
 class ProgressListener:
-    """What both displays share: the run, and how long the rest will take (`pipeline.engine.runner.Listener`)."""
+    """What both displays share: the run, and how long the rest will take (`pipeline.engine.job.Listener`)."""
 
     def __init__(self) -> None:
         self._run: RunDirectory | None = None

@@ -52,7 +52,7 @@ def _samples(
     callbacks: Watcher,
     originals: dict[tuple[Any, str], list[Answer]],
 ) -> tuple[MaskSample, ...]:
-    from pipeline.steps.executor import StageWorker
+    from pipeline.steps.executor import original_model
     from stages.data.image_sources import ImageSource
     from stages.machine.device import apply, choose
     from stages.metrics.mask_prediction import answers_to, asked_of
@@ -65,7 +65,7 @@ def _samples(
     choices = choose(device)
     apply(choices)
     asked = asked_of(source, count)
-    original = StageWorker(run, config, {}).model
+    original = original_model(run, config)
     pruned = open_model(resolve(str(published_model(run))))
     assert isinstance(original, SamEncoder)
     assert isinstance(pruned, SamEncoder)

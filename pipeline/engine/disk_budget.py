@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.engine.plan import Step, is_stream, releasable
+from pipeline.engine.plan import Output, Step, releasable
 from pipeline.errors import OutOfDisk
 
 
@@ -32,19 +32,25 @@ def most_needed(
     *,
     keeps_activations: bool = False,
 ) -> Need:
-    """The fullest moment from now on: what the steps to come add, beside what is there, less what they release.
+    """The moment that needs the most additional room: what later steps add, less what they release.
 
-    size_of: bytes of a payload, by name. scratch_of: bytes of a step's own intermediate streams.
+    Args:
+        steps: The whole plan.
+        committed: Names of the committed steps.
+        size_of: Size of a payload in bytes, by its name.
+        scratch_of: Size of a step's own intermediate streams in bytes.
+        keeps_activations: No activation stream is released.
     """
     done, size_of = list(committed), functools.cache(size_of)
-    held = {name for step in steps if step.name in set(done) for name in step.writes}
+    held: dict[str, Output] = {o.name: o for step in steps if step.name in set(done) for o in step.outputs}
 
     def release() -> None:
         if not keeps_activations:
-            held.difference_update(releasable(steps, done))
+            for name in releasable(steps, done):
+                held.pop(name, None)
 
     def total(*, is_bulky: bool) -> int:
-        return sum(size_of(name) for name in held if is_stream(name) == is_bulky)
+        return sum(size_of(name) for name, output in held.items() if output.is_stream == is_bulky)
 
     release()
     before = Need(total(is_bulky=False), total(is_bulky=True), "")
@@ -52,7 +58,7 @@ def most_needed(
     for step in steps:
         if step.name in done:
             continue
-        held.update(step.writes)
+        held.update({output.name: output for output in step.outputs})
         weights = total(is_bulky=False) - before.weights
         activations = total(is_bulky=True) + scratch_of(step) - before.activations
         if weights + activations > most.total:

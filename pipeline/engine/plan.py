@@ -1,12 +1,7 @@
-"""The chain of steps as data: each step says what it reads and writes.
+"""Plan of a run as data: each step names the payloads that it reads and declares those that it writes.
 
-    calibrate -> capture -> prune 0 -> compensate 1 -> prune 1 -> ... -> prune n-1 -> export -> evaluate ...
-    -> zero-shot ...
-
-With a budget that looks at the data ``capture -> allocate -> prune 0``,
-and with refinement ``prune i -> refine i -> compensate i+1``. Payloads are named by what they are: ``biased/i`` and
-``dense/i`` are the *inputs* of block i through pruned and through original blocks; ``compensated/i``, ``unrefined/i``
-(pruned, fp32, to be trained on) and ``pruned/i`` are weights of block i, ``masks/i`` its masks and grids.
+Everything that follows from a plan and the list of committed steps is computed here: what comes next, which payloads
+may be released, which must be sound. The steps themselves come from `pipeline.steps.lamp_plan`.
 """
 
 from __future__ import annotations
@@ -14,128 +9,55 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from stages.tasks.base import EvaluationProtocol
 
-CHAIN_KINDS = ("calibrate", "capture", "allocate", "prune-block", "compensate-block", "refine-block", "export")
-EVALUATE = "evaluate"
-ZERO_SHOT = "zero-shot"
+@dataclass(frozen=True)
+class Output:
+    """Declaration of one payload that a step writes.
+
+    Attributes:
+        name: Name of the payload in commits, for example ``pruned/3``.
+        is_stream: It holds activations. A lost one is rebuilt by running finished blocks forward.
+        is_kept: It is never released.
+        rebuilt_from: For a stream, the payloads that the rebuild reads.
+    """
+
+    name: str
+    is_stream: bool = False
+    is_kept: bool = False
+    rebuilt_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Step:
-    """One unit of work, committed as a whole."""
+    """One unit of work, committed as a whole.
+
+    Attributes:
+        kind: Name of the step kind.
+        block: Index of the block, from 0, for a step of one block.
+        subject: For a measurement, what is measured: part of the step's name.
+        reads: Names of the payloads that the step reads.
+        outputs: The payloads that it writes.
+        request: What the step kind has to know beyond the block, for example which data set to evaluate on.
+    """
 
     kind: str
     block: int | None = None
-    subject: str | None = None  # of an evaluation: "dense/" or "pruned/", and the data set or task
+    subject: str | None = None
     reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    request: object = None
 
     @property
     def name(self) -> str:
-        """The step's name in commits, messages and run folders, e.g. ``prune-block/3``."""
+        """Name of the step in commits and messages, for example ``prune-block/3``."""
         if self.block is not None:
             return f"{self.kind}/{self.block}"
         return f"{self.kind}/{self.subject}" if self.subject else self.kind
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one evaluate step measures."""
-
-    which: str  # "dense" or "pruned"
-    source: str
-    protocol: EvaluationProtocol
-
     @property
-    def subject(self) -> str:
-        """The part of the step's name after ``evaluate/``: two evaluations with one subject are the same."""
-        return f"{self.which}/{self.source}@{self.protocol.label}"
-
-
-@dataclass(frozen=True)
-class ZeroShotEvaluation:
-    """What one zero-shot step measures."""
-
-    which: str  # "dense" or "pruned"
-    task: str
-    data: str | None  # the folder with the rows; None: they come from the hub
-    limit: int | None  # only so many rows
-
-    @property
-    def subject(self) -> str:
-        """The part of the step's name after ``zero-shot/``: two evaluations with one subject are the same."""
-        where = f"@{self.data}" if self.data is not None else ""
-        limit = f":{self.limit}" if self.limit is not None else ""
-        return f"{self.which}/{self.task}{where}{limit}"
-
-
-def chain(method: str, num_blocks: int, refines: bool = False, allocates: bool = False) -> tuple[Step, ...]:
-    """The steps from the calibration set to the exported model, in the only order they can run.
-
-    refines: each pruned block is trained on before the next step reads what it puts out. allocates: a first pass of
-    the original model decides the budget; its table is in the figures of the step's commit.
-    """
-    compensates, reads_data = method == "lamp", method != "magnitude"
-    steps: list[Step] = []
-    if reads_data:
-        steps.append(Step("calibrate", writes=("calibration",)))
-        needs_dense = compensates and (num_blocks > 1 or refines)
-        captured = ("biased/0", "dense/1") if needs_dense else ("biased/0",)
-        steps.append(Step("capture", reads=("calibration",), writes=captured))
-        if allocates:
-            steps.append(Step("allocate", reads=("calibration", "biased/0")))
-    for block in range(num_blocks):
-        is_last = block == num_blocks - 1
-        weights: tuple[str, ...] = ()
-        if compensates and block > 0:
-            # The last block's dense output is a target and nothing else: unless that block is refined, no later
-            # step reads it.
-            dense_out = () if is_last and not refines else (f"dense/{block + 1}",)
-            steps.append(
-                Step(
-                    "compensate-block",
-                    block,
-                    reads=("calibration", f"biased/{block}", f"dense/{block}"),
-                    writes=(f"compensated/{block}", *dense_out),
-                )
-            )
-            weights = (f"compensated/{block}",)
-        data = ("calibration", f"biased/{block}") if reads_data else ()
-        biased_out = (f"biased/{block + 1}",) if reads_data and not is_last else ()
-        finished = (f"pruned/{block}", *biased_out)
-        first = (f"unrefined/{block}",) if refines else finished
-        steps.append(Step("prune-block", block, reads=(*data, *weights), writes=(f"masks/{block}", *first)))
-        if refines:
-            read = (*data, f"dense/{block + 1}", f"unrefined/{block}", f"masks/{block}")
-            steps.append(Step("refine-block", block, reads=read, writes=finished))
-    parts = tuple(f"{kind}/{i}" for i in range(num_blocks) for kind in ("pruned", "masks"))
-    steps.append(Step("export", reads=parts, writes=("model",)))
-    return tuple(steps)
-
-
-def evaluation_steps(
-    sources: Iterable[str], protocol: EvaluationProtocol, with_dense: bool
-) -> tuple[tuple[Step, Evaluation], ...]:
-    """The evaluate steps: of the pruned model first, because that is what the user waits for."""
-    kinds = ("pruned", "dense") if with_dense else ("pruned",)
-    evaluations = [Evaluation(which, source, protocol) for source in sources for which in kinds]
-    return tuple(
-        (Step(EVALUATE, subject=e.subject, reads=("model",) if e.which == "pruned" else ()), e)
-        for e in dict.fromkeys(evaluations)
-    )
-
-
-def zero_shot_steps(
-    tasks: Sequence[str], data: str | None, limit: int | None, with_dense: bool
-) -> tuple[tuple[Step, ZeroShotEvaluation], ...]:
-    """The zero-shot steps: all of one model together, since the whole of it is loaded for them."""
-    kinds = ("pruned", "dense") if with_dense else ("pruned",)
-    evaluations = [ZeroShotEvaluation(which, task, data, limit) for which in kinds for task in tasks]
-    return tuple(
-        (Step(ZERO_SHOT, subject=e.subject, reads=("model",) if e.which == "pruned" else ()), e)
-        for e in dict.fromkeys(evaluations)
-    )
+    def writes(self) -> tuple[str, ...]:
+        """Names of the payloads that the step writes."""
+        return tuple(output.name for output in self.outputs)
 
 
 def next_steps(steps: Sequence[Step], committed: Iterable[str]) -> tuple[Step, ...]:
@@ -145,10 +67,10 @@ def next_steps(steps: Sequence[Step], committed: Iterable[str]) -> tuple[Step, .
 
 
 def releasable(steps: Sequence[Step], committed: Sequence[str]) -> tuple[str, ...]:
-    """The payloads that no step will read again.
+    """Names of the payloads that no later step reads.
 
-    A payload lives until the step *after* its last reader has committed, so that a run whose newest commit is
-    lost can redo that step. The calibration set, the pruned blocks and the model stay for good.
+    A payload lives until the step *after* its last reader has committed, so that a run whose newest commit is lost
+    can redo that step.
     """
     if not committed:
         return ()
@@ -157,30 +79,20 @@ def releasable(steps: Sequence[Step], committed: Sequence[str]) -> tuple[str, ..
     for step in steps:
         if step.name not in committed:
             continue
-        for payload in step.writes:
+        for output in step.outputs:
             # A payload without a reader served its own step only.
-            readers = [reader.name for reader in steps if payload in reader.reads] or [step.name]
-            if not _is_kept(payload) and settled.issuperset(readers):
-                released.append(payload)
+            readers = [reader.name for reader in steps if output.name in reader.reads] or [step.name]
+            if not output.is_kept and settled.issuperset(readers):
+                released.append(output.name)
     return tuple(released)
 
 
 def needed(steps: Sequence[Step], committed: Sequence[str]) -> tuple[str, ...]:
-    """The payloads that must be sound for the run to go on: what steps to come read, and what stays for good."""
+    """Names of the payloads that must be sound to resume: what later steps read, and what is never released."""
     done = set(committed)
     read_later = {name for step in steps if step.name not in done for name in step.reads}
-    made = [name for step in steps if step.name in done for name in step.writes]
-    return tuple(name for name in made if name in read_later or _is_kept(name))
-
-
-def sources_of(payload: str, steps: Sequence[Step]) -> tuple[str, ...]:
-    """The payloads from which a lost one is made again: finished blocks for a stream, else what its step read."""
-    kind, _, number = payload.partition("/")
-    if kind == "biased":
-        return ("calibration", *(f"pruned/{block}" for block in range(int(number))))
-    if kind == "dense":
-        return ("calibration",)
-    return maker_of(payload, steps).reads
+    made = [output for step in steps if step.name in done for output in step.outputs]
+    return tuple(output.name for output in made if output.name in read_later or output.is_kept)
 
 
 def maker_of(payload: str, steps: Sequence[Step]) -> Step:
@@ -188,10 +100,17 @@ def maker_of(payload: str, steps: Sequence[Step]) -> Step:
     return next(step for step in steps if payload in step.writes)
 
 
-def is_stream(payload: str) -> bool:
-    """Whether a payload is made again by running finished blocks forward."""
-    return payload.startswith(("biased/", "dense/"))
+def output_of(payload: str, steps: Sequence[Step]) -> Output:
+    """Declaration of a payload."""
+    return next(output for output in maker_of(payload, steps).outputs if output.name == payload)
 
 
-def _is_kept(payload: str) -> bool:
-    return payload in ("calibration", "model") or payload.startswith(("pruned/", "masks/"))
+def is_stream(payload: str, steps: Sequence[Step]) -> bool:
+    """Whether a payload is an activation stream."""
+    return output_of(payload, steps).is_stream
+
+
+def sources_of(payload: str, steps: Sequence[Step]) -> tuple[str, ...]:
+    """Names of the payloads from which a lost one is rebuilt."""
+    output = output_of(payload, steps)
+    return output.rebuilt_from if output.is_stream else maker_of(payload, steps).reads

@@ -33,7 +33,7 @@ class Report:
     num_bytes: int
     is_deep: bool
     damages: tuple[Damage, ...]
-    released: tuple[str, ...]  # payloads that nobody will read again, and whose files were deleted
+    released: tuple[str, ...]  # payloads that no later step reads, and whose files were deleted
     leftovers: tuple[str, ...]  # attempts that crashes left behind: `lampctl gc` deletes them
 
 
@@ -46,7 +46,7 @@ def verify(
 ) -> Report:
     """Compare every committed file with its record: presence and size, and its sha256 if `is_deep`. Changes nothing.
 
-    advance: told after each file how many of how many are done.
+    advance: called after each file with the number of files done and their total.
     """
     done = [commit.step for commit in run.commits]
     wanted = set(needed(steps, done))
@@ -63,7 +63,7 @@ def verify(
     for count, (name, commit, file, size) in enumerate(todo, 1):
         reason = _size_damage(file, size) or (_digest_damage(run, file) if is_deep else None)
         if reason is not None:
-            remedy = _remedy(name, commit, name in wanted)
+            remedy = _remedy(name, commit, name in wanted, steps)
             damages.append(Damage(file.path, name, commit.step, reason, name in wanted, remedy))
         num_bytes += file.size
         advance(count, len(todo))
@@ -102,9 +102,9 @@ def _digest_damage(run: RunDirectory, file: PayloadFile) -> str | None:
     return None if found == FileDigest(file.size, file.sha256) else "is not what was committed (sha256)"
 
 
-def _remedy(name: str, commit: StepCommit, is_wanted: bool) -> str:
+def _remedy(name: str, commit: StepCommit, is_wanted: bool, steps: Sequence[Step]) -> str:
     if not is_wanted:
-        return "nothing: no step will read it again"
-    if is_stream(name):
+        return "nothing: no later step reads it"
+    if is_stream(name, steps):
         return "makes it again by running finished blocks"
     return f"does {commit.step} once more and compares the result"

@@ -33,7 +33,7 @@ def continuations(
     Both models are checked to be what the run says. An original that several runs share writes once.
     Raises ResourceError or ConfigMismatch where an original is gone or has changed; DamagedData.
     """
-    from pipeline.steps.executor import StageWorker
+    from pipeline.steps.executor import original_model
     from stages.generate import continue_prompts
     from stages.machine.device import choose
 
@@ -45,7 +45,7 @@ def continuations(
             found.append(())
             continue
         trusts = config.trust_remote_code
-        original = StageWorker(run, config, {}).model.source.path
+        original = original_model(run, config).source.path
         if original not in originals:
             originals[original] = continue_prompts(original, prompts, num_tokens, place, callbacks, trusts)
         pruned = continue_prompts(published_model(run), prompts, num_tokens, place, callbacks, trusts)

@@ -17,17 +17,11 @@ from pydantic import ValidationError
 from pipeline.config.run_config import RunConfig, check_evaluation, differing_fields, usual_tasks
 from pipeline.config.settings import explain, flag_of
 from pipeline.engine.disk_budget import most_needed, require_room
-from pipeline.engine.plan import (
-    Evaluation,
-    Step,
-    ZeroShotEvaluation,
-    evaluation_steps,
-    next_steps,
-    releasable,
-    zero_shot_steps,
-)
-from pipeline.engine.repair import mend
-from pipeline.engine.runner import Listener, StopRequest, advance
+from pipeline.engine.job import Job, Listener
+from pipeline.engine.plan import Step, next_steps, releasable
+from pipeline.engine.repair import repair
+from pipeline.engine.runner import advance
+from pipeline.engine.stop import StopRequest
 from pipeline.errors import ConfigError, ConfigMismatch, DamagedData, FileExists, RunNotFound, StepOrderError
 from pipeline.rundir.lease import Lease
 from pipeline.rundir.records import RunManifest
@@ -35,8 +29,11 @@ from pipeline.rundir.run_directory import RunDirectory, find_runs
 from pipeline.rundir.storage.base import Storage
 from pipeline.rundir.storage.local import free_bytes
 from pipeline.rundir.storage.locate import Place, locate, scratch_folder
+from pipeline.runs.model_card import ModelView
 from pipeline.runs.plausible import configuration_of, making_sense
-from pipeline.runs.prepare import RUNS, Prepared, chain_of, environment_record, task_data_of
+from pipeline.runs.prepare import RUNS, Prepared, environment_record
+from pipeline.steps.lamp_plan import chain_of, steps_of
+from pipeline.steps.stage_settings import task_data_of
 
 log = logging.getLogger(__name__)
 
@@ -190,21 +187,9 @@ def change_evaluation(
     return changed
 
 
-def steps_of(
-    run: RunDirectory, config: RunConfig
-) -> tuple[tuple[Step, ...], dict[str, Evaluation | ZeroShotEvaluation]]:
-    """All steps of a run under `config`, and what each evaluate or zero-shot step measures, by step name."""
-    evaluations: list[tuple[Step, Evaluation | ZeroShotEvaluation]] = [
-        *evaluation_steps(config.evaluate, config.evaluation_protocol, config.evaluate_dense),
-        *zero_shot_steps(config.tasks, config.task_data, config.task_limit, config.evaluate_dense),
-    ]
-    steps = chain_of(config, run.manifest.model["num_blocks"])
-    return (*steps, *(step for step, _ in evaluations)), {step.name: what for step, what in evaluations}
-
-
 def is_finished(run: RunDirectory, config: RunConfig) -> bool:
     """Whether nothing is left to do."""
-    return not next_steps(steps_of(run, config)[0], [commit.step for commit in run.commits])
+    return not next_steps(steps_of(run, config), [commit.step for commit in run.commits])
 
 
 def go_on(
@@ -241,34 +226,36 @@ def _go_on(
     shared_with: RunDirectory | None,
     checks: Checks,
 ) -> None:
-    from pipeline.steps.executor import StageWorker
+    from pipeline.steps.executor import StepExecutor
     from stages.machine import device
 
-    steps, evaluations = steps_of(run, config)
-    worker = StageWorker(run, config, evaluations, shared_with)
+    steps = steps_of(run, config)
+    worker = StepExecutor(run, config, steps, shared_with)
     device.apply(worker.choices)
     has_more = not is_finished(run, config)
-
-    def sound(*, is_deep: bool) -> None:
-        allows = config.allow_environment_change
-        mend(run, steps, worker, config.free, listener, stop, is_deep=is_deep, allows_other_bits=allows)
-
-    def go() -> None:
-        keeps = bool(config.keep_activations)
-        every_s = 60 * config.checkpoint_minutes
-        advance(run, steps, worker, config.free, listener, stop, until, keeps, every_s)
-
+    job = Job(
+        run,
+        steps,
+        worker,
+        listener,
+        stop,
+        config.free,
+        refresh_views=ModelView(run, config).refresh,
+        keeps_activations=bool(config.keep_activations),
+        checkpoint_every_s=60 * config.checkpoint_minutes,
+        allows_other_bits=config.allow_environment_change,
+    )
     if has_more:
         _require_room(run, config, steps, worker)
         worker.fit_memory()
-    sound(is_deep=checks == "all" or (checks == "as needed" and has_more))
+    repair(job, is_deep=checks == "all" or (checks == "as needed" and has_more))
     try:
-        go()
+        advance(job, until)
     except DamagedData as error:
         # Damaged since it was checked, or checked by size alone.
         listener.warn(str(error))
-        sound(is_deep=True)
-        go()
+        repair(job)
+        advance(job, until)
     if is_finished(run, config):
         run.storage.drop_copies()
 
@@ -292,9 +279,7 @@ def _settle_environment(run: RunDirectory, config: RunConfig, listener: Listener
 
 def show_model(run: RunDirectory, config: RunConfig) -> None:
     """Make the exported model's folder, and its card, once more."""
-    from pipeline.steps.executor import StageWorker
-
-    StageWorker(run, config, {}).refresh_views()
+    ModelView(run, config).refresh()
 
 
 def _require_room(run: RunDirectory, config: RunConfig, steps: Sequence[Step], worker: Any) -> None:
@@ -366,7 +351,7 @@ def newest_unfinished(root: Path = RUNS) -> Path | None:
 
 def collect_garbage(run: RunDirectory, config: RunConfig, *, is_dry_run: bool) -> dict[str, int]:
     """Delete what the run does not need, or only list it: {key: bytes}."""
-    steps, _ = steps_of(run, config)
+    steps = steps_of(run, config)
     done = [commit.step for commit in run.commits]
     roots = [run.payload(name).root for name in releasable(steps, done)]
     found = {key: sum(run.storage.sizes(key).values()) for key in (*run.leftovers(), *roots) if run.storage.exists(key)}

@@ -11,7 +11,8 @@ from pipeline.errors import ConfigError, RunNotFound, StepOrderError
 from pipeline.rundir import filesystem
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.object_client import is_address
-from pipeline.runs.lifecycle import reopen, steps_of
+from pipeline.runs.lifecycle import reopen
+from pipeline.steps.lamp_plan import steps_of
 from stages.formats.packed.layout import PackedSizes
 from stages.interfaces import Watcher
 
@@ -34,7 +35,7 @@ def find_packable(place: str) -> Packable:
     if is_remote or (path / "run.json").exists():
         run, config = reopen(place if is_remote else path)
         if run.commit_for("export") is None:
-            todo = next_steps(steps_of(run, config)[0], [commit.step for commit in run.commits])
+            todo = next_steps(steps_of(run, config), [commit.step for commit in run.commits])
             raise StepOrderError(f"there is no model to pack in {run.label} yet: do {todo[0].name} first")
         name = f"{path.name}.packed.safetensors"
         return Packable(published_model(run), Path(name).absolute() if is_remote else path / name)

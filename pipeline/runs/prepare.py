@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pipeline.config.quantities import parse_size
 from pipeline.config.run_config import BASELINE, LAMP_FIELDS, RunConfig, check_combinations, complete
 from pipeline.config.settings import Gathered, Method, flag_of
-from pipeline.engine.plan import Step, chain
+from pipeline.engine.plan import Step
 from pipeline.errors import ConfigError
+from pipeline.steps.lamp_plan import chain_of
+from pipeline.steps.stage_settings import drawing_of, fit_memory, fixed_sparsities, prunable_layers, task_data_of
 from stages.version import VERSION
 
 if TYPE_CHECKING:
     from stages.models.base import BlockModel
-    from stages.runtime.memory_planner import Fit
-    from stages.tasks.base import Drawing, Task
+    from stages.tasks.base import Task
 
 RUNS = Path("runs")
 
@@ -119,30 +118,6 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     )
 
 
-def fit_memory(model: Any, config: RunConfig, choices: Any, at_once: Sequence[int]) -> Fit:
-    """The memory that a run will take, and the choices that keep it within --memory-limit.
-
-    at_once: numbers of samples that may share a forward pass, rising. Raises ResourceError where none will do.
-    """
-    from stages.machine.device import memory_in_use
-    from stages.runtime.memory_planner import Shapes, Work, fit
-
-    work = Work(
-        pruner=config.pruner or ("sparsegpt" if config.method == "lamp" else config.method),
-        trains=config.method == "lamp",
-        is_quantized=config.bits is not None,
-        eval_tokens=config.eval_seqlen if config.evaluate else 0,
-    )
-    return fit(
-        Shapes.of(model, config.seqlen, choices.torch_dtype.itemsize),
-        work,
-        memory_in_use(choices.torch_device),
-        parse_size(config.memory_limit) if config.memory_limit is not None else None,
-        at_once,
-        "memory" if choices.torch_device.type == "cpu" else "GPU memory",
-    )
-
-
 def sibling(gathered: Gathered, method: str) -> Gathered:
     """The same settings for another method, to be compared with: what only the first method has is dropped."""
     dropped = {"alpha", "beta"} if method == "lamp" else {"alpha", "beta", *LAMP_FIELDS}
@@ -204,46 +179,6 @@ def _without_foreign_data(gathered: Gathered, model: BlockModel) -> Gathered:
     return Gathered(settings.model_copy(update=changes), gathered.origins, gathered.preset)
 
 
-def prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
-    """The layers of each block that may be pruned (`stages.sparsity.budget.LayerShape`).
-
-    Raises ConfigError if none is left.
-    """
-    import re
-
-    from pipeline.errors import ConfigError
-    from stages.sparsity.budget import LayerShape
-
-    patterns = [re.compile(pattern) for pattern in ignore]
-    unused = set(ignore)
-    blocks = []
-    for index in range(model.num_blocks):
-        kept = []
-        for layer in model.layers(index):
-            matching = [p.pattern for p in patterns if p.search(layer.name)]
-            unused.difference_update(matching)
-            if not matching:
-                kept.append(LayerShape(layer.name, layer.role, layer.rows, layer.cols))
-        blocks.append(kept)
-    if unused:
-        example = model.layers(0)[0].name
-        raise ConfigError(f"--ignore {sorted(unused)[0]}: no layer has such a name (they look like {example})")
-    if not any(blocks):
-        raise ConfigError("--ignore leaves no layer to prune")
-    return blocks
-
-
-def fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, float]) -> dict[str, float]:
-    """The sparsity of each layer, by name, that has one of its own. Raises ConfigError for a name that no layer has."""
-    fixed: dict[str, float] = {}
-    for pattern, sparsity in overrides.items():
-        names = [layer.name for block in blocks for layer in block if re.search(pattern, layer.name)]
-        if not names:
-            raise ConfigError(f"layer_sparsity {pattern}: no prunable layer has such a name")
-        fixed.update(dict.fromkeys(names, sparsity))
-    return fixed
-
-
 def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping[str, float]) -> tuple[Any, ...]:
     from stages.sparsity.budget import allocate, follow_pattern
 
@@ -276,21 +211,6 @@ def _check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str
     return digests
 
 
-def drawing_of(config: RunConfig) -> Drawing:
-    """Which samples the calibration set is made of."""
-    from stages.tasks.base import Drawing
-
-    assert config.num_samples is not None
-    return Drawing(config.num_samples, config.seqlen, config.calibration_sampling, config.calibration_skip, config.seed)
-
-
-def task_data_of(config: RunConfig) -> Any:
-    """The rows of tasks on this machine (`stages.metrics.harness_tasks.TaskData`), if any. Raises UsageError."""
-    from stages.metrics.harness_tasks import TaskData
-
-    return TaskData.at(config.task_data) if config.task_data is not None else None
-
-
 def _model_record(model: Any, folder: Any) -> dict[str, Any]:
     return {
         "name": folder.name,
@@ -309,8 +229,3 @@ def environment_record(device: Mapping[str, Any]) -> dict[str, Any]:
     """Versions and device choices that decide the last bits."""
     others = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "zarr")}
     return {"python": platform.python_version(), "packages": {"lampctl": VERSION, **others}, "device": dict(device)}
-
-
-def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
-    """The steps from calibration to export that a configuration asks for."""
-    return chain(config.method, num_blocks, bool(config.refine), config.budget == "outliers")

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.run_config import RunConfig
-from pipeline.engine.plan import CHAIN_KINDS, Step
+from pipeline.engine.plan import Step
 from pipeline.rundir.lease import holder_of, is_known_dead
 from pipeline.rundir.records import ENVIRONMENT, StepCommit
 from pipeline.rundir.run_directory import RunDirectory
-from pipeline.runs.lifecycle import steps_of
 from pipeline.runs.plausible import making_sense
+from pipeline.steps.lamp_plan import steps_of
+from pipeline.steps.registry import STEP_KINDS
 from stages.metrics.registry import how_measured
-from stages.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
 
 
 def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
-    steps, _ = steps_of(run, config)
+    steps = steps_of(run, config)
     by_name = {commit.step: commit for commit in run.commits}
     states = tuple(_step_state(step, by_name.get(step.name)) for step in steps)
     todo = [state for state in states if not state.is_done]
     exported = by_name.get("export")
-    pruning = [c for c in run.commits if c.step.partition("/")[0] in CHAIN_KINDS]
+    pruning = [commit for commit in run.commits if _prunes(commit)]
     measured = pruning or run.commits
     return RunStatus(
         label=run.label,
@@ -207,6 +207,12 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
         ),
         holder=None if todo == [] else _holder(run),
     )
+
+
+def _prunes(commit: StepCommit) -> bool:
+    """Whether a commit is of a step of the pruning itself, not of a measurement or of a rebuilt payload."""
+    kind = commit.step.partition("/")[0]
+    return kind in STEP_KINDS and not STEP_KINDS.get(kind).is_measurement
 
 
 def evaluations_of(run: RunDirectory) -> tuple[EvaluationResult, ...]:
@@ -322,50 +328,3 @@ def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepComm
 
 def _epochs(figures: Mapping[str, Any]) -> tuple[EpochLoss, ...]:
     return tuple(EpochLoss(epoch["trained"], epoch["aside"]) for epoch in figures.get("epoch_losses", ()))
-
-
-def card_facts(run: RunDirectory, config: RunConfig) -> Any:
-    """What the exported model's card tells (`stages.export.CardFacts`)."""
-    from stages.export import CardFacts, CardFigure
-
-    state = status(run, config)
-    figures = []
-    for pair in side_by_side(state.evaluations):
-        dense, pruned = pair.get("dense"), pair.get("pruned")
-        either = next(iter(pair.values()))
-        values = [found.value if found else None for found in (dense, pruned)]
-        figures.append(CardFigure(either.source, either.metric, values[0], values[1], described(either)))
-    rows: dict[tuple[str, str], dict[str, AccuracyResult]] = {}
-    for result in state.accuracies:
-        note = f"first {result.num_rows:,} of {result.num_rows_available:,} rows" if result.is_partial else ""
-        rows.setdefault((result.task, note), {})[result.which] = result
-    accuracies = tuple(
-        CardFigure(
-            f"{task} ({metric})", metric, _metric(pair.get("dense"), metric), _metric(pair.get("pruned"), metric), note
-        )
-        for (task, note), pair in rows.items()
-        for metric in ("acc", "acc_norm")
-        if any(metric in found.metrics for found in pair.values())
-    )
-    settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision")}
-    assert state.num_masked is not None
-    assert state.num_other_zeros is not None
-    return CardFacts(
-        task=run.manifest.model.get("task", "language"),
-        base_model=run.manifest.model["name"],
-        revision=run.manifest.model["revision"],
-        method=config.method,
-        goal=config.goal,
-        num_masked=state.num_masked,
-        num_prunable=state.num_prunable,
-        num_other_zeros=state.num_other_zeros,
-        is_quantized=config.bits is not None,
-        settings=settings,
-        figures=tuple(figures),
-        accuracies=accuracies,
-        version=VERSION,
-    )
-
-
-def _metric(result: AccuracyResult | None, name: str) -> float | None:
-    return None if result is None else result.metrics.get(name)

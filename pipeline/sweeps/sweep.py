@@ -24,7 +24,8 @@ from pydantic import ValidationError
 
 from pipeline.config.run_config import RunConfig
 from pipeline.config.settings import Gathered
-from pipeline.engine.runner import Listener, StopRequest
+from pipeline.engine.job import Listener
+from pipeline.engine.stop import StopRequest
 from pipeline.errors import (
     ConfigError,
     ConfigMismatch,

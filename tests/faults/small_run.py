@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.plan import Step, chain, is_stream
-from pipeline.engine.repair import mend
-from pipeline.engine.runner import StepResult, StopRequest, advance
+from pipeline.engine.job import Job, StepResult
+from pipeline.engine.plan import Step, is_stream
+from pipeline.engine.repair import repair
+from pipeline.engine.runner import advance
+from pipeline.engine.stop import StopRequest
 from pipeline.errors import PipelineError, RunNotFound
 from pipeline.rundir.records import RunManifest
 from pipeline.rundir.run_directory import Attempt, RunDirectory
 from pipeline.rundir.storage.base import Storage
+from pipeline.steps.lamp_plan import chain
 from stages.interfaces import Callbacks, Checkpoint
 
 STEPS = chain("lamp", 3, refines=True)
@@ -31,7 +34,7 @@ _FREE: dict[str, Any] = {}
 
 
 class Silent:
-    """A `pipeline.engine.runner.Listener` that keeps what it is told."""
+    """A `pipeline.engine.job.Listener` that keeps what it is told."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -50,7 +53,7 @@ class Silent:
 
 
 class StandIn:
-    """A `pipeline.engine.runner.Worker` whose results are digests of what it read."""
+    """A `pipeline.engine.job.Worker` whose results are digests of what it read."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
@@ -69,8 +72,8 @@ class StandIn:
         read = [self._contents(name) for name in step.reads]
         self._fresh = {}
         # Streams last: they follow from the weights that the step writes.
-        for name in sorted(step.writes, key=is_stream):
-            if is_stream(name) or name == "calibration":
+        for name in sorted(step.writes, key=lambda name: is_stream(name, STEPS)):
+            if is_stream(name, STEPS) or name == "calibration":
                 self._write_stream(name, attempt)
             elif name == "model":
                 self._write_model(attempt)
@@ -108,7 +111,7 @@ class StandIn:
     def _contents(self, name: str) -> bytes:
         if name in self._fresh:
             return self._fresh[name]
-        if is_stream(name) or name == "calibration":
+        if is_stream(name, STEPS) or name == "calibration":
             stream = self.run.open_stream(name)
             return b"".join(stream[index].numpy().tobytes() for index in range(len(stream)))
         return self.run.open_file(name).read_bytes()
@@ -144,12 +147,22 @@ def open_or_create(place: Path | Storage) -> RunDirectory:
 
 
 def go(place: Path | Storage, stop: StopRequest | None = None, checkpoint_every_s: float = 1e-9) -> StandIn:
-    """Do all that is left of the run, and mend what is damaged; gives the worker, which knows what it did."""
+    """Do all that is left of the run, and repair what is damaged; gives the worker, which knows what it did."""
     run = open_or_create(place)
     worker, listener = StandIn(run), Silent()
     stop = stop or StopRequest(_never)
-    mend(run, STEPS, worker, _FREE, listener, stop)
-    advance(run, STEPS, worker, _FREE, listener, stop, checkpoint_every_s=checkpoint_every_s)
+    job = Job(
+        run,
+        STEPS,
+        worker,
+        listener,
+        stop,
+        _FREE,
+        refresh_views=worker.refresh_views,
+        checkpoint_every_s=checkpoint_every_s,
+    )
+    repair(job)
+    advance(job)
     return worker
 
 

@@ -10,7 +10,8 @@ import pytest
 from pipeline.engine.plan import is_stream, releasable
 from pipeline.engine.verify import verify
 from pipeline.errors import ConfigMismatch, DamagedData, NotARun, RunNotFound
-from pipeline.runs.lifecycle import collect_garbage, reopen, steps_of
+from pipeline.runs.lifecycle import collect_garbage, reopen
+from pipeline.steps.lamp_plan import steps_of
 
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 FLAGS = (
@@ -89,7 +90,7 @@ def damage_copy(original: Path, copy: Path, key: str, damage: Callable[[Path], N
 def is_noticed(path: Path) -> bool:
     try:
         run, config = reopen(path)
-        return bool(verify(run, steps_of(run, config)[0], is_deep=True).damages)
+        return bool(verify(run, steps_of(run, config), is_deep=True).damages)
     except (DamagedData, NotARun, RunNotFound, ConfigMismatch):
         return True
 
@@ -248,9 +249,9 @@ def test_activations_are_kept_for_study_when_asked(runs, tmp_path, lampctl):
     answer = lampctl("run", TINY_OPT, *FLAGS, "--run-dir", "run", "--keep-activations")
     assert answer.code == 0, answer.err
     run, config = reopen(Path("run"))
-    steps = steps_of(run, config)[0]
+    steps = steps_of(run, config)
     gone = releasable(steps, [commit.step for commit in run.commits])
-    later = [name for name in gone if is_stream(name) and int(name.partition("/")[2]) > 3]
+    later = [name for name in gone if is_stream(name, steps) and int(name.partition("/")[2]) > 3]
     assert later
     assert all(not run.is_released(name) for name in later)
     assert len(run.open_stream("biased/5")) == 3

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from pipeline.engine.verify import verify
 from pipeline.errors import PipelineError
 from pipeline.rundir import records as manifest
-from pipeline.runs.lifecycle import collect_garbage, reopen, steps_of
+from pipeline.runs.lifecycle import collect_garbage, reopen
 from pipeline.runs.status import status
+from pipeline.steps.lamp_plan import steps_of
 from stages.errors import StageError
 from tests.faults.test_damage import FLAGS, STEPS, _lampctl
 from tests.small_models import save
@@ -64,7 +65,7 @@ def examine(place: Path, tmp_path: Path) -> str:
     try:
         run, config = reopen(place)
         status(run, config)
-        verify(run, steps_of(run, config)[0], is_deep=True)
+        verify(run, steps_of(run, config), is_deep=True)
         for commit in run.commits:
             for name, payload in commit.payloads.items():
                 if run.is_released(name):

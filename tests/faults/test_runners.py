@@ -71,10 +71,10 @@ def test_eight_runners_at_once_without_a_lease(quiet, tmp_path, num_times):
 RUNNER = """
 import os, sys, time
 from pathlib import Path
-from pipeline.engine.runner import StopRequest
+from pipeline.engine.stop import StopRequest
 from pipeline.errors import Superseded
 from pipeline.rundir.lease import Lease, Timing
-from pipeline.engine.repair import mend
+from pipeline.engine.repair import repair
 from tests.faults import small_run
 from tests.faults.small_run import StandIn, go, open_or_create
 

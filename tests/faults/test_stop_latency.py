@@ -25,10 +25,10 @@ FLAGS = (
 # Sends itself SIGTERM so long after a step of that kind began, and notes when.
 BOMB = """
 import os, signal, sys, threading, time
-from pipeline.steps.executor import StageWorker
+from pipeline.steps.executor import StepExecutor
 
 kind, delay = sys.argv[1], float(sys.argv[2])
-execute = StageWorker.execute
+execute = StepExecutor.execute
 
 def strike():
     open("struck", "w").write(str(time.time()))
@@ -39,7 +39,7 @@ def timed(self, step, attempt, callbacks):
         threading.Timer(delay, strike).start()
     return execute(self, step, attempt, callbacks)
 
-StageWorker.execute = timed
+StepExecutor.execute = timed
 sys.argv[:3] = ["lampctl"]
 from lampctl.app import main
 main()

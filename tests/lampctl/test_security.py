@@ -38,7 +38,7 @@ def test_no_secret_of_the_environment_is_written_or_shown(lampctl, canaries, tmp
             raise kind(f"the request was sent with {' '.join(CANARIES.values())} to https://user:canary-password@host/")
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.steps.executor.prune_block", fail)
+            patch.setattr("stages.prune_block.prune_block", fail)
             answers.append(lampctl("run", model, *FLAGS, *data, "--run-dir", f"r-{kind.__name__}"))
     assert [answer.code for answer in answers] == [0, 1, 1, 1]
     assert "this is a bug of ours" in answers[1].err

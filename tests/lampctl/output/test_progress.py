@@ -46,7 +46,7 @@ class EveryFrame(LiveListener):
 
 def test_a_terminal_shows_steps_figures_and_the_time_that_is_left(lampctl, tmp_path, words):
     from lampctl.cli.exit_codes import end_now
-    from pipeline.engine.runner import StopRequest
+    from pipeline.engine.stop import StopRequest
     from pipeline.runs.lifecycle import go_on, reopen
 
     assert lampctl("init", save(tmp_path / "m", "llama"), *FLAGS).code == 0

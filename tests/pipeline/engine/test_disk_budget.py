@@ -3,8 +3,9 @@
 import pytest
 
 from pipeline.engine.disk_budget import most_needed, require_room
-from pipeline.engine.plan import chain, next_steps
+from pipeline.engine.plan import next_steps
 from pipeline.errors import OutOfDisk
+from pipeline.steps.lamp_plan import chain
 
 STREAM, BLOCK = 1000, 10
 

@@ -2,9 +2,11 @@
 
 import pytest
 
-from pipeline.engine.plan import Step, chain, evaluation_steps, next_steps, releasable
+from pipeline.engine.plan import Step, next_steps, releasable
 from pipeline.engine.runner import require_next
 from pipeline.errors import StepOrderError
+from pipeline.steps.evaluate import evaluation_steps
+from pipeline.steps.lamp_plan import chain
 from stages.tasks.base import EvaluationProtocol
 
 
@@ -80,13 +82,13 @@ def test_what_lies_on_disk_does_not_grow_with_the_number_of_blocks(refines):
 
 def test_evaluations_of_the_pruned_model_come_first_and_none_twice():
     steps = evaluation_steps(["a", "b", "a"], EvaluationProtocol(128), with_dense=True)
-    assert [s.name for s, _ in steps] == [
+    assert [s.name for s in steps] == [
         *("evaluate/pruned/a@128", "evaluate/dense/a@128", "evaluate/pruned/b@128", "evaluate/dense/b@128")
     ]
     few = EvaluationProtocol(128, 1000)
-    assert evaluation_steps(["a"], few, with_dense=False)[0][0].name == "evaluate/pruned/a@128:1000"
+    assert evaluation_steps(["a"], few, with_dense=False)[0].name == "evaluate/pruned/a@128:1000"
     points = EvaluationProtocol(4096, None, "interior", 80)
-    assert evaluation_steps(["a"], points, with_dense=False)[0][0].name == "evaluate/pruned/a@interior:80"
+    assert evaluation_steps(["a"], points, with_dense=False)[0].name == "evaluate/pruned/a@interior:80"
 
 
 class Run:

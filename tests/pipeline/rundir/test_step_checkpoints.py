@@ -5,8 +5,10 @@ from datetime import UTC, datetime
 import pytest
 import torch
 
+from pipeline.engine.callbacks import StepCallbacks
+from pipeline.engine.job import Job
 from pipeline.engine.plan import Step
-from pipeline.engine.runner import StopRequest, _StepCallbacks
+from pipeline.engine.stop import StopRequest
 from pipeline.errors import OutOfDisk, Preempted, Superseded
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_checkpoints import StepProgress
@@ -147,7 +149,9 @@ class Listener:
 
 
 def callbacks(run, stop, every_s):
-    return _StepCallbacks(Step("compensate-block", 1), Listener(), stop, StepProgress(run, STEP), every_s)
+    step = Step("compensate-block", 1)
+    job = Job(run, [step], worker=None, listener=Listener(), stop=stop, free={}, checkpoint_every_s=every_s)
+    return StepCallbacks(job, step, StepProgress(run, STEP))
 
 
 def never(error):

@@ -1,35 +1,66 @@
-"""The export step: a folder that transformers opens, of blocks as they were committed and of what was never touched."""
+"""Step: write the pruned model as a folder that transformers opens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Any
 
-import safetensors
-from torch import Tensor
+from pipeline.engine.plan import Step
+from pipeline.steps import payloads
+from pipeline.steps.base import StepKind
+from pipeline.steps.block_files import in_pieces
 
-from pipeline.config.run_config import RunConfig
-from pipeline.rundir.filesystem import FileWriter
-from pipeline.rundir.run_directory import RunDirectory
-from pipeline.rundir.step_transaction import PayloadFolder
-from stages import export
-from stages.formats.checkpoint_files import Joined, StateFile
-from stages.formats.pruning_masks import FOLDER as MASKS
-from stages.formats.pruning_masks import read_mask_file
-from stages.formats.safetensors_io import Bytes
-from stages.interfaces import Callbacks
-from stages.models.base import BlockModel
-from stages.models.derived_files import Through
-from stages.sparsity.budget import BlockBudget, LayerBudget
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.config.run_config import RunConfig
+    from pipeline.rundir.filesystem import FileWriter
+    from pipeline.rundir.run_directory import RunDirectory
+    from pipeline.rundir.step_transaction import Attempt, PayloadFolder
+    from pipeline.steps.context import StepContext
+    from stages.interfaces import Callbacks
+    from stages.models.base import BlockModel
 
 
-def write_model(
+class Export(StepKind):
+    """Writes the model folder: finished blocks as they were committed, and every other file of the source."""
+
+    name = "export"
+    title = "export the model"
+    help = "Write the pruned model as a folder that transformers opens."
+
+    @staticmethod
+    def step(num_blocks: int) -> Step:
+        """The step in the plan."""
+        blocks = range(num_blocks)
+        parts = (part.name for block in blocks for part in (payloads.pruned(block), payloads.masks(block)))
+        return Step(Export.name, reads=tuple(parts), outputs=(payloads.MODEL,))
+
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+        folder = attempt.folder(payloads.MODEL.name)
+        return _write_model(context.run, context.model, context.config, folder, callbacks)
+
+    def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
+        """Size of what is written: the blocks are hard links."""
+        return sum(tensor.nbytes for _, tensor in context.model.outside_state())
+
+
+def _write_model(
     run: RunDirectory, model: BlockModel, config: RunConfig, folder: PayloadFolder, callbacks: Callbacks
 ) -> dict[str, Any]:
-    """Fill `folder` with the pruned model and count what is in it, on the files themselves.
+    """Fill `folder` with the pruned model and count its masked weights on the files themselves.
 
-    Raises AssertionError where that is not what the budget promised.
+    Raises:
+        AssertionError: The count is not what the budget promised.
     """
+    import safetensors
+
+    from pipeline.steps.stage_settings import budget_of
+    from stages import export
+    from stages.formats.checkpoint_files import Joined, StateFile
+    from stages.formats.pruning_masks import FOLDER as MASKS
+    from stages.formats.pruning_masks import read_mask_file
+
     files: dict[str, list[str]] = {}
     total_size, num_masked, num_other_zeros, most_levels = 0, 0, 0, 0
     for block in range(model.num_blocks):
@@ -76,21 +107,8 @@ def write_model(
     }
 
 
-def in_pieces(pieces: Iterable[Bytes]) -> Callable[[FileWriter], None]:
-    """The contents of a file that is never whole in memory."""
-
-    def write(writer: FileWriter) -> None:
-        for piece in pieces:
-            writer.write(piece)
-
-    return write
-
-
 def _written_by(form: Callable[[IO[bytes]], None]) -> Callable[[FileWriter], None]:
-    """What writes to an open file, writing to the run's own writer."""
+    """Contents for a writer, by a function that writes to an open file."""
+    from stages.models.derived_files import Through
+
     return lambda writer: form(Through(writer.write))  # type: ignore[arg-type]
-
-
-def budget_of(record: Mapping[str, Any]) -> BlockBudget:
-    """A block's budget as run.json, or the step `allocate`, has it."""
-    return BlockBudget(tuple(LayerBudget(**layer) for layer in record["layers"]))

@@ -1,0 +1,76 @@
+"""The exported model as users see it: its folder in the run directory, and its card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config.run_config import RunConfig
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.runs.status import AccuracyResult, described, side_by_side, status
+from stages.version import VERSION
+
+
+class ModelView:
+    """The folder ``model/`` of a run, kept up to date with its commits."""
+
+    def __init__(self, run: RunDirectory, config: RunConfig) -> None:
+        self._run, self._config = run, config
+        self._num_commits: int | None = None  # that the card shows
+
+    def refresh(self) -> None:
+        """Publish the exported model and write its card, if a commit has been added since."""
+        from stages.export import model_card
+
+        run = self._run
+        if run.commit_for("export") is None or self._num_commits == len(run.commits):
+            return
+        run.publish("model")
+        run.write_view("model/README.md", model_card(card_facts(run, self._config)))
+        self._num_commits = len(run.commits)
+
+
+def card_facts(run: RunDirectory, config: RunConfig) -> Any:
+    """What the exported model's card tells (`stages.export.CardFacts`)."""
+    from stages.export import CardFacts, CardFigure
+
+    state = status(run, config)
+    figures = []
+    for pair in side_by_side(state.evaluations):
+        dense, pruned = pair.get("dense"), pair.get("pruned")
+        either = next(iter(pair.values()))
+        values = [found.value if found else None for found in (dense, pruned)]
+        figures.append(CardFigure(either.source, either.metric, values[0], values[1], described(either)))
+    rows: dict[tuple[str, str], dict[str, AccuracyResult]] = {}
+    for result in state.accuracies:
+        note = f"first {result.num_rows:,} of {result.num_rows_available:,} rows" if result.is_partial else ""
+        rows.setdefault((result.task, note), {})[result.which] = result
+    accuracies = tuple(
+        CardFigure(
+            f"{task} ({metric})", metric, _metric(pair.get("dense"), metric), _metric(pair.get("pruned"), metric), note
+        )
+        for (task, note), pair in rows.items()
+        for metric in ("acc", "acc_norm")
+        if any(metric in found.metrics for found in pair.values())
+    )
+    settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision")}
+    assert state.num_masked is not None
+    assert state.num_other_zeros is not None
+    return CardFacts(
+        task=run.manifest.model.get("task", "language"),
+        base_model=run.manifest.model["name"],
+        revision=run.manifest.model["revision"],
+        method=config.method,
+        goal=config.goal,
+        num_masked=state.num_masked,
+        num_prunable=state.num_prunable,
+        num_other_zeros=state.num_other_zeros,
+        is_quantized=config.bits is not None,
+        settings=settings,
+        figures=tuple(figures),
+        accuracies=accuracies,
+        version=VERSION,
+    )
+
+
+def _metric(result: AccuracyResult | None, name: str) -> float | None:
+    return None if result is None else result.metrics.get(name)

@@ -1,0 +1,60 @@
+"""Step: decide the budget from the outliers in the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.plan import Step
+from pipeline.steps import payloads
+from pipeline.steps.base import StepKind
+
+if TYPE_CHECKING:
+    from pipeline.rundir.step_transaction import Attempt
+    from pipeline.steps.context import StepContext
+    from stages.interfaces import Callbacks
+
+
+class Allocate(StepKind):
+    """Gives each block its share of the sparsity, from a first pass of the original model; writes no payload."""
+
+    name = "allocate"
+    title = "decide the budget"
+    help = "Run the original model once and give each block its share of the sparsity."
+
+    @staticmethod
+    def step() -> Step:
+        """The step in the plan."""
+        return Step(Allocate.name, reads=(payloads.CALIBRATION.name, payloads.biased(0).name))
+
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+        from dataclasses import asdict
+
+        from pipeline.steps.stage_settings import fixed_sparsities, prunable_layers
+        from stages.allocate import budget_by_outliers, outlier_shares
+
+        config = context.config
+        assert config.budget_spread is not None
+        assert config.alpha is not None
+        assert config.beta is not None
+        names = {layer["name"] for block in context.run.manifest.budget for layer in block["layers"]}
+        shares = outlier_shares(
+            context.model,
+            context.calibration,
+            context.run.open_stream("biased/0"),
+            names,
+            attempt.scratch(),
+            context.choices,
+            callbacks,
+        )
+        blocks = prunable_layers(context.model, config.ignore)
+        fixed = fixed_sparsities(blocks, config.layer_sparsity)
+        budget, spread = budget_by_outliers(
+            blocks, shares, config.budget_spread, config.target_sparsity, config.alpha, config.beta, fixed
+        )
+        if spread != config.budget_spread:
+            callbacks.warn(f"the spread of the budget is {spread:g}: no layer can be pruned above 100% or below 0%")
+        return {"outlier_shares": shares, "spread": spread, "budget": [asdict(block) for block in budget]}
+
+    def scratch_bytes(self, context: StepContext, step: Step) -> int:
+        return context.stream_bytes

@@ -1,0 +1,54 @@
+"""Step: read the calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.plan import Step
+from pipeline.errors import ConfigMismatch
+from pipeline.steps import payloads
+from pipeline.steps.base import StepKind
+
+if TYPE_CHECKING:
+    from pipeline.rundir.step_transaction import Attempt
+    from pipeline.steps.context import StepContext
+    from stages.interfaces import Callbacks
+
+
+class Calibrate(StepKind):
+    """Writes the calibration set: token ids of text windows, or preprocessed images."""
+
+    name = "calibrate"
+    title = "read the calibration set"
+    help = "Read the calibration samples and tokenize or preprocess them."
+    sharing = "same data"
+
+    @staticmethod
+    def step() -> Step:
+        """The step in the plan."""
+        return Step(Calibrate.name, outputs=(payloads.CALIBRATION,))
+
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+        from pipeline.steps.stage_settings import drawing_of
+        from stages.tasks.registry import parse_source
+
+        config = context.config
+        assert config.calibration is not None
+        source = parse_source(config.calibration)
+        if source.digest() != context.run.manifest.identity["data"][config.calibration]:
+            raise ConfigMismatch(
+                f"{config.calibration} has changed since this run began: put the old data back, or start a new run"
+            )
+        drawn = context.task.draw(context.model, source, drawing_of(config))
+        samples, first = drawn.samples, drawn.samples[0]
+        name = payloads.CALIBRATION.name
+        stream = attempt.stream(name, len(samples), tuple(first.shape), first.dtype, is_precious=True)
+        for index in range(len(samples)):
+            callbacks.check_stop()
+            stream.write(index, samples[index])
+            callbacks.report(index + 1, len(samples), "samples")
+        return {"source": config.calibration, **drawn.figures}
+
+    def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
+        return context.num_tokens * context.model.input_bytes_per_token

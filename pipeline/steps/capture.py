@@ -1,0 +1,41 @@
+"""Step: record the input of block 0, and its dense output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.plan import Step
+from pipeline.steps import payloads
+from pipeline.steps.base import StepKind
+
+if TYPE_CHECKING:
+    from pipeline.rundir.step_transaction import Attempt
+    from pipeline.steps.context import StepContext
+    from stages.interfaces import Callbacks
+
+
+class Capture(StepKind):
+    """Writes the input of block 0 and, where a later step reads it, the dense output of block 0."""
+
+    name = "capture"
+    title = "record the input of block 0"
+    help = "Run the embeddings on the calibration set and record the input of block 0."
+    sharing = "same data and environment"
+
+    @staticmethod
+    def step(*, with_dense: bool) -> Step:
+        """The step in the plan. with_dense: a later step reads the dense output of block 0."""
+        outputs = (payloads.biased(0), payloads.dense(1)) if with_dense else (payloads.biased(0),)
+        return Step(Capture.name, reads=(payloads.CALIBRATION.name,), outputs=outputs)
+
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+        from stages.capture import capture
+
+        dense = context.activations(attempt, "dense/1") if "dense/1" in step.writes else None
+        biased = context.activations(attempt, "biased/0")
+        capture(context.model, context.calibration, biased, dense, context.choices, callbacks)
+        return {}
+
+    def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
+        return context.stream_bytes

@@ -1,0 +1,119 @@
+"""What every step works with: the run, its configuration, the original model and the device."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.run_config import RunConfig
+from pipeline.engine.plan import Step
+from pipeline.errors import ConfigMismatch
+from pipeline.rundir.run_directory import Attempt, RunDirectory
+from pipeline.steps import payloads
+
+if TYPE_CHECKING:
+    from stages.interfaces import Scratch, Stream
+    from stages.machine.device import DeviceChoices
+    from stages.models.base import BlockModel, ModelFolder
+    from stages.tasks.base import Task
+
+
+class StepContext:
+    """The run, its configuration, the original model and the device, for one process.
+
+    Attributes:
+        run: The run directory.
+        config: Its configuration.
+        spills: Samples that do not fit into memory while a block is trained go to scratch streams.
+    """
+
+    def __init__(self, run: RunDirectory, config: RunConfig) -> None:
+        self.run, self.config = run, config
+        self.spills = False
+
+    @cached_property
+    def choices(self) -> DeviceChoices:
+        """The device and the arithmetic that the run is done with."""
+        from stages.machine.device import DeviceChoices
+
+        return DeviceChoices(**self.run.environment["device"])
+
+    @cached_property
+    def model(self) -> BlockModel:
+        """The original model, checked to be the one that the run began with."""
+        from stages.errors import ResourceError
+        from stages.models.resolve import resolve
+        from stages.tasks.registry import open_model
+
+        recorded = self.run.manifest.model
+        if recorded["source"] in ("folder", "pickle", "gguf") and not Path(self.config.model).exists():
+            raise ResourceError(
+                f"{self.config.model}, the model that this run was begun with, is gone: put it back (a symbolic link "
+                "will do)"
+            )
+        folder = resolve(self.config.model, recorded["revision"], trusts_code=self.config.trust_remote_code)
+        found = {name: digest.sha256 for name, digest in folder.files.items()}
+        expected = {name: digest["sha256"] for name, digest in recorded["files"].items()}
+        if found != expected:
+            changed = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+            raise ConfigMismatch(
+                f"{self.config.model} is no longer the model that this run began with "
+                f"(changed: {', '.join(changed)}); put the old files back or start a new run"
+            )
+        return open_model(folder)
+
+    @property
+    def task(self) -> Task:
+        """How this kind of model is calibrated and measured."""
+        from stages.tasks.registry import task_named
+
+        return task_named(self.model.task)
+
+    @property
+    def calibration(self) -> Stream:
+        """The calibration set."""
+        return self.run.open_stream(payloads.CALIBRATION.name)
+
+    @property
+    def hidden_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's activations."""
+        return self.model.hidden_shape(tuple(self.calibration[0].shape))
+
+    def activations(self, attempt: Attempt, name: str) -> Any:
+        """A new activation stream with one sample for each sample of the calibration set."""
+        return attempt.stream(name, len(self.calibration), self.hidden_shape, self.choices.torch_dtype)
+
+    def block_output(self, step: Step, attempt: Attempt) -> Any:
+        """The stream for the output of the step's block; None where the step does not write it."""
+        assert step.block is not None
+        name = payloads.biased(step.block + 1).name
+        return self.activations(attempt, name) if name in step.writes else None
+
+    def spill(self, attempt: Attempt) -> Scratch | None:
+        """Scratch streams for samples that do not fit into memory; None where all fit."""
+        return attempt.scratch() if self.spills else None
+
+    def exported_folder(self) -> ModelFolder:
+        """The exported model, checked to be what was committed."""
+        from stages.models.resolve import resolve
+
+        name = payloads.MODEL.name
+        payload = self.run.payload(name)
+        for file in payload.files:
+            self.run.open_file(name, payload.inner(file))
+        return resolve(str(self.run.publish(name)), trusts_code=self.config.trust_remote_code)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens in the calibration set."""
+        return (self.config.num_samples or 0) * self.config.seqlen
+
+    @property
+    def stream_bytes(self) -> int:
+        """Size of one activation stream over the calibration set."""
+        return self.activation_bytes(self.num_tokens)
+
+    def activation_bytes(self, num_tokens: int) -> int:
+        """Size of the activations of so many tokens at one place in the model."""
+        return num_tokens * self.model.hidden_size * self.choices.torch_dtype.itemsize

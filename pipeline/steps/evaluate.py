@@ -1,0 +1,104 @@
+"""Step: measure the exported model, or the original one, on one data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.plan import Step
+from pipeline.errors import ConfigMismatch
+from pipeline.steps import payloads
+from pipeline.steps.base import StepKind
+
+if TYPE_CHECKING:
+    from pipeline.config.run_config import RunConfig
+    from pipeline.rundir.step_transaction import Attempt
+    from pipeline.steps.context import StepContext
+    from stages.interfaces import Callbacks
+    from stages.tasks.base import DataSource, EvaluationProtocol
+
+# Number of tokens in the test set of WikiText-2. The length of another text is known only when it is evaluated.
+_USUAL_EVALUATION_TOKENS = 350_000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluate step measures.
+
+    Attributes:
+        which: "dense" (the original model) or "pruned".
+        source: Name of the data source.
+        protocol: How to measure.
+    """
+
+    which: str
+    source: str
+    protocol: EvaluationProtocol
+
+    @property
+    def subject(self) -> str:
+        """The part of the step's name after ``evaluate/``. Two evaluations with the same subject are the same."""
+        return f"{self.which}/{self.source}@{self.protocol.label}"
+
+
+class Evaluate(StepKind):
+    """Measures a model on one data set, block by block over scratch streams; writes no payload."""
+
+    name = "evaluate"
+    title = "evaluate"
+    help = "Measure the pruned model, or the original one, on one data set."
+    is_measurement = True
+
+    @staticmethod
+    def step(evaluation: Evaluation) -> Step:
+        """The step in the plan."""
+        reads = (payloads.MODEL.name,) if evaluation.which == "pruned" else ()
+        return Step(Evaluate.name, subject=evaluation.subject, reads=reads, request=evaluation)
+
+    @classmethod
+    def after_export(cls, config: RunConfig) -> Iterable[Step]:
+        """One step for each data set; of the pruned model first, because that is what the user waits for."""
+        return evaluation_steps(config.evaluate, config.evaluation_protocol, config.evaluate_dense)
+
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+        from stages.tasks.registry import open_model, parse_source
+
+        what = step.request
+        assert isinstance(what, Evaluation)
+        model = context.model if what.which == "dense" else open_model(context.exported_folder())
+        source = parse_source(what.source)
+        _require_same_data(context, source)
+        figures = context.task.evaluate(
+            model, context.model, source, what.protocol, attempt.scratch(), context.choices, callbacks
+        )
+        return {"which": what.which, "source": what.source, "source_digest": source.digest(), **figures}
+
+    def scratch_bytes(self, context: StepContext, step: Step) -> int:
+        what = step.request
+        assert isinstance(what, Evaluation)
+        return context.activation_bytes(what.protocol.max_tokens or _USUAL_EVALUATION_TOKENS)
+
+
+def evaluation_steps(sources: Iterable[str], protocol: EvaluationProtocol, with_dense: bool) -> tuple[Step, ...]:
+    """The evaluate steps of these data sources, none twice."""
+    kinds = ("pruned", "dense") if with_dense else ("pruned",)
+    evaluations = [Evaluation(which, source, protocol) for source in sources for which in kinds]
+    return tuple(Evaluate.step(evaluation) for evaluation in dict.fromkeys(evaluations))
+
+
+def _require_same_data(context: StepContext, source: DataSource) -> None:
+    """Raise ConfigMismatch if the source differs from the one the run began with, or measured before."""
+    run = context.run
+    known = [
+        commit.figures.get("source_digest")
+        for commit in run.commits
+        if commit.step.startswith(f"{Evaluate.name}/") and commit.figures["source"] == source.name
+    ]
+    identity = run.manifest.identity["data"]
+    known += [identity[source.name]] if source.name in identity else []
+    if any(digest != source.digest() for digest in known):
+        raise ConfigMismatch(
+            f"{source.name} has changed since {run.label} began, or was evaluated on it: put the old data back, or "
+            "give the new data another name, so that its figures stand beside the old ones"
+        )

@@ -1,0 +1,74 @@
+"""The plan of a run: LAMP Algorithm 1 as a list of steps, then the export and what follows it.
+
+    calibrate -> capture -> [allocate] -> prune 0 -> [refine 0] -> compensate 1 -> prune 1 -> ... -> prune n-1
+    -> [refine n-1] -> export -> evaluate ... -> zero-shot ...
+
+`stages.lamp` is the same algorithm on streams in memory.
+"""
+
+from __future__ import annotations
+
+from pipeline.config.run_config import RunConfig
+from pipeline.engine.plan import Step
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.steps.allocate import Allocate
+from pipeline.steps.calibrate import Calibrate
+from pipeline.steps.capture import Capture
+from pipeline.steps.compensate_block import CompensateBlock
+from pipeline.steps.export import Export
+from pipeline.steps.prune_block import PruneBlock
+from pipeline.steps.refine_block import RefineBlock
+from pipeline.steps.registry import STEP_KINDS
+
+
+def chain(method: str, num_blocks: int, refines: bool = False, allocates: bool = False) -> tuple[Step, ...]:
+    """The steps from the calibration set to the exported model, in the only order they can run (LAMP Alg. 1).
+
+    Args:
+        method: "lamp" compensates each block before it is pruned; "magnitude" reads no data.
+        num_blocks: Number of blocks of the model.
+        refines: Each pruned block is trained before its output is computed.
+        allocates: A first pass of the original model decides the budget.
+    """
+    compensates, reads_data = method == "lamp", method != "magnitude"
+    last = num_blocks - 1
+    steps: list[Step] = []
+    if reads_data:
+        steps.append(Calibrate.step())
+        steps.append(Capture.step(with_dense=compensates and (last > 0 or refines)))
+        if allocates:
+            steps.append(Allocate.step())
+    for block in range(num_blocks):
+        is_compensated = compensates and block > 0
+        if is_compensated:
+            # The dense output of the last block is a target only: no later step reads it unless the block is refined.
+            steps.append(CompensateBlock.step(block, with_dense=block < last or refines))
+        steps.append(
+            PruneBlock.step(
+                block,
+                reads_data=reads_data,
+                is_compensated=is_compensated,
+                is_refined=refines,
+                with_output=reads_data and block < last,
+            )
+        )
+        if refines:
+            steps.append(RefineBlock.step(block, with_output=block < last))
+    steps.append(Export.step(num_blocks))
+    return tuple(steps)
+
+
+def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
+    """The steps from calibration to export that a configuration asks for."""
+    return chain(config.method, num_blocks, bool(config.refine), config.budget == "outliers")
+
+
+def plan_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
+    """All steps that a configuration asks for."""
+    later = [step for kind in STEP_KINDS.entries() for step in kind.after_export(config)]
+    return (*chain_of(config, num_blocks), *later)
+
+
+def steps_of(run: RunDirectory, config: RunConfig) -> tuple[Step, ...]:
+    """All steps of a run under a configuration."""
+    return plan_of(config, run.manifest.model["num_blocks"])

@@ -1,0 +1,89 @@
+"""Step: prune a block, and quantize it if the run does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.plan import Step
+from pipeline.steps import payloads
+from pipeline.steps.base import StepKind
+from pipeline.steps.block_files import finished_bytes, masks_bytes, training_bytes, write_finished, write_state
+
+if TYPE_CHECKING:
+    from pipeline.rundir.step_transaction import Attempt
+    from pipeline.steps.context import StepContext
+    from stages.interfaces import Callbacks
+
+
+class PruneBlock(StepKind):
+    """Writes the pruned block and its masks, and the block's output where a later step reads it."""
+
+    name = "prune-block"
+    title = "prune a block"
+    help = "Choose the pruning masks of a block and set its remaining weights."
+
+    @staticmethod
+    def step(block: int, *, reads_data: bool, is_compensated: bool, is_refined: bool, with_output: bool) -> Step:
+        """The step in the plan.
+
+        Args:
+            block: Index of the block.
+            reads_data: The pruner uses statistics of the block's input.
+            is_compensated: The block was compensated before; otherwise its weights are the original ones.
+            is_refined: A later step trains the pruned block and writes its final weights.
+            with_output: A later block reads the output of this one.
+        """
+        data = (payloads.CALIBRATION.name, payloads.biased(block).name) if reads_data else ()
+        weights = (payloads.compensated(block).name,) if is_compensated else ()
+        output = (payloads.biased(block + 1),) if with_output else ()
+        results = (payloads.unrefined(block),) if is_refined else (payloads.pruned(block), *output)
+        return Step(PruneBlock.name, block, reads=(*data, *weights), outputs=(payloads.masks(block), *results))
+
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+        from pipeline.steps.stage_settings import budget_of, prune_settings
+        from stages import export
+        from stages.formats.checkpoint_files import StateFile
+        from stages.formats.pruning_masks import mask_file
+        from stages.prune_block import prune_block
+
+        block, model, run = step.block, context.model, context.run
+        assert block is not None
+        is_compensated = payloads.compensated(block).name in step.reads
+        reads_data = payloads.biased(block).name in step.reads
+        is_finished = payloads.pruned(block).name in step.writes
+        result = prune_block(
+            model,
+            block,
+            budget_of(run.budget[block]),
+            prune_settings(context.config),
+            context.choices,
+            callbacks,
+            state=StateFile(run.open_file(payloads.compensated(block).name)) if is_compensated else None,
+            export_dtypes=export.block_dtypes(model, block, context.config.export_dtype) if is_finished else None,
+            inputs=context.calibration if reads_data else None,
+            biased=run.open_stream(payloads.biased(block).name) if reads_data else None,
+            biased_out=context.block_output(step, attempt),
+        )
+        contents = mask_file(export.pruned_weights(model, block, result.outcome))
+        attempt.write_file(payloads.masks(block).name, f"block-{block:05d}.safetensors", contents)
+        figures: dict[str, Any] = {
+            "layers": {
+                name: {"relative_error": layer.relative_error, "damping": layer.damping}
+                for name, layer in result.outcome.layers.items()
+            }
+        }
+        if result.state is not None:
+            write_state(attempt, payloads.unrefined(block).name, result.state)
+            return figures
+        assert result.finished is not None
+        return {**figures, **write_finished(context, attempt, block, result.finished)}
+
+    def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
+        assert step.block is not None
+        sizes = {
+            payloads.masks(step.block).name: masks_bytes,
+            payloads.pruned(step.block).name: finished_bytes,
+            payloads.unrefined(step.block).name: training_bytes,
+        }
+        return sizes[payload](context, step.block) if payload in sizes else context.stream_bytes

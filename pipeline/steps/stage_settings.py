@@ -1,0 +1,126 @@
+"""From a run's configuration to the arguments of the stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.quantities import parse_size
+from pipeline.config.run_config import RunConfig
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stages.prune_block import PruneSettings
+    from stages.runtime.memory_planner import Fit
+    from stages.sparsity.budget import BlockBudget
+    from stages.tasks.base import Drawing
+    from stages.training.trainer import TrainingSettings
+
+
+def pruner_of(config: RunConfig) -> str:
+    """Name of the pruner that chooses the masks: of method lamp the one inside it, else the method itself."""
+    return config.pruner or ("sparsegpt" if config.method == "lamp" else config.method)
+
+
+def prune_settings(config: RunConfig) -> PruneSettings:
+    """How blocks are pruned."""
+    from stages.prune_block import PruneSettings
+
+    return PruneSettings(
+        pruner_of(config), config.damping, config.column_block, config.n_of_m, config.bits, config.group_size
+    )
+
+
+def training_settings(config: RunConfig, epochs: int | None, lr: float | None) -> TrainingSettings:
+    """How blocks are trained: by compensation or refinement, which have epochs and a learning rate of their own."""
+    from stages.training.trainer import TrainingSettings
+
+    assert epochs is not None
+    assert lr
+    return TrainingSettings(
+        epochs, lr, config.lr_decay or 1.0, bool(config.hold_aside), config.seed, config.loss or "mse"
+    )
+
+
+def budget_of(record: Mapping[str, Any]) -> BlockBudget:
+    """Budget of a block, from its record in run.json or in the commit of the step allocate."""
+    from stages.sparsity.budget import BlockBudget, LayerBudget
+
+    return BlockBudget(tuple(LayerBudget(**layer) for layer in record["layers"]))
+
+
+def fit_memory(model: Any, config: RunConfig, choices: Any, at_once: Sequence[int]) -> Fit:
+    """The memory that a run will take, and the choices that keep it within --memory-limit.
+
+    at_once: numbers of samples that may share a forward pass, rising. Raises ResourceError where none will do.
+    """
+    from stages.machine.device import memory_in_use
+    from stages.runtime.memory_planner import Shapes, Work, fit
+
+    work = Work(
+        pruner=pruner_of(config),
+        trains=config.method == "lamp",
+        is_quantized=config.bits is not None,
+        eval_tokens=config.eval_seqlen if config.evaluate else 0,
+    )
+    return fit(
+        Shapes.of(model, config.seqlen, choices.torch_dtype.itemsize),
+        work,
+        memory_in_use(choices.torch_device),
+        parse_size(config.memory_limit) if config.memory_limit is not None else None,
+        at_once,
+        "memory" if choices.torch_device.type == "cpu" else "GPU memory",
+    )
+
+
+def prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
+    """The layers of each block that may be pruned (`stages.sparsity.budget.LayerShape`).
+
+    Raises ConfigError if none is left.
+    """
+    from stages.sparsity.budget import LayerShape
+
+    patterns = [re.compile(pattern) for pattern in ignore]
+    unused = set(ignore)
+    blocks = []
+    for index in range(model.num_blocks):
+        kept = []
+        for layer in model.layers(index):
+            matching = [p.pattern for p in patterns if p.search(layer.name)]
+            unused.difference_update(matching)
+            if not matching:
+                kept.append(LayerShape(layer.name, layer.role, layer.rows, layer.cols))
+        blocks.append(kept)
+    if unused:
+        example = model.layers(0)[0].name
+        raise ConfigError(f"--ignore {sorted(unused)[0]}: no layer has such a name (they look like {example})")
+    if not any(blocks):
+        raise ConfigError("--ignore leaves no layer to prune")
+    return blocks
+
+
+def fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, float]) -> dict[str, float]:
+    """The sparsity of each layer, by name, that has one of its own. Raises ConfigError for a name that no layer has."""
+    fixed: dict[str, float] = {}
+    for pattern, sparsity in overrides.items():
+        names = [layer.name for block in blocks for layer in block if re.search(pattern, layer.name)]
+        if not names:
+            raise ConfigError(f"layer_sparsity {pattern}: no prunable layer has such a name")
+        fixed.update(dict.fromkeys(names, sparsity))
+    return fixed
+
+
+def drawing_of(config: RunConfig) -> Drawing:
+    """Which samples the calibration set is made of."""
+    from stages.tasks.base import Drawing
+
+    assert config.num_samples is not None
+    return Drawing(config.num_samples, config.seqlen, config.calibration_sampling, config.calibration_skip, config.seed)
+
+
+def task_data_of(config: RunConfig) -> Any:
+    """The rows of tasks on this machine (`stages.metrics.harness_tasks.TaskData`), if any. Raises UsageError."""
+    from stages.metrics.harness_tasks import TaskData
+
+    return TaskData.at(config.task_data) if config.task_data is not None else None

@@ -1,0 +1,92 @@
+"""Step: measure the zero-shot accuracy of a model on one task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.plan import Step
+from pipeline.steps import payloads
+from pipeline.steps.base import StepKind
+
+if TYPE_CHECKING:
+    from pipeline.config.run_config import RunConfig
+    from pipeline.rundir.step_transaction import Attempt
+    from pipeline.steps.context import StepContext
+    from stages.interfaces import Callbacks
+    from stages.metrics.zero_shot import ZeroShot
+
+
+@dataclass(frozen=True)
+class ZeroShotEvaluation:
+    """What one zero-shot step measures.
+
+    Attributes:
+        which: "dense" (the original model) or "pruned".
+        task: Name of the task.
+        data: Folder with the rows; None: they come from the hub.
+        limit: Number of rows to use, from the first; None: all.
+    """
+
+    which: str
+    task: str
+    data: str | None
+    limit: int | None
+
+    @property
+    def subject(self) -> str:
+        """The part of the step's name after ``zero-shot/``. Two evaluations with the same subject are the same."""
+        where = f"@{self.data}" if self.data is not None else ""
+        limit = f":{self.limit}" if self.limit is not None else ""
+        return f"{self.which}/{self.task}{where}{limit}"
+
+
+class ZeroShotStep(StepKind):
+    """Measures accuracy with the whole model in memory; writes no payload."""
+
+    name = "zero-shot"
+    title = "zero-shot accuracy"
+    help = "Measure zero-shot accuracy on one task, by lm-evaluation-harness."
+    is_measurement = True
+
+    def __init__(self) -> None:
+        self._loaded: tuple[str, ZeroShot] | None = None  # which model is in memory
+
+    @staticmethod
+    def step(evaluation: ZeroShotEvaluation) -> Step:
+        """The step in the plan."""
+        reads = (payloads.MODEL.name,) if evaluation.which == "pruned" else ()
+        return Step(ZeroShotStep.name, subject=evaluation.subject, reads=reads, request=evaluation)
+
+    @classmethod
+    def after_export(cls, config: RunConfig) -> Iterable[Step]:
+        """One step for each task; all tasks of one model together, because the whole model is loaded for them."""
+        return zero_shot_steps(config.tasks, config.task_data, config.task_limit, config.evaluate_dense)
+
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+        from pipeline.steps.stage_settings import task_data_of
+        from stages.metrics.zero_shot import ZeroShot
+
+        what = step.request
+        assert isinstance(what, ZeroShotEvaluation)
+        data = task_data_of(context.config)
+        if self._loaded is None or self._loaded[0] != what.which:
+            self._loaded = None  # never two models in memory
+            folder = context.exported_folder() if what.which == "pruned" else context.model.source
+            self._loaded = (what.which, ZeroShot(folder, context.choices.device))
+        result = self._loaded[1].measure(what.task, data, what.limit, callbacks)
+        return {
+            "which": what.which,
+            **asdict(result),
+            "is_partial": result.is_partial,
+            "task_data": what.data,
+            "task_data_digest": data.digest(what.task) if data is not None else None,
+        }
+
+
+def zero_shot_steps(tasks: Sequence[str], data: str | None, limit: int | None, with_dense: bool) -> tuple[Step, ...]:
+    """The zero-shot steps of these tasks, none twice."""
+    kinds = ("pruned", "dense") if with_dense else ("pruned",)
+    evaluations = [ZeroShotEvaluation(which, task, data, limit) for which in kinds for task in tasks]
+    return tuple(ZeroShotStep.step(evaluation) for evaluation in dict.fromkeys(evaluations))
