@@ -6,27 +6,26 @@ import contextlib
 
 import torch
 
-from stages.interfaces import Callbacks, Stream
-from stages.machine.device import DeviceChoices, computing
-from stages.models.base import BlockModel, tokens_of
+from stages.interfaces import Stream
+from stages.machine.device import computing
+from stages.models.base import tokens_of
+from stages.runtime.block_context import StageContext
 from stages.runtime.block_runner import micro_batches
 from stages.runtime.prefetch import Reading, Writing
 
 
 @torch.no_grad()
-def capture(
-    model: BlockModel,
-    inputs: Stream,
-    biased: Stream,
-    dense_out: Stream | None,
-    choices: DeviceChoices,
-    callbacks: Callbacks,
-) -> None:
+def capture(context: StageContext, biased: Stream, dense_out: Stream | None) -> None:
     """Write the input of block 0 to `biased` and, if asked, block 0's own output to `dense_out`.
 
-    inputs: N samples, token ids (tokens,) or pixels. biased, dense_out: N samples of hidden states.
     The dense output is computed from the input as stored, so that rebuilding it later gives the same bits.
+
+    Args:
+        context: The model and its N samples.
+        biased: Receives N samples of hidden states, (T, H).
+        dense_out: Receives N samples of hidden states, (T, H); None: not needed.
     """
+    model, inputs, choices = context.model, context.inputs, context.device
     device = choices.torch_device
     ends = model.load_ends(device, part="enter")
     block = model.load_block(0, device) if dense_out is not None else None
@@ -36,7 +35,7 @@ def capture(
         biased_out = stack.enter_context(Writing(biased, device))
         blocks_out = stack.enter_context(Writing(dense_out, device)) if dense_out is not None else None
         for numbers, (tokens,) in read:
-            callbacks.check_stop()
+            context.callbacks.check_stop()
             with computing(choices):
                 entry = ends.enter(tokens)
             hidden = entry.hidden.to(choices.torch_dtype)
@@ -45,4 +44,4 @@ def capture(
                 with computing(choices):
                     # A copy: the writer may not be done with `hidden`, and some block might work in place.
                     blocks_out.write(numbers, model.run_block(block, hidden.clone(), entry.calls[0]))
-            callbacks.report(numbers[-1] + 1, len(inputs), "samples")
+            context.callbacks.report(numbers[-1] + 1, len(inputs), "samples")

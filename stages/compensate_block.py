@@ -1,4 +1,4 @@
-"""Lines 6-8 of the paper's Algorithm 1: let the next, still dense block learn away what pruning cost.
+"""Lines 6-8 of the paper's Algorithm 1: train the next, still dense block until it makes up for the pruning error.
 
 dense_out = B_original(dense_in)                      line 7
 B <- argmin |B(biased_in) - dense_out|^2              line 8, LAMP Eq. 9, by Adam over all of B's parameters
@@ -10,47 +10,44 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.interfaces import Callbacks, Scratch, Stream
-from stages.machine.device import DeviceChoices
-from stages.models.base import BlockModel
-from stages.training.trainer import BlockTrainer, Training, TrainingSettings
+from stages.interfaces import Samples, Scratch, Stream
+from stages.runtime.block_context import BlockContext
+from stages.training.trainer import BlockTrainer, Purpose, Training, TrainingSettings
 
 
 @dataclass(frozen=True)
 class CompensatedBlock:
-    """A block's fp32 state after training, and how it got there."""
+    """A block's fp32 state after training, and how the training went."""
 
     state: dict[str, Tensor]
     training: Training
 
 
 def compensate_block(
-    model: BlockModel,
-    block_index: int,
-    inputs: Stream,
-    biased_in: Stream,
-    dense_in: Stream,
+    context: BlockContext,
+    biased_in: Samples,
+    dense_in: Samples,
     dense_out: Stream,
     settings: TrainingSettings,
-    choices: DeviceChoices,
-    callbacks: Callbacks,
     spill: Scratch | None = None,
 ) -> CompensatedBlock:
-    """Train block `block_index` to give, on the biased stream, what the original gives on the dense one.
+    """Train a block to give, on the biased stream, what the original gives on the dense stream.
 
-    inputs: token ids of the N samples. biased_in, dense_in, dense_out: N samples (tokens, hidden); `dense_out`
-    is written first, by the original block, and then is the target. With no epochs, that is all that is done.
-    spill: room for the best weights so far, which otherwise are a second block in memory.
-    Raises NumericalError if the loss stops being finite.
+    Args:
+        context: The block and its N samples.
+        biased_in: The block's input through the pruned blocks, N samples (T, H).
+        dense_in: The block's input through the original blocks, N samples (T, H).
+        dense_out: Receives the original block's output of `dense_in`, which is then the target, N samples (T, H).
+            With no epochs, this is all that is done.
+        settings: How to train.
+        spill: Scratch space for the best weights so far, which otherwise are a second block in memory.
+
+    Raises:
+        NumericalError: The loss is not finite.
     """
-    block = model.load_block(block_index, choices.torch_device)
-    trainer = BlockTrainer(
-        *(model, block, block_index, inputs, biased_in, dense_out, settings, choices, callbacks),
-        purpose="compensate",
-        spill=spill,
-        passes_before=2,
-    )
-
+    block = context.load()
+    purpose = Purpose("compensate", passes_before=2, passes_after=0)
+    trainer = BlockTrainer(context, block, biased_in, dense_out, settings, purpose, spill)
     trainer.first_pass(makes_targets_of=dense_in)
     training = trainer.train(list(block.parameters()))
     return CompensatedBlock({name: tensor.to("cpu") for name, tensor in block.state_dict().items()}, training)

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.finish_block import LayerOutcome, PruneOutcome, check_layer
 from stages.formats.checkpoint_files import StateFile, serialized
 from stages.formats.pruning_masks import FOLDER, PrunedWeight
 from stages.formats.safetensors_io import Bytes
 from stages.machine.device import DTYPES
 from stages.metrics.registry import METRICS, figure_text
 from stages.models.base import BlockModel
+from stages.pruners.registry import method_title
 from stages.sparsity.nm_pattern import Pattern
+from stages.sparsity.outcome import LayerOutcome, PruneOutcome, check_layer
 
 _SHARD_BYTES = 256_000_000  # a larger tensor has a file of its own: no more than one is in memory
 _METADATA = {"format": "pt"}
@@ -154,15 +155,6 @@ class CardFacts:
     version: str
 
 
-_METHOD_NAMES = {
-    "lamp": "LAMP",
-    "sparsegpt": "SparseGPT",
-    "alps": "ALPS",
-    "wanda": "Wanda",
-    "magnitude": "magnitude pruning",
-}
-
-
 def model_card(facts: CardFacts) -> bytes:
     """README.md of the exported folder: what was done to which model, how, and what came of it."""
     is_path = facts.base_model.startswith("/")
@@ -174,7 +166,7 @@ def model_card(facts: CardFacts) -> bytes:
     achieved = facts.num_masked / facts.num_prunable
     lines = [
         *front,
-        f"# {facts.base_model.rsplit('/', 1)[-1]} at {facts.goal}, pruned with {_METHOD_NAMES[facts.method]}",
+        f"# {facts.base_model.rsplit('/', 1)[-1]} at {facts.goal}, pruned by {method_title(facts.method)}",
         "",
         f"Made from `{facts.base_model}`{revision} by lampctl {facts.version}. Of the {facts.num_prunable:,} prunable "
         f"weights (those of the linear layers inside the blocks), {facts.num_masked:,} ({100 * achieved:.4f}%) are "

@@ -1,44 +1,29 @@
-"""Lines 4-5 of the paper's Algorithm 1: prune one block, then run the biased stream through it.
+"""Lines 4-5 of the paper's Algorithm 1: prune one block, then propagate the biased stream through it.
 
-All statistics of a block come from one pass of the unpruned block over the biased stream. Layers that see the
-same input (q, k and v; gate and up) share one Hessian and one factorisation of it.
+All statistics of a block come from one pass of the unpruned block over the biased stream. Layers that read the same
+input (q, k and v; gate and up) share one set of statistics and one factorisation of it.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stages.errors import NumericalError
-from stages.finish_block import FinishedBlock, LayerOutcome, PruneOutcome, finish_block, require_budget
-from stages.interfaces import Callbacks, Checkpoint, Stream
-from stages.machine.device import DeviceChoices
-from stages.models.base import BlockModel
-from stages.pruners.alps import Splitting, alps, split
-from stages.pruners.hessian import Factor, HessianSum, SquareSum, factorise
-from stages.pruners.magnitude import magnitude_mask
-from stages.pruners.sparsegpt import sparsegpt
-from stages.pruners.wanda import wanda_mask
-from stages.quantization.grid import Grid, fit_grid
-from stages.runtime.block_runner import BlockPass, Counter
+from stages.finish_block import FinishedBlock, finish_block
+from stages.interfaces import Callbacks, Samples
+from stages.models.base import LayerInfo
+from stages.pruners.base import LayerProblem, Pruner
+from stages.quantization.grid import fit_grid
+from stages.runtime.block_context import BlockContext, BlockOutput
+from stages.runtime.block_runner import Counter
+from stages.runtime.layer_inputs import LayerInput, LayerInputs, collect
 from stages.sparsity.budget import BlockBudget
-from stages.sparsity.nm_pattern import Pattern
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """How to prune."""
-
-    pruner: str  # "sparsegpt", "alps", "wanda", "magnitude"
-    damping: float = 0.01  # of the mean diagonal of the Hessian
-    column_block: int = 128  # columns that share one of SparseGPT's mask decisions
-    pattern: Pattern | None = None  # N:M; the budget is then what it says
-    bits: int | None = None  # quantize what is kept, in the same sweep
-    group_size: int | None = None  # columns that share one grid; None: a whole row
+from stages.sparsity.outcome import LayerOutcome, PruneOutcome, require_budget
 
 
 @dataclass(frozen=True)
@@ -46,282 +31,116 @@ class PrunedBlock:
     """A block after pruning, and what happened to each layer."""
 
     outcome: PruneOutcome
-    state: dict[str, Tensor] | None = None  # in fp32; None: it is finished
-    finished: FinishedBlock | None = None  # in the export dtype; None: it is not finished yet
-
-
-@dataclass
-class _LayerInputs:
-    """Statistics of one distinct input, and which layers read it."""
-
-    sums: HessianSum | SquareSum
-    paths: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Collected:
-    """The statistics of a block over the first `num_samples` samples."""
-
-    groups: list[_LayerInputs] = field(default_factory=list)
-    num_samples: int = 0
-
-    def checkpoint(self) -> Checkpoint:
-        states = [group.sums.state() for group in self.groups]
-        return Checkpoint(
-            {f"hessian.{number}": matrix for number, (matrix, _) in enumerate(states)},
-            {
-                "num_samples": self.num_samples,
-                "groups": [
-                    {"paths": group.paths, "counts": counts}
-                    for group, (_, counts) in zip(self.groups, states, strict=True)
-                ],
-            },
-        )
-
-    @classmethod
-    def restored(cls, checkpoint: Checkpoint | None, device: torch.device) -> _Collected:
-        if checkpoint is None:
-            return cls()
-        groups = []
-        for number, group in enumerate(checkpoint.figures["groups"]):
-            kept = checkpoint.tensors[f"hessian.{number}"]
-            kind = HessianSum if kept.ndim == 2 else SquareSum
-            groups.append(_LayerInputs(kind.restored(kept, group["counts"], device), list(group["paths"])))
-        return cls(groups, checkpoint.figures["num_samples"])
+    state: Mapping[str, Tensor] | None = None  # in fp32, to be trained further; None: the block is finished
+    finished: FinishedBlock | None = None  # in the export dtype; None: the block is not finished yet
 
 
 @torch.no_grad()
 def prune_block(
-    model: BlockModel,
-    block_index: int,
+    context: BlockContext,
+    pruner: Pruner,
     budget: BlockBudget,
-    settings: PruneSettings,
-    choices: DeviceChoices,
-    callbacks: Callbacks,
+    biased: Samples | None = None,
     *,
     state: Mapping[str, Tensor] | None = None,
-    export_dtypes: Mapping[str, torch.dtype] | None,
-    inputs: Stream | None = None,
-    biased: Stream | None = None,
-    biased_out: Stream | None = None,
+    output: BlockOutput | None,
 ) -> PrunedBlock:
-    """Prune block `block_index` to its budget and run the biased stream through the result.
+    """Prune a block to its budget, and propagate the biased stream through the result.
 
-    state: the block's weights (compensated ones, names relative to the block); None: the original's.
-    export_dtypes: dtype of each entry of the block's state in the exported model; None: leave the block in fp32,
-    unfinished, for a later step.
-    inputs: token ids of the N samples; biased, biased_out: N samples (tokens, hidden). Magnitude needs none.
-    Raises NumericalError, naming block and layer, where a Hessian has no usable factor.
+    Args:
+        context: The block and its samples.
+        pruner: Chooses and solves, with its options.
+        budget: How many weights each layer loses; layers that it does not name stay dense.
+        biased: The block's input of each of N samples, (T, H); None for a pruner that reads no data.
+        state: The block's compensated weights (names inside the block); None: the original weights.
+        output: How the block is exported and where its outputs go; None: leave it in fp32 for a later step.
+
+    Raises:
+        NumericalError: A weight is not finite, or a Hessian has no usable factor; names block and layer.
     """
-    block = model.load_block(block_index, choices.torch_device, state=state)
+    block = context.load(state)
     by_name = {layer.name: layer for layer in budget.layers}
-    infos = [info for info in model.layers(block_index) if info.name in by_name]
+    infos = [info for info in context.model.layers(context.index) if info.name in by_name]
     modules = {info.path: block.get_submodule(info.path) for info in infos}
-    groups: list[_LayerInputs] = []
-    collected: _Collected | None = None
-    num_passes = (1 if inputs is not None else 0) + (1 if biased_out is not None else 0)
-    total = len(infos) + num_passes * (len(inputs) if inputs is not None else 0)
-    counter = Counter(callbacks, total, "passes")
-    if settings.pruner != "magnitude":
-        if inputs is None or biased is None:
-            raise ValueError(f"{settings.pruner} needs the calibration set and the biased stream")
-        collected = _collect(model, block, block_index, modules, inputs, biased, settings, choices, callbacks, counter)
-        groups = collected.groups
-    group_of = {path: group for group in groups for path in group.paths}
+    num_passes = (1 if pruner.needs_data else 0) + (1 if output is not None and output.stream is not None else 0)
+    progress = _Progress(context.callbacks, len(infos) + num_passes * len(context.inputs))
+    kind = pruner.statistics()
+    if pruner.needs_data and kind is not None:
+        if biased is None or not len(context.inputs):
+            raise ValueError(f"{pruner.name} needs the calibration set and the biased stream")
+        progress.collected = collect(context, block, modules, biased, kind, progress)
+    layers = _Layers(context, pruner, progress.collected)
+    # Input by input, so that each set of statistics is freed as soon as its layers are done.
+    for info in layers.ordered(infos):
+        progress.boundary()
+        layers.prune(info, modules[info.path], by_name[info.name].num_masked)
+        progress.advance()
+    outcome = PruneOutcome({info.name: layers.outcomes[info.name] for info in infos}, pruner.options.pattern)
+    layers.forget()
+    require_budget(outcome, budget)
+    if output is None:
+        return PrunedBlock(outcome, state={name: tensor.to("cpu") for name, tensor in block.state_dict().items()})
+    return PrunedBlock(outcome, finished=finish_block(context, block, outcome, biased, output, progress))
 
-    def boundary() -> None:
-        """Later, the sums need not be made again; the layers are pruned anew."""
-        if collected is None:
-            callbacks.check_stop()
+
+class _Progress(Counter):
+    """Counts passes and layers. From a checkpoint the statistics come back; the layers are pruned again."""
+
+    def __init__(self, callbacks: Callbacks, total: int) -> None:
+        super().__init__(callbacks, total, "passes")
+        self._callbacks = callbacks
+        self.collected: LayerInputs | None = None
+
+    def boundary(self) -> None:
+        """Stop here if asked to, and keep the statistics."""
+        if self.collected is None:
+            self._callbacks.check_stop()
         else:
-            callbacks.checkpoint(collected.checkpoint)
+            self._callbacks.checkpoint(self.collected.checkpoint)
 
-    solvers: dict[int, _Solver] = {}
-    layers: dict[str, LayerOutcome] = {}
-    # Group by group, so that each Hessian goes as soon as its layers are done.
-    for info in sorted(infos, key=lambda i: groups.index(group_of[i.path]) if groups else 0):
-        boundary()
-        weight, where = model.weight_matrix(modules[info.path]), f"block {block_index}, layer {info.path}"
+
+class _Layers:
+    """Prunes the layers of one block; what `Pruner.prepare` gives is kept while layers with the same input follow."""
+
+    def __init__(self, context: BlockContext, pruner: Pruner, collected: LayerInputs | None) -> None:
+        self._context, self._pruner = context, pruner
+        self._inputs = collected.inputs if collected is not None else []
+        self._input_of = collected.by_path if collected is not None else {}
+        self._prepared: tuple[LayerInput, Any] | None = None
+        self.outcomes: dict[str, LayerOutcome] = {}
+
+    def ordered(self, infos: list[LayerInfo]) -> list[LayerInfo]:
+        """The layers, those with the same input one after the other."""
+        return sorted(infos, key=lambda info: self._inputs.index(self._input_of[info.path]) if self._inputs else 0)
+
+    def prune(self, info: LayerInfo, module: nn.Module, num_masked: int) -> None:
+        """Prune one layer in place, and keep what happened to it."""
+        model, options = self._context.model, self._pruner.options
+        weight, where = model.weight_matrix(module), f"{self._context.name}, layer {info.path}"
         if not bool(torch.isfinite(weight).all()):
             raise NumericalError(f"{where}: the weights hold NaN or infinity")
-        group = group_of.get(info.path)
-        solver = None
-        if settings.pruner in ("sparsegpt", "alps") and group is not None:
-            if id(group) not in solvers:
-                solvers.clear()
-                try:
-                    solvers[id(group)] = _Solver.of(group, settings, _Named(callbacks, where))
-                except NumericalError as failure:
-                    raise NumericalError(f"{where}: {failure}") from failure
-            solver = solvers[id(group)]
-        pruned, mask, grid = _prune_matrix(weight, by_name[info.name].num_masked, group, solver, settings)
-        error = None
-        if group is not None and isinstance(group.sums, HessianSum):
-            error = _relative_error(weight, pruned, group.sums.matrix())
-        model.set_weight_matrix(modules[info.path], pruned)
-        layers[info.name] = LayerOutcome(mask, grid, error, solver.factor.damping if solver else None)
-        counter.advance()
-        del weight, pruned, mask
+        found = self._input_of.get(info.path)
+        prepared = self._prepare(found, where) if found is not None else None
+        grid = fit_grid(weight, options.bits, options.group_size) if options.bits is not None else None
+        pruned = self._pruner.prune(LayerProblem(info.name, weight, num_masked, grid), prepared)
+        error = found.statistics.relative_error(weight, pruned.weight) if found is not None else None
+        model.set_weight_matrix(module, pruned.weight)
+        self.outcomes[info.name] = LayerOutcome(pruned.mask, grid, error, pruned.damping)
 
-    solvers.clear()
-    solver = None
-    outcome = PruneOutcome({info.name: layers[info.name] for info in infos}, settings.pattern)
-    require_budget(outcome, budget)
-    if export_dtypes is None:
-        return PrunedBlock(outcome, state={name: tensor.to("cpu") for name, tensor in block.state_dict().items()})
-    finished = finish_block(
-        *(model, block, block_index, outcome, choices, counter.advance),
-        export_dtypes=export_dtypes,
-        inputs=inputs,
-        biased=biased,
-        biased_out=biased_out,
-        boundary=boundary,
-    )
-    return PrunedBlock(outcome, finished=finished)
+    def _prepare(self, found: LayerInput, where: str) -> Any:
+        if self._prepared is None or self._prepared[0] is not found:
+            self._prepared = None  # not two at once: each may be as large as the statistics
+            try:
+                prepared = self._pruner.prepare(
+                    found.statistics,
+                    is_shared=found.is_shared,
+                    warn=lambda message: self._context.callbacks.warn(f"{where}: {message}"),
+                )
+            except NumericalError as failure:
+                raise NumericalError(f"{where}: {failure}") from failure
+            self._prepared = (found, prepared)
+        return self._prepared[1]
 
-
-@dataclass(frozen=True)
-class _Named:
-    """Warns, saying where."""
-
-    callbacks: Callbacks
-    where: str
-
-    def __call__(self, message: str) -> None:
-        self.callbacks.warn(f"{self.where}: {message}")
-
-
-def _collect(
-    model: BlockModel,
-    block: nn.Module,
-    block_index: int,
-    modules: Mapping[str, nn.Module],
-    inputs: Stream,
-    biased: Stream,
-    settings: PruneSettings,
-    choices: DeviceChoices,
-    callbacks: Callbacks,
-    counter: Counter,
-) -> _Collected:
-    """Sums over the inputs of every layer, one sum per distinct input, from one pass over the stream.
-
-    The pass ends where the last layer has got its input: what it and whatever follows would compute is of no use.
-    """
-    collected = _Collected.restored(callbacks.restore(), choices.torch_device)
-    kind = SquareSum if settings.pruner == "wanda" else HessianSum
-    groups = collected.groups
-    seen: dict[int, tuple[Tensor, _LayerInputs]] = {}  # in the current batch: the tensor itself, kept alive
-    waited_for: set[str] = set()  # layers that have not got their input in the current batch
-    assigned = {path: group for group in groups for path in group.paths}
-
-    def hook(path: str, cols: int) -> object:
-        def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            _, group = seen.get(id(x), (None, None))
-            first_reader = group is None
-            if group is None:
-                group = assigned.get(path)
-            if group is None:
-                group = _LayerInputs(kind(cols, x.device))
-                groups.append(group)
-            if assigned.setdefault(path, group) is not group:
-                raise AssertionError(f"{path} shared its input with other layers in one batch but not in another")
-            if path not in group.paths:
-                group.paths.append(path)
-            if first_reader:
-                seen[id(x)] = (x, group)
-                group.sums.add(x.reshape(-1, cols))
-            waited_for.discard(path)
-            if not waited_for:
-                raise _AllSeen
-
-        return record
-
-    handles = [
-        module.register_forward_pre_hook(hook(path, model.weight_matrix(module).shape[1]))  # type: ignore[arg-type]
-        for path, module in modules.items()
-    ]
-    counter.advance(collected.num_samples)
-    block_pass = BlockPass(model, block, block_index, inputs, choices)
-    batches = block_pass.batches(range(collected.num_samples, len(inputs)))
-    try:
-        with block_pass.reading(batches, biased) as read:
-            for batch in read:
-                callbacks.checkpoint(collected.checkpoint)
-                waited_for.update(modules)
-                with contextlib.suppress(_AllSeen):
-                    block_pass.forward(batch.samples[0], batch.call)
-                seen.clear()
-                collected.num_samples += len(batch.numbers)
-                counter.advance(len(batch.numbers))
-    finally:
-        for handle in handles:
-            handle.remove()
-    unread = [path for path in modules if path not in assigned]
-    if unread:
-        raise AssertionError(f"block {block_index}: no input ever reached {', '.join(unread)}")
-    return collected
-
-
-class _AllSeen(Exception):  # noqa: N818 - no error: all that was wanted is known
-    """Ends a forward pass once every layer has got its input."""
-
-
-@dataclass(frozen=True)
-class _Solver:
-    """What a Hessian is turned into once, for all layers with the same input."""
-
-    hessian: Tensor
-    factor: Factor
-    splitting: Splitting | None  # ALPS
-
-    @classmethod
-    def of(cls, group: _LayerInputs, settings: PruneSettings, on_retry: Callable[[str], None]) -> _Solver:
-        assert isinstance(group.sums, HessianSum)
-        hessian = group.sums.matrix()
-        factor = factorise(hessian, settings.damping, on_retry=on_retry)
-        splitting = None
-        if settings.pruner == "alps":
-            splitting = split(hessian, factor, is_shared=len(group.paths) > 1)
-        return cls(hessian, factor, splitting)
-
-
-def _prune_matrix(
-    weight: Tensor, num_masked: int, group: _LayerInputs | None, solver: _Solver | None, settings: PruneSettings
-) -> tuple[Tensor, Tensor, Grid | None]:
-    """New weights (rows, cols), the mask, True where pruned, and the grid that the weights were put on."""
-    grid = fit_grid(weight, settings.bits, settings.group_size) if settings.bits is not None else None
-    if solver is not None:
-        chosen = None
-        if settings.pruner == "alps":
-            pruned, chosen = alps(
-                weight, solver.hessian, solver.factor, num_masked, pattern=settings.pattern, splitting=solver.splitting
-            )
-            if grid is None:
-                return pruned, chosen, None
-        # With a grid, ALPS says which weights stay and the sweep puts them on it, each error passed on.
-        pruned, mask = sparsegpt(
-            weight,
-            solver.factor,
-            num_masked,
-            pattern=settings.pattern,
-            grid=grid,
-            column_block=settings.column_block,
-            mask=chosen,
-        )
-        return pruned, mask, grid
-    if settings.pruner == "magnitude":
-        mask = magnitude_mask(weight, num_masked, settings.pattern)
-    elif settings.pruner == "wanda" and group is not None and isinstance(group.sums, SquareSum):
-        mask = wanda_mask(weight, group.sums.mean_square(), num_masked, settings.pattern)
-    else:
-        raise ValueError(f"unknown pruner {settings.pruner}")
-    kept = grid.nearest(weight) if grid is not None else weight
-    return kept.masked_fill(mask, 0), mask, grid
-
-
-def _relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float | None:
-    """|(W - W') X|^2 / |W X|^2, from the Hessian 2/n X X^T alone."""
-    lost, whole = after - before, before
-    energy = torch.sum((whole @ hessian) * whole)
-    return (torch.sum((lost @ hessian) * lost) / energy).item() if energy > 0 else None
+    def forget(self) -> None:
+        """Free what was prepared."""
+        self._prepared = None

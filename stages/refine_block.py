@@ -8,7 +8,7 @@ grid: the forward pass rounds them, the gradient passes straight through the rou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from stages.finish_block import FinishedBlock, PruneOutcome, finish_block
-from stages.interfaces import Callbacks, Scratch, Stream
-from stages.machine.device import DeviceChoices
+from stages.finish_block import FinishedBlock, finish_block
+from stages.interfaces import Samples, Scratch, Stream
 from stages.models.base import BlockModel
+from stages.prune_block import PrunedBlock
 from stages.quantization.grid import Grid
-from stages.training.trainer import BlockTrainer, Training, TrainingSettings
+from stages.runtime.block_context import BlockContext, BlockOutput
+from stages.sparsity.outcome import PruneOutcome
+from stages.training.trainer import BlockTrainer, Purpose, Training, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -33,49 +35,37 @@ class RefinedBlock:
 
 
 def refine_block(
-    model: BlockModel,
-    block_index: int,
-    inputs: Stream,
-    biased_in: Stream,
+    context: BlockContext,
+    pruned: PrunedBlock,
+    biased_in: Samples,
     dense_out: Stream,
-    state: Mapping[str, Tensor],
-    outcome: PruneOutcome,
     settings: TrainingSettings,
-    choices: DeviceChoices,
-    callbacks: Callbacks,
-    *,
-    export_dtypes: Mapping[str, torch.dtype],
-    biased_out: Stream | None,
+    output: BlockOutput,
     spill: Scratch | None = None,
 ) -> RefinedBlock:
-    """Train pruned block `block_index`, round it to the export dtype, run the biased stream through the result.
+    """Train a pruned block, round it to the export dtype, propagate the biased stream through the result.
 
-    state: the pruned block in fp32. outcome: masks, grids and the pattern, which hold afterwards as before.
-    inputs: token ids of the N samples. biased_in, dense_out, biased_out: N samples (tokens, hidden).
-    spill: room for the best weights so far, which otherwise are a second block in memory.
-    Raises NumericalError if the loss stops being finite.
+    Args:
+        context: The block and its N samples.
+        pruned: The pruned, unfinished block: its state in fp32, and masks, grids and pattern, which hold afterwards.
+        biased_in: The block's input through the pruned blocks, N samples (T, H).
+        dense_out: The target: the original block's output through the original blocks, N samples (T, H).
+        settings: How to train.
+        output: How the block is exported, and where its outputs go.
+        spill: Scratch space for the best weights so far, which otherwise are a second block in memory.
+
+    Raises:
+        NumericalError: The loss is not finite.
     """
-    block = model.load_block(block_index, choices.torch_device, state=state)
-    outcome = outcome.to(choices.torch_device)
-    trainer = BlockTrainer(
-        *(model, block, block_index, inputs, biased_in, dense_out, settings, choices, callbacks),
-        purpose="refine",
-        spill=spill,
-        passes_before=1,
-        passes_after=1 if biased_out is not None else 0,
-    )
+    assert pruned.state is not None, "the block is finished already"
+    block = context.load(pruned.state)
+    outcome = pruned.outcome.to(context.device.torch_device)
+    purpose = Purpose("refine", passes_before=1, passes_after=1 if output.stream is not None else 0)
+    trainer = BlockTrainer(context, block, biased_in, dense_out, settings, purpose, spill)
     trainer.first_pass()
-    with _kept_masked(model, block, block_index, outcome):
+    with _kept_masked(context.model, block, context.index, outcome):
         training = trainer.train(list(block.parameters()))
-    finished = finish_block(
-        *(model, block, block_index, outcome, choices, trainer.advance),
-        export_dtypes=export_dtypes,
-        inputs=inputs,
-        biased=biased_in,
-        biased_out=biased_out,
-        boundary=trainer.boundary,
-    )
-    return RefinedBlock(finished, training)
+    return RefinedBlock(finish_block(context, block, outcome, biased_in, output, trainer), training)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""Make a stream of activations once more: forward through blocks that are finished, with nothing learnt anew.
+"""Recompute a stream of activations by a forward pass through finished blocks.
 
-The dense stream went through the original blocks, the biased one through the pruned blocks as they were exported. Each
-block is run on what the block before it gave, as stored, so that the bits are those of the first time (on the same
-machine and versions).
+The dense stream went through the original blocks, the biased stream through the pruned blocks as exported. Each block
+runs on the stored output of the block before it, so that the bits equal those of the first time (on the same machine
+and versions).
 """
 
 from __future__ import annotations
@@ -13,41 +13,33 @@ import torch
 from torch import Tensor
 
 from stages.capture import capture
-from stages.interfaces import Callbacks, Scratch, Stream
-from stages.machine.device import DeviceChoices
-from stages.models.base import BlockModel
-from stages.runtime.block_runner import BlockPass, Counter
+from stages.interfaces import Scratch, Stream
+from stages.runtime.block_context import StageContext
+from stages.runtime.block_runner import Counter
 
 StateOf = Callable[[int], Mapping[str, Tensor] | None]
 
 
 @torch.no_grad()
-def replay(
-    model: BlockModel,
-    inputs: Stream,
-    out: Stream,
-    num_blocks: int,
-    state_of: StateOf,
-    scratch: Scratch,
-    choices: DeviceChoices,
-    callbacks: Callbacks,
-) -> None:
-    """Write to `out` what the first `num_blocks` blocks make of the calibration set.
+def replay(context: StageContext, out: Stream, num_blocks: int, state_of: StateOf, scratch: Scratch) -> None:
+    """Write to `out` the output of the first `num_blocks` blocks on the calibration set.
 
-    inputs: token ids of the N samples. out: N samples (tokens, hidden). state_of: a block's weights, names relative to
-    the block; None: the original's.
+    Args:
+        context: The model and its N samples.
+        out: Receives N samples of hidden states, (T, H).
+        num_blocks: How many blocks the samples pass through.
+        state_of: A block's weights (names inside the block); None: the original weights.
+        scratch: Space for the hidden states between the blocks.
     """
     if not num_blocks:
-        capture(model, inputs, out, None, choices, callbacks)
+        capture(context, out, None)
         return
-    shape = model.hidden_shape(tuple(inputs[0].shape))
-    hidden = scratch.stream("replay", len(inputs), shape, choices.torch_dtype)
-    capture(model, inputs, hidden, None, choices, callbacks)
-    total = num_blocks * len(inputs)
-    for block_index in range(num_blocks):
-        block = model.load_block(block_index, choices.torch_device, state=state_of(block_index))
-        target = out if block_index == num_blocks - 1 else hidden
-        counter = Counter(callbacks, total, "samples", done=block_index * len(inputs))
-        BlockPass(model, block, block_index, inputs, choices).propagate(
-            hidden, target, callbacks.check_stop, counter.advance
-        )
+    num_samples = len(context.inputs)
+    hidden = scratch.stream("replay", num_samples, context.hidden_shape, context.device.torch_dtype)
+    capture(context, hidden, None)
+    for index in range(num_blocks):
+        block_context = context.block(index)
+        block = block_context.load(state_of(index))
+        target = out if index == num_blocks - 1 else hidden
+        counter = Counter(context.callbacks, num_blocks * num_samples, "samples", done=index * num_samples)
+        block_context.runner(block).propagate(hidden, target, context.callbacks.check_stop, counter.advance)

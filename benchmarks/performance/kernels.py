@@ -23,6 +23,7 @@ from stages.machine.device import DTYPES, DeviceChoices, apply, choose
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
+from stages.runtime.block_context import StageContext
 from stages.runtime.block_runner import BlockPass
 from stages.training.trainer import TrainingSettings
 
@@ -47,12 +48,13 @@ def arithmetic(model_name: str, dtype: str, folder: Path, repeats: int = 3) -> l
         scratch.stream(name, NUM_SAMPLES, (SEQLEN, model.hidden_size), choices.torch_dtype)
         for name in ("biased", "dense", "dense out", "biased out")
     )
-    capture(model, inputs, biased, dense, choices, NullCallbacks())
+    context = StageContext(model, inputs, choices, NullCallbacks())
+    capture(context, biased, dense)
     one_pass_s = _ideal_pass_s(model, choices) * NUM_SAMPLES
-    settings = TrainingSettings(epochs=1, lr=1e-4, lr_decay=1.0, hold_aside=False, seed=0)
+    settings = TrainingSettings(epochs=1, lr=1e-4, lr_decay=1.0, holds_out=False, seed=0)
 
     def do_capture() -> None:
-        capture(model, inputs, biased, dense, choices, NullCallbacks())
+        capture(context, biased, dense)
 
     block = model.load_block(1, choices.torch_device)
     block_pass = BlockPass(model, block, 1, inputs, choices)
@@ -61,7 +63,7 @@ def arithmetic(model_name: str, dtype: str, folder: Path, repeats: int = 3) -> l
         block_pass.propagate(biased, biased_out, lambda: None, lambda count: None)
 
     def do_compensate() -> None:
-        compensate_block(model, 1, inputs, biased, dense, dense_out, settings, choices, NullCallbacks())
+        compensate_block(context.block(1), biased, dense, dense_out, settings)
 
     # Forward passes that each does over all samples; a training step is three. Two passes come before training, one
     # after it, for the loss that is reported.

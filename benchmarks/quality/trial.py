@@ -19,19 +19,19 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality.texts import EMBEDDED, SHARED, as_text_file, say_embedded
-from stages.capture import capture
-from stages.compensate_block import compensate_block
 from stages.data.text_sources import parse_source
 from stages.data.tokenization import calibration_tokens, evaluation_tokens, load_tokenizer
 from stages.evaluate import evaluate_perplexity
 from stages.in_memory import ListScratch, ListStream, NullCallbacks
+from stages.lamp import LampSettings, lamp
 from stages.machine.device import DeviceChoices, apply, choose
 from stages.metrics.perplexity import windows
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.prune_block import PruneSettings, prune_block
-from stages.refine_block import refine_block
+from stages.pruners.base import PruneOptions
+from stages.pruners.registry import PRUNERS
+from stages.runtime.block_context import StageContext
 from stages.sparsity.budget import BlockBudget, LayerShape, allocate, follow_pattern
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.trainer import TrainingSettings
@@ -76,45 +76,18 @@ def prune_first_blocks(
     model: BlockModel, inputs: ListStream, args: argparse.Namespace, choices: DeviceChoices
 ) -> dict[int, dict[str, torch.Tensor]]:
     """The exported states of the blocks that were pruned."""
-    callbacks = NullCallbacks()
     pattern = Pattern.parse(args.pattern) if args.pattern else None
-    pruning = PruneSettings(args.pruner, pattern=pattern, bits=args.bits)
-    settings = (args.lr_decay, args.hold_aside, args.seed, args.loss)
-    compensation = TrainingSettings(args.epochs, args.lr, *settings)
-    refinement = TrainingSettings(args.refine_epochs, args.refine_lr or args.lr, *settings)
-
-    def stream() -> ListStream:
-        return ListStream(len(inputs), (args.seqlen, model.hidden_size), choices.torch_dtype)
-
-    biased, dense = stream(), stream()
-    capture(model, inputs, biased, dense, choices, callbacks)
-    states = {}
-    for i, budget in enumerate(_budgets(model, pattern, args)[: args.blocks]):
-        state, target, out = None, dense, stream()
-        if i:
-            target = stream()
-            state = compensate_block(model, i, inputs, biased, dense, target, compensation, choices, callbacks).state
-        dtypes = model.original_dtypes(i)
-        refines = args.refine_epochs > 0
-        pruned = prune_block(
-            *(model, i, budget, pruning, choices, callbacks),
-            state=state,
-            export_dtypes=None if refines else dtypes,
-            inputs=inputs,
-            biased=biased,
-            biased_out=None if refines else out,
-        )
-        finished = pruned.finished
-        if refines:
-            finished = refine_block(
-                *(model, i, inputs, biased, target, pruned.state, pruned.outcome, refinement, choices, callbacks),
-                export_dtypes=dtypes,
-                biased_out=out,
-            ).finished
-        assert finished is not None
-        states[i] = finished.state
-        biased, dense = out, target
-    return states
+    options = PruneOptions(pattern=pattern, bits=args.bits)
+    shared = (args.lr_decay, args.held_out, args.seed, args.loss)
+    refinement = TrainingSettings(args.refine_epochs, args.refine_lr or args.lr, *shared)
+    settings = LampSettings(
+        PRUNERS.get(args.pruner)(options),
+        TrainingSettings(args.epochs, args.lr, *shared),
+        refinement if args.refine_epochs else None,
+    )
+    budget = _budgets(model, pattern, args)[: args.blocks]
+    blocks = lamp(StageContext(model, inputs, choices, NullCallbacks()), budget, settings)
+    return {block.index: block.finished.state for block in blocks}
 
 
 def _budgets(model: BlockModel, pattern: Pattern | None, args: argparse.Namespace) -> tuple[BlockBudget, ...]:
@@ -138,7 +111,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--lr-decay", type=float, default=0.87)
     parser.add_argument("--loss", default="token")
-    parser.add_argument("--hold-aside", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--held-out", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--refine-epochs", type=int, default=3)
     parser.add_argument("--refine-lr", type=float)
     parser.add_argument("--seed", type=int, default=0)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-METHODS = {"lamp": "LAMP", "sparsegpt": "SparseGPT", "alps": "ALPS", "wanda": "Wanda", "magnitude": "magnitude"}
-
 
 def source_label(source: str) -> str:
     """A data source with its file or folder, if it has one, by its name alone."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from lampctl.output.labels import METHODS
 from lampctl.output.units import duration, size
+from stages.pruners.registry import method_title
 
 if TYPE_CHECKING:
     from pipeline.paper.estimates import Estimate
@@ -35,7 +35,7 @@ def show_cells(table: Table, columns: Sequence[str], cells: Sequence[Cell], fail
             for method in table.methods:
                 found = [by_key[dataset, method, column] for column in columns]
                 texts = [f"{_number(cell)}\n{_published(cell, table)}" for cell in found]
-                shown.add_row(*([dataset] if has_datasets else []), METHODS[method], *texts)
+                shown.add_row(*([dataset] if has_datasets else []), method_title(method), *texts)
             shown.add_section()
         console.print(shown)
     note = "drawn in the paper, not tabled" if table.is_figure else "in brackets as published"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lampctl.output.accuracy import accuracy_table, mean_notes, means_of
 from lampctl.output.console import console_here
-from lampctl.output.labels import METHODS, layer_label, source_label
+from lampctl.output.labels import layer_label, source_label
 from lampctl.output.units import duration, size
 from lampctl.report.comparison import Comparison
 from pipeline.rundir.storage.object_client import is_address
@@ -28,6 +28,7 @@ from pipeline.runs.status import (
 )
 from pipeline.runs.status import status as status_of
 from stages.metrics.registry import METRICS, figure_text
+from stages.pruners.registry import method_title
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
@@ -62,7 +63,7 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
             console.print(line, highlight=False)
     for state in states[1:]:
         if state.model is not None:
-            console.print(f"\n{METHODS[state.config.method]}:", _shown(state.model), highlight=False, end="")
+            console.print(f"\n{method_title(state.config.method)}:", _shown(state.model), highlight=False, end="")
     if main.model is not None:
         console.print("\nThe pruned model:", _shown(main.model), soft_wrap=True, highlight=False)
         if not is_address(main.model):
@@ -136,7 +137,7 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
     if state.evaluations:
         console.print(_evaluations_table(state))
     if state.accuracies:
-        titles = {"dense": "dense", "pruned": METHODS[state.config.method]}
+        titles = {"dense": "dense", "pruned": method_title(state.config.method)}
         for place, results in _by_place(state.accuracies).items():
             found = {title: [r for r in results if r.which == which] for which, title in titles.items()}
             console.print(accuracy_table({title: those for title, those in found.items() if those}))
@@ -236,7 +237,7 @@ def _summary_line(state: RunStatus) -> str:
     achieved = (
         "" if state.sparsity is None else f", {100 * state.sparsity:.4f}% of {state.num_prunable:,} weights masked"
     )
-    return f"{Path(config.model).name}, {METHODS[config.method]} at {config.goal}{achieved}"
+    return f"{Path(config.model).name}, {method_title(config.method)} at {config.goal}{achieved}"
 
 
 def _is_current(state: RunStatus, result: EvaluationResult | AccuracyResult) -> bool:
@@ -252,7 +253,7 @@ def _current_accuracies(states: Sequence[RunStatus]) -> dict[str, list[AccuracyR
     for state in (*states[1:], main):
         pruned = [r for r in state.accuracies if r.which == "pruned" and _is_current(state, r)]
         if pruned:
-            found[METHODS[state.config.method]] = pruned
+            found[method_title(state.config.method)] = pruned
     return found
 
 
@@ -286,7 +287,7 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
     for number in order:
         state = states[number]
         table.add_row(
-            METHODS[state.config.method],
+            method_title(state.config.method),
             *(_marked(found.get((number, "pruned", what))) for what in measured),
             "-" if state.sparsity is None else f"{100 * state.sparsity:.4f}%",
             duration(state.pruning_s),
@@ -327,7 +328,7 @@ def _evaluations_table(state: RunStatus) -> Table:
     """Every figure that the run has measured, on whatever settings."""
     table = Table("measured", "on", "how")
     table.add_column("dense", justify="right")
-    table.add_column(METHODS[state.config.method], justify="right")
+    table.add_column(method_title(state.config.method), justify="right")
     for pair in side_by_side(state.evaluations):
         either = next(iter(pair.values()))
         values = (_value(pair.get(which)) for which in ("dense", "pruned"))

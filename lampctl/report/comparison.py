@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lampctl.output.labels import METHODS, source_label
+from lampctl.output.labels import source_label
 from lampctl.output.units import duration, size
 from pipeline.runs.comparison import Standing
 from pipeline.runs.status import EvaluationResult
 from stages.metrics.registry import METRICS
+from stages.pruners.registry import method_title
 
 Unit = Literal["perplexity", "iou", "share", "bytes", "seconds"]
 
@@ -70,7 +71,7 @@ class Row:
         """Method and goal, for people."""
         if self.is_original:
             return "dense"
-        return "-" if self.method is None else f"{METHODS[self.method]} {self.goal}"
+        return "-" if self.method is None else f"{method_title(self.method)} {self.goal}"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lampctl.output.labels import METHODS, layer_label, source_label
+from lampctl.output.labels import layer_label, source_label
 from pipeline.rundir.redact import scrub
 from pipeline.runs.status import BlockState, EpochLoss, RunStatus, side_by_side
+from stages.pruners.registry import method_title
 
 Cell = str | int | float | None
 
@@ -73,7 +74,7 @@ def measured_by_sparsity(states: Sequence[RunStatus]) -> Dataset:
 def series_of(state: RunStatus) -> str:
     """What runs have in common that are one line of a figure: method, pattern and bits."""
     config = state.config
-    parts = (METHODS[config.method], config.pattern, f"int{config.bits}" if config.bits else None)
+    parts = (method_title(config.method), config.pattern, f"int{config.bits}" if config.bits else None)
     return " ".join(part for part in parts if part)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lampctl.output.labels import METHODS, source_label
+from lampctl.output.labels import source_label
 from lampctl.output.trials import is_partial, partial_note, trial_value
 from lampctl.output.units import duration
 from lampctl.report.data import Cell, Dataset
@@ -16,6 +16,7 @@ from lampctl.report.style import INK, MARKERS, SERIES, log_axis, png, require_ma
 from lampctl.report.write import PAGE, require_ours
 from pipeline.rundir.redact import scrub
 from stages.metrics.registry import METRICS, figure_text
+from stages.pruners.registry import method_title
 from stages.version import VERSION
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _cell(value: Any) -> Cell:
 
 def _named(field: str, value: Cell) -> str:
     if field == "method":
-        return METHODS.get(str(value), str(value))
+        return method_title(str(value))
     return f"{field.replace('_', ' ')} {_text(value)}"
 
 

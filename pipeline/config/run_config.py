@@ -14,6 +14,8 @@ from pydantic import Field
 from pipeline.config.settings import Gathered, Settings, flag_of
 from pipeline.errors import ConfigError
 from stages.metrics.harness_tasks import LAYOUT
+from stages.pruners.base import PruneOptions
+from stages.pruners.registry import LAMP, PAPER_PRUNER, PRUNERS, bit_methods, method_title, reads_data
 from stages.sparsity.nm_pattern import Pattern
 from stages.tasks.base import EvaluationProtocol, Task
 from stages.training.presets import TrainingDefaults
@@ -43,6 +45,21 @@ class RunConfig(Settings):
             return pattern.sparsity
         assert self.sparsity is not None
         return self.sparsity
+
+    @property
+    def is_lamp(self) -> bool:
+        """Whether blocks are compensated, and may be refined."""
+        return self.method == LAMP
+
+    @property
+    def pruner_name(self) -> str:
+        """The pruner of the blocks (`stages.pruners.registry.PRUNERS`)."""
+        return self.pruner or (PAPER_PRUNER if self.is_lamp else self.method)
+
+    @property
+    def prune_options(self) -> PruneOptions:
+        """The options that reach the pruner."""
+        return PruneOptions(self.damping, self.column_block, self.n_of_m, self.bits, self.group_size, self.seed)
 
     @property
     def goal(self) -> str:
@@ -132,21 +149,21 @@ def check_combinations(gathered: Gathered) -> None:
                     f"--pattern {settings.pattern}{origin('pattern')} fixes the sparsity of every group of every "
                     f"layer: it excludes {flag_of(field)}{origin(field)}"
                 )
-    if settings.budget == "outliers" and settings.method == "magnitude":
+    if settings.budget == "outliers" and not reads_data(settings.method):
         is_baseline = gathered.origins.get("method") == BASELINE
-        remedy = "; leave out --baseline magnitude" if is_baseline else ""
-        raise ConfigError(f"--budget outliers{origin('budget')}: magnitude pruning looks at no data{remedy}")
+        remedy = f"; leave out --baseline {settings.method}" if is_baseline else ""
+        title = method_title(settings.method)
+        raise ConfigError(f"--budget outliers{origin('budget')}: {title} pruning looks at no data{remedy}")
     if settings.budget_spread is not None and settings.budget != "outliers":
         where = f"{settings.budget_spread:g}{origin('budget_spread')}"
         raise ConfigError(f"--budget-spread {where} is about --budget outliers")
     if settings.group_size is not None and settings.bits is None:
         raise ConfigError(f"--group-size {settings.group_size}{origin('group_size')} is about --bits, which is not set")
-    if settings.bits is not None and settings.method == "wanda":
+    if settings.bits is not None and settings.method not in bit_methods():
         is_baseline = gathered.origins.get("method") == BASELINE
-        raise ConfigError(
-            f"--bits {settings.bits}{origin('bits')}: Wanda changes no weight that it keeps and so cannot quantize; "
-            + ("leave out --baseline wanda" if is_baseline else "use --method lamp, sparsegpt, alps or magnitude")
-        )
+        remedy = f"leave out --baseline {settings.method}" if is_baseline else f"use --method {_any_of(bit_methods())}"
+        title = method_title(settings.method)
+        raise ConfigError(f"--bits {settings.bits}{origin('bits')}: {title} pruning cannot quantize; {remedy}")
     if settings.effort is not None and gathered.preset == "paper":
         raise ConfigError(f"--effort {settings.effort}{origin('effort')}: --preset paper fixes the training")
     if settings.refine is False:
@@ -187,7 +204,7 @@ def complete(
         notices.append(f"seqlen is {max_positions}, all the positions that {settings.model} has")
         values["seqlen"] = max_positions
     fill("eval_seqlen", values["seqlen"])
-    is_lamp, uses_calibration = settings.method == "lamp", settings.method != "magnitude"
+    is_lamp, uses_calibration = settings.method == LAMP, reads_data(settings.method)
     if settings.pattern is None:
         fill("alpha", defaults.alpha if is_lamp else 1.0)
         fill("beta", defaults.beta if is_lamp else 0.0)
@@ -197,7 +214,8 @@ def complete(
     if is_lamp and values["refine"] is None and (values["refine_epochs"] or values["refine_lr"]):
         values["refine"] = True
     if is_lamp and values["bits"] is not None:
-        fill("pruner", "sparsegpt")  # in one sweep with the grid; ALPS's mask knows nothing of it
+        joint = PRUNERS.get(defaults.pruner).quantizes_jointly
+        fill("pruner", defaults.pruner if joint else PAPER_PRUNER)
     for field in LAMP_FIELDS:
         if is_lamp:
             fill(field, getattr(defaults, field))
@@ -222,7 +240,8 @@ def complete(
         fill("calibration_sampling", task.default_sampling(values["calibration"]))
     else:
         for field in CALIBRATION_FIELDS:
-            _drop(field, gathered, values, [] if baselines else notices, "magnitude pruning looks at no data")
+            reason = f"{method_title(settings.method)} pruning looks at no data"
+            _drop(field, gathered, values, [] if baselines else notices, reason)
         values["calibration_skip"] = 0
     if values["evaluate"] is None and task.missing_evaluation is not None:
         notices.append(task.missing_evaluation)
@@ -248,6 +267,11 @@ def check_evaluation(config: RunConfig, max_positions: int | None) -> None:
         raise ConfigError(
             f"--eval-max-tokens {config.eval_max_tokens} is less than one window of {config.eval_seqlen} tokens"
         )
+
+
+def _any_of(names: Sequence[str]) -> str:
+    """ "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _drop(field: str, gathered: Gathered, values: dict[str, Any], notices: list[str], reason: str) -> None:

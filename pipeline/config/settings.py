@@ -16,10 +16,10 @@ from pipeline.config.quantities import parse_duration, parse_size
 from pipeline.errors import ConfigError
 from stages.errors import UsageError
 from stages.metrics.harness_tasks import LAYOUT
+from stages.pruners.registry import LAMP, lamp_pruners, method_names
 from stages.sparsity.nm_pattern import Pattern
 from stages.tasks.base import Points
 
-Method = Literal["lamp", "sparsegpt", "alps", "wanda", "magnitude"]
 Effort = Literal["low", "medium", "high"]
 ENVIRONMENT_PREFIX = "LAMPCTL_"
 USUAL_TASKS = "zero-shot"  # in --tasks: the seven that the field gives the mean of
@@ -54,7 +54,7 @@ class Settings(BaseModel):
     pattern: str | None = None
     bits: int | None = Field(None, ge=2, le=8)
     group_size: int | None = Field(None, ge=1)
-    method: Method = "lamp"
+    method: str = LAMP
     revision: str | None = None
     trust_remote_code: bool = False
     alpha: float | None = Field(None, gt=0, le=1)
@@ -66,7 +66,7 @@ class Settings(BaseModel):
     calibration_skip: int = Field(0, ge=0)
     num_samples: int | None = Field(None, ge=1)
     seqlen: int | None = Field(None, ge=2)
-    pruner: Literal["sparsegpt", "alps"] | None = None
+    pruner: str | None = None
     effort: Effort | None = None
     epochs: int | None = Field(None, ge=0)
     lr: float | None = Field(None, gt=0)
@@ -105,6 +105,20 @@ class Settings(BaseModel):
     watch_preemption: Literal["none", "aws", "gcp"] = "none"
     preemption_url: str | None = None
     allow_environment_change: bool = False
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, method: str) -> str:
+        if method not in method_names():
+            raise ValueError(f"choose one of {', '.join(method_names())}")
+        return method
+
+    @field_validator("pruner")
+    @classmethod
+    def _check_pruner(cls, pruner: str | None) -> str | None:
+        if pruner is not None and pruner not in lamp_pruners():
+            raise ValueError(f"choose one of {', '.join(lamp_pruners())}")
+        return pruner
 
     @field_validator("evaluate", "tasks", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.run_config import RunConfig
+from stages.pruners.registry import reads_data
 
 # A share of the best rate of a matrix product, which passes over blocks reach (docs/performance.md, P1).
 _REACHED = 0.55
@@ -85,9 +86,9 @@ def estimate(scale: Scale, configs: Sequence[RunConfig], flops_per_s: float) -> 
 def _flops(scale: Scale, config: RunConfig) -> float:
     tokens = (config.num_samples or 0) * config.seqlen
     passes = 0.0
-    if config.method != "magnitude":
+    if reads_data(config.method):
         passes = 2.0  # for the Hessians, and of the pruned block
-    if config.method == "lamp":
+    if config.is_lamp:
         passes += 1 + _FORWARD_BACKWARD * ((config.epochs or 0) + (config.refine_epochs or 0 if config.refine else 0))
     return 2.0 * scale.num_blocks * scale.block * tokens * passes
 

@@ -7,14 +7,15 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.run_config import BASELINE, LAMP_FIELDS, RunConfig, check_combinations, complete
-from pipeline.config.settings import Gathered, Method, flag_of
+from pipeline.config.settings import Gathered, flag_of
 from pipeline.engine.plan import Step
 from pipeline.errors import ConfigError
 from pipeline.steps.lamp_plan import chain_of
 from pipeline.steps.stage_settings import drawing_of, fit_memory, fixed_sparsities, prunable_layers, task_data_of
+from stages.pruners.registry import LAMP, method_names
 from stages.version import VERSION
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     else:
         defaults = measured(model.name, sparsity, model.num_blocks, settings.effort or "medium")
     notices = []
-    if settings.method == "lamp" and pattern is None:
+    if settings.method == LAMP and pattern is None:
         free_shapes = [[layer for layer in block if layer.name not in fixed] for block in shapes]
         beta = settings.beta if settings.beta is not None else defaults.beta
         if settings.beta is None:
@@ -120,10 +121,10 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
 
 def sibling(gathered: Gathered, method: str) -> Gathered:
     """The same settings for another method, to be compared with: what only the first method has is dropped."""
-    dropped = {"alpha", "beta"} if method == "lamp" else {"alpha", "beta", *LAMP_FIELDS}
+    dropped = {"alpha", "beta"} if method == LAMP else {"alpha", "beta", *LAMP_FIELDS}
     changes: dict[str, Any] = dict.fromkeys(dropped)
-    if method not in get_args(Method):
-        raise ConfigError(f"--baseline {method}: choose one of {', '.join(get_args(Method))}")
+    if method not in method_names():
+        raise ConfigError(f"--baseline {method}: choose one of {', '.join(method_names())}")
     values = gathered.values.model_copy(update={**changes, "method": method, "evaluate_dense": False})
     origins = {name: origin for name, origin in gathered.origins.items() if name not in dropped}
     origins["method"] = BASELINE

@@ -31,22 +31,16 @@ class Allocate(StepKind):
         from dataclasses import asdict
 
         from pipeline.steps.stage_settings import fixed_sparsities, prunable_layers
-        from stages.allocate import budget_by_outliers, outlier_shares
+        from stages.allocate import outlier_shares
+        from stages.sparsity.owl import budget_by_outliers
 
         config = context.config
         assert config.budget_spread is not None
         assert config.alpha is not None
         assert config.beta is not None
         names = {layer["name"] for block in context.run.manifest.budget for layer in block["layers"]}
-        shares = outlier_shares(
-            context.model,
-            context.calibration,
-            context.run.open_stream("biased/0"),
-            names,
-            attempt.scratch(),
-            context.choices,
-            callbacks,
-        )
+        hidden = context.run.open_stream("biased/0")
+        shares = outlier_shares(context.stage(callbacks), hidden, names, attempt.scratch())
         blocks = prunable_layers(context.model, config.ignore)
         fixed = fixed_sparsities(blocks, config.layer_sparsity)
         budget, spread = budget_by_outliers(

@@ -34,7 +34,7 @@ class Capture(StepKind):
 
         dense = context.activations(attempt, "dense/1") if "dense/1" in step.writes else None
         biased = context.activations(attempt, "biased/0")
-        capture(context.model, context.calibration, biased, dense, context.choices, callbacks)
+        capture(context.stage(callbacks), biased, dense)
         return {}
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:

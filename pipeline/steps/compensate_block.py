@@ -52,15 +52,11 @@ class CompensateBlock(StepKind):
                 "targets", len(biased), context.hidden_shape, context.choices.torch_dtype
             )
         result = compensate_block(
-            context.model,
-            block,
-            context.calibration,
+            context.stage(callbacks).block(block),
             biased,
             run.open_stream(payloads.dense(block).name),
             dense_out,
             training_settings(config, config.epochs, config.lr),
-            context.choices,
-            callbacks,
             context.spill(attempt),
         )
         write_state(attempt, payloads.compensated(block).name, result.state)
@@ -81,9 +77,9 @@ def training_figures(training: Training) -> dict[str, Any]:
     return {
         "loss_before": training.before.trained,
         "loss_after": training.after.trained,
-        "loss_before_aside": training.before.aside,
-        "loss_after_aside": training.after.aside,
-        "epoch_losses": [{"trained": e.trained, "aside": e.aside} for e in training.epoch_losses],
+        "loss_before_aside": training.before.held_out,
+        "loss_after_aside": training.after.held_out,
+        "epoch_losses": [{"trained": e.trained, "aside": e.held_out} for e in training.epoch_losses],
         "kept_epoch": training.kept_epoch,
         "num_steps": training.num_steps,
     }

@@ -13,9 +13,10 @@ from pipeline.rundir.run_directory import Attempt, RunDirectory
 from pipeline.steps import payloads
 
 if TYPE_CHECKING:
-    from stages.interfaces import Scratch, Stream
+    from stages.interfaces import Callbacks, Scratch, Stream
     from stages.machine.device import DeviceChoices
     from stages.models.base import BlockModel, ModelFolder
+    from stages.runtime.block_context import BlockOutput, StageContext
     from stages.tasks.base import Task
 
 
@@ -84,11 +85,21 @@ class StepContext:
         """A new activation stream with one sample for each sample of the calibration set."""
         return attempt.stream(name, len(self.calibration), self.hidden_shape, self.choices.torch_dtype)
 
-    def block_output(self, step: Step, attempt: Attempt) -> Any:
-        """The stream for the output of the step's block; None where the step does not write it."""
+    def stage(self, callbacks: Callbacks, *, reads_data: bool = True) -> StageContext:
+        """What a stage needs: the model, the calibration set if it reads one, the device, the callbacks."""
+        from stages.runtime.block_context import StageContext
+
+        return StageContext(self.model, self.calibration if reads_data else (), self.choices, callbacks)
+
+    def block_output(self, step: Step, attempt: Attempt) -> BlockOutput:
+        """How the step's block is exported, and the stream of its outputs, if the step writes it."""
+        from stages.export import block_dtypes
+        from stages.runtime.block_context import BlockOutput
+
         assert step.block is not None
         name = payloads.biased(step.block + 1).name
-        return self.activations(attempt, name) if name in step.writes else None
+        stream = self.activations(attempt, name) if name in step.writes else None
+        return BlockOutput(block_dtypes(self.model, step.block, self.config.export_dtype), stream)
 
     def spill(self, attempt: Attempt) -> Scratch | None:
         """Scratch streams for samples that do not fit into memory; None where all fit."""

@@ -77,14 +77,11 @@ class StepExecutor:
             return export.block_state(model, block, run.open_file(f"pruned/{block}"))
 
         replay(
-            model,
-            self.context.calibration,
+            self.context.stage(callbacks),
             self.context.activations(attempt, name),
             int(number),
             pruned if kind == "biased" else lambda block: None,
             attempt.scratch(),
-            self.choices,
-            callbacks,
         )
 
     def fit_memory(self) -> None:

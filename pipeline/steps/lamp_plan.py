@@ -19,18 +19,26 @@ from pipeline.steps.export import Export
 from pipeline.steps.prune_block import PruneBlock
 from pipeline.steps.refine_block import RefineBlock
 from pipeline.steps.registry import STEP_KINDS
+from stages.pruners.registry import reads_data
 
 
-def chain(method: str, num_blocks: int, refines: bool = False, allocates: bool = False) -> tuple[Step, ...]:
+def chain(
+    num_blocks: int,
+    *,
+    compensates: bool,
+    reads_data: bool = True,
+    refines: bool = False,
+    allocates: bool = False,
+) -> tuple[Step, ...]:
     """The steps from the calibration set to the exported model, in the only order they can run (LAMP Alg. 1).
 
     Args:
-        method: "lamp" compensates each block before it is pruned; "magnitude" reads no data.
         num_blocks: Number of blocks of the model.
+        compensates: Each block after the first is trained to make up for the pruning error before it.
+        reads_data: There is a calibration set.
         refines: Each pruned block is trained before its output is computed.
         allocates: A first pass of the original model decides the budget.
     """
-    compensates, reads_data = method == "lamp", method != "magnitude"
     last = num_blocks - 1
     steps: list[Step] = []
     if reads_data:
@@ -60,7 +68,13 @@ def chain(method: str, num_blocks: int, refines: bool = False, allocates: bool =
 
 def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
     """The steps from calibration to export that a configuration asks for."""
-    return chain(config.method, num_blocks, bool(config.refine), config.budget == "outliers")
+    return chain(
+        num_blocks,
+        compensates=config.is_lamp,
+        reads_data=reads_data(config.method),
+        refines=bool(config.refine),
+        allocates=config.budget == "outliers",
+    )
 
 
 def plan_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:

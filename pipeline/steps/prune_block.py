@@ -41,7 +41,7 @@ class PruneBlock(StepKind):
         return Step(PruneBlock.name, block, reads=(*data, *weights), outputs=(payloads.masks(block), *results))
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
-        from pipeline.steps.stage_settings import budget_of, prune_settings
+        from pipeline.steps.stage_settings import budget_of, pruner_of
         from stages import export
         from stages.formats.checkpoint_files import StateFile
         from stages.formats.pruning_masks import mask_file
@@ -53,17 +53,12 @@ class PruneBlock(StepKind):
         reads_data = payloads.biased(block).name in step.reads
         is_finished = payloads.pruned(block).name in step.writes
         result = prune_block(
-            model,
-            block,
+            context.stage(callbacks, reads_data=reads_data).block(block),
+            pruner_of(context.config),
             budget_of(run.budget[block]),
-            prune_settings(context.config),
-            context.choices,
-            callbacks,
+            run.open_stream(payloads.biased(block).name) if reads_data else None,
             state=StateFile(run.open_file(payloads.compensated(block).name)) if is_compensated else None,
-            export_dtypes=export.block_dtypes(model, block, context.config.export_dtype) if is_finished else None,
-            inputs=context.calibration if reads_data else None,
-            biased=run.open_stream(payloads.biased(block).name) if reads_data else None,
-            biased_out=context.block_output(step, attempt),
+            output=context.block_output(step, attempt) if is_finished else None,
         )
         contents = mask_file(export.pruned_weights(model, block, result.outcome))
         attempt.write_file(payloads.masks(block).name, f"block-{block:05d}.safetensors", contents)

@@ -42,25 +42,21 @@ class RefineBlock(StepKind):
         from stages import export
         from stages.formats.checkpoint_files import StateFile
         from stages.formats.pruning_masks import read_mask_file
+        from stages.prune_block import PrunedBlock
         from stages.refine_block import refine_block
 
         block, config, run = step.block, context.config, context.run
         assert block is not None
         masks = read_mask_file(run.open_file(payloads.masks(block).name))
+        state = StateFile(run.open_file(payloads.unrefined(block).name))
         result = refine_block(
-            context.model,
-            block,
-            context.calibration,
+            context.stage(callbacks).block(block),
+            PrunedBlock(export.outcome_of(masks, config.n_of_m), state),
             run.open_stream(payloads.biased(block).name),
             run.open_stream(payloads.dense(block + 1).name),
-            StateFile(run.open_file(payloads.unrefined(block).name)),
-            export.outcome_of(masks, config.n_of_m),
             training_settings(config, config.refine_epochs, config.refine_lr),
-            context.choices,
-            callbacks,
-            export_dtypes=export.block_dtypes(context.model, block, config.export_dtype),
-            biased_out=context.block_output(step, attempt),
-            spill=context.spill(attempt),
+            context.block_output(step, attempt),
+            context.spill(attempt),
         )
         return {**training_figures(result.training), **write_finished(context, attempt, block, result.finished)}
 

@@ -9,27 +9,19 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.quantities import parse_size
 from pipeline.config.run_config import RunConfig
 from pipeline.errors import ConfigError
+from stages.pruners.registry import PRUNERS
 
 if TYPE_CHECKING:
-    from stages.prune_block import PruneSettings
+    from stages.pruners.base import Pruner
     from stages.runtime.memory_planner import Fit
     from stages.sparsity.budget import BlockBudget
     from stages.tasks.base import Drawing
     from stages.training.trainer import TrainingSettings
 
 
-def pruner_of(config: RunConfig) -> str:
-    """Name of the pruner that chooses the masks: of method lamp the one inside it, else the method itself."""
-    return config.pruner or ("sparsegpt" if config.method == "lamp" else config.method)
-
-
-def prune_settings(config: RunConfig) -> PruneSettings:
-    """How blocks are pruned."""
-    from stages.prune_block import PruneSettings
-
-    return PruneSettings(
-        pruner_of(config), config.damping, config.column_block, config.n_of_m, config.bits, config.group_size
-    )
+def pruner_of(config: RunConfig) -> Pruner:
+    """What prunes the blocks, with the options of the run."""
+    return PRUNERS.get(config.pruner_name)(config.prune_options)
 
 
 def training_settings(config: RunConfig, epochs: int | None, lr: float | None) -> TrainingSettings:
@@ -59,8 +51,8 @@ def fit_memory(model: Any, config: RunConfig, choices: Any, at_once: Sequence[in
     from stages.runtime.memory_planner import Shapes, Work, fit
 
     work = Work(
-        pruner=pruner_of(config),
-        trains=config.method == "lamp",
+        pruner=PRUNERS.get(config.pruner_name),
+        trains=config.is_lamp,
         is_quantized=config.bits is not None,
         eval_tokens=config.eval_seqlen if config.evaluate else 0,
     )

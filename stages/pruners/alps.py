@@ -12,21 +12,79 @@ R: output rows of a weight.    C: its columns, the input channels.    L: penalti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from stages.errors import NumericalError
-from stages.pruners.hessian import Factor
+from stages.pruners.base import LayerProblem, PrunedMatrix, Pruner, Statistics
 from stages.pruners.sparsegpt import sparsegpt
-from stages.sparsity.nm_pattern import Pattern
-from stages.sparsity.topk import smallest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.pruners.hessian import Factor
+    from stages.sparsity.nm_pattern import Pattern
 
 # In units of the scaled Hessian's diagonal, which is 1. Higher ones fix the mask before the weights have adapted to it,
 # lower ones never bring the two together.
 _FIRST_PENALTY, _LAST_PENALTY = 0.1, 1.0
+
+
+class ALPS(Pruner):
+    """Chooses the mask of a layer as a whole and refits the weights that stay."""
+
+    name = "alps"
+    title = "ALPS"
+    help = "Choose each layer's mask as a whole by operator splitting, then refit the weights that stay."
+    serves_lamp = True
+    num_weight_copies = 9
+
+    @classmethod
+    def statistics(cls) -> type[Statistics]:
+        from stages.pruners.statistics import HessianSum
+
+        return HessianSum
+
+    @classmethod
+    def num_matrices(cls, *, is_shared: bool) -> int:
+        # The factor, the scaled Hessian, an inverse and what it is made from; five inverses where layers share them.
+        return 1 + (7 if is_shared else 3)
+
+    def prepare(self, statistics: Any, *, is_shared: bool, warn: Callable[[str], None]) -> _Prepared:
+        """statistics: a `HessianSum`. Raises NumericalError where the Hessian has no factor."""
+        from stages.pruners.hessian import factorise
+
+        hessian = statistics.matrix()
+        factor = factorise(hessian, self.options.damping, on_retry=warn)
+        return _Prepared(hessian, factor, split(hessian, factor, is_shared=is_shared))
+
+    def prune(self, layer: LayerProblem, prepared: Any) -> PrunedMatrix:
+        factor, pattern = prepared.factor, self.options.pattern
+        weight, mask = alps(
+            *(layer.weight, prepared.hessian, factor, layer.num_masked),
+            pattern=pattern,
+            splitting=prepared.splitting,
+        )
+        if layer.grid is not None:
+            # ALPS chooses the mask; the sweep puts the other weights on the grid and passes each error on.
+            weight, mask = sparsegpt(
+                *(layer.weight, factor, layer.num_masked),
+                pattern=pattern,
+                grid=layer.grid,
+                column_block=self.options.column_block,
+                mask=mask,
+            )
+        return PrunedMatrix(weight, mask, factor.damping)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a Hessian becomes once, for all layers with the same input."""
+
+    hessian: Tensor  # (C, C)
+    factor: Factor
+    splitting: Splitting
 
 
 @dataclass(frozen=True)
@@ -62,6 +120,8 @@ def split(hessian: Tensor, factor: Factor, num_penalties: int = 5, *, is_shared:
 
 def _shifted_inverse(scaled: Tensor, penalty: float) -> Tensor:
     """(S + penalty I)^-1. It exists: the damped Hessian has a factor, and this one is further from singular."""
+    import torch
+
     shifted = scaled.clone()
     shifted.diagonal().add_(penalty)
     work = shifted.T  # LAPACK's order: it then works in place
@@ -112,6 +172,8 @@ def _admm(
     target: Tensor, splitting: Splitting, num_masked: int, pattern: Pattern | None, num_iterations: int
 ) -> tuple[Tensor, Tensor]:
     """Weights (R, C), not yet zero under the mask, and the mask; the target is in scaled units."""
+    import torch
+
     pull = target @ splitting.scaled
     fitted, dual = target.clone(), torch.zeros_like(target)  # B and V
     for penalty, inverse in zip(splitting.penalties, splitting.inverses(), strict=True):
@@ -124,6 +186,8 @@ def _admm(
 
 
 def _smallest_squares(weight: Tensor, num_masked: int, pattern: Pattern | None) -> Tensor:
+    from stages.sparsity.topk import smallest
+
     return smallest(weight.square(), num_masked) if pattern is None else pattern.mask(weight.square())
 
 
@@ -148,9 +212,13 @@ def _refit(start: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, num_ite
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Their ratio, or 0 for a row that is solved already and divides nothing by nothing."""
+    import torch
+
     return torch.where(denominator > 0, numerator / denominator, 0)
 
 
 def _error(lost: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) of what the weights lost, E (R, C)."""
+    import torch
+
     return ((lost @ hessian) * lost).sum(dtype=torch.float64).item()

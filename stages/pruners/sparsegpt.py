@@ -5,13 +5,56 @@ R: output rows of a weight.    C: its columns, the input channels.    U: upper f
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from stages.pruners.hessian import Factor
-from stages.quantization.grid import Grid, decode, encode
-from stages.sparsity.nm_pattern import Pattern
-from stages.sparsity.topk import smallest
+from stages.pruners.base import LayerProblem, PrunedMatrix, Pruner, Statistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.pruners.hessian import Factor
+    from stages.quantization.grid import Grid
+    from stages.sparsity.nm_pattern import Pattern
+
+
+class SparseGPT(Pruner):
+    """Prunes and, if asked, quantizes in one sweep over the columns, by the Hessian of the layer's output error."""
+
+    name = "sparsegpt"
+    title = "SparseGPT"
+    help = "Prune column by column; later columns make up for the error of earlier ones."
+    quantizes_jointly = True
+    serves_lamp = True
+    num_weight_copies = 5
+
+    @classmethod
+    def statistics(cls) -> type[Statistics]:
+        from stages.pruners.statistics import HessianSum
+
+        return HessianSum
+
+    @classmethod
+    def num_matrices(cls, *, is_shared: bool) -> int:
+        return 1  # the factor
+
+    def prepare(self, statistics: Any, *, is_shared: bool, warn: Callable[[str], None]) -> Factor:
+        """statistics: a `HessianSum`. Raises NumericalError where the Hessian has no factor."""
+        from stages.pruners.hessian import factorise
+
+        return factorise(statistics.matrix(), self.options.damping, on_retry=warn)
+
+    def prune(self, layer: LayerProblem, prepared: Any) -> PrunedMatrix:
+        """prepared: a `Factor`."""
+        weight, mask = sparsegpt(
+            layer.weight,
+            prepared,
+            layer.num_masked,
+            pattern=self.options.pattern,
+            grid=layer.grid,
+            column_block=self.options.column_block,
+        )
+        return PrunedMatrix(weight, mask, prepared.damping)
 
 
 def sparsegpt(
@@ -32,6 +75,10 @@ def sparsegpt(
     `num_masked` is then what the pattern says. grid: quantize the weights that are kept in the same sweep, so
     that the later columns make up for both errors together. mask: a mask given from outside, followed instead.
     """
+    import torch
+
+    from stages.sparsity.topk import smallest
+
     upper = factor.upper
     work = weight.detach().to(upper.dtype, copy=True)
     work[:, factor.dead] = 0
@@ -77,5 +124,7 @@ def sparsegpt(
 
 def _quantized(column: Tensor, grid: Grid, index: int) -> Tensor:
     """The grid values nearest to column `index` (R,)."""
+    from stages.quantization.grid import decode, encode
+
     scale, zero = (part[:, 0].to(column.dtype) for part in grid.columns(index, index + 1))
     return decode(encode(column, scale, zero, grid.num_levels), scale, zero)

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
-from stages.sparsity.nm_pattern import Pattern
-from stages.sparsity.topk import smallest_per_row
+from stages.pruners.base import LayerProblem, PrunedMatrix, Pruner, Statistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.sparsity.nm_pattern import Pattern
+
+
+class Wanda(Pruner):
+    """Prunes by |w| |x|. It changes no weight that it keeps, and so cannot quantize."""
+
+    name = "wanda"
+    title = "Wanda"
+    help = "Zero the weights of smallest |w| |x| in each output row. Changes no other weight."
+    supports_bits = False
+    num_weight_copies = 4
+
+    @classmethod
+    def statistics(cls) -> type[Statistics]:
+        from stages.pruners.statistics import SquareSum
+
+        return SquareSum
+
+    def prune(self, layer: LayerProblem, prepared: Any) -> PrunedMatrix:
+        """prepared: a `SquareSum`."""
+        mask = wanda_mask(layer.weight, prepared.mean_square(), layer.num_masked, self.options.pattern)
+        return self.keep(layer, mask)
 
 
 def wanda_mask(weight: Tensor, mean_square: Tensor, num_masked: int, pattern: Pattern | None = None) -> Tensor:
     """True at the pruned weights, `num_masked` in all.
 
-    weight: (rows, cols). mean_square: (cols,), the mean of x^2 per input channel over the calibration tokens.
     Every row loses num_masked // rows; what remains is one more in each of the first rows. With a pattern, every
     group of M columns loses N instead.
+
+    Args:
+        weight: (rows, cols).
+        mean_square: (cols,), the mean of x^2 per input channel over the calibration tokens.
+        num_masked: How many weights are pruned.
+        pattern: N:M in place of `num_masked`.
     """
+    import torch
+
+    from stages.sparsity.topk import smallest_per_row
+
     scores = weight.abs() * mean_square.sqrt()
     if pattern is not None:
         return pattern.mask(scores)

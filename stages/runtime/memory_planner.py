@@ -14,14 +14,11 @@ from dataclasses import dataclass
 
 from stages.errors import ResourceError
 from stages.models.base import BlockModel, LayerInfo
+from stages.pruners.base import Pruner
 
 _FP32 = 4
 # Layers with these roles read one and the same input, and so share a Hessian.
 _SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
-# Beside a layer's own weights: copies of them that are alive at once while it is pruned.
-_WEIGHT_COPIES = {"sparsegpt": 5, "alps": 9, "wanda": 4, "magnitude": 3}
-# ALPS: scaled Hessian, an inverse and what it is made from; five inverses where several layers use them.
-_ALPS_MATRICES, _ALPS_SHARED_MATRICES = 3, 7
 # What the export gathers before it writes (`stages.export`).
 _EXPORTED_AT_ONCE = 256_000_000
 # Allocators keep some of what was freed, and small things add up.
@@ -85,7 +82,7 @@ class Shapes:
 class Work:
     """What a run does, as far as its memory is concerned."""
 
-    pruner: str  # "sparsegpt", "alps", "wanda", "magnitude"
+    pruner: type[Pruner]
     trains: bool  # compensates or refines
     is_quantized: bool
     eval_tokens: int  # of one window; 0: nothing is evaluated
@@ -125,19 +122,13 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str
 
 def _pruning(shapes: Shapes, work: Work) -> int:
     """Bytes of statistics and of solving for the layer that takes most."""
-    if work.pruner == "magnitude":
-        return _FP32 * _WEIGHT_COPIES["magnitude"] * max(layer.rows * layer.cols for layer in shapes.layers)
-    power = 1 if work.pruner == "wanda" else 2  # Wanda needs the diagonals alone
-    sums = sum(_FP32 * group[0].cols ** power for group in shapes.inputs.values())
-    most = 0
+    pruner, kind = work.pruner, work.pruner.statistics()
+    sums = most = 0
     for group in shapes.inputs.values():
-        matrices = 0
-        if work.pruner in ("sparsegpt", "alps"):
-            matrices = 1
-        if work.pruner == "alps":
-            matrices += _ALPS_SHARED_MATRICES if len(group) > 1 else _ALPS_MATRICES
-        size = max(layer.rows * layer.cols for layer in group)
-        most = max(most, _FP32 * (matrices * group[0].cols ** 2 + _WEIGHT_COPIES[work.pruner] * size))
+        cols, size = group[0].cols, max(layer.rows * layer.cols for layer in group)
+        matrices = pruner.num_matrices(is_shared=len(group) > 1)
+        sums += _FP32 * kind.num_numbers(cols) if kind is not None else 0
+        most = max(most, _FP32 * (matrices * cols**2 + pruner.num_weight_copies * size))
     return sums + max(most, 2 * shapes.block)  # the block rounded, in two bytes a number, comes when solving is over
 
 

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-# One sample in so many is kept aside to see whether what is learnt holds beyond the samples trained on.
-_ASIDE_EVERY = 16
-# A target this small (mean square) is nobody's scale: it would blow up a relative loss.
+# One sample in 16 is held out: its loss shows whether training generalises.
+_HELD_OUT_EVERY = 16
+# Lower bound for the target's mean square. Prevents division by a near-zero scale.
 _SMALLEST_SCALE = 1e-12
 
 
-def split_samples(num_samples: int, hold_aside: bool) -> tuple[list[int], list[int]]:
-    """Samples to train on and samples kept aside: every 16th, one of fewer than 16, none of a single one."""
-    if not hold_aside or num_samples < 2:
+def split_samples(num_samples: int, holds_out: bool) -> tuple[list[int], list[int]]:
+    """Indices of the samples to train on and of the held-out ones: 1 in 16, one of fewer than 16, none of one."""
+    if not holds_out or num_samples < 2:
         return list(range(num_samples)), []
-    num_aside = max(1, num_samples // _ASIDE_EVERY)
-    aside = [(2 * k + 1) * num_samples // (2 * num_aside) for k in range(num_aside)]
-    return [i for i in range(num_samples) if i not in set(aside)], aside
+    num_held_out = max(1, num_samples // _HELD_OUT_EVERY)
+    held_out = [(2 * k + 1) * num_samples // (2 * num_held_out) for k in range(num_held_out)]
+    return [i for i in range(num_samples) if i not in set(held_out)], held_out
 
 
 def block_loss(hidden: Tensor, target: Tensor, kind: str) -> Tensor:

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import NumericalError
-from stages.interfaces import Callbacks, Checkpoint, Scratch, Stream
-from stages.machine.device import DeviceChoices
-from stages.models.base import BlockModel
-from stages.runtime.block_runner import BlockPass
+from stages.interfaces import Checkpoint, Samples, Scratch, Stream
+from stages.runtime.block_context import BlockContext
 from stages.runtime.prefetch import Writing
 from stages.training.best_weights import Snapshot
 from stages.training.loss import block_loss, split_samples
@@ -37,24 +35,24 @@ class TrainingSettings:
     epochs: int
     lr: float
     lr_decay: float  # the rate is multiplied by this after each epoch
-    # Judge each epoch on samples kept aside, never keep what made it worse, and then go on from the best at a lower
+    # Judge each epoch on held-out samples, never keep what made it worse, and then go on from the best at a lower
     # rate; off: as the paper, train on all samples and keep what comes out.
-    hold_aside: bool
+    holds_out: bool
     seed: int
     loss: str = "mse"  # as the paper; or "token": each token's error relative to its target
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean loss over the samples trained on and over those kept aside (None: none were)."""
+    """Mean loss over the samples trained on and over the held-out samples (None: there are none)."""
 
     trained: float
-    aside: float | None
+    held_out: float | None
 
     @property
     def judged(self) -> float:
-        """The loss that decides: of the samples kept aside, where there are any."""
-        return self.trained if self.aside is None else self.aside
+        """The loss that decides: of the held-out samples, where there are any."""
+        return self.trained if self.held_out is None else self.held_out
 
 
 @dataclass(frozen=True)
@@ -89,46 +87,55 @@ class _Course:
         return cls(**{**values, "losses": losses, "epochs": [Losses(**epoch) for epoch in values["epochs"]]})
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What a block is trained for."""
+
+    name: str  # "compensate", "refine": seeds the order of the samples, and stands in messages
+    passes_before: int  # passes over all samples before the training steps, for the progress shown
+    passes_after: int  # after them
+
+
 class BlockTrainer:
-    """Trains a block that is given, in place.
+    """Trains a block that is given, in place: `first_pass`, then `train`, then what the caller does.
 
-    block: fp32, on the device of `choices`. inputs: token ids of the N samples. stream_in, targets: N samples
-    (T, H), what the block gets and what it should give; `targets` may still be filled in the first pass.
-    purpose: names the random order of the samples, and what is trained in messages. passes_before: of all samples in
-    `first_pass`, for the progress shown. spill: room for the best weights so far; None: they stay in memory.
-
-    `first_pass`, then `train`, then whatever the caller does, with `boundary` at its batch boundaries.
+    The caller calls `boundary` at its own batch boundaries after `train`.
     """
 
     def __init__(
         self,
-        model: BlockModel,
+        context: BlockContext,
         block: nn.Module,
-        block_index: int,
-        inputs: Stream,
-        stream_in: Stream,
+        stream_in: Samples,
         targets: Stream,
         settings: TrainingSettings,
-        choices: DeviceChoices,
-        callbacks: Callbacks,
-        *,
-        purpose: str,
-        passes_before: int = 0,
-        passes_after: int = 0,
+        purpose: Purpose,
         spill: Scratch | None = None,
     ) -> None:
-        self.block, self.block_index = block, block_index
+        """Prepare the training.
+
+        Args:
+            context: The block and its N samples.
+            block: The module to train, fp32, on the device.
+            stream_in: The block's input of each sample, (T, H).
+            targets: The output it should give for each sample, (T, H); `first_pass` may fill them.
+            settings: Epochs, learning rate, loss.
+            purpose: What it is trained for.
+            spill: Scratch space for the best weights so far; None: they stay in memory.
+        """
+        inputs, callbacks = context.inputs, context.callbacks
+        self.block, self.block_index = block, context.index
         self.inputs, self.stream_in, self.targets = inputs, stream_in, targets
-        self.settings, self.choices, self.callbacks, self.purpose = settings, choices, callbacks, purpose
-        self.device = choices.torch_device
-        self._pass = BlockPass(model, block, block_index, inputs, choices)
+        self.settings, self.choices, self.callbacks, self.purpose = settings, context.device, callbacks, purpose.name
+        self.device = context.device.torch_device
+        self._pass = context.runner(block)
         self._spill = spill
-        self.train_set, self.aside = split_samples(len(inputs), settings.hold_aside)
-        if settings.hold_aside and not self.aside and settings.epochs:
-            callbacks.warn("only one calibration sample: none is kept aside, training is judged on itself")
+        self.train_set, self.held_out = split_samples(len(inputs), settings.holds_out)
+        if settings.holds_out and not self.held_out and settings.epochs:
+            callbacks.warn("only one calibration sample: none is held out, training is judged on the sample itself")
         num_steps = settings.epochs * len(self.train_set)
-        self._num_after = passes_after * len(inputs)
-        self._total = passes_before * len(inputs) + num_steps + self._num_after
+        self._num_after = purpose.passes_after * len(inputs)
+        self._total = purpose.passes_before * len(inputs) + num_steps + self._num_after
         self._done = 0  # of them, samples
         self._restored = callbacks.restore() if settings.epochs else None
         self._before: Losses | None = None
@@ -154,7 +161,7 @@ class BlockTrainer:
             self.callbacks.check_stop()
 
     @torch.no_grad()
-    def first_pass(self, makes_targets_of: Stream | None = None) -> Losses:
+    def first_pass(self, makes_targets_of: Samples | None = None) -> Losses:
         """The mean loss over all samples before any training.
 
         makes_targets_of: the targets are not there yet; they are what the block, as it is, makes of this stream, and
@@ -170,10 +177,10 @@ class BlockTrainer:
             values = self._losses(everything, self.callbacks.check_stop)
         else:
             values = self._losses_and_targets(makes_targets_of)
-        self._before = Losses(_mean(values, self.train_set), _mean(values, self.aside) if self.aside else None)
+        self._before = Losses(_mean(values, self.train_set), _mean(values, self.held_out) if self.held_out else None)
         return self._before
 
-    def _losses_and_targets(self, source: Stream) -> dict[int, float]:
+    def _losses_and_targets(self, source: Samples) -> dict[int, float]:
         """The loss of every sample against what the block makes of `source`, which is written to the targets."""
         values: dict[int, float] = {}
         batches = self._pass.batches(range(len(self.inputs)))
@@ -230,7 +237,7 @@ class BlockTrainer:
         self._optimizer = self._best = None
         after = before
         if course.kept_epoch:
-            after = Losses(self._mean_loss(self.train_set), self._mean_loss(self.aside) if self.aside else None)
+            after = Losses(self._mean_loss(self.train_set), self._mean_loss(self.held_out) if self.held_out else None)
         if not math.isfinite(after.trained):  # the last update came after the last loss
             raise NumericalError(
                 f"block {self.block_index}: the loss is {after.trained} after training; {self._advice()}"
@@ -243,7 +250,7 @@ class BlockTrainer:
 
     def _begin(self, before: Losses, parameters: Sequence[nn.Parameter]) -> _Course:
         """Training about to begin, or as the checkpoint has it."""
-        if self.settings.hold_aside:
+        if self.settings.holds_out:
             self._best = Snapshot(self.block, self._spill)
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -286,10 +293,10 @@ class BlockTrainer:
 
     def _judge_epoch(self, course: _Course, parameters: Sequence[nn.Parameter]) -> None:
         """Keep what the epoch has learnt or take it back (Adam's moments stay), and begin the next one, or end."""
-        aside = self._mean_loss(self.aside) if self.aside else None
-        if self.settings.hold_aside:
+        held_out = self._mean_loss(self.held_out) if self.held_out else None
+        if self.settings.holds_out:
             # The losses of an epoch are from before each of its own updates: they cannot judge them.
-            judged = aside if aside is not None else self._mean_loss(self.train_set)
+            judged = held_out if held_out is not None else self._mean_loss(self.train_set)
             assert self._best is not None
             if judged < course.best:
                 course.best, course.kept_epoch = judged, course.epoch
@@ -299,7 +306,7 @@ class BlockTrainer:
                 self._best.give_back()
         else:
             course.kept_epoch = course.epoch
-        course.epochs.append(Losses(_mean(course.losses, [*course.losses]), aside))
+        course.epochs.append(Losses(_mean(course.losses, [*course.losses]), held_out))
         course.losses = {}
         course.epoch += 1
         if course.epoch > self.settings.epochs:

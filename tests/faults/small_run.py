@@ -26,7 +26,7 @@ from pipeline.rundir.storage.base import Storage
 from pipeline.steps.lamp_plan import chain
 from stages.interfaces import Callbacks, Checkpoint
 
-STEPS = chain("lamp", 3, refines=True)
+STEPS = chain(3, compensates=True, refines=True)
 _SHAPE = (2, 2)
 _NUM_SAMPLES = 2
 _NUM_BATCHES = 2

@@ -9,16 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from stages.allocate import budget_by_outliers, outlier_shares
+from stages.allocate import outlier_shares
 from stages.capture import capture
-from stages.in_memory import ListScratch, ListStream, NullCallbacks
-from stages.machine.device import DeviceChoices
+from stages.in_memory import ListScratch, ListStream
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.sparsity.budget import BudgetError, LayerShape, allocate
+from stages.sparsity.owl import budget_by_outliers
+from tests.blocks import context_of
 from tests.small_models import VOCAB, save
-
-CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "opt-350m", "gpt2"])
@@ -28,10 +27,11 @@ def test_shares_are_those_of_the_whole_model(tmp_path, family):
     inputs, hidden = ListStream(3, (16,), torch.long), ListStream(3, (16, 32), torch.float32)
     for i in range(3):
         inputs.write(i, torch.randint(4, VOCAB, (16,), generator=torch.Generator().manual_seed(i)))
-    capture(model, inputs, hidden, None, CHOICES, NullCallbacks())
+    context = context_of(model, inputs)
+    capture(context, hidden, None)
     left_out = model.layers(1)[0].name
     prunable = {layer.name for i in range(3) for layer in model.layers(i)} - {left_out}
-    shares = outlier_shares(model, inputs, hidden, prunable, ListScratch(), CHOICES, NullCallbacks())
+    shares = outlier_shares(context, hidden, prunable, ListScratch())
 
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     seen: dict[str, list[torch.Tensor]] = {}

@@ -9,22 +9,22 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from stages import lamp as lamp_module
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.errors import NumericalError
 from stages.in_memory import ListScratch, ListStream, NullCallbacks
-from stages.machine.device import DeviceChoices
+from stages.lamp import LampSettings, lamp
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.prune_block import PruneSettings, prune_block
+from stages.prune_block import prune_block
 from stages.refine_block import refine_block
-from stages.sparsity.budget import LayerShape, allocate
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.loss import block_loss, split_samples
 from stages.training.trainer import TrainingSettings
+from tests.blocks import budget_of, context_of, output_of, pruner_named
 from tests.small_models import VOCAB, save
 
-CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")
 N, T, H = 5, 16, 32
 FP32 = torch.float32
 
@@ -51,13 +51,8 @@ def stream():
     return ListStream(N, (T, H), FP32)
 
 
-def budget_of(model, sparsity, alpha=1.0, beta=0.0):
-    blocks = [[LayerShape(x.name, x.role, x.rows, x.cols) for x in model.layers(i)] for i in range(model.num_blocks)]
-    return allocate(blocks, sparsity, alpha, beta)
-
-
 def settings(**changes):
-    return TrainingSettings(**{"epochs": 2, "lr": 1e-3, "lr_decay": 0.9, "hold_aside": True, "seed": 0, **changes})
+    return TrainingSettings(**{"epochs": 2, "lr": 1e-3, "lr_decay": 0.9, "holds_out": True, "seed": 0, **changes})
 
 
 def block_inputs(whole, list_name, ids):
@@ -76,50 +71,46 @@ def block_inputs(whole, list_name, ids):
     return [hidden[0] for hidden in seen]
 
 
-def _compensated(*args):
-    result = compensate_block(*args)
-    return result.state, result.training
+def compensated(model, inputs, streams, settings, callbacks=None, spill=None):
+    """Block 1 after compensation. streams: its biased and dense inputs, and the stream of its targets."""
+    return compensate_block(context_of(model, inputs, callbacks=callbacks).block(1), *streams, settings, spill)
 
 
-def lamp(model, inputs, method="lamp"):
-    """All of Algorithm 1, in memory: streams by block, and the pruned states."""
-    num_blocks, dtypes = model.num_blocks, [dict.fromkeys(model.stored_names(i), FP32) for i in range(model.num_blocks)]
-    biased, dense = {0: stream()}, {1: stream()}
-    capture(model, inputs, biased[0], dense[1], CHOICES, NullCallbacks())
-    states, budget = {}, budget_of(model, 0.6, 0.8)
-    for i in range(num_blocks):
-        state = None
-        if i and method == "lamp":
-            dense[i + 1] = stream()
-            args = (model, i, inputs, biased[i], dense[i], dense[i + 1], settings(), CHOICES, NullCallbacks())
-            state = compensate_block(*args).state
-        biased[i + 1] = stream()
-        result = prune_block(
-            *(
-                model,
-                i,
-                budget[i],
-                PruneSettings("sparsegpt" if method == "lamp" else method),
-                CHOICES,
-                NullCallbacks(),
-            ),
-            state=state,
-            export_dtypes=dtypes[i],
-            inputs=inputs,
-            biased=biased[i],
-            biased_out=biased[i + 1],
-        )
-        states[i] = result.finished.state
-        assert [x.num_masked for x in result.finished.layers] == [x.num_masked for x in budget[i].layers]
-    return biased, dense, states
+def after_block_0(model, inputs):
+    """Both inputs of block 1, block 0 pruned by SparseGPT, and an empty stream for its targets."""
+    context, biased, dense, out = context_of(model, inputs), stream(), stream(), stream()
+    capture(context, biased, dense)
+    budget = budget_of(model, 0.6, 0.8)[0]
+    prune_block(context.block(0), pruner_named("sparsegpt"), budget, biased, output=output_of(model, 0, FP32, out))
+    return out, dense, stream()
 
 
-def test_both_streams_are_what_the_whole_models_compute(folder, model, inputs):
-    biased, dense, states = lamp(model, inputs)
+def first_pruned(model, inputs, pruner, dtype=FP32, out=None):
+    """Block 0 pruned to a half, and its input."""
+    context, biased = context_of(model, inputs), stream()
+    capture(context, biased, None)
+    budget, output = budget_of(model, 0.5)[0], output_of(model, 0, dtype, out)
+    return prune_block(context.block(0), pruner_named(pruner), budget, biased, output=output), biased
+
+
+def recorded_streams(model, inputs, monkeypatch):
+    """Algorithm 1 in memory, with every stream that it makes: (biased, dense) by block, and the exported states."""
+    made = []
+    monkeypatch.setattr(lamp_module, "_stream", lambda context: made.append(stream()) or made[-1])
+    settings_ = LampSettings(pruner_named("sparsegpt"), settings())
+    blocks = list(lamp(context_of(model, inputs), budget_of(model, 0.6, 0.8), settings_))
+    (first, dense_1, *rest) = made  # then, from block 1 on: the target of the block, and before it block i's output
+    return blocks, {0: first, **dict(enumerate(rest[0::2], 1))}, {1: dense_1, **dict(enumerate(rest[1::2], 2))}
+
+
+def test_both_streams_are_what_the_whole_models_compute(folder, model, inputs, monkeypatch):
+    blocks, biased, dense = recorded_streams(model, inputs, monkeypatch)
     original = AutoModelForCausalLM.from_pretrained(folder).eval()
     pruned = AutoModelForCausalLM.from_pretrained(folder).eval()
-    for i, state in states.items():
-        pruned.get_submodule(model._list_name)[i].load_state_dict(state)
+    for block in blocks:
+        pruned.get_submodule(model._list_name)[block.index].load_state_dict(block.finished.state)
+    assert set(biased) == set(range(model.num_blocks))
+    assert set(dense) == set(range(1, model.num_blocks + 1))
     for sample in range(N):
         through_original = block_inputs(original, model._list_name, inputs[sample])
         through_pruned = block_inputs(pruned, model._list_name, inputs[sample])
@@ -129,68 +120,60 @@ def test_both_streams_are_what_the_whole_models_compute(folder, model, inputs):
                 assert torch.equal(dense[i][sample], through_original[i])
 
 
+def test_every_block_holds_its_budget(model, inputs):
+    budget = budget_of(model, 0.6, 0.8)
+    for block in lamp(context_of(model, inputs), budget, LampSettings(pruner_named("sparsegpt"), settings())):
+        counts = [layer.num_masked for layer in block.finished.layers]
+        assert counts == [layer.num_masked for layer in budget[block.index].layers]
+
+
 def test_compensation_reports_the_mse_of_the_last_blocks_output(model, inputs):
-    biased, dense, _ = lamp(model, inputs, "sparsegpt")
-    target = stream()
-    state, result = _compensated(
-        *(model, 1, inputs, biased[1], dense[1], target, settings(hold_aside=False), CHOICES, NullCallbacks())
-    )
+    biased, dense, target = streams = after_block_0(model, inputs)
+    found = compensated(model, inputs, streams, settings(holds_out=False))
+    state, result = found.state, found.training
     with torch.no_grad():
         ends, block = model.load_ends(torch.device("cpu")), model.load_block(1, torch.device("cpu"))
         trained = model.load_block(1, torch.device("cpu"), state=state)
         before, after = [], []
         for i in range(N):
             call = ends.enter(inputs[i][None]).calls[1]
-            wanted = model.run_block(block, dense[1][i][None], call)
+            wanted = model.run_block(block, dense[i][None], call)
             assert torch.equal(target[i], wanted[0])
-            before.append(functional.mse_loss(model.run_block(block, biased[1][i][None], call), wanted).item())
-            after.append(functional.mse_loss(model.run_block(trained, biased[1][i][None], call), wanted).item())
+            before.append(functional.mse_loss(model.run_block(block, biased[i][None], call), wanted).item())
+            after.append(functional.mse_loss(model.run_block(trained, biased[i][None], call), wanted).item())
     assert result.before.trained == pytest.approx(sum(before) / N, rel=1e-6)
     assert result.after.trained == pytest.approx(sum(after) / N, rel=1e-6)
     assert result.after.trained < result.before.trained
-    assert (result.num_steps, result.kept_epoch, result.before.aside) == (2 * N, 2, None)
+    assert (result.num_steps, result.kept_epoch, result.before.held_out) == (2 * N, 2, None)
 
 
 def test_an_update_that_makes_it_worse_is_never_kept(model, inputs):
-    biased, dense, _ = lamp(model, inputs, "sparsegpt")
-    args = (model, 1, inputs, biased[1], dense[1], stream())
-    state, result = _compensated(*args, settings(lr=3.0), CHOICES, NullCallbacks())
+    found = compensated(model, inputs, after_block_0(model, inputs), settings(lr=3.0))
+    state, result = found.state, found.training
     assert result.kept_epoch == 0
     assert result.after == result.before
     # Each epoch begins at the original weights again, at a lower rate: what it learns is less and less harmful.
-    first, second = (epoch.aside for epoch in result.epoch_losses)
+    first, second = (epoch.held_out for epoch in result.epoch_losses)
     assert second < first
     original = model.load_block(1, torch.device("cpu")).state_dict()
     assert all(torch.equal(tensor, original[name]) for name, tensor in state.items())
 
 
 def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_change(model, inputs):
-    biased, dense, _ = lamp(model, inputs, "sparsegpt")
-    args = (model, 1, inputs, biased[1], dense[1], stream())
+    streams = after_block_0(model, inputs)
     with pytest.raises(NumericalError, match=r"block 1: the loss became .* use a smaller --lr"):
-        compensate_block(*args, settings(lr=1e30, hold_aside=False), CHOICES, NullCallbacks())
+        compensated(model, inputs, streams, settings(lr=1e30, holds_out=False))
 
 
 def test_weights_that_diverged_in_the_last_step_are_refused(model, inputs):
     biased, target, pruned = pruned_for_refining(model, inputs)
+    diverging = settings(lr=1e38, epochs=1, holds_out=False)
     with pytest.raises(NumericalError, match="block 1: "):
-        refine_block(
-            *(model, 1, inputs, biased, target, pruned.state, pruned.outcome),
-            *(settings(lr=1e38, epochs=1, hold_aside=False), CHOICES, NullCallbacks()),
-            export_dtypes=dict.fromkeys(model.stored_names(1), FP32),
-            biased_out=None,
-        )
+        refine_block(context_of(model, inputs).block(1), pruned, biased, target, diverging, output_of(model, 1))
 
 
 def test_wanda_masks_come_from_the_inputs_that_each_layer_really_gets(folder, model, inputs):
-    biased = stream()
-    capture(model, inputs, biased, None, CHOICES, NullCallbacks())
-    result = prune_block(
-        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("wanda"), CHOICES, NullCallbacks()),
-        export_dtypes=dict.fromkeys(model.stored_names(0), FP32),
-        inputs=inputs,
-        biased=biased,
-    )
+    result, _ = first_pruned(model, inputs, "wanda")
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     block = whole.get_submodule(model._list_name)[0]
     for layer in model.layers(0):
@@ -211,15 +194,8 @@ def test_wanda_masks_come_from_the_inputs_that_each_layer_really_gets(folder, mo
 
 
 def test_biased_output_is_computed_with_the_weights_as_exported(model, inputs):
-    biased, out = stream(), stream()
-    capture(model, inputs, biased, None, CHOICES, NullCallbacks())
-    result = prune_block(
-        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("sparsegpt"), CHOICES, NullCallbacks()),
-        export_dtypes=dict.fromkeys(model.stored_names(0), torch.bfloat16),
-        inputs=inputs,
-        biased=biased,
-        biased_out=out,
-    )
+    out = stream()
+    result, biased = first_pruned(model, inputs, "sparsegpt", torch.bfloat16, out)
     assert {t.dtype for t in result.finished.state.values()} == {torch.bfloat16}
     with torch.no_grad():
         block = model.load_block(0, torch.device("cpu"), state=result.finished.state)
@@ -228,15 +204,8 @@ def test_biased_output_is_computed_with_the_weights_as_exported(model, inputs):
 
 
 def test_relative_error_is_that_of_the_layers_output(model, inputs):
-    biased = stream()
-    capture(model, inputs, biased, None, CHOICES, NullCallbacks())
     before = model.load_block(0, torch.device("cpu"))
-    result = prune_block(
-        *(model, 0, budget_of(model, 0.5)[0], PruneSettings("sparsegpt"), CHOICES, NullCallbacks()),
-        export_dtypes=dict.fromkeys(model.stored_names(0), FP32),
-        inputs=inputs,
-        biased=biased,
-    )
+    result, biased = first_pruned(model, inputs, "sparsegpt")
     layer, figures = model.layers(0)[0], result.finished.layers[0]
     xs = []
     before.get_submodule(layer.path).register_forward_pre_hook(lambda m, a: xs.append(a[0].flatten(0, 1)))
@@ -251,39 +220,34 @@ def test_relative_error_is_that_of_the_layers_output(model, inputs):
 
 
 @given(st.integers(1, 200), st.booleans())
-def test_samples_kept_aside(num_samples, hold_aside):
-    train, aside = split_samples(num_samples, hold_aside)
-    assert sorted(train + aside) == list(range(num_samples))
-    expected = max(1, math.floor(num_samples / 16)) if hold_aside and num_samples > 1 else 0
-    assert len(aside) == expected
+def test_one_sample_in_sixteen_is_held_out(num_samples, holds_out):
+    train, held_out = split_samples(num_samples, holds_out)
+    assert sorted(train + held_out) == list(range(num_samples))
+    expected = max(1, math.floor(num_samples / 16)) if holds_out and num_samples > 1 else 0
+    assert len(held_out) == expected
 
 
 def test_one_sample_only_is_trained_on_and_said(model, inputs):
     one = ListStream(1, (T,), torch.long)
     one.write(0, inputs[0])
     biased, dense, target = (ListStream(1, (T, H), FP32) for _ in range(3))
-    capture(model, one, biased, dense, CHOICES, NullCallbacks())
+    capture(context_of(model, one), biased, dense)
     biased.write(0, dense[0] + 0.3 * torch.randn(T, H, generator=torch.Generator().manual_seed(7)))
     callbacks = NullCallbacks()
-    _, result = _compensated(model, 1, one, biased, dense, target, settings(), CHOICES, callbacks)
+    result = compensated(model, one, (biased, dense, target), settings(), callbacks).training
     assert "only one calibration sample" in callbacks.warnings[0]
     assert result.after.trained < result.before.trained
 
 
 def pruned_for_refining(model, inputs, **changes):
     """Block 1 pruned on the biased stream of a SparseGPT run, and what refining it needs."""
-    biased, dense, _ = lamp(model, inputs, "sparsegpt")
-    target = stream()
-    compensate_block(model, 1, inputs, biased[1], dense[1], target, settings(epochs=0), CHOICES, NullCallbacks())
+    biased, _, target = streams = after_block_0(model, inputs)
+    compensated(model, inputs, streams, settings(epochs=0))
     budget = budget_of(model, 0.5 if "pattern" in changes else 0.6)[1]
-    result = prune_block(
-        *(model, 1, budget, PruneSettings("sparsegpt", **changes), CHOICES, NullCallbacks()),
-        export_dtypes=None,
-        inputs=inputs,
-        biased=biased[1],
-    )
+    pruner = pruner_named("sparsegpt", **changes)
+    result = prune_block(context_of(model, inputs).block(1), pruner, budget, biased, output=None)
     assert result.finished is None
-    return biased[1], target, result
+    return biased, target, result
 
 
 def mean_loss(model, state, inputs, biased, target):
@@ -303,12 +267,8 @@ def mean_loss(model, state, inputs, biased, target):
 def test_refining_lowers_the_loss_and_keeps_mask_pattern_and_grid(model, inputs, changes, dtype):
     biased, target, pruned = pruned_for_refining(model, inputs, **changes)
     out = stream()
-    result = refine_block(
-        *(model, 1, inputs, biased, target, pruned.state, pruned.outcome),
-        *(settings(lr=3e-3, epochs=8, hold_aside=False), CHOICES, NullCallbacks()),
-        export_dtypes=dict.fromkeys(model.stored_names(1), dtype),
-        biased_out=out,
-    )
+    training, output = settings(lr=3e-3, epochs=8, holds_out=False), output_of(model, 1, dtype, out)
+    result = refine_block(context_of(model, inputs).block(1), pruned, biased, target, training, output)
     state = result.finished.state
     assert mean_loss(model, state, inputs, biased, target) < mean_loss(model, pruned.state, inputs, biased, target)
     assert result.training.after.trained < result.training.before.trained
@@ -331,21 +291,15 @@ def test_refining_lowers_the_loss_and_keeps_mask_pattern_and_grid(model, inputs,
 
 def test_a_refinement_that_makes_it_worse_is_never_kept(model, inputs):
     biased, target, pruned = pruned_for_refining(model, inputs)
-    result = refine_block(
-        *(model, 1, inputs, biased, target, pruned.state, pruned.outcome, settings(lr=3.0), CHOICES, NullCallbacks()),
-        export_dtypes=dict.fromkeys(model.stored_names(1), FP32),
-        biased_out=None,
-    )
+    output = output_of(model, 1)
+    result = refine_block(context_of(model, inputs).block(1), pruned, biased, target, settings(lr=3.0), output)
     assert result.training.kept_epoch == 0
     assert all(torch.equal(tensor, pruned.state[name]) for name, tensor in result.finished.state.items())
 
 
 def test_compensation_with_no_epochs_only_writes_the_targets(model, inputs):
-    biased, dense, _ = lamp(model, inputs, "sparsegpt")
-    target = stream()
-    result = compensate_block(
-        model, 1, inputs, biased[1], dense[1], target, settings(epochs=0), CHOICES, NullCallbacks()
-    )
+    _, _, target = streams = after_block_0(model, inputs)
+    result = compensated(model, inputs, streams, settings(epochs=0))
     original = model.load_block(1, torch.device("cpu")).state_dict()
     assert all(torch.equal(tensor, original[name]) for name, tensor in result.state.items())
     assert result.training.num_steps == 0
@@ -362,23 +316,20 @@ def test_a_relative_loss_counts_each_token_alike():
 
 
 def test_the_rate_falls_by_epoch(model, inputs, monkeypatch):
-    biased, dense, _ = lamp(model, inputs, "sparsegpt")
+    streams = after_block_0(model, inputs)
     rates = []
     step = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda o, *a: rates.append(o.param_groups[0]["lr"]) or step(o, *a))
-    chosen = settings(epochs=3, lr_decay=0.5, hold_aside=False)
-    compensate_block(model, 1, inputs, biased[1], dense[1], stream(), chosen, CHOICES, NullCallbacks())
+    compensated(model, inputs, streams, settings(epochs=3, lr_decay=0.5, holds_out=False))
     assert rates == [1e-3] * N + [5e-4] * N + [2.5e-4] * N
 
 
 def test_best_weights_on_the_disk_change_nothing(model, inputs):
     biased, dense = stream(), stream()
-    capture(model, inputs, biased, dense, CHOICES, NullCallbacks())
-    found = []
-    for spill in (None, ListScratch()):
-        result = compensate_block(
-            *(model, 1, inputs, biased, dense, stream(), settings(epochs=3, lr=3e-2), CHOICES, NullCallbacks()), spill
-        )
-        found.append(result)
+    capture(context_of(model, inputs), biased, dense)
+    found = [
+        compensated(model, inputs, (biased, dense, stream()), settings(epochs=3, lr=3e-2), spill=spill)
+        for spill in (None, ListScratch())
+    ]
     assert found[0].training == found[1].training
     assert all(torch.equal(tensor, found[1].state[name]) for name, tensor in found[0].state.items())

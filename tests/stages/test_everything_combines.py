@@ -3,21 +3,16 @@
 import pytest
 import torch
 
-from stages.capture import capture
-from stages.compensate_block import compensate_block
-from stages.in_memory import ListStream, NullCallbacks
-from stages.machine.device import DeviceChoices
+from stages.in_memory import ListStream
+from stages.lamp import LampSettings, lamp
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.prune_block import PruneSettings, prune_block
-from stages.refine_block import refine_block
-from stages.sparsity.budget import LayerShape, allocate, follow_pattern
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.trainer import TrainingSettings
+from tests.blocks import budget_of, context_of, pruner_named
 from tests.small_models import VOCAB, save
 
-CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")
-N, T, H = 3, 16, 32
+N, T = 3, 16
 FAMILIES = ("opt", "llama-gqa", "gpt2")
 # (sparsity, alpha, beta) or a pattern.
 GOALS = ((0.5, 1.0, 0.0), (0.6, 0.8, 0.2), (0.9, 0.95, 0.0), Pattern(2, 4), Pattern(4, 8), Pattern(1, 16))
@@ -38,56 +33,26 @@ def model(request, tmp_path_factory):
     return open_model(resolve(str(folder)))
 
 
-def budget_of(model, goal):
-    blocks = [[LayerShape(x.name, x.role, x.rows, x.cols) for x in model.layers(i)] for i in range(model.num_blocks)]
-    return follow_pattern(blocks, goal) if isinstance(goal, Pattern) else allocate(blocks, *goal)
-
-
-def pruned_states(model, method, goal, bits, dtype):
-    """The exported state of each block, by a whole run in memory."""
-    inputs, biased, dense = ListStream(N, (T,), torch.long), stream(), stream()
+def pruned_blocks(model, method, goal, bits):
+    """Each block with its budget, by Algorithm 1 in memory, exported in bf16."""
+    inputs = ListStream(N, (T,), torch.long)
     for i in range(N):
         inputs.write(i, torch.randint(4, VOCAB, (T,), generator=torch.Generator().manual_seed(i)))
-    capture(model, inputs, biased, dense, CHOICES, NullCallbacks())
     pattern = goal if isinstance(goal, Pattern) else None
     trains, refines = method.startswith("lamp"), method.endswith("refined")
-    settings = PruneSettings(
-        "alps" if refines else "sparsegpt" if trains else method, pattern=pattern, bits=bits[0], group_size=bits[1]
-    )
+    name = "alps" if refines else "sparsegpt" if trains else method
+    pruner = pruner_named(name, pattern=pattern, bits=bits[0], group_size=bits[1])
     training = TrainingSettings(1, 1e-3, 0.9, True, 0)
-    for i, budget in enumerate(budget_of(model, goal)):
-        dtypes = dict.fromkeys(model.stored_names(i), dtype)
-        state, target, out = None, dense, stream()
-        if trains and i:
-            target = stream()
-            state = compensate_block(model, i, inputs, biased, dense, target, training, CHOICES, NullCallbacks()).state
-        result = prune_block(
-            *(model, i, budget, settings, CHOICES, NullCallbacks()),
-            state=state,
-            export_dtypes=None if refines else dtypes,
-            inputs=inputs,
-            biased=biased,
-            biased_out=None if refines else out,
-        )
-        finished = result.finished
-        if refines:
-            finished = refine_block(
-                *(model, i, inputs, biased, target, result.state, result.outcome, training, CHOICES, NullCallbacks()),
-                export_dtypes=dtypes,
-                biased_out=out,
-            ).finished
-        yield budget, result.outcome, finished
-        biased, dense = out, target
-
-
-def stream():
-    return ListStream(N, (T, H), torch.float32)
+    settings = LampSettings(pruner, training if trains else None, training if refines else None, "bfloat16")
+    budget = budget_of(model, *((goal,) if pattern else goal))
+    yield from zip(budget, lamp(context_of(model, inputs), budget, settings), strict=True)
 
 
 @pytest.mark.parametrize(("method", "goal", "bits"), CASES, ids=str)
 def test_counts_patterns_and_levels_are_exact(model, method, goal, bits):
     total = masked = 0
-    for i, (budget, outcome, finished) in enumerate(pruned_states(model, method, goal, bits, torch.bfloat16)):
+    for i, (budget, block) in enumerate(pruned_blocks(model, method, goal, bits)):
+        outcome, finished = block.outcome, block.finished
         by_name = {layer.name: layer for layer in budget.layers}
         for info in model.layers(i):
             stored = finished.state[f"{info.path}.weight"]

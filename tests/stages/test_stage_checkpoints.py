@@ -14,12 +14,12 @@ from stages.interfaces import Checkpoint
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.prune_block import PruneSettings, prune_block
+from stages.prune_block import prune_block
 from stages.refine_block import refine_block
-from stages.sparsity.budget import LayerShape, allocate
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.loss import block_loss
 from stages.training.trainer import TrainingSettings
+from tests.blocks import budget_of, context_of, output_of, pruner_named
 from tests.small_models import VOCAB, save
 
 N, T, H = 5, 16, 32
@@ -79,15 +79,10 @@ def inputs():
 def streams(model, inputs):
     """What block 1 gets: the biased stream is off by some noise."""
     biased, dense = ListStream(N, (T, H), torch.float32), ListStream(N, (T, H), torch.float32)
-    capture(model, inputs, ListStream(N, (T, H), torch.float32), dense, FP32, NullCallbacks())
+    capture(context_of(model, inputs, FP32), ListStream(N, (T, H), torch.float32), dense)
     for i in range(N):
         biased.write(i, dense[i] + 0.1 * torch.randn(T, H, generator=torch.Generator().manual_seed(i)))
     return biased, dense
-
-
-def budget_of(model, sparsity):
-    blocks = [[LayerShape(x.name, x.role, x.rows, x.cols) for x in model.layers(i)] for i in range(model.num_blocks)]
-    return allocate(blocks, sparsity, 1.0, 0.0)
 
 
 def same(left, right):
@@ -109,7 +104,7 @@ def every_stop(run, callbacks_of=StoppingCallbacks, step=1):
 
 TRAININGS = {
     "mse": (TrainingSettings(2, 1e-3, 0.9, False, 0), FP32),
-    "aside": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), FP32),
+    "held out": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), FP32),
     "bf16": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), BF16),
     "backtracking": (TrainingSettings(3, 0.3, 0.9, True, 0), FP32),
 }
@@ -121,7 +116,7 @@ def test_compensation_goes_on_to_the_same_bits(model, inputs, streams, name):
 
     def run(callbacks):
         out = ListStream(N, (T, H), torch.float32)
-        result = compensate_block(model, 1, inputs, *streams, out, settings, choices, callbacks)
+        result = compensate_block(context_of(model, inputs, choices, callbacks).block(1), *streams, out, settings)
         return result.state, result.training, torch.stack([out[i] for i in range(N)])
 
     num_restored = 0
@@ -143,22 +138,15 @@ def test_refinement_goes_on_to_the_same_bits_also_while_it_runs_the_stream_on(mo
     biased, dense = streams
     target = ListStream(N, (T, H), torch.float32)
     settings = TrainingSettings(2, 1e-3, 0.9, True, 0, "token")
-    compensate_block(
-        model, 1, inputs, biased, dense, target, TrainingSettings(0, 1e-3, 1, False, 0), FP32, NullCallbacks()
-    )
-    budget = budget_of(model, 0.5)[1]
-    pruned = prune_block(
-        *(model, 1, budget, PruneSettings("sparsegpt", bits=bits), FP32, NullCallbacks()),
-        export_dtypes=None,
-        inputs=inputs,
-        biased=biased,
-    )
-    dtypes = dict.fromkeys(model.stored_names(1), torch.bfloat16)
+    block, no_training = context_of(model, inputs, FP32).block(1), TrainingSettings(0, 1e-3, 1, False, 0)
+    compensate_block(block, biased, dense, target, no_training)
+    pruner = pruner_named("sparsegpt", bits=bits)
+    pruned = prune_block(block, pruner, budget_of(model, 0.5)[1], biased, output=None)
 
     def run(callbacks):
         out = ListStream(N, (T, H), torch.float32)
-        args = (model, 1, inputs, biased, target, pruned.state, pruned.outcome, settings, FP32, callbacks)
-        result = refine_block(*args, export_dtypes=dtypes, biased_out=out)
+        block, output = context_of(model, inputs, FP32, callbacks).block(1), output_of(model, 1, torch.bfloat16, out)
+        result = refine_block(block, pruned, biased, target, settings, output)
         return result.finished.state, result.training, torch.stack([out[i] for i in range(N)])
 
     for _at, expected, found, _hooks, _quiet in every_stop(run):
@@ -170,19 +158,15 @@ def test_refinement_goes_on_to_the_same_bits_also_while_it_runs_the_stream_on(mo
 @pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "alps", "magnitude"])
 def test_pruning_goes_on_with_its_sums(model, inputs, streams, pruner):
     biased, _ = streams
-    dtypes = dict.fromkeys(model.stored_names(1), torch.float32)
-    pattern = Pattern(2, 4) if pruner == "sparsegpt" else None
-    settings = PruneSettings(pruner, pattern=pattern)
+    chosen = pruner_named(pruner, pattern=Pattern(2, 4) if pruner == "sparsegpt" else None)
+    reads_data = chosen.needs_data
 
     def run(callbacks):
         out = ListStream(N, (T, H), torch.float32)
-        result = prune_block(
-            *(model, 1, budget_of(model, 0.5)[1], settings, FP32, callbacks),
-            export_dtypes=dtypes,
-            inputs=None if pruner == "magnitude" else inputs,
-            biased=None if pruner == "magnitude" else biased,
-            biased_out=None if pruner == "magnitude" else out,
-        )
+        block = context_of(model, inputs if reads_data else (), FP32, callbacks).block(1)
+        output = output_of(model, 1, torch.float32, out if reads_data else None)
+        budget = budget_of(model, 0.5)[1]
+        result = prune_block(block, chosen, budget, biased if reads_data else None, output=output)
         masks = {name: layer.mask for name, layer in result.outcome.layers.items()}
         return result.finished.state, masks, result.finished.layers
 
@@ -190,7 +174,7 @@ def test_pruning_goes_on_with_its_sums(model, inputs, streams, pruner):
         assert same(found[0], expected[0])
         assert same(found[1], expected[1])
         assert found[2] == expected[2]
-        if pruner != "magnitude":
+        if reads_data:
             assert callbacks.kept.figures["num_samples"] == min(at, N)
 
 
@@ -231,7 +215,7 @@ def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lo
     biased, dense = streams
     settings, choices = TRAININGS["backtracking"]
     out = ListStream(N, (T, H), torch.float32)
-    result = compensate_block(model, 1, inputs, biased, dense, out, settings, choices, NullCallbacks())
+    result = compensate_block(context_of(model, inputs, choices).block(1), biased, dense, out, settings)
 
     block = model.load_block(1, torch.device("cpu"))
     calls = [model.load_ends(torch.device("cpu")).enter(inputs[i][None]).calls[1] for i in range(N)]

@@ -12,6 +12,7 @@ from pipeline.config.settings import Effort, Settings, gather
 from pipeline.errors import ConfigError
 from stages.tasks.language import Language
 from stages.training.presets import measured, published
+from stages.version import VERSION
 
 DEFAULTS = measured("llama", 0.7, 30, "medium")
 GIVEN = {"model": "m", "sparsity": 0.7}
@@ -210,8 +211,9 @@ def test_the_example_config_file_is_valid():
 
 def test_the_projects_own_version_is_one():
     root = Path(__file__).parents[3]
-    version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
-    assert f"## {version} " in (root / "CHANGELOG.md").read_text()
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "stages.version.VERSION"}
+    assert f"## {VERSION} " in (root / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 256, "fine/" + "é" * 200])

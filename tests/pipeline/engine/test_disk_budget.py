@@ -19,7 +19,7 @@ def need(steps, committed=(), **more):
 
 
 def test_streams_are_released_and_weights_pile_up():
-    short, long = need(chain("lamp", 8, refines=True)), need(chain("lamp", 32, refines=True))
+    short, long = need(chain(8, compensates=True, refines=True)), need(chain(32, compensates=True, refines=True))
     assert short.activations == long.activations <= 6 * STREAM
     assert long.weights > short.weights >= 8 * 2 * BLOCK
 
@@ -28,7 +28,7 @@ def test_the_most_is_what_a_walk_through_the_plan_holds():
     """Against a slow walk that keeps a ledger of every payload."""
     from pipeline.engine.plan import releasable
 
-    steps = chain("lamp", 3, refines=True)
+    steps = chain(3, compensates=True, refines=True)
     there, most = set(), 0
     for number, step in enumerate(steps):
         there |= set(step.writes)
@@ -38,7 +38,7 @@ def test_the_most_is_what_a_walk_through_the_plan_holds():
 
 
 def test_what_is_there_already_is_not_asked_for_again():
-    steps = chain("sparsegpt", 4)
+    steps = chain(4, compensates=False)
     done = [step.name for step in steps[:4]]
     assert need(steps, done).total < need(steps).total
     assert need(steps, [step.name for step in steps]).total == 0
@@ -46,12 +46,12 @@ def test_what_is_there_already_is_not_asked_for_again():
 
 
 def test_activations_that_are_kept_pile_up():
-    steps = chain("lamp", 8)
+    steps = chain(8, compensates=True)
     assert need(steps, keeps_activations=True).activations > 2 * need(steps).activations
 
 
 def test_a_steps_own_streams_count():
-    steps = chain("magnitude", 1)
+    steps = chain(1, compensates=False, reads_data=False)
     assert most_needed(steps, (), size_of, lambda step: 7).activations == 7
 
 

@@ -16,7 +16,7 @@ from stages.tasks.base import EvaluationProtocol
     [("lamp", False), ("lamp", True), ("sparsegpt", False), ("wanda", False), ("magnitude", False)],
 )
 def test_every_step_reads_only_what_an_earlier_one_wrote(method, refines, num_blocks):
-    steps = chain(method, num_blocks, refines)
+    steps = chain(num_blocks, compensates=method == "lamp", reads_data=method != "magnitude", refines=refines)
     written = set()
     for step in steps:
         assert set(step.reads) <= written, step.name
@@ -33,7 +33,7 @@ def test_every_step_reads_only_what_an_earlier_one_wrote(method, refines, num_bl
 
 
 def test_the_chain_of_the_paper():
-    names = [step.name for step in chain("lamp", 3)]
+    names = [step.name for step in chain(3, compensates=True)]
     assert names == [
         *("calibrate", "capture", "prune-block/0", "compensate-block/1", "prune-block/1"),
         *("compensate-block/2", "prune-block/2", "export"),
@@ -41,7 +41,7 @@ def test_the_chain_of_the_paper():
 
 
 def test_the_chain_with_refinement():
-    names = [step.name for step in chain("lamp", 2, refines=True)]
+    names = [step.name for step in chain(2, compensates=True, refines=True)]
     assert names == [
         *("calibrate", "capture", "prune-block/0", "refine-block/0"),
         *("compensate-block/1", "prune-block/1", "refine-block/1", "export"),
@@ -49,13 +49,13 @@ def test_the_chain_with_refinement():
 
 
 def test_a_budget_from_the_data_comes_before_the_first_block_is_pruned():
-    names = [step.name for step in chain("sparsegpt", 2, allocates=True)]
+    names = [step.name for step in chain(2, compensates=False, allocates=True)]
     assert names == ["calibrate", "capture", "allocate", "prune-block/0", "prune-block/1", "export"]
 
 
 @pytest.mark.parametrize("refines", [False, True])
 def test_a_payload_lives_until_the_step_after_its_last_reader(refines):
-    steps = chain("lamp", 4, refines)
+    steps = chain(4, compensates=True, refines=refines)
     names = [step.name for step in steps]
     for num_done in range(len(names) + 1):
         gone = set(releasable(steps, names[:num_done]))
@@ -70,7 +70,7 @@ def test_a_payload_lives_until_the_step_after_its_last_reader(refines):
 @pytest.mark.parametrize("refines", [False, True])
 def test_what_lies_on_disk_does_not_grow_with_the_number_of_blocks(refines):
     for num_blocks in (5, 50):
-        steps = chain("lamp", num_blocks, refines)
+        steps = chain(num_blocks, compensates=True, refines=refines)
         names = [step.name for step in steps]
         alive = []
         for num_done in range(len(names) + 1):
@@ -99,7 +99,7 @@ class Run:
 
 
 def test_out_of_order_names_the_step_to_do_first():
-    steps = chain("lamp", 2)
+    steps = chain(2, compensates=True)
     run = Run("calibrate", "capture")
     require_next(run, steps, Step("prune-block", 0))
     with pytest.raises(StepOrderError, match="compensate-block/1 comes later: do prune-block/0 first"):

@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 from stages.capture import capture
 from stages.errors import NumericalError
 from stages.in_memory import ListStream, NullCallbacks
-from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.prune_block import PruneSettings, prune_block
+from stages.prune_block import prune_block
 from stages.pruners.alps import alps
-from stages.pruners.hessian import HessianSum, SquareSum, factorise
+from stages.pruners.hessian import factorise
 from stages.pruners.sparsegpt import sparsegpt
+from stages.pruners.statistics import HessianSum, SquareSum
 from stages.pruners.wanda import wanda_mask
 from stages.quantization.grid import fit_grid
 from stages.sparsity.budget import BlockBudget, LayerBudget
 from stages.sparsity.nm_pattern import Pattern
+from tests.blocks import context_of, output_of, pruner_named
 from tests.small_models import VOCAB, save
 
-CHOICES = DeviceChoices("cpu", "float32", torch.get_num_threads(), "highest", "here")
 FP32 = torch.float32
 
 
@@ -78,19 +78,18 @@ def prune_first(model, pruner, *, spoil=None, ignore=(), damping=0.01, **changes
     inputs, biased = ListStream(2, (8,), torch.long), ListStream(2, (8, 32), FP32)
     for i in range(2):
         inputs.write(i, torch.randint(4, VOCAB, (8,), generator=torch.Generator().manual_seed(i)))
-    capture(model, inputs, biased, None, CHOICES, NullCallbacks())
+    callbacks = NullCallbacks()
+    context = context_of(model, inputs, callbacks=callbacks)
+    capture(context, biased, None)
     if spoil:
         spoil(biased)
     layers = [x for x in model.layers(0) if x.path.rpartition(".")[2] not in ignore]
     budget = BlockBudget(tuple(LayerBudget(x.name, x.role, x.rows * x.cols, x.rows * x.cols // 2) for x in layers))
-    callbacks = NullCallbacks()
-    result = prune_block(
-        *(model, 0, budget, PruneSettings(pruner, damping=damping, **changes), CHOICES, callbacks),
-        export_dtypes=dict.fromkeys(model.stored_names(0), FP32),
-        inputs=inputs,
-        biased=biased,
-        biased_out=ListStream(2, (8, 32), FP32),
+    chosen, output = (
+        pruner_named(pruner, damping=damping, **changes),
+        output_of(model, 0, FP32, ListStream(2, (8, 32), FP32)),
     )
+    result = prune_block(context.block(0), chosen, budget, biased, output=output)
     return result, callbacks
 
 

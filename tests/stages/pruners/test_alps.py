@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from stages.pruners.alps import alps, split
-from stages.pruners.hessian import HessianSum, factorise
+from stages.pruners.hessian import factorise
 from stages.pruners.sparsegpt import sparsegpt
+from stages.pruners.statistics import HessianSum
 from stages.sparsity.nm_pattern import Pattern
 
 TWO_FOUR = Pattern(2, 4)

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import NumericalError
-from stages.pruners.hessian import HessianSum, SquareSum, factorise
+from stages.pruners.hessian import factorise
 from stages.pruners.magnitude import magnitude_mask
 from stages.pruners.sparsegpt import sparsegpt
+from stages.pruners.statistics import HessianSum, SquareSum
 from stages.pruners.wanda import wanda_mask
 from stages.quantization.grid import fit_grid
 from stages.sparsity.nm_pattern import Pattern

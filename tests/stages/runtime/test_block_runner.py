@@ -11,10 +11,10 @@ from stages.in_memory import ListScratch, ListStream, NullCallbacks
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
-from stages.prune_block import PruneSettings, prune_block
+from stages.prune_block import prune_block
 from stages.runtime.block_runner import BlockPass, Counter, micro_batches, samples_at_once
-from stages.sparsity.budget import LayerShape, allocate
-from stages.training.trainer import BlockTrainer, TrainingSettings
+from stages.training.trainer import BlockTrainer, Purpose, TrainingSettings
+from tests.blocks import budget_of, context_of, output_of, pruner_named
 from tests.small_models import FAMILIES, VOCAB, save
 
 ONE = DeviceChoices("cpu", "float32", 1, "highest", "here")
@@ -61,7 +61,7 @@ def test_capture_and_propagation_do_not_depend_on_how_many_samples_share_a_pass(
     found = []
     for choices in (ONE, together(samples)):
         biased, dense, out = stream(), stream(), stream()
-        capture(model, inputs, biased, dense, choices, NullCallbacks())
+        capture(context_of(model, inputs, choices), biased, dense)
         block_pass = BlockPass(model, model.load_block(1, choices.torch_device), 1, inputs, choices)
         block_pass.propagate(dense, out, lambda: None, lambda count: None)
         found.append([rows(x) for x in (biased, dense, out)])
@@ -72,7 +72,7 @@ def test_capture_and_propagation_do_not_depend_on_how_many_samples_share_a_pass(
 def test_a_stream_may_be_replaced_by_what_the_block_makes_of_it(models):
     model, inputs = models["llama-gqa"], calibration()
     source, out = stream(), stream()
-    capture(model, inputs, source, None, ONE, NullCallbacks())
+    capture(context_of(model, inputs, ONE), source, None)
     block_pass = BlockPass(model, model.load_block(0, ONE.torch_device), 0, inputs, together(2))
     told = []
     block_pass.propagate(source, out, lambda: None, told.append)
@@ -83,24 +83,18 @@ def test_a_stream_may_be_replaced_by_what_the_block_makes_of_it(models):
 
 def test_pruning_and_losses_do_not_depend_on_it_either(models):
     model, inputs = models["llama-gqa"], calibration()
-    blocks = [[LayerShape(x.name, x.role, x.rows, x.cols) for x in model.layers(i)] for i in range(model.num_blocks)]
-    dtypes = dict.fromkeys(model.stored_names(0), torch.float32)
     results, losses = [], []
     for choices in (ONE, together(2), together(5)):
         biased, dense, out = stream(), stream(), stream()
-        capture(model, inputs, biased, dense, ONE, NullCallbacks())
-        result = prune_block(
-            *(model, 0, allocate(blocks, 0.5, 1.0, 0.0)[0], PruneSettings("sparsegpt"), choices, NullCallbacks()),
-            export_dtypes=dtypes,
-            inputs=inputs,
-            biased=biased,
-            biased_out=out,
-        )
+        capture(context_of(model, inputs, ONE), biased, dense)
+        context, output = context_of(model, inputs, choices), output_of(model, 0, torch.float32, out)
+        budget = budget_of(model, 0.5)[0]
+        result = prune_block(context.block(0), pruner_named("sparsegpt"), budget, biased, output=output)
         results.append((result, rows(out)))
-        settings = TrainingSettings(epochs=0, lr=1e-3, lr_decay=1.0, hold_aside=True, seed=0)
-        block = model.load_block(1, choices.torch_device)
-        targets = (model, block, 1, inputs, biased, dense, settings, choices, NullCallbacks())
-        losses.append(BlockTrainer(*targets, purpose="compensate").first_pass().trained)
+        settings = TrainingSettings(epochs=0, lr=1e-3, lr_decay=1.0, holds_out=True, seed=0)
+        block, purpose = model.load_block(1, choices.torch_device), Purpose("compensate", 1, 0)
+        trainer = BlockTrainer(context.block(1), block, biased, dense, settings, purpose)
+        losses.append(trainer.first_pass().trained)
     for result, out in results[1:]:
         for name, layer in results[0][0].outcome.layers.items():
             assert (layer.mask == result.outcome.layers[name].mask).double().mean() > 0.97

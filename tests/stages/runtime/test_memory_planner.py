@@ -4,9 +4,10 @@ import pytest
 
 from stages.errors import ResourceError
 from stages.models.base import LayerInfo
+from stages.pruners.registry import PRUNERS
 from stages.runtime.memory_planner import Shapes, Work, fit, peaks
 
-LAMP = Work("sparsegpt", trains=True, is_quantized=False, eval_tokens=2048)
+LAMP = Work(PRUNERS.get("sparsegpt"), trains=True, is_quantized=False, eval_tokens=2048)
 GB = 10**9
 
 
@@ -33,14 +34,14 @@ def test_layers_that_read_one_input_share_a_hessian():
 
 def test_alps_takes_more_than_sparsegpt_and_magnitude_least():
     taken = {
-        pruner: peaks(opt_6_7b(), Work(pruner, False, False, 0), 1, spills=False)["prune-block"]
+        pruner: peaks(opt_6_7b(), Work(PRUNERS.get(pruner), False, False, 0), 1, spills=False)["prune-block"]
         for pruner in ("magnitude", "wanda", "sparsegpt", "alps")
     }
     assert taken["magnitude"] < taken["wanda"] < taken["sparsegpt"] < taken["alps"]
 
 
 def test_more_samples_at_once_take_more_and_the_most_that_fit_are_taken():
-    shapes, work = opt_6_7b(), Work("wanda", False, False, 0)
+    shapes, work = opt_6_7b(), Work(PRUNERS.get("wanda"), False, False, 0)
     taken = [max(peaks(shapes, work, samples, spills=False).values()) for samples in (1, 2, 4)]
     assert taken == sorted(set(taken))
     assert fit(shapes, work, GB, None, [1, 2, 4], "memory").samples_at_once == 4

@@ -8,11 +8,12 @@ import torch
 
 from stages.capture import capture
 from stages.compensate_block import compensate_block
-from stages.in_memory import ListStream, NullCallbacks
+from stages.in_memory import ListStream
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.training.trainer import TrainingSettings
+from tests.blocks import context_of
 from tests.small_models import VOCAB, save
 
 N, T = 4, 8
@@ -28,11 +29,11 @@ def test_compiled_training_ends_where_plain_training_does(tmp_path):
     for index in range(N):
         inputs.write(index, torch.randint(4, VOCAB, (T,), generator=generator))
     biased, dense, out = (ListStream(N, (T, model.hidden_size), torch.float32) for _ in range(3))
-    capture(model, inputs, biased, dense, CHOICES, NullCallbacks())
-    settings = TrainingSettings(epochs=2, lr=1e-3, lr_decay=1.0, hold_aside=False, seed=0)
+    capture(context_of(model, inputs, CHOICES), biased, dense)
+    settings = TrainingSettings(epochs=2, lr=1e-3, lr_decay=1.0, holds_out=False, seed=0)
 
     def train(choices):
-        return compensate_block(model, 1, inputs, biased, dense, out, settings, choices, NullCallbacks())
+        return compensate_block(context_of(model, inputs, choices).block(1), biased, dense, out, settings)
 
     plain, compiled = train(CHOICES), train(dataclasses.replace(CHOICES, compiles=True))
     assert compiled.training.after.trained == pytest.approx(plain.training.after.trained, rel=1e-3)

@@ -1,0 +1,159 @@
+"""Statistics over the inputs of a block's layers, one object per distinct input, from one pass over the stream.
+
+Layers that read the same tensor (q, k and v; gate and up) share one set of statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from stages.interfaces import Checkpoint, Samples
+from stages.pruners.base import Statistics
+from stages.runtime.block_context import BlockContext
+from stages.runtime.block_runner import Counter
+
+
+@dataclass
+class LayerInput:
+    """Statistics of one distinct input, and the layers that read it."""
+
+    statistics: Statistics
+    paths: list[str] = field(default_factory=list)  # of the layers, in the block
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several layers read this input."""
+        return len(self.paths) > 1
+
+
+@dataclass
+class LayerInputs:
+    """The statistics of a block over the first `num_samples` samples."""
+
+    inputs: list[LayerInput] = field(default_factory=list)
+    num_samples: int = 0
+
+    @property
+    def by_path(self) -> dict[str, LayerInput]:
+        """The input of each layer."""
+        return {path: found for found in self.inputs for path in found.paths}
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that `restored` needs."""
+        states = [found.statistics.state() for found in self.inputs]
+        return Checkpoint(
+            {f"hessian.{number}": sums for number, (sums, _) in enumerate(states)},
+            {
+                "num_samples": self.num_samples,
+                "groups": [
+                    {"paths": found.paths, "counts": counts}
+                    for found, (_, counts) in zip(self.inputs, states, strict=True)
+                ],
+            },
+        )
+
+    @classmethod
+    def restored(cls, checkpoint: Checkpoint | None, kind: type[Statistics], device: torch.device) -> LayerInputs:
+        """The statistics as a checkpoint has them; empty without one."""
+        if checkpoint is None:
+            return cls()
+        inputs = [
+            LayerInput(
+                kind.restored(checkpoint.tensors[f"hessian.{number}"], group["counts"], device), list(group["paths"])
+            )
+            for number, group in enumerate(checkpoint.figures["groups"])
+        ]
+        return cls(inputs, checkpoint.figures["num_samples"])
+
+
+def collect(
+    context: BlockContext,
+    block: nn.Module,
+    modules: Mapping[str, nn.Module],
+    biased: Samples,
+    kind: type[Statistics],
+    counter: Counter,
+) -> LayerInputs:
+    """Statistics over the inputs of every layer, from where a checkpoint left off.
+
+    A forward pass ends where the last layer has received its input: nothing after it is of use.
+
+    Args:
+        context: The block and its samples.
+        block: Unpruned, on the device.
+        modules: The layers to prune, by their path in the block.
+        biased: The block's input of each of N samples, (T, H).
+        kind: The class of statistics that the pruner needs.
+        counter: Counts the samples that have passed.
+    """
+    device = context.device.torch_device
+    collected = LayerInputs.restored(context.callbacks.restore(), kind, device)
+    recorder = _InputRecorder(collected, kind)
+    handles = [
+        module.register_forward_pre_hook(recorder.hook(path, context.model.weight_matrix(module).shape[1]))
+        for path, module in modules.items()
+    ]
+    counter.advance(collected.num_samples)
+    runner = context.runner(block)
+    batches = runner.batches(range(collected.num_samples, len(context.inputs)))
+    try:
+        with runner.reading(batches, biased) as read:
+            for batch in read:
+                context.callbacks.checkpoint(collected.checkpoint)
+                recorder.missing.update(modules)
+                with contextlib.suppress(_AllSeen):
+                    runner.forward(batch.samples[0], batch.call)
+                recorder.seen.clear()
+                collected.num_samples += len(batch.numbers)
+                counter.advance(len(batch.numbers))
+    finally:
+        for handle in handles:
+            handle.remove()
+    unread = [path for path in modules if path not in recorder.assigned]
+    if unread:
+        raise AssertionError(f"{context.name}: no input ever reached {', '.join(unread)}")
+    return collected
+
+
+class _AllSeen(Exception):  # noqa: N818 - not an error: every layer has its input
+    """Ends a forward pass once every layer has received its input."""
+
+
+class _InputRecorder:
+    """Adds each distinct input to its statistics, once per micro-batch."""
+
+    def __init__(self, collected: LayerInputs, kind: type[Statistics]) -> None:
+        self.collected, self.kind = collected, kind
+        self.assigned = collected.by_path
+        self.seen: dict[int, tuple[Tensor, LayerInput]] = {}  # in this micro-batch; the tensor is kept alive
+        self.missing: set[str] = set()  # layers without an input in this micro-batch
+
+    def hook(self, path: str, cols: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """A forward pre-hook for the layer at `path`, which has so many input channels."""
+
+        def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            _, found = self.seen.get(id(x), (None, None))
+            is_first_reader = found is None
+            if found is None:
+                found = self.assigned.get(path)
+            if found is None:
+                found = LayerInput(self.kind(cols, x.device))
+                self.collected.inputs.append(found)
+            if self.assigned.setdefault(path, found) is not found:
+                raise AssertionError(f"{path} shared its input with other layers in one batch but not in another")
+            if path not in found.paths:
+                found.paths.append(path)
+            if is_first_reader:
+                self.seen[id(x)] = (x, found)
+                found.statistics.add(x.reshape(-1, cols))
+            self.missing.discard(path)
+            if not self.missing:
+                raise _AllSeen
+
+        return record

@@ -1,0 +1,107 @@
+"""Conformance kit for pruners: `check_pruner` raises AssertionError with the promise that a pruner breaks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stages.pruners.base import LayerProblem, PrunedMatrix, PruneOptions, Pruner
+from stages.quantization.grid import fit_grid, most_levels
+from stages.sparsity.nm_pattern import Pattern
+
+# (rows, cols, tokens): square, wide, one row, one column, fewer tokens than channels, no round number.
+_SHAPES = ((16, 16, 64), (8, 48, 96), (1, 24, 48), (12, 1, 32), (6, 40, 10), (7, 33, 50))
+_PATTERNS = (Pattern(2, 4), Pattern(1, 8))
+_CPU = torch.device("cpu")
+
+
+def check_pruner(pruner: type[Pruner]) -> None:
+    """Check a pruner on small random layers.
+
+    Every layer must lose exactly as many weights as asked for, every masked weight must be zero, every N:M group hold
+    its pattern, every quantized row stay on its grid; the result must be finite, the same at every call, and the same
+    from restored statistics; the original weight must stay as it is.
+
+    Raises:
+        AssertionError: A promise is broken; the message says which, and on what.
+    """
+    _check_description(pruner)
+    for rows, cols, tokens in _SHAPES:
+        for share in (0.0, 0.3, 0.77, 1.0):
+            _check_layer(pruner, PruneOptions(), _layer(rows, cols, tokens), int(share * rows * cols))
+    for pattern in _PATTERNS:
+        weight, x = _layer(8, 48, 96)
+        options = PruneOptions(pattern=pattern)
+        _check_layer(pruner, options, (weight, x), pattern.count(weight.numel()))
+        if pruner.supports_bits:
+            _check_layer(pruner, PruneOptions(pattern=pattern, bits=4), (weight, x), pattern.count(weight.numel()))
+    if pruner.supports_bits:
+        for bits, group_size in ((3, None), (4, 16)):
+            options = PruneOptions(bits=bits, group_size=group_size)
+            _check_layer(pruner, options, _layer(8, 48, 96), 200)
+    weight, x = _layer(8, 16, 64)
+    x[:, 3] = 0  # a channel that is zero on every token
+    _check_layer(pruner, PruneOptions(), (weight, x), 64)
+
+
+def _check_description(pruner: type[Pruner]) -> None:
+    for attribute in ("name", "title", "help"):
+        value = getattr(pruner, attribute, None)
+        assert isinstance(value, str), f"{pruner.__name__}.{attribute} is missing"
+        assert value == value.strip(), f"{pruner.__name__}.{attribute} is empty or padded: {value!r}"
+        assert value, f"{pruner.__name__}.{attribute} is empty"
+    assert "\n" not in pruner.help, f"{pruner.__name__}.help is more than one line"
+    assert pruner.num_weight_copies > 0, f"{pruner.__name__}.num_weight_copies must be positive"
+    for is_shared in (False, True):
+        assert pruner.num_matrices(is_shared=is_shared) >= 0, f"{pruner.__name__}.num_matrices is negative"
+    kind = pruner.statistics()
+    assert pruner.needs_data or kind is None, f"{pruner.__name__} needs no data and asks for statistics"
+    if kind is not None:
+        assert kind.num_numbers(10) > 0, f"{kind.__name__}.num_numbers must be positive"
+
+
+def _layer(rows: int, cols: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """A weight (rows, cols), no two alike and none zero, and the inputs (tokens, cols) of its layer."""
+    generator = torch.Generator().manual_seed(rows * 1000 + cols)
+    weight = torch.randn(rows, cols, generator=generator)
+    return weight + 0.01 * weight.sign(), torch.randn(tokens, cols, generator=generator)
+
+
+def _check_layer(pruner: type[Pruner], options: PruneOptions, layer: tuple[Tensor, Tensor], num_masked: int) -> None:
+    weight, x = layer
+    where = f"{pruner.name}, {tuple(weight.shape)}, {num_masked} masked, {options}"
+    original = weight.clone()
+    first, second = (_pruned(pruner, options, weight, x, num_masked, restore=restore) for restore in (False, True))
+    assert torch.equal(weight, original), f"{where}: the original weight was changed"
+    assert first.weight.shape == weight.shape, f"{where}: the result has another shape"
+    assert first.weight.dtype == weight.dtype, f"{where}: the result has another dtype"
+    assert first.mask.dtype == torch.bool, f"{where}: the pruning mask is not boolean"
+    assert torch.equal(first.mask, second.mask), f"{where}: restored statistics give another pruning mask"
+    assert torch.equal(first.weight, second.weight), f"{where}: restored statistics give other weights"
+    assert int(first.mask.sum()) == num_masked, f"{where}: {int(first.mask.sum())} weights are masked"
+    assert bool(torch.isfinite(first.weight).all()), f"{where}: the result is not finite"
+    assert not bool(first.weight[first.mask].any()), f"{where}: a masked weight is not zero"
+    if options.pattern is not None:
+        held = options.pattern.share_held(first.mask)
+        assert held == 1, f"{where}: {held:.0%} of the groups hold {options.pattern}"
+    if options.bits is not None:
+        levels = most_levels(first.weight, options.group_size)
+        assert levels <= 2**options.bits, f"{where}: a row has {levels} distinct values"
+
+
+def _pruned(
+    pruner: type[Pruner], options: PruneOptions, weight: Tensor, x: Tensor, num_masked: int, *, restore: bool
+) -> PrunedMatrix:
+    """One layer pruned; with `restore`, half of the statistics come from a checkpoint."""
+    entry, kind, prepared = pruner(options), pruner.statistics(), None
+    if kind is not None:
+        statistics = kind(weight.shape[1], _CPU)
+        half = len(x) // 2
+        statistics.add(x[:half])
+        if restore:
+            sums, counts = statistics.state()
+            statistics = kind.restored(sums.clone(), dict(counts), _CPU)
+        statistics.add(x[half:])
+        prepared = entry.prepare(statistics, is_shared=restore, warn=lambda message: None)
+    grid = fit_grid(weight, options.bits, options.group_size) if options.bits is not None else None
+    return entry.prune(LayerProblem("layer", weight, num_masked, grid), prepared)
