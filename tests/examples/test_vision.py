@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from stages.data.image_sources import decode_mask
@@ -20,21 +18,32 @@ from tests.small_sam import save
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def _examples_importable(monkeypatch):
+    """The scripts import each other by their bare names."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+@pytest.fixture
 def scenes():
-    spec = importlib.util.spec_from_file_location("drawn_scenes", EXAMPLES / "drawn_scenes.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["drawn_scenes"] = module
-    spec.loader.exec_module(module)
-    return module
+    import drawn_scenes
+
+    return drawn_scenes
 
 
-def call(script: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def torch_unchanged():
+    """Undo what a script sets for the whole process."""
+    num_threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(num_threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+def call(script: ModuleType, monkeypatch, *arguments: object) -> None:
+    """Call the main function of a script in this process."""
+    monkeypatch.setattr("sys.argv", [script.__file__, *map(str, arguments)])
+    script.main()
 
 
 def test_a_scene_is_always_the_same_and_its_masks_do_not_overlap(scenes):
@@ -57,10 +66,16 @@ def test_scenes_are_written_as_coco_has_them(scenes, tmp_path):
         assert np.array_equal(np.asarray(Image.open(record.path)), scene.image)
 
 
-def test_training_writes_a_model_that_opens(tmp_path):
+@pytest.mark.parametrize(("images", "points"), [(1, 2), pytest.param(6, 10, marks=pytest.mark.slow)])
+def test_training_writes_a_model_that_opens(tmp_path, monkeypatch, capsys, torch_unchanged, images, points):
+    import train_sam_tiny
+
+    monkeypatch.setattr(train_sam_tiny, "IMAGES", images)
+    monkeypatch.setattr(train_sam_tiny, "POINTS", points)
     out = tmp_path / "sam"
-    said = call("train_sam_tiny.py", "--steps", 2, "--out", out, "--checkpoint", tmp_path / "c.pt", "--unseen", 2)
-    assert "single-point IoU on 2 unseen scenes" in said
+    written = ("--out", out, "--checkpoint", tmp_path / "c.pt")
+    call(train_sam_tiny, monkeypatch, "--steps", 2, *written, "--unseen", 2)
+    assert "single-point IoU on 2 unseen scenes" in capsys.readouterr().out
     from stages.models.resolve import resolve
     from stages.tasks.registry import open_model
 
@@ -69,13 +84,15 @@ def test_training_writes_a_model_that_opens(tmp_path):
     assert (out / "model.safetensors").stat().st_size <= 8_000_000
 
 
-def test_answers_are_drawn_side_by_side(tmp_path):
+def test_answers_are_drawn_side_by_side(tmp_path, monkeypatch):
+    import sam_predict
+
     folders = [save(tmp_path / f"m{seed}", seed) for seed in (0, 1)]
-    call("sam_predict.py", *folders, "--titles", "one,other", "--scenes", 2, "--out", tmp_path / "x.png")
+    call(sam_predict, monkeypatch, *folders, "--titles", "one,other", "--scenes", 2, "--out", tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as drawn:
         assert drawn.width > 3 * 384
         assert drawn.height > 2 * 384
     photo = tmp_path / "photo.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(photo)
-    call("sam_predict.py", *folders, "--image", photo, "--point", "20,30", "--out", tmp_path / "y.png")
+    call(sam_predict, monkeypatch, *folders, "--image", photo, "--point", "20,30", "--out", tmp_path / "y.png")
     assert (tmp_path / "y.png").stat().st_size > 1000

@@ -7,18 +7,16 @@ a *power cut* loses, keeps or garbles what was not flushed (`disks.py`).
 """
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import DiskError, OutOfDisk
 from pipeline.rundir.run_directory import RunDirectory
+from tests import warm_python
 from tests.faults.disks import BROKEN, NO_SPACE, Counting, Crash, FailingAt, KilledAt, PowerCutAt, Unflushed, using
 from tests.faults.small_run import STEPS, go, require_clean, result
 
@@ -63,7 +61,7 @@ def _is_json(data: bytes) -> bool:
         return False
 
 
-@pytest.mark.parametrize("step", [13, *everything])
+@pytest.mark.parametrize("step", [29, *everything])
 def test_a_kill_at_every_operation(quiet, tmp_path, step):
     expected, num_operations = quiet
     count = 0
@@ -78,7 +76,7 @@ def test_a_kill_at_every_operation(quiet, tmp_path, step):
     assert count == len(range(0, num_operations, step))
 
 
-@pytest.mark.parametrize("step", [13, *everything])
+@pytest.mark.parametrize("step", [29, *everything])
 def test_a_power_cut_at_every_operation(quiet, tmp_path, step):
     expected, num_operations = quiet
     place, count = tmp_path / "run", 0
@@ -107,7 +105,7 @@ def cut(place: Path, at: int, seed: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("num_seeds", [100, pytest.param(5000, marks=[slow, pytest.mark.timeout(6000)], id="all")])
+@pytest.mark.parametrize("num_seeds", [30, pytest.param(5000, marks=[slow, pytest.mark.timeout(6000)], id="all")])
 def test_power_cuts_by_seed(quiet, tmp_path, num_seeds):
     """At random instants, again while recovering, up to three deep."""
     expected, num_operations = quiet
@@ -122,7 +120,7 @@ def test_power_cuts_by_seed(quiet, tmp_path, num_seeds):
     assert num_cuts >= num_seeds
 
 
-@pytest.mark.parametrize("num_sequences", [30, pytest.param(500, marks=[slow, pytest.mark.timeout(3000)], id="all")])
+@pytest.mark.parametrize("num_sequences", [12, pytest.param(500, marks=[slow, pytest.mark.timeout(3000)], id="all")])
 def test_kills_while_recovering_three_deep(quiet, tmp_path, num_sequences):
     expected, num_operations = quiet
     place = tmp_path / "run"
@@ -139,7 +137,7 @@ def test_kills_while_recovering_three_deep(quiet, tmp_path, num_sequences):
     print(f"{num_sequences} sequences of three kills: all digests are equal")
 
 
-@pytest.mark.parametrize("num_kills", [60, pytest.param(500, marks=[slow, pytest.mark.timeout(3000)], id="all")])
+@pytest.mark.parametrize("num_kills", [30, pytest.param(500, marks=[slow, pytest.mark.timeout(3000)], id="all")])
 def test_many_kills_over_one_run(quiet, tmp_path, num_kills):
     """Each costs the step under way, and no other."""
     expected, num_operations = quiet
@@ -162,7 +160,7 @@ def test_many_kills_over_one_run(quiet, tmp_path, num_kills):
     print(f"{num_done} kills over {num_runs + 1} runs")
 
 
-@pytest.mark.parametrize("step", [40, *[pytest.param(13, marks=[slow, pytest.mark.timeout(3000)], id="all")]])
+@pytest.mark.parametrize("step", [80, *[pytest.param(13, marks=[slow, pytest.mark.timeout(3000)], id="all")]])
 def test_a_true_sigkill(quiet, tmp_path, step):
     """In a process of its own, killed by the system."""
     expected, num_operations = quiet
@@ -177,12 +175,9 @@ def test_a_true_sigkill(quiet, tmp_path, step):
         "with using(Killed(int(sys.argv[2]))):\n"
         "    go(Path(sys.argv[1]))\n"
     )
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
     place, count = tmp_path / "run", 0
     for at in range(step // 2, num_operations, step * 3):
-        command = [sys.executable, "-c", code, str(place), str(at)]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        ended = warm_python.run(code, str(place), str(at))
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         resume(place, expected)
         shutil.rmtree(place)
@@ -191,12 +186,12 @@ def test_a_true_sigkill(quiet, tmp_path, step):
 
 
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "from then on"])
-@pytest.mark.parametrize("step", [9, *everything])
+@pytest.mark.parametrize("step", [27, *everything])
 def test_no_space_at_every_write(quiet, tmp_path, step, lasts):
     fail_each(quiet[0], tmp_path, step, NO_SPACE, ("write", "create", "make_folder"), lasts, OutOfDisk)
 
 
-@pytest.mark.parametrize("step", [9, *everything])
+@pytest.mark.parametrize("step", [27, *everything])
 def test_a_broken_disk_at_every_flush(quiet, tmp_path, step):
     fail_each(quiet[0], tmp_path, step, BROKEN, ("flush",), True, DiskError)
 

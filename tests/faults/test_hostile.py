@@ -28,7 +28,7 @@ from stages.errors import StageError
 from tests.faults.test_damage import FLAGS, STEPS, _lampctl
 from tests.small_models import save
 
-QUICK, LONG = 150, 10_000
+QUICK, LONG = 50, 10_000
 number_of_cases = pytest.mark.parametrize(
     "num_cases", [QUICK, pytest.param(LONG, marks=[pytest.mark.slow, pytest.mark.timeout(6000)], id="all")]
 )

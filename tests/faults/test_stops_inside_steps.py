@@ -1,21 +1,20 @@
 """SIGTERM, and SIGKILL after a checkpoint, inside the long steps: the work goes on from there to the same weights."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm_python
 from tests.faults.test_kill_in_every_stage import FLAGS, TINY_OPT, weights
 
 KINDS = ("compensate-block", "prune-block", "refine-block", "evaluate")  # in the order in which block 1 meets them
 # Sends itself a signal at a batch boundary of a step of this kind, once so many have passed.
 BOMB = """
 import os, signal, sys
-from pipeline import engine
+from pipeline.engine import runner as engine
 
 kind, number, wanted, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 0
 checkpoint = engine._StepCallbacks.checkpoint
@@ -37,9 +36,9 @@ main()
 
 
 def call(*arguments: str, bomb: tuple[str, int, int] | None = None, cwd: Path) -> subprocess.CompletedProcess:
-    start = ["-c", BOMB, *map(str, bomb)] if bomb else ["-m", "lampctl"]
-    command = [sys.executable, *start, *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=dict(os.environ), timeout=240)
+    if bomb:
+        return warm_python.run(BOMB, *map(str, bomb), *arguments, cwd=cwd)
+    return warm_python.run(warm_python.LAMPCTL, *arguments, cwd=cwd)
 
 
 def events(run: Path, kind: str) -> list[dict]:
@@ -55,10 +54,11 @@ def quiet(tmp_path_factory) -> dict[str, str]:
     return weights(folder / "run")
 
 
-def test_sigterm_inside_every_long_step(quiet, tmp_path):
-    """One run, stopped in each kind of step in turn; each time it goes on from where it was."""
+@pytest.mark.parametrize("kinds", [KINDS[1:3], pytest.param(KINDS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_sigterm_inside_every_long_step(quiet, tmp_path, kinds):
+    """One run, stopped in each kind of step in turn; each time it resumes from its checkpoint."""
     begin = ("run", str(TINY_OPT), *FLAGS, "--run-dir", "run")
-    for turn, kind in enumerate(KINDS):
+    for turn, kind in enumerate(kinds):
         arguments = begin if turn == 0 else ("resume", "run")
         answer = call(*arguments, bomb=(kind, signal.SIGTERM, 5), cwd=tmp_path)
         assert answer.returncode == 75, answer.stderr
@@ -67,7 +67,7 @@ def test_sigterm_inside_every_long_step(quiet, tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert weights(tmp_path / "run") == quiet
     restored = {event["step"].split("/")[0] for event in events(tmp_path / "run", "step-restored")}
-    assert restored == set(KINDS)
+    assert restored == set(kinds)
     assert not list((tmp_path / "run" / "progress").iterdir())
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm_python
 from tests.small_models import save
 
 FLAGS = ("--num-samples", "4", "--seqlen", "32", "--epochs", "1", "--refine-epochs", "1", "--eval-max-tokens", "256")
@@ -77,7 +75,7 @@ def test_a_trial_that_fails_does_not_end_the_sweep(lampctl, given):
 
 BOMB = """
 import os, signal, sys
-from pipeline import engine
+from pipeline.engine import runner as engine
 
 count = 0
 report = engine._StepCallbacks.report
@@ -99,8 +97,7 @@ main()
 def test_a_killed_sweep_goes_on_and_ends_as_if_it_had_not_been(lampctl, given, tmp_path):
     grid = ("--grid", "sparsity=0.5,0.7", "--grid", "method=lamp,sparsegpt")
     quiet = lampctl("sweep", *given, *grid, "--sweep-dir", "quiet", "--json")
-    command = [sys.executable, "-c", BOMB, "sweep", *given, *grid, "--sweep-dir", "killed"]
-    killed = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), cwd=tmp_path, timeout=120)
+    killed = warm_python.run(BOMB, "sweep", *given, *grid, "--sweep-dir", "killed", cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = lampctl("sweep", "status", "killed", "--json").json["trials"]
     assert "begun" in {t["state"] for t in before}
