@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 def stopping(config: Settings) -> Iterator[StopRequest]:
     """A request to stop that comes from wherever the settings say. Raises ConfigError for a time that is none."""
     from lampctl.cli.exit_codes import end_now
+    from pipeline.config.quantities import parse_duration
     from pipeline.engine.preemption import PreemptionWatcher, RunTimer
     from pipeline.engine.stop import StopRequest
 
     with StopRequest(end_now) as stop, ExitStack() as watchers:
         if config.max_runtime is not None:
-            watchers.enter_context(closing(RunTimer(config.max_runtime, stop.request)))
+            watchers.enter_context(
+                closing(RunTimer(config.max_runtime, parse_duration(config.max_runtime), stop.request))
+            )
         if config.watch_preemption != "none":
             watcher = PreemptionWatcher(config.watch_preemption, stop.request, config.preemption_url)
             watchers.enter_context(closing(watcher))

@@ -136,7 +136,7 @@ def _evaluate_run(place: str, sources: str | None, changes: dict[str, Any], as_j
     from lampctl.output.progress import listening
     from pipeline.runs.lifecycle import change_evaluation, go_on, reopen, require_exported
 
-    directory, config = reopen(place, to_go_on=True)
+    directory, config = reopen(place, is_resuming=True)
     require_exported(directory, config)
     config = change_evaluation(directory, config, sources, changes)
     with listening() as listener, stopping(config) as stop:

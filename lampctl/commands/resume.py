@@ -81,7 +81,7 @@ def resume(
         "preemption_url": preemption_url,
         "allow_environment_change": allow_environment_change,
     }
-    directory, config = reopen(place, to_go_on=True, free=free)
+    directory, config = reopen(place, is_resuming=True, free=free)
     with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
         go_on(directory, config, listener, stop, checks="all" if check_all else "as needed", takeover=takeover)

@@ -78,7 +78,7 @@ def do_step(place: str, kind: str, block: int | None = None) -> None:
     from pipeline.runs.lifecycle import go_on, reopen
     from pipeline.steps.lamp_plan import steps_of
 
-    directory, config = reopen(place, to_go_on=True)
+    directory, config = reopen(place, is_resuming=True)
     steps = steps_of(directory, config)
     if block is not None:
         wanted = Step(kind, block)

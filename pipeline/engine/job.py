@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from pipeline.engine.plan import Step
 from pipeline.engine.stop import StopRequest
 from pipeline.rundir.records import StepCommit
-from pipeline.rundir.run_directory import Attempt, RunDirectory
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.step_transaction import Attempt
 from stages.interfaces import Callbacks
 
 

@@ -1,4 +1,4 @@
-"""Reasons to stop before the machine does: the cloud's own notice of a preemption, and the time that is allowed.
+"""Reasons to stop a run early: the cloud's preemption notice, and the allowed run time.
 
 AWS announces the end of a spot machine two minutes ahead, Google Cloud thirty seconds, both at an address that only the
 machine itself can reach.
@@ -15,7 +15,6 @@ import urllib.request
 from collections.abc import Callable
 from typing import Literal
 
-from pipeline.config.quantities import parse_duration
 from pipeline.errors import Preempted
 
 log = logging.getLogger(__name__)
@@ -27,24 +26,31 @@ _TIMEOUT_S = 2.0
 
 
 class RunTimer:
-    """Asks for a stop when the allowed time is over."""
+    """Requests a stop when the allowed run time is over."""
 
-    def __init__(self, allowed: str, stop: Callable[[Preempted], None]) -> None:
+    def __init__(self, allowed: str, allowed_s: float, stop: Callable[[Preempted], None]) -> None:
+        """Start the clock.
+
+        Args:
+            allowed: The allowed run time as the user wrote it, for the message.
+            allowed_s: The same in seconds.
+            stop: Called with the reason when the time is over.
+        """
         reason = Preempted(f"the allowed run time of {allowed} is over; run the same command again to go on")
-        self._timer = threading.Timer(parse_duration(allowed), stop, [reason])
+        self._timer = threading.Timer(allowed_s, stop, [reason])
         self._timer.daemon = True
         self._timer.start()
 
     def close(self) -> None:
-        """Forget about it."""
+        """Cancel the timer."""
         self._timer.cancel()
 
 
 class PreemptionWatcher:
-    """Asks for a stop when the cloud says that it will take the machine away.
+    """Requests a stop when the cloud announces that it will take the machine away.
 
-    address: of the metadata service, in place of the cloud's own. What goes wrong in asking is told once and never
-    stops a run.
+    A metadata service that does not answer is reported once and never stops a run. `address` replaces the address of
+    the cloud's own metadata service.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from pipeline.engine.plan import is_stream, maker_of, needed, sources_of
 from pipeline.engine.verify import damaged_payloads
 from pipeline.errors import DamagedData
 from pipeline.rundir.records import Payload
+from pipeline.rundir.run_directory import StepReport
 
 
 def repair(job: Job, *, is_deep: bool = True) -> None:
@@ -71,9 +72,8 @@ def _rebuild(job: Job, name: str) -> bool:
             run.event("mended", payload=name, step=commit.step)
             return True
         if is_activations and job.allows_other_bits:
-            elapsed_s = time.monotonic() - start
             figures = {"replaces": commit.number}
-            run.commit(attempt, figures=figures, free=job.free, started_at=started_at, elapsed_s=elapsed_s)
+            run.commit(attempt, StepReport(figures, job.free, started_at, time.monotonic() - start))
             is_committed = True
             run.event("rebuilt", payload=name, step=commit.step)
             job.listener.warn(f"{name} has other bits here than it had: the run continues with them")

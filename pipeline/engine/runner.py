@@ -10,7 +10,7 @@ from pipeline.engine.job import Job
 from pipeline.engine.plan import Step, is_stream, next_steps, releasable
 from pipeline.errors import StepOrderError
 from pipeline.rundir.records import StepCommit
-from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.run_directory import RunDirectory, StepReport
 from pipeline.rundir.step_checkpoints import StepProgress
 
 
@@ -46,15 +46,15 @@ def _do(job: Job, step: Step) -> StepCommit:
     attempt = job.run.begin(step.name)
     try:
         result = job.worker.execute(step, attempt, StepCallbacks(job, step, progress))
-        return job.run.commit(
-            attempt,
-            figures=result.figures,
-            free=job.free,
-            started_at=started_at,
-            elapsed_s=progress.elapsed_s,
-            peak_memory_bytes=result.peak_memory_bytes,
-            peak_device_bytes=result.peak_device_bytes,
+        report = StepReport(
+            result.figures,
+            job.free,
+            started_at,
+            progress.elapsed_s,
+            result.peak_memory_bytes,
+            result.peak_device_bytes,
         )
+        return job.run.commit(attempt, report)
     except BaseException:
         job.run.abandon(attempt)
         raise

@@ -1,4 +1,4 @@
-"""One attempt at a step: a fresh folder, filled with payloads, that a commit will point at or nobody will."""
+"""Staging directory for one step. A commit promotes it; otherwise garbage collection removes it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pipeline.errors import DamagedData, FileExists, FileGone, MissingChunk
 from pipeline.rundir import filesystem
 from pipeline.rundir.filesystem import Bytes, FileDigest, FileWriter
 from pipeline.rundir.records import Payload, PayloadFile, relative_path
+from pipeline.rundir.storage.base import Storage
 
 # torch takes a second to import, and asking how far a run is needs none of it.
 if TYPE_CHECKING:
     import torch
 
     from pipeline.rundir.activation_store import ActivationStream, ScratchStreams
-    from pipeline.rundir.run_directory import RunDirectory
 
 Contents = Bytes | Callable[[FileWriter], object]
 
@@ -26,11 +26,23 @@ _SCRATCH = ".scratch"
 class Attempt:
     """Collects the payloads of one step. `RunDirectory.begin` makes one, `RunDirectory.commit` ends it."""
 
-    def __init__(self, run: RunDirectory, number: int, step: str, path: Path) -> None:
-        self.run = run
+    def __init__(
+        self, storage: Storage, step: str, path: Path, number: int, check_superseded: Callable[[], None]
+    ) -> None:
+        """Start with an empty staging directory.
+
+        Args:
+            storage: Where the run is stored.
+            step: Name of the step.
+            path: The staging directory. No other attempt of any process has its name.
+            number: Number of the commit that it is for.
+            check_superseded: Raises Superseded if another process has made that commit.
+        """
         self.number = number
         self.step = step
         self.path = path
+        self._storage = storage
+        self._check_superseded = check_superseded
         self._streams: dict[str, ActivationStream] = {}
         self._folders: dict[str, PayloadFolder] = {}
         self._scratch: ScratchStreams | None = None
@@ -59,7 +71,7 @@ class Attempt:
         spec = activation_store.stream_spec(num_samples, sample_shape, dtype)
         try:
             folder = self._new_root(name, is_bulky=not is_precious)
-            stream = activation_store.write_stream(folder, spec, self.run.check_superseded)
+            stream = activation_store.write_stream(folder, spec, self._check_superseded)
         except FileExists:
             raise ValueError(f"{self.step} makes payload {name} twice") from None
         self._streams[name] = stream
@@ -73,19 +85,25 @@ class Attempt:
         """A new payload of several files, to be filled."""
         return self._new_folder(name, "folder")
 
-    def adopt(self, name: str, from_run: RunDirectory, payload: Payload, *, is_bulky: bool = False) -> Payload:
-        """Take over a payload of another run, by hard links where the file system has them.
+    def adopt(self, name: str, source: Storage, payload: Payload, *, is_bulky: bool = False) -> Payload:
+        """Take a payload of another run, by hard links where the file system has them.
 
-        is_bulky: it is an activation stream, which may lie on a scratch disk. Every file is read and hashed first:
-        DamagedData if it is not what that run committed.
+        Args:
+            name: Name of the payload here.
+            source: Storage of the other run.
+            payload: The payload as the other run committed it. Every file is read and hashed first.
+            is_bulky: It is an activation stream, which may be stored on a scratch disk.
+
+        Raises:
+            DamagedData: A file is not what the other run committed.
         """
         folder = self._new_folder(name, payload.kind, is_bulky=is_bulky)
         for file in payload.files:
-            source = from_run.storage.local(file.path)
-            digest = filesystem.hash_file(source)
+            path = source.local(file.path)
+            digest = filesystem.hash_file(path)
             if digest != FileDigest(file.size, file.sha256):
-                raise DamagedData(f"{source} is damaged: it is not what its run committed. It was not taken over")
-            folder._add_link(payload.inner(file), source, digest)
+                raise DamagedData(f"{path} is damaged: it is not what its run committed. It was not taken over")
+            folder._add_link(payload.inner(file), path, digest)
         return folder._seal(payload)
 
     def scratch(self) -> ScratchStreams:
@@ -94,11 +112,11 @@ class Attempt:
 
         if self._scratch is None:
             try:
-                folder = self.run.storage.new_folder(f"data/{self.id}/{_SCRATCH}", is_bulky=True)
+                folder = self._storage.new_folder(f"data/{self.id}/{_SCRATCH}", is_bulky=True)
             except FileGone:
-                self.run.check_superseded()
+                self._check_superseded()
                 raise
-            self._scratch = ScratchStreams(folder, self.run.check_superseded)
+            self._scratch = ScratchStreams(folder, self._check_superseded)
         return self._scratch
 
     def seal(self) -> dict[str, Payload]:
@@ -118,11 +136,11 @@ class Attempt:
 
     def _require_all_there(self, payloads: dict[str, Payload]) -> None:
         expected = {file.path for payload in payloads.values() for file in payload.files}
-        there = self.run.storage.written(f"data/{self.id}")
+        there = self._storage.written(f"data/{self.id}")
         if expected - there:
-            self.run.check_superseded()
-            raise MissingChunk(f"{self.run.label}/{min(expected - there)} was deleted before {self.step} was done")
-        # Somebody wrote past the writer: the commit would not vouch for it.
+            self._check_superseded()
+            raise MissingChunk(f"{self._storage.label}/{min(expected - there)} was deleted before {self.step} was done")
+        # A file that bypassed the writer would have no digest in the commit.
         assert not there - expected, f"{min(there - expected)} belongs to no payload of {self.step}"
 
     def _key(self, name: str) -> str:
@@ -135,14 +153,16 @@ class Attempt:
         if name.startswith(".") or self._payloads is not None:
             raise ValueError(f"payload {name} cannot be made: a bad name, or {self.step} is sealed")
         try:
-            return self.run.storage.new_folder(self._key(name), is_bulky=is_bulky)
+            return self._storage.new_folder(self._key(name), is_bulky=is_bulky)
         except FileGone:
-            self.run.check_superseded()
+            self._check_superseded()
             raise
 
     def _new_folder(self, name: str, kind: str, *, is_bulky: bool = False) -> PayloadFolder:
         try:
-            folder = PayloadFolder(self.run, self._key(name), self._new_root(name, is_bulky=is_bulky), kind)
+            folder = PayloadFolder(
+                self._storage, self._key(name), self._new_root(name, is_bulky=is_bulky), kind, self._check_superseded
+            )
         except FileExists:
             raise ValueError(f"{self.step} makes payload {name} twice") from None
         self._folders[name] = folder
@@ -152,10 +172,11 @@ class Attempt:
 class PayloadFolder:
     """A payload made of files: written through the hashing writer, or linked with a digest that is known."""
 
-    def __init__(self, run: RunDirectory, key: str, path: Path, kind: str) -> None:
+    def __init__(self, storage: Storage, key: str, path: Path, kind: str, check_superseded: Callable[[], None]) -> None:
         self.key = key
         self.path = path
-        self._run = run
+        self._storage = storage
+        self._check_superseded = check_superseded
         self._kind = kind
         self._files: dict[str, PayloadFile] = {}
         self._sealed: Payload | None = None
@@ -169,7 +190,7 @@ class PayloadFolder:
                 else:
                     writer.write(contents)
         except FileGone:
-            self._run.check_superseded()
+            self._check_superseded()
             raise
         return self._add(filename, writer.digest)
 
@@ -179,8 +200,8 @@ class PayloadFolder:
         Where the file system has no hard links it is copied, and then compared with its digest.
         """
         digest = FileDigest(source.size, source.sha256)
-        file = self._add_link(filename, self._run.storage.local(source.path), digest)
-        self._run.storage.same_as(file.path, source.path)
+        file = self._add_link(filename, self._storage.local(source.path), digest)
+        self._storage.same_as(file.path, source.path)
         return file
 
     def _add_link(self, filename: str, source: Path, digest: FileDigest) -> PayloadFile:
@@ -188,7 +209,7 @@ class PayloadFolder:
         try:
             copied = filesystem.link_or_copy(source, target)
         except FileGone:
-            self._run.check_superseded()
+            self._check_superseded()
             raise
         if copied not in (None, digest) or target.stat().st_size != digest.size:
             raise DamagedData(f"{source} is damaged: it is not what was committed")

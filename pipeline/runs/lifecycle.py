@@ -48,7 +48,7 @@ def start(prepared: Prepared, place: Place) -> RunDirectory:
     storage = locate(place)
     _place_scratch(storage, prepared.config)
     if RunDirectory.is_at(storage):
-        run = RunDirectory.open(storage, to_go_on=True)
+        run = RunDirectory.open(storage, is_resuming=True)
         require_same(run, prepared)
         return run
     manifest = RunManifest.new(
@@ -128,14 +128,14 @@ def require_exported(run: RunDirectory, config: RunConfig) -> None:
 
 
 def reopen(
-    place: Place, *, to_go_on: bool = False, free: Mapping[str, Any] | None = None
+    place: Place, *, is_resuming: bool = False, free: Mapping[str, Any] | None = None
 ) -> tuple[RunDirectory, RunConfig]:
     """A run and its configuration, with the free settings that were last in force.
 
-    to_go_on: as `RunDirectory.open` has it. free: other free settings from now on; None among them: as they were.
+    is_resuming: as `RunDirectory.open` has it. free: other free settings from now on; None among them: as they were.
     Raises ConfigError for a wrong one.
     """
-    run = RunDirectory.open(place, to_go_on=to_go_on)
+    run = RunDirectory.open(place, is_resuming=is_resuming)
     config = configuration_of(run)
     if run.log:
         with making_sense(f"{run.label}/commits/{run.log[-1].number:06d}.json"):

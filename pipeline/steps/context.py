@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.plan import Step
 from pipeline.errors import ConfigMismatch
-from pipeline.rundir.run_directory import Attempt, RunDirectory
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.step_transaction import Attempt
 from pipeline.steps import payloads
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from pipeline.config.run_config import DRAWING_FIELDS, RunConfig
 from pipeline.engine.job import StepResult
 from pipeline.engine.plan import Step, maker_of
 from pipeline.errors import DamagedData
-from pipeline.rundir.run_directory import Attempt, RunDirectory
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.step_transaction import Attempt
 from pipeline.steps.base import StepKind
 from pipeline.steps.context import StepContext
 from pipeline.steps.registry import STEP_KINDS
@@ -134,7 +135,7 @@ class StepExecutor:
             return None
         try:
             for output in step.outputs:
-                attempt.adopt(output.name, other, commit.payloads[output.name], is_bulky=output.is_stream)
+                attempt.adopt(output.name, other.storage, commit.payloads[output.name], is_bulky=output.is_stream)
         except DamagedData as error:
             raise DamagedData(f"{error}. `lampctl resume {other.label} --check-all` makes it again") from error
         return {**commit.figures, "shared_with": other.manifest.digest}

@@ -21,7 +21,8 @@ from pipeline.engine.runner import advance
 from pipeline.engine.stop import StopRequest
 from pipeline.errors import PipelineError, RunNotFound
 from pipeline.rundir.records import RunManifest
-from pipeline.rundir.run_directory import Attempt, RunDirectory
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.step_transaction import Attempt
 from pipeline.rundir.storage.base import Storage
 from pipeline.steps.lamp_plan import chain
 from stages.interfaces import Callbacks, Checkpoint
@@ -141,7 +142,7 @@ def manifest() -> RunManifest:
 def open_or_create(place: Path | Storage) -> RunDirectory:
     """The run at `place`, begun if it is not there: what `lampctl run` does, again and again."""
     try:
-        return RunDirectory.open(place, to_go_on=True)
+        return RunDirectory.open(place, is_resuming=True)
     except RunNotFound:
         return RunDirectory.create(place, manifest())
 

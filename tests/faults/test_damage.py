@@ -168,7 +168,7 @@ def test_a_damaged_model_of_a_finished_run_is_made_again_when_asked(runs, tmp_pa
 
 
 def test_a_damaged_or_lost_newest_commit_is_a_step_done_again(runs, tmp_path, lampctl, monkeypatch):
-    monkeypatch.setattr("pipeline.rundir.run_directory._STILL_WRITING_S", 0.01)
+    monkeypatch.setattr("pipeline.rundir.commit_log._STILL_WRITING_S", 0.01)
     expected = weights(runs / "whole")
     for damage in (flip, truncate, empty, delete):
         damage_copy(runs / "half", Path("run").absolute(), f"commits/{len(STEPS) - 1:06d}.json", damage)

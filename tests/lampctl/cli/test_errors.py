@@ -333,7 +333,7 @@ def test_tied_weights_that_differ_in_the_files_are_refused(lampctl, tmp_path):
     assert "set tie_word_embeddings to false" in answer.err
 
 
-def test_a_model_that_is_gone_says_how_to_go_on(lampctl, tmp_path):
+def test_a_model_that_is_gone_says_how_is_resuming(lampctl, tmp_path):
     folder = save(tmp_path / "m", "llama")
     assert lampctl("init", folder, "--sparsity", "0.5", *DATA, "--run-dir", "r").code == 0
     folder.rename(tmp_path / "elsewhere")

@@ -27,12 +27,12 @@ def test_what_is_no_duration(text):
 
 def test_the_timer_asks_once_and_can_be_forgotten():
     reasons = []
-    timer = RunTimer("0.05s", reasons.append)
+    timer = RunTimer("0.05s", 0.05, reasons.append)
     time.sleep(0.3)
     timer.close()
     assert [type(reason) for reason in reasons] == [Preempted]
     assert "allowed run time of 0.05s" in str(reasons[0])
-    RunTimer("0.05s", reasons.append).close()
+    RunTimer("0.05s", 0.05, reasons.append).close()
     time.sleep(0.2)
     assert len(reasons) == 1
 

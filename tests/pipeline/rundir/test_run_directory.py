@@ -26,7 +26,8 @@ from pipeline.errors import (
 from pipeline.rundir import filesystem
 from pipeline.rundir.filesystem import Calls
 from pipeline.rundir.records import RunManifest, StepCommit
-from pipeline.rundir.run_directory import Attempt, RunDirectory, find_runs
+from pipeline.rundir.run_directory import RunDirectory, StepReport, find_runs
+from pipeline.rundir.step_transaction import Attempt
 
 STEPS = ["calibrate", "prune-block/0", "export", "evaluate"]
 
@@ -46,7 +47,7 @@ def manifest(**changes: Any) -> RunManifest:
 
 
 def commit(run: RunDirectory, attempt: Attempt) -> StepCommit:
-    return run.commit(attempt, figures={"loss": 0.5}, free={}, started_at=datetime.now(UTC), elapsed_s=0.1)
+    return run.commit(attempt, StepReport({"loss": 0.5}, {}, datetime.now(UTC), 0.1))
 
 
 def do_step(run: RunDirectory, step: str) -> StepCommit:
@@ -217,16 +218,16 @@ def test_a_damaged_commit_is_named(tmp_path: Path, number: int, damage: Callable
 
 
 def test_only_the_newest_damaged_commit_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.rundir.run_directory._STILL_WRITING_S", 0.0)
+    monkeypatch.setattr("pipeline.rundir.commit_log._STILL_WRITING_S", 0.0)
     run = go_on(tmp_path / "run")
     tear(run.path / "commits" / "000003.json")
     with pytest.raises(DamagedData, match="lampctl resume"):
         RunDirectory.open(run.path)
-    assert len(RunDirectory.open(run.path, to_go_on=True).commits) == 3
+    assert len(RunDirectory.open(run.path, is_resuming=True).commits) == 3
     assert len(RunDirectory.open(run.path).commits) == 3
     tear(run.path / "commits" / "000001.json")
     with pytest.raises(DamagedData, match=r"commits/000001\.json.*cannot be rebuilt"):
-        RunDirectory.open(run.path, to_go_on=True)
+        RunDirectory.open(run.path, is_resuming=True)
     assert (run.path / "commits" / "000001.json").exists()
 
 
@@ -236,9 +237,9 @@ def test_a_record_that_is_still_being_written_is_left_alone(tmp_path: Path, monk
     path = run.path / "commits" / "000003.json"
     whole = path.read_bytes()
     tear(path)
-    monkeypatch.setattr("pipeline.rundir.run_directory.time.sleep", lambda seconds: path.write_bytes(whole))
+    monkeypatch.setattr("pipeline.rundir.commit_log.time.sleep", lambda seconds: path.write_bytes(whole))
     with pytest.raises(DamagedData):
-        RunDirectory.open(run.path, to_go_on=True)
+        RunDirectory.open(run.path, is_resuming=True)
     assert len(RunDirectory.open(run.path).commits) == 4
 
 
@@ -439,7 +440,7 @@ def test_a_payload_of_another_run_is_taken_over_by_link(tmp_path: Path) -> None:
     one = go_on(tmp_path / "one")
     other = RunDirectory.create(tmp_path / "other", manifest(config={"sparsity": 0.7}))
     attempt = other.begin("calibrate")
-    attempt.adopt("calibration", one, one.payload("calibration"))
+    attempt.adopt("calibration", one.storage, one.payload("calibration"))
     commit(other, attempt)
     source, target = one.payload("calibration").root, other.payload("calibration").root
     assert (one.path / source / "c.0.0").samefile(other.path / target / "c.0.0")
@@ -455,7 +456,7 @@ def test_a_damaged_payload_is_not_taken_over(tmp_path: Path) -> None:
     (one.path / one.payload("calibration").root / "c.0.0").write_bytes(b"x")
     other = RunDirectory.create(tmp_path / "other", manifest())
     with pytest.raises(DamagedData, match=r"c\.0\.0"):
-        other.begin("calibrate").adopt("calibration", one, one.payload("calibration"))
+        other.begin("calibrate").adopt("calibration", one.storage, one.payload("calibration"))
 
 
 class NoLinks(Calls):

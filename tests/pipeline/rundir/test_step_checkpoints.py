@@ -10,7 +10,7 @@ from pipeline.engine.job import Job
 from pipeline.engine.plan import Step
 from pipeline.engine.stop import StopRequest
 from pipeline.errors import OutOfDisk, Preempted, Superseded
-from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.run_directory import RunDirectory, StepReport
 from pipeline.rundir.step_checkpoints import StepProgress
 from stages.interfaces import Checkpoint
 from tests.pipeline.rundir.test_run_directory import manifest
@@ -38,7 +38,7 @@ def number_in(found):
 
 def commit(run, step):
     attempt = run.begin(step)
-    run.commit(attempt, figures={}, free={}, started_at=datetime.now(UTC), elapsed_s=0.0)
+    run.commit(attempt, StepReport({}, {}, datetime.now(UTC), 0.0))
 
 
 def test_every_bit_comes_back(run):
