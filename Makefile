@@ -9,7 +9,7 @@ SCENES := runs/scenes
 SAM_ARGS := --sparsity 0.7 --calibration coco:$(SCENES)/calibration --evaluate coco:$(SCENES)/evaluation
 SMOL_ARGS := --sparsity 0.6 --preset quick --baseline sparsegpt
 
-.PHONY: help setup test lint demo demo-vision bench bench-speed docker-check soak clean
+.PHONY: help setup check unit test lint demo demo-vision bench bench-speed docker-check soak clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,8 +29,14 @@ lint: $(READY) ## Format, lint and type checks, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint ## Lint, then the default tests
-	$(BIN)/python -m pytest -m 'not slow and not smollm2' -n 2 --dist loadfile
+check: $(READY) ## Lint, and the tests that make no run, in less than a minute on 2 cores
+	@$(MAKE) --no-print-directory --jobs 2 lint unit
+
+unit: $(READY)
+	$(BIN)/python -m pytest -m unit -n 2 --dist worksteal
+
+test: lint ## Lint, then the default tests: less than 8 minutes on 2 quiet cores
+	$(BIN)/python -m pytest -m 'not slow and not smollm2' -n 2 --dist loadscope
 
 demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (minutes on 2 quiet cores)
 	$(BIN)/lampctl run smollm2-135m $(SMOL_ARGS)

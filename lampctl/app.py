@@ -14,16 +14,17 @@ import typer
 
 from lampctl.cli.exit_codes import BUG, exit_code, message
 from lampctl.commands import sweep
-from lampctl.commands.care import gc, verify
 from lampctl.commands.compare import compare
 from lampctl.commands.evaluate import evaluate
 from lampctl.commands.export import export
+from lampctl.commands.gc import gc
 from lampctl.commands.report import report
 from lampctl.commands.reproduce import reproduce
 from lampctl.commands.resume import resume
 from lampctl.commands.run import init, run
 from lampctl.commands.status import status
 from lampctl.commands.steps import allocate, calibrate, capture, compensate_block, prune_block, refine_block
+from lampctl.commands.verify import verify
 from pipeline.rundir.redact import scrub
 from stages.version import VERSION
 

@@ -18,6 +18,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TINY_OPT = Path(__file__).parents[1] / "examples" / "tiny-opt"
 
 
+_WITH_RUNS = ("tests/faults/", "tests/lampctl/commands/", "tests/lampctl/report/", "tests/examples/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that make no run as `unit`: `make check` runs them."""
+    for item in items:
+        makes_runs = item.nodeid.startswith(_WITH_RUNS) or "lampctl" in getattr(item, "fixturenames", ())
+        if not makes_runs and not any(item.get_closest_marker(name) for name in ("slow", "smollm2", "long")):
+            item.add_marker("unit")
+
+
 @dataclass(frozen=True)
 class Answer:
     code: int

@@ -95,12 +95,14 @@ def is_noticed(path: Path) -> bool:
         return True
 
 
-@pytest.mark.parametrize("which", ["half", "whole"])
-def test_every_damage_to_every_file_is_noticed(runs, tmp_path, which):
+@pytest.mark.parametrize(
+    ("which", "every"), [("half", 1), ("whole", 5), pytest.param("whole", 1, marks=pytest.mark.slow)]
+)
+def test_every_damage_to_every_file_is_noticed(runs, tmp_path, which, every):
     keys = sorted(p.relative_to(runs / which).as_posix() for p in (runs / which).rglob("*") if p.is_file())
     newest = max(key for key in keys if key.startswith("commits/"))
     num_noticed = num_harmless = 0
-    for key in keys:
+    for key in keys[::every]:
         if key.startswith("model/"):
             continue  # a view: see below
         for damage in DAMAGES:
@@ -113,7 +115,7 @@ def test_every_damage_to_every_file_is_noticed(runs, tmp_path, which):
                 assert noticed, (key, damage.__name__)
                 num_noticed += 1
     print(f"{which}: {num_noticed} damages to {len(keys)} files, all noticed; {num_harmless} harmless ones")
-    assert num_noticed > 100
+    assert num_noticed > 100 / every
 
 
 def payload_files(run_path: Path) -> dict[str, str]:

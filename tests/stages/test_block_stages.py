@@ -25,6 +25,8 @@ from stages.training.trainer import TrainingSettings
 from tests.blocks import budget_of, context_of, output_of, pruner_named
 from tests.small_models import VOCAB, save
 
+pytestmark = pytest.mark.long
+
 N, T, H = 5, 16, 32
 FP32 = torch.float32
 

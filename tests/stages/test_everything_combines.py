@@ -12,8 +12,9 @@ from stages.training.trainer import TrainingSettings
 from tests.blocks import budget_of, context_of, pruner_named
 from tests.small_models import VOCAB, save
 
+pytestmark = pytest.mark.long
 N, T = 3, 16
-FAMILIES = ("opt", "llama-gqa", "gpt2")
+FAMILIES = ("llama-gqa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "gpt2")))
 # (sparsity, alpha, beta) or a pattern.
 GOALS = ((0.5, 1.0, 0.0), (0.6, 0.8, 0.2), (0.9, 0.95, 0.0), Pattern(2, 4), Pattern(4, 8), Pattern(1, 16))
 QUANTIZATION = ((None, None), (4, None), (3, 8))

@@ -22,6 +22,8 @@ from stages.training.trainer import TrainingSettings
 from tests.blocks import budget_of, context_of, output_of, pruner_named
 from tests.small_models import VOCAB, save
 
+pytestmark = pytest.mark.long
+
 N, T, H = 5, 16, 32
 FP32 = DeviceChoices("cpu", "float32", 1, "highest", "here")
 BF16 = DeviceChoices("cpu", "bfloat16", 1, "highest", "here")

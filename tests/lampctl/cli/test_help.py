@@ -19,6 +19,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.long
 def test_help_answers_in_half_a_second():
     times = []
     for _ in range(5):

@@ -665,6 +665,7 @@ def dies_and_goes_on(
     return run, mortal
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cut", [False, True], ids=["killed", "power cut"])
 def test_a_crash_at_any_operation_changes_nothing_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool

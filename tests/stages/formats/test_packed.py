@@ -61,6 +61,7 @@ def num_pruned(folder: Path) -> tuple[int, int]:
     return size, masked
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "dtype"), MODELS, ids=str)
 def test_the_folder_comes_back_to_the_last_byte(family, dtype, kind, tmp_path):

@@ -25,6 +25,7 @@ def test_the_first_measurement_is_kept_and_used_again(cache, monkeypatch):
     assert len(json.loads(cache.read_text())) == 1
 
 
+@pytest.mark.long
 def test_another_processor_or_a_number_of_threads_is_measured_by_itself(cache):
     tuned("a processor")
     tuned("another")
@@ -32,6 +33,7 @@ def test_another_processor_or_a_number_of_threads_is_measured_by_itself(cache):
     assert len(json.loads(cache.read_text())) == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"k": 1}', '{"k": {"num_threads": 0, "matmul_precision": "medium"}}', '{"k": {"x": 1}}']
 )

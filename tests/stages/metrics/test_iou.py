@@ -102,6 +102,7 @@ def test_it_is_what_metas_predictor_gives(tmp_path, choices):
     assert not figures["is_partial"]
 
 
+@pytest.mark.long
 def test_the_annotations_own_point_is_taken(tmp_path):
     model = open_model(resolve(str(save(tmp_path / "sam"))))
     source = parse_source(f"sa1b:{sa1b(tmp_path / 's', 3)}")
@@ -115,6 +116,7 @@ def test_the_annotations_own_point_is_taken(tmp_path):
         evaluate_masks(model, plain, "annotation", None, ListScratch(), ONE, NullCallbacks())
 
 
+@pytest.mark.long
 def test_what_cannot_be_used_is_counted(tmp_path):
     folder = coco(tmp_path / "c", 6)
     content = json.loads((folder / "instances.json").read_text())
@@ -172,6 +174,7 @@ class _Stopping(NullCallbacks):
             raise _StoppedError
 
 
+@pytest.mark.long
 def test_stopped_anywhere_it_ends_with_the_same_figures_and_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_masks_module, "_IMAGES_AT_ONCE", 2)
     folder = coco(tmp_path / "c", 5)

@@ -82,6 +82,7 @@ def test_a_label_that_is_none_is_an_error():
         rows.boolq(broken)
 
 
+@pytest.mark.long
 def test_a_small_model_is_measured(tmp_path, task_data):
     model = ZeroShot(resolve(str(save(tmp_path / "m", "llama"))), "cpu")
     found = model.measure("arc_easy", task_data, 2, NullCallbacks())

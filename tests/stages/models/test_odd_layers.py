@@ -43,6 +43,7 @@ def odd_layers(draw):
     return weight, x, dead, pattern, count
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(odd_layers(), st.sampled_from([None, 2, 4]))
 def test_every_pruner_keeps_its_promises_on_odd_layers(layer, bits):

@@ -116,6 +116,7 @@ def test_splitting_chooses_a_better_mask_than_sparsegpt(share):
     assert errors[0] < 0.9 * errors[1]
 
 
+@pytest.mark.long
 def test_tiny_layers_come_near_the_best_of_all_masks():
     found, best, greedy = 0.0, 0.0, 0.0
     for seed in range(8):

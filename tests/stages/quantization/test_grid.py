@@ -44,6 +44,7 @@ def test_the_grid_is_the_published_one(bits):
     assert torch.all(grid.nearest(torch.zeros_like(weight)) == 0)
 
 
+@pytest.mark.long
 @given(st.integers(2, 8), st.sampled_from([None, 1, 5, 16, 64, 100]), st.integers(0, 5), st.sampled_from(DTYPES))
 def test_every_value_is_one_of_the_grids_nearest_and_comes_back_from_its_code(bits, group_size, seed, dtype):
     weight = weights(rows=3, seed=seed)
