@@ -101,7 +101,7 @@ def spoil_each(server, quiet, tmp_path, numbers, faults):
     return count
 
 
-def test_a_sample_of_requests_goes_wrong(server, quiet, tmp_path):
+def test_sample_of_failing_requests_loses_no_commit(server, quiet, tmp_path):
     turn = iter(FAULTS * 100)
     count = sum(
         spoil_each(server, quiet, tmp_path, lambda n, at=at: [at], [next(turn)]) for at in range(0, quiet[1], 6)
@@ -111,12 +111,12 @@ def test_a_sample_of_requests_goes_wrong(server, quiet, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_every_request_goes_wrong_in_every_way(server, quiet, tmp_path):
+def test_every_failing_request_loses_no_commit(server, quiet, tmp_path):
     assert spoil_each(server, quiet, tmp_path, range, FAULTS) == quiet[1] * len(FAULTS)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_commit_whose_answer_is_lost_is_ours_and_a_foreign_one_is_not(server, tmp_path, kind):
+def test_lost_answer_to_a_commit_is_recognized_as_ours(server, tmp_path, kind):
     objects = storage(f"s3://bucket/commit-{kind.replace(' ', '-')}", tmp_path / "work").objects
     server.spoil(0, kind)
     objects.create("commits/000000.json", b"mine")
@@ -127,7 +127,7 @@ def test_a_commit_whose_answer_is_lost_is_ours_and_a_foreign_one_is_not(server, 
     assert objects.read("commits/000000.json") == b"mine"
 
 
-def test_two_runners_make_one_chain(server, tmp_path):
+def test_two_runners_in_a_bucket_make_one_chain(server, tmp_path):
     server.spoil(-1, "")
     address = "s3://bucket/two"
     one = RunDirectory.create(storage(address, tmp_path / "one"), manifest())
@@ -146,7 +146,7 @@ def test_two_runners_make_one_chain(server, tmp_path):
     assert [commit.attempt for commit in third.commits] == [attempts[0][1].id]
 
 
-def test_without_the_bucket_or_the_right_to_it_the_reason_is_named(server, tmp_path, monkeypatch):
+def test_missing_bucket_and_missing_permission_are_named(server, tmp_path, monkeypatch):
     from pipeline.errors import BucketError
 
     server.spoil(-1, "")

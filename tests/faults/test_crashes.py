@@ -62,7 +62,7 @@ def _is_json(data: bytes) -> bool:
 
 
 @pytest.mark.parametrize("step", [29, *everything])
-def test_a_kill_at_every_operation(quiet, tmp_path, step):
+def test_kill_at_each_operation_loses_at_most_one_step(quiet, tmp_path, step):
     expected, num_operations = quiet
     count = 0
     for at in range(0, num_operations, step):
@@ -77,7 +77,7 @@ def test_a_kill_at_every_operation(quiet, tmp_path, step):
 
 
 @pytest.mark.parametrize("step", [29, *everything])
-def test_a_power_cut_at_every_operation(quiet, tmp_path, step):
+def test_power_cut_at_each_operation_loses_no_commit(quiet, tmp_path, step):
     expected, num_operations = quiet
     place, count = tmp_path / "run", 0
     for at in range(0, num_operations, step):
@@ -106,7 +106,7 @@ def cut(place: Path, at: int, seed: int) -> bool:
 
 
 @pytest.mark.parametrize("num_seeds", [30, pytest.param(5000, marks=[slow, pytest.mark.timeout(6000)], id="all")])
-def test_power_cuts_by_seed(quiet, tmp_path, num_seeds):
+def test_random_power_cuts_up_to_three_deep_lose_no_commit(quiet, tmp_path, num_seeds):
     """At random instants, again while recovering, up to three deep."""
     expected, num_operations = quiet
     place, num_cuts = tmp_path / "run", 0
@@ -121,7 +121,7 @@ def test_power_cuts_by_seed(quiet, tmp_path, num_seeds):
 
 
 @pytest.mark.parametrize("num_sequences", [12, pytest.param(500, marks=[slow, pytest.mark.timeout(3000)], id="all")])
-def test_kills_while_recovering_three_deep(quiet, tmp_path, num_sequences):
+def test_three_kills_during_recovery_give_the_same_run(quiet, tmp_path, num_sequences):
     expected, num_operations = quiet
     place = tmp_path / "run"
     for seed in range(num_sequences):
@@ -138,7 +138,7 @@ def test_kills_while_recovering_three_deep(quiet, tmp_path, num_sequences):
 
 
 @pytest.mark.parametrize("num_kills", [30, pytest.param(500, marks=[slow, pytest.mark.timeout(3000)], id="all")])
-def test_many_kills_over_one_run(quiet, tmp_path, num_kills):
+def test_each_of_many_kills_costs_one_step(quiet, tmp_path, num_kills):
     """Each costs the step under way, and no other."""
     expected, num_operations = quiet
     place, chance, num_done, num_runs = tmp_path / "run", random.Random(1), 0, 0
@@ -161,7 +161,7 @@ def test_many_kills_over_one_run(quiet, tmp_path, num_kills):
 
 
 @pytest.mark.parametrize("step", [80, *[pytest.param(13, marks=[slow, pytest.mark.timeout(3000)], id="all")]])
-def test_a_true_sigkill(quiet, tmp_path, step):
+def test_sigkill_of_a_process_gives_the_same_run(quiet, tmp_path, step):
     """In a process of its own, killed by the system."""
     expected, num_operations = quiet
     code = (
@@ -187,12 +187,12 @@ def test_a_true_sigkill(quiet, tmp_path, step):
 
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("step", [27, *everything])
-def test_no_space_at_every_write(quiet, tmp_path, step, lasts):
+def test_full_disk_at_each_write_is_resumable(quiet, tmp_path, step, lasts):
     fail_each(quiet[0], tmp_path, step, NO_SPACE, ("write", "create", "make_folder"), lasts, OutOfDisk)
 
 
 @pytest.mark.parametrize("step", [27, *everything])
-def test_a_broken_disk_at_every_flush(quiet, tmp_path, step):
+def test_io_error_at_each_flush_is_resumable(quiet, tmp_path, step):
     fail_each(quiet[0], tmp_path, step, BROKEN, ("flush",), True, DiskError)
 
 

@@ -98,7 +98,7 @@ def is_noticed(path: Path) -> bool:
 @pytest.mark.parametrize(
     ("which", "every"), [("half", 1), ("whole", 5), pytest.param("whole", 1, marks=pytest.mark.slow)]
 )
-def test_every_damage_to_every_file_is_noticed(runs, tmp_path, which, every):
+def test_verify_detects_every_damage_to_every_file(runs, tmp_path, which, every):
     keys = sorted(p.relative_to(runs / which).as_posix() for p in (runs / which).rglob("*") if p.is_file())
     newest = max(key for key in keys if key.startswith("commits/"))
     num_noticed = num_harmless = 0
@@ -131,7 +131,7 @@ def weights(run: Path) -> dict[str, str]:
     return {Path(f["path"]).name: f["sha256"] for f in export["payloads"]["model"]["files"]}
 
 
-def test_every_damaged_payload_is_made_again_bit_for_bit(runs, tmp_path, lampctl):
+def test_resume_rebuilds_every_damaged_payload_bit_for_bit(runs, tmp_path, lampctl):
     """All at once: each needs others that are damaged, too, or have been released."""
     expected = weights(runs / "whole")
     shutil.copytree(runs / "half", "run")
@@ -152,7 +152,7 @@ def test_every_damaged_payload_is_made_again_bit_for_bit(runs, tmp_path, lampctl
     assert lampctl("verify", "run", "--deep").code == 0
 
 
-def test_a_damaged_model_of_a_finished_run_is_made_again_when_asked(runs, tmp_path, lampctl):
+def test_check_all_rebuilds_the_model_of_a_finished_run(runs, tmp_path, lampctl):
     shutil.copytree(runs / "whole", "run")
     expected = {p.name: p.read_bytes() for p in Path("run/model").rglob("*") if p.is_file()}
     flip(Path("run") / payload_files(Path("run"))["pruned/1"])
@@ -169,7 +169,7 @@ def test_a_damaged_model_of_a_finished_run_is_made_again_when_asked(runs, tmp_pa
     assert lampctl("verify", "run", "--deep").code == 0
 
 
-def test_a_damaged_or_lost_newest_commit_is_a_step_done_again(runs, tmp_path, lampctl, monkeypatch):
+def test_lost_newest_commit_repeats_one_step(runs, tmp_path, lampctl, monkeypatch):
     monkeypatch.setattr("pipeline.rundir.commit_log._STILL_WRITING_S", 0.01)
     expected = weights(runs / "whole")
     for damage in (flip, truncate, empty, delete):
@@ -179,7 +179,7 @@ def test_a_damaged_or_lost_newest_commit_is_a_step_done_again(runs, tmp_path, la
         assert weights(Path("run")) == expected
 
 
-def test_a_damaged_commit_in_the_middle_is_beyond_repair_and_nothing_is_touched(runs, tmp_path, lampctl):
+def test_damaged_middle_commit_is_exit_4_and_changes_nothing(runs, tmp_path, lampctl):
     damage_copy(runs / "half", Path("run").absolute(), "commits/000003.json", flip)
     before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")}
     refused = lampctl("resume", "run")
@@ -188,7 +188,7 @@ def test_a_damaged_commit_in_the_middle_is_beyond_repair_and_nothing_is_touched(
     assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} == before
 
 
-def test_a_step_that_gives_other_weights_is_taken_out_of_force_with_all_after_it(runs, tmp_path, lampctl, monkeypatch):
+def test_step_with_other_weights_is_revoked_with_all_later_steps(runs, tmp_path, lampctl, monkeypatch):
     """As on another machine: the block is pruned anew, and the chain says so."""
     import stages.prune_block
 
@@ -217,7 +217,7 @@ def test_a_step_that_gives_other_weights_is_taken_out_of_force_with_all_after_it
     assert lampctl("verify", "run", "--deep").code == 0
 
 
-def test_damage_in_the_middle_of_a_run_is_mended_on_the_way(runs, tmp_path, lampctl):
+def test_damage_in_an_unfinished_run_is_repaired_by_resume(runs, tmp_path, lampctl):
     """The step commands compare sizes only; the digest fails when the step reads the file."""
     shutil.copytree(runs / "half", "run")
     flip(Path("run") / payload_files(Path("run"))["unrefined/2"])
@@ -228,7 +228,7 @@ def test_damage_in_the_middle_of_a_run_is_mended_on_the_way(runs, tmp_path, lamp
     assert weights(Path("run")) == weights(runs / "whole")
 
 
-def test_what_is_not_needed_is_collected_and_nothing_else(runs, tmp_path, lampctl):
+def test_gc_deletes_only_what_no_step_needs(runs, tmp_path, lampctl):
     shutil.copytree(runs / "half", "run")
     stray = Path("run/data/000002-00000000/pruned-0")
     stray.mkdir(parents=True)
@@ -246,7 +246,7 @@ def test_what_is_not_needed_is_collected_and_nothing_else(runs, tmp_path, lampct
     assert lampctl("verify", "run", "--deep").code == 0
 
 
-def test_activations_are_kept_for_study_when_asked(runs, tmp_path, lampctl):
+def test_keep_activations_keeps_every_stream(runs, tmp_path, lampctl):
     shutil.copytree(runs / "half", "run")
     answer = lampctl("run", TINY_OPT, *FLAGS, "--run-dir", "run", "--keep-activations")
     assert answer.code == 0, answer.err
@@ -259,7 +259,7 @@ def test_activations_are_kept_for_study_when_asked(runs, tmp_path, lampctl):
     assert len(run.open_stream("biased/5")) == 3
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_done(runs, tmp_path, lampctl, monkeypatch):
+def test_too_small_disk_is_refused_before_the_first_step(runs, tmp_path, lampctl, monkeypatch):
     monkeypatch.setattr("pipeline.runs.lifecycle.free_bytes", lambda path: 1000)
     refused = lampctl("run", TINY_OPT, *FLAGS, "--run-dir", "new")
     assert refused.code == 5

@@ -178,7 +178,7 @@ def fuzz(num_cases: int, *strategies: st.SearchStrategy):
 
 @number_of_cases
 @pytest.mark.parametrize("which", ["run.json", "a commit"])
-def test_records_signed_again(half, place, tmp_path, num_cases, which):
+def test_resigned_records_give_an_error_of_ours(half, place, tmp_path, num_cases, which):
     ends: dict[str, int] = {}
     records = ["run.json"] if which == "run.json" else [f"commits/{i:06d}.json" for i in range(6)]
     originals = {key: json.loads((half / key).read_text()) for key in records}
@@ -210,7 +210,7 @@ def test_records_signed_again(half, place, tmp_path, num_cases, which):
 
 
 @number_of_cases
-def test_random_bytes_in_any_file(half, place, tmp_path, num_cases):
+def test_random_bytes_give_an_error_of_ours(half, place, tmp_path, num_cases):
     ends: dict[str, int] = {}
     keys = sorted(p.relative_to(half).as_posix() for p in half.rglob("*") if p.is_file())
 
@@ -256,7 +256,7 @@ def replace_committed(place: Path, key: str, data: bytes) -> None:
 
 
 @number_of_cases
-def test_arrays_described_otherwise_and_signed_again(half, place, tmp_path, num_cases):
+def test_resigned_array_metadata_gives_an_error_of_ours(half, place, tmp_path, num_cases):
     ends: dict[str, int] = {}
     keys = files_of(half, "zarr")
     shapes = [[10**12], [2**40, 2**40], [0], [], [-1, 5], [1] * 40]
@@ -301,7 +301,7 @@ def test_arrays_described_otherwise_and_signed_again(half, place, tmp_path, num_
 
 
 @number_of_cases
-def test_safetensors_headers_signed_again(half, place, tmp_path, num_cases):
+def test_resigned_safetensors_headers_give_an_error_of_ours(half, place, tmp_path, num_cases):
     ends: dict[str, int] = {}
     keys = files_of(half, "weights")
     lengths = st.sampled_from([0, 1, 7, 2**31, 2**62, 2**64 - 1])
@@ -342,7 +342,7 @@ def test_safetensors_headers_signed_again(half, place, tmp_path, num_cases):
 
 @pytest.mark.parametrize("key", ["events.jsonl", "lease.json", "model", "progress", "commits/000007.json", "data"])
 @pytest.mark.parametrize("target", ["file", "folder", "nowhere"])
-def test_links_that_lead_out_are_not_followed(half, place, tmp_path, key, target, lampctl):
+def test_links_out_of_the_run_directory_are_not_followed(half, place, tmp_path, key, target, lampctl):
     fresh(half, place)
     outside = tmp_path / "precious"
     outside.mkdir()
@@ -361,7 +361,7 @@ def test_links_that_lead_out_are_not_followed(half, place, tmp_path, key, target
     assert (outside / "file").read_text() == "mine"
 
 
-def test_a_payload_that_lies_behind_a_link_is_not_read(half, place, tmp_path, lampctl):
+def test_payload_behind_a_link_is_not_read(half, place, tmp_path, lampctl):
     fresh(half, place)
     key = files_of(half, "weights")[0]
     (tmp_path / "elsewhere").write_bytes((place / key).read_bytes())
@@ -374,7 +374,7 @@ def test_a_payload_that_lies_behind_a_link_is_not_read(half, place, tmp_path, la
     assert not (place / key).is_symlink()
 
 
-def test_new_files_have_the_permissions_that_the_umask_asks_for(half, place, lampctl):
+def test_new_files_have_the_permissions_of_the_umask(half, place, lampctl):
     before = os.umask(0o022)
     try:
         fresh(half, place)

@@ -84,7 +84,7 @@ def quiet_run(begin, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kinds", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_a_run_killed_once_in_every_stage_ends_with_the_same_weights(begin, quiet_run, tmp_path, kinds):
+def test_sigkill_once_in_each_kind_of_step_gives_the_same_weights(begin, quiet_run, tmp_path, kinds):
     first = lampctl(*begin, "--run-dir", "runs/killed", bomb=kinds[0], cwd=tmp_path)
     assert first.returncode == -signal.SIGKILL, first.stderr
     for kind in kinds[1:]:
@@ -109,7 +109,7 @@ def test_a_run_killed_once_in_every_stage_ends_with_the_same_weights(begin, quie
 # SIGTERM: tests/faults/test_stops_inside_steps.py
 @pytest.mark.parametrize("begin", ["language"], indirect=True)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130)])
-def test_a_signal_stops_at_a_batch_boundary_and_the_run_goes_on_later(number, code, begin, quiet_run, tmp_path):
+def test_sigint_stops_at_a_batch_boundary_and_the_run_resumes(number, code, begin, quiet_run, tmp_path):
     command = [sys.executable, "-m", "lampctl", *begin, "--run-dir", "run"]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     events = tmp_path / "run" / "events.jsonl"

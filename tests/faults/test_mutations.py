@@ -264,7 +264,7 @@ MUTATIONS = (
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
-def test_a_missing_safeguard_is_noticed(quiet, tmp_path, monkeypatch, mutation):
+def test_each_removed_safeguard_makes_a_proof_fail(quiet, tmp_path, monkeypatch, mutation):
     replacement = mutation.replacement
     if mutation.owner is Record:
         replacement = classmethod(
@@ -290,5 +290,5 @@ def test_a_missing_safeguard_is_noticed(quiet, tmp_path, monkeypatch, mutation):
 
 
 @pytest.mark.parametrize("proof", [power_cuts, damaged_commit_is_noticed_late, races, damages, reads_damaged])
-def test_with_all_safeguards_nothing_goes_wrong(quiet, tmp_path, proof):
+def test_every_proof_passes_with_all_safeguards(quiet, tmp_path, proof):
     assert not proof(quiet, tmp_path)

@@ -33,7 +33,7 @@ def quiet(tmp_path_factory) -> dict:
 @pytest.mark.parametrize(
     "num_times", [10, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3000)], id="all")]
 )
-def test_eight_runners_at_once_without_a_lease(quiet, tmp_path, num_times):
+def test_eight_concurrent_runners_make_one_chain(quiet, tmp_path, num_times):
     outcomes: dict[str, int] = {}
     for turn in range(num_times):
         place, ends = tmp_path / str(turn), []
@@ -106,7 +106,7 @@ def start(place: Path, pause: float) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_runner_that_is_frozen_past_its_lease_is_followed_and_stops_when_it_wakes(quiet, tmp_path):
+def test_frozen_runner_is_superseded_and_stops_when_it_wakes(quiet, tmp_path):
     place = tmp_path / "run"
     frozen = start(place, 0.5)
     assert frozen.stdout is not None
@@ -129,7 +129,7 @@ def test_a_runner_that_is_frozen_past_its_lease_is_followed_and_stops_when_it_wa
 
 
 @pytest.mark.parametrize("days", [-1, 1])
-def test_a_clock_that_jumps_by_a_day_changes_nothing(quiet, tmp_path, monkeypatch, days):
+def test_lease_ignores_a_clock_that_jumps_by_a_day(quiet, tmp_path, monkeypatch, days):
     """Also in the middle of a run, and in the lease."""
     from pipeline.engine import repair, runner
     from pipeline.rundir import lease, run_directory

@@ -55,7 +55,7 @@ def quiet(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kinds", [KINDS[1:3], pytest.param(KINDS, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_sigterm_inside_every_long_step(quiet, tmp_path, kinds):
+def test_sigterm_inside_a_step_resumes_from_its_checkpoint(quiet, tmp_path, kinds):
     """One run, stopped in each kind of step in turn; each time it resumes from its checkpoint."""
     begin = ("run", str(TINY_OPT), *FLAGS, "--run-dir", "run")
     for turn, kind in enumerate(kinds):
@@ -72,7 +72,7 @@ def test_sigterm_inside_every_long_step(quiet, tmp_path, kinds):
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:3])])
-def test_sigkill_after_a_checkpoint(quiet, tmp_path, kind):
+def test_sigkill_inside_a_step_resumes_from_its_last_checkpoint(quiet, tmp_path, kind):
     begin = ("run", str(TINY_OPT), *FLAGS, "--run-dir", "run", "--checkpoint-minutes", "1e-6")
     answer = call(*begin, bomb=(kind, signal.SIGKILL, 5), cwd=tmp_path)
     assert answer.returncode == -signal.SIGKILL, answer.stderr

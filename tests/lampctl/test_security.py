@@ -63,18 +63,18 @@ def test_no_secret_of_the_environment_is_written_or_shown(lampctl, canaries, tmp
         ("/home/me/keys/file: no such file", "/home/me/keys/file: no such file"),
     ],
 )
-def test_what_looks_like_a_secret(text, expected):
+def test_scrub_replaces_keys_tokens_and_passwords(text, expected):
     assert scrub(text, {}) == expected
 
 
-def test_short_values_and_paths_to_credentials_are_left(tmp_path):
+def test_scrub_keeps_short_values_and_paths_of_credential_files(tmp_path):
     path = tmp_path / "credentials.json"
     path.touch()
     environ = {"A_TOKEN": "short", "GOOGLE_APPLICATION_CREDENTIALS": str(path)}
     assert scrub(f"short {path}", environ) == f"short {path}"
 
 
-def test_an_address_with_a_password_is_no_setting(lampctl, tmp_path):
+def test_preemption_url_with_a_password_is_refused(lampctl, tmp_path):
     answer = lampctl("run", "x", "--sparsity", "0.5", "--preemption-url", "http://me:secret@host/")
     assert answer.code == 2
     assert "--preemption-url" in answer.err
@@ -109,7 +109,7 @@ def model_with_code(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_code_of_a_model_is_not_run_unless_asked_for(lampctl, model_with_code, tmp_path, words):
+def test_remote_code_needs_trust_remote_code(lampctl, model_with_code, tmp_path, words):
     data = ("--calibration", f"text:{words}", "--evaluate", f"text:{words}", "--run-dir", "r")
     answer = lampctl("run", model_with_code, *FLAGS, *data)
     assert answer.code == 2

@@ -64,7 +64,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("flags", "message", "code"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_input_is_one_clear_line_and_touches_nothing(lampctl, model, flags, message, code):
+def test_wrong_input_is_one_line_and_changes_no_file(lampctl, model, flags, message, code):
     Path("short.txt").write_text("too short")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00" * 2000)
     Path("odd.yaml").write_text("colour: red\n")
@@ -91,7 +91,7 @@ def test_bad_input_is_one_clear_line_and_touches_nothing(lampctl, model, flags, 
         ("broken.gguf", "cannot read this GGUF file"),
     ],
 )
-def test_an_unknown_model_says_what_would_do(lampctl, name, message):
+def test_unknown_model_names_what_is_accepted(lampctl, name, message):
     Path("weights.bin").write_text("x")
     Path("broken.gguf").write_text("x")
     Path("empty").mkdir()
@@ -103,7 +103,7 @@ def test_an_unknown_model_says_what_would_do(lampctl, name, message):
     assert not Path("runs").exists()
 
 
-def test_a_hub_out_of_reach_says_so_and_names_the_alternative(lampctl, monkeypatch):
+def test_unreachable_hub_names_the_alternative(lampctl, monkeypatch):
     import huggingface_hub
 
     def refuse(*args, **kwargs):
@@ -255,7 +255,7 @@ def test_settings_come_from_flag_environment_file_preset_default_in_this_order(l
     assert (config["sparsity"], origins["sparsity"]) == (0.3, "file s.yaml")
 
 
-def test_an_error_nobody_raised_on_purpose_is_a_bug_of_ours(lampctl, monkeypatch):
+def test_unexpected_exception_is_exit_1_with_a_traceback(lampctl, monkeypatch):
     import pipeline.runs.lifecycle
 
     def break_down(path):
@@ -270,7 +270,7 @@ def test_an_error_nobody_raised_on_purpose_is_a_bug_of_ours(lampctl, monkeypatch
     assert "surprise" in answer.err
 
 
-def test_a_preset_may_stand_in_several_places_and_the_flag_wins(lampctl, model, monkeypatch):
+def test_preset_flag_wins_over_environment_and_file(lampctl, model, monkeypatch):
     Path("p.yaml").write_text("preset: paper\n")
     monkeypatch.setenv("LAMPCTL_PRESET", "paper")
     call = ("init", model, "--sparsity", "0.5", *DATA, "--config", "p.yaml", "--preset", "quick", "--run-dir", "r")
@@ -282,7 +282,7 @@ def test_a_preset_may_stand_in_several_places_and_the_flag_wins(lampctl, model, 
     assert answer.code == 2
 
 
-def test_a_comma_in_a_pattern_is_part_of_it(lampctl, model, monkeypatch):
+def test_ignore_pattern_may_contain_a_comma(lampctl, model, monkeypatch):
     monkeypatch.setenv("LAMPCTL_IGNORE", r"layers\.[0-9]{1,2}\.mlp")
     assert lampctl("init", model, "--sparsity", "0.5", *DATA, "--run-dir", "r").code == 0
     budget = json.loads(Path("r/run.json").read_text())["budget"]
@@ -290,7 +290,7 @@ def test_a_comma_in_a_pattern_is_part_of_it(lampctl, model, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["lamp", "sparsegpt", "wanda", "magnitude"])
-def test_weights_that_are_no_numbers_are_named(lampctl, tmp_path, method):
+def test_non_finite_weights_are_named(lampctl, tmp_path, method):
     from safetensors.torch import load_file, save_file
 
     folder = save(tmp_path / "nan", "llama")
@@ -333,7 +333,7 @@ def test_tied_weights_that_differ_in_the_files_are_refused(lampctl, tmp_path):
     assert "set tie_word_embeddings to false" in answer.err
 
 
-def test_a_model_that_is_gone_says_how_is_resuming(lampctl, tmp_path):
+def test_missing_model_names_the_command_to_resume(lampctl, tmp_path):
     folder = save(tmp_path / "m", "llama")
     assert lampctl("init", folder, "--sparsity", "0.5", *DATA, "--run-dir", "r").code == 0
     folder.rename(tmp_path / "elsewhere")
@@ -344,7 +344,7 @@ def test_a_model_that_is_gone_says_how_is_resuming(lampctl, tmp_path):
     assert lampctl("resume", "r").code == 0
 
 
-def test_resume_passes_over_a_damaged_run_that_it_was_not_asked_for(lampctl, model):
+def test_resume_without_argument_skips_damaged_runs(lampctl, model):
     call = ("init", model, "--sparsity", "0.5", "--method", "magnitude", "--evaluate", "", "--run-dir")
     assert lampctl(*call, "runs/good").code == 0
     assert lampctl(*call, "runs/bad").code == 0

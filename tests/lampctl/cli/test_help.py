@@ -48,7 +48,7 @@ def test_every_command_has_an_example(lampctl, command):
     assert f"lampctl {command}" in shown.out.split("Usage:", 1)[1].split("\n", 1)[1]
 
 
-def test_run_tells_every_setting_that_has_a_flag(lampctl):
+def test_run_help_lists_every_setting(lampctl):
     from pipeline.config.settings import Settings
 
     only_in_files = {"layer_sparsity", "damping", "column_block"}
@@ -63,7 +63,7 @@ def test_help_of_hold_aside_says_that_training_goes_on(lampctl):
     assert "stop early" not in words
 
 
-def test_version(lampctl):
+def test_version_prints_name_and_number(lampctl):
     assert lampctl("--version").out == f"lampctl {VERSION}\n"
 
 

@@ -41,7 +41,7 @@ def standing(label: str, *results: EvaluationResult, **changes) -> Standing:
     return Standing(label=label, evaluations=results, **{**fields, **changes})
 
 
-def test_each_figure_differs_from_the_first_rows_by_what_it_says():
+def test_compare_shows_differences_from_the_first_row():
     table = compare(
         [
             standing("a", result(perplexity=20.0), result("dense", 10.0)),
@@ -61,13 +61,13 @@ def test_each_figure_differs_from_the_first_rows_by_what_it_says():
     assert memory.title == "peak memory"
 
 
-def test_perplexities_on_other_tokens_never_share_a_column():
+def test_compare_has_one_column_per_evaluation_set():
     table = compare([standing("a", result(num_tokens=640)), standing("b", result(num_tokens=704))])
     assert [column.key for column in table.columns[:2]] == ["perplexity/c4@64:640", "perplexity/c4@64:704"]
     assert [table.cell(table.rows[1], column) for column in table.columns[:2]] == ["-", "20.00"]
 
 
-def test_a_perplexity_that_overflowed_is_infinite_and_no_difference():
+def test_compare_shows_infinite_perplexity_without_a_difference():
     table = compare([standing("a", result(perplexity=None)), standing("b", result(perplexity=5.0))])
     column = table.columns[0]
     assert [table.cell(row, column) for row in table.rows] == ["infinite", "5.00"]
@@ -75,7 +75,7 @@ def test_a_perplexity_that_overflowed_is_infinite_and_no_difference():
     assert json.loads(as_json(table))["rows"][0]["figures"][column.key] == {"value": None, "delta": None}
 
 
-def test_csv_json_and_markdown_tell_the_same():
+def test_csv_json_and_markdown_hold_the_same_values():
     table = compare([standing("a|b", result()), standing("c", result(perplexity=30.0))])
     rows = list(csv.DictReader(io.StringIO(as_csv(table))))
     record = json.loads(as_json(table))
@@ -88,7 +88,7 @@ def test_csv_json_and_markdown_tell_the_same():
     assert "a\\|b" in first
 
 
-def test_runs_are_compared_by_what_they_have_measured(lampctl, words, tmp_path):
+def test_compare_of_runs_uses_their_committed_metrics(lampctl, words, tmp_path):
     save(tmp_path / "m")
     for method in ("sparsegpt", "magnitude"):
         assert lampctl("run", "m", "--sparsity", 0.5, "--method", method, *DATA, "--run-dir", method).code == 0
@@ -116,7 +116,7 @@ def test_runs_are_compared_by_what_they_have_measured(lampctl, words, tmp_path):
     assert again[1]["figures"]["packed_bytes"]["value"] == packed["packed_bytes"]
 
 
-def test_a_models_perplexity_is_the_one_that_the_run_measured(lampctl, words, tmp_path):
+def test_compare_evaluate_equals_the_runs_perplexity(lampctl, words, tmp_path):
     save(tmp_path / "m")
     assert lampctl("run", "m", "--sparsity", 0.5, "--method", "magnitude", *DATA, "--run-dir", "r").code == 0
     (tmp_path / "r/model").rename(tmp_path / "elsewhere")
@@ -134,7 +134,7 @@ def test_a_models_perplexity_is_the_one_that_the_run_measured(lampctl, words, tm
 
 
 @pytest.mark.parametrize("has_masks", [True, False])
-def test_the_sparsity_of_a_folder_is_counted(lampctl, tmp_path, has_masks):
+def test_compare_counts_the_sparsity_of_a_model_folder(lampctl, tmp_path, has_masks):
     folder = pruned_folder(tmp_path / "m", "gpt2", mask_of=share(0.25))
     if not has_masks:
         for path in (folder / "masks").iterdir():
@@ -153,14 +153,14 @@ def test_the_sparsity_of_a_folder_is_counted(lampctl, tmp_path, has_masks):
         (("words.txt",), "unpack it first"),
     ],
 )
-def test_what_cannot_be_compared_is_told(lampctl, words, tmp_path, flags, message):
+def test_compare_names_what_cannot_be_compared(lampctl, words, tmp_path, flags, message):
     save(tmp_path / "m")
     answer = lampctl("compare", *flags)
     assert answer.code == 2
     assert message in answer.err
 
 
-def test_evaluate_is_refused_where_there_is_nothing_to_measure(lampctl, words, tmp_path):
+def test_compare_evaluate_needs_an_exported_model(lampctl, words, tmp_path):
     save(tmp_path / "m")
     flags = ("--method", "magnitude", "--evaluate", "", "--device", "cpu", "--run-dir", "r")
     assert lampctl("run", "m", "--sparsity", 0.5, *flags).code == 0

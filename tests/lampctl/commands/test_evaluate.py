@@ -29,7 +29,7 @@ def plain_perplexity(folder, text, seqlen, max_tokens=None):
     return math.exp(sum(losses) / len(losses))
 
 
-def test_a_model_folder_is_measured_as_a_plain_loop_does(lampctl, tmp_path, words):
+def test_evaluate_equals_a_plain_loop_over_windows(lampctl, tmp_path, words):
     folder = save(tmp_path / "m", "llama-gqa")
     (tmp_path / "wiki.raw").write_text(" \n = A = \n \n Some words here . \n" * 40)
     answer = lampctl("evaluate", "m", "--data", "text:words.txt,wikitext2:wiki.raw", "--seqlen", 64, "--json")
@@ -44,7 +44,7 @@ def test_a_model_folder_is_measured_as_a_plain_loop_does(lampctl, tmp_path, word
     assert answer.json["accuracies"] == []
 
 
-def test_a_quick_look_is_marked_as_partial(lampctl, tmp_path, words):
+def test_evaluate_of_fewer_tokens_is_marked_as_partial(lampctl, tmp_path, words):
     save(tmp_path / "m", "llama")
     flags = ("--data", "text:words.txt", "--seqlen", 32, "--max-tokens", 128)
     answer = lampctl("evaluate", "m", *flags, "--json")
@@ -55,7 +55,7 @@ def test_a_quick_look_is_marked_as_partial(lampctl, tmp_path, words):
     assert "partial: first 128 tokens" in lampctl("evaluate", "m", *flags).out
 
 
-def test_windows_are_no_longer_than_the_model_can(lampctl, tmp_path, words):
+def test_evaluate_limits_seqlen_to_the_models_positions(lampctl, tmp_path, words):
     save(tmp_path / "m", "opt")
     usual = lampctl("evaluate", "m", "--data", "text:words.txt", "--json")
     assert usual.json["measured"][0]["seqlen"] == 128
@@ -65,7 +65,7 @@ def test_windows_are_no_longer_than_the_model_can(lampctl, tmp_path, words):
     assert (refused.code, "less than one window" in refused.err) == (2, True)
 
 
-def test_what_is_neither_is_said(lampctl, tmp_path):
+def test_evaluate_refuses_what_is_neither_run_nor_model(lampctl, tmp_path):
     (tmp_path / "empty").mkdir()
     refused = lampctl("evaluate", "empty")
     assert (refused.code, "neither a run" in refused.err) == (2, True)
@@ -83,7 +83,7 @@ def _datasets_cache_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_datasets_cache_of_its_own")
-def test_tasks_of_a_model(lampctl, tmp_path):
+def test_evaluate_measures_zero_shot_tasks_of_a_model(lampctl, tmp_path):
     save(tmp_path / "m", "llama")
     write_rows(tmp_path / "rows")
     answer = lampctl("evaluate", "m", "--task-data", "rows", "--json")
@@ -101,7 +101,7 @@ def test_tasks_of_a_model(lampctl, tmp_path):
 
 
 @pytest.mark.usefixtures("_datasets_cache_of_its_own")
-def test_a_run_keeps_accuracies_in_its_commits(lampctl, tmp_path):
+def test_evaluate_commits_accuracies_of_a_run(lampctl, tmp_path):
     save(tmp_path / "m", "llama")
     rows = write_rows(tmp_path / "rows")
     done = lampctl("run", "m", *MAGNITUDE, "--tasks", "arc_easy,rte", "--task-data", "rows", "--json")
@@ -132,7 +132,7 @@ def test_a_run_keeps_accuracies_in_its_commits(lampctl, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_datasets_cache_of_its_own")
-def test_the_harness_itself_gives_the_same(lampctl, tmp_path):
+def test_zero_shot_accuracy_equals_lm_evaluation_harness(lampctl, tmp_path):
     save(tmp_path / "m", "llama")
     write_rows(tmp_path / "rows")
     ours = lampctl(

@@ -25,7 +25,7 @@ def files_under(path: Path) -> list[str]:
     return sorted(p.relative_to(path).as_posix() for p in path.rglob("*"))
 
 
-def test_a_folder_is_packed_and_comes_back(lampctl, folder, tmp_path):
+def test_packed_folder_unpacks_to_the_same_bytes(lampctl, folder, tmp_path):
     packed = lampctl("export", "m", "--format", "packed", "--out", "small.safetensors", "--json")
     assert packed.code == 0, packed.err
     sizes = packed.json
@@ -42,7 +42,7 @@ def test_a_folder_is_packed_and_comes_back(lampctl, folder, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"m", "m-original", "small.safetensors", "back"}
 
 
-def test_without_out_it_lies_beside_the_folder_and_the_table_tells_every_part(lampctl, folder):
+def test_packed_file_is_beside_the_folder_and_its_parts_are_listed(lampctl, folder):
     shown = lampctl("export", "m", "--format", "packed")
     assert shown.code == 0, shown.err
     assert Path("m.packed.safetensors").is_file()
@@ -51,7 +51,7 @@ def test_without_out_it_lies_beside_the_folder_and_the_table_tells_every_part(la
     assert "values" not in shown.out  # there are none
 
 
-def test_the_same_again_is_left_alone_and_another_file_is_only_replaced_by_force(lampctl, folder):
+def test_packing_twice_does_nothing_and_other_files_need_force(lampctl, folder):
     call = ("export", "m", "--format", "packed", "--out", "small")
     first = lampctl(*call)
     before = Path("small").stat()
@@ -93,7 +93,7 @@ def test_the_same_again_is_left_alone_and_another_file_is_only_replaced_by_force
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_bad_input_is_one_clear_line_and_touches_nothing(lampctl, folder, tmp_path, flags, message):
+def test_wrong_input_is_one_line_and_changes_no_file(lampctl, folder, tmp_path, flags, message):
     assert lampctl("export", "m", "--format", "packed", "--out", "small").code == 0
     before = files_under(tmp_path)
     answer = lampctl("export", *flags)
@@ -117,7 +117,7 @@ def test_a_damaged_packed_file_leaves_no_folder(lampctl, folder, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("m", "--format", "packed", "--out", "x"), ("--unpack", "small", "--out", "x")])
-def test_a_full_disk_is_told_and_leaves_nothing(lampctl, folder, tmp_path, monkeypatch, flags):
+def test_full_disk_while_packing_leaves_no_file(lampctl, folder, tmp_path, monkeypatch, flags):
     assert lampctl("export", "m", "--format", "packed", "--out", "small").code == 0
     before = files_under(tmp_path)
 
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(lampctl, folder, tmp_path, monke
     assert files_under(tmp_path) == before
 
 
-def test_a_run_that_is_not_exported_names_the_step_to_do_first(lampctl, tmp_path):
+def test_packing_an_unfinished_run_names_the_missing_step(lampctl, tmp_path):
     original = save(tmp_path / "o")
     assert lampctl("init", original, "--sparsity", "0.5", *FLAGS).code == 0
     refused = lampctl("export", "r", "--format", "packed")
@@ -152,7 +152,7 @@ def test_a_run_that_is_not_exported_names_the_step_to_do_first(lampctl, tmp_path
 
 
 @pytest.mark.parametrize("flags", [("--sparsity", "0.7"), ("--sparsity", "0.5", "--bits", "4"), ("--pattern", "2:4")])
-def test_a_real_run_packed_and_unpacked(lampctl, flags):
+def test_packed_run_unpacks_to_the_same_model(lampctl, flags):
     """All of it: prune the small trained OPT, pack the run, unpack, load with transformers."""
     data = ("--calibration", "pydocs", "--num-samples", "4", "--seqlen", "64", "--method", "sparsegpt")
     ran = lampctl("run", TINY_OPT, *flags, *data, "--evaluate", "", "--device", "cpu", "--run-dir", "r")

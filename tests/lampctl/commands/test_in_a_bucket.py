@@ -54,7 +54,9 @@ def read_all(place):
 
 
 @pytest.mark.parametrize("scratch", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_every_command_in_a_bucket_and_another_machine_half_way(lampctl, server, tmp_path, monkeypatch, words, scratch):
+def test_every_command_works_in_a_bucket_and_on_a_second_machine(
+    lampctl, server, tmp_path, monkeypatch, words, scratch
+):
     model = save(tmp_path / "m", "llama")
     data = ("--calibration", f"text:{words}", "--evaluate", f"text:{words}")
     quiet = lampctl("run", model, *FLAGS, *data, "--run-dir", "quiet")
@@ -107,7 +109,7 @@ def server_keys():
     return list(server_objects())
 
 
-def test_a_baseline_lies_beside_the_run_and_shares_its_calibration_set(lampctl, server, tmp_path, words):
+def test_baseline_in_a_bucket_is_beside_the_run_and_shares_its_calibration_set(lampctl, server, tmp_path, words):
     model = save(tmp_path / "m", "llama")
     data = ("--calibration", f"text:{words}", "--evaluate", "")
     flags = (*FLAGS, *data, "--baseline", "sparsegpt", "--run-dir", PLACE, "--json")
@@ -120,7 +122,7 @@ def test_a_baseline_lies_beside_the_run_and_shares_its_calibration_set(lampctl, 
     assert "shared_with" in shared
 
 
-def test_addresses_that_lead_nowhere(lampctl, server, tmp_path):
+def test_missing_run_bucket_and_scheme_are_named(lampctl, server, tmp_path):
     answer = lampctl("resume", "s3://bucket/nothing/here")
     assert answer.code == 2
     assert "there is no run at s3://bucket/nothing/here" in answer.err

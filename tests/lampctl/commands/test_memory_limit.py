@@ -26,7 +26,7 @@ def device_of(run):
     return json.loads((run / "run.json").read_text())["environment"]["device"]
 
 
-def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can(lampctl, model, tmp_path):
+def test_too_low_memory_limit_is_refused_with_the_lowest_possible(lampctl, model, tmp_path):
     answer = lampctl("run", model, *DATA, "--memory-limit", "100MB", "--run-dir", tmp_path / "run")
     assert answer.code == 5
     assert "--memory-limit 0.10GB is too little: this run needs" in answer.err
@@ -37,7 +37,7 @@ def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can(lampc
     assert "--memory-limit lots: expected a size such as 8GB" in answer.err
 
 
-def test_a_limit_may_be_changed_when_a_run_goes_on_and_the_micro_batch_stays(lampctl, model, tmp_path):
+def test_memory_limit_may_change_at_resume_but_micro_batch_stays(lampctl, model, tmp_path):
     run = tmp_path / "run"
     assert lampctl("init", model, *DATA, "--memory-limit", "8GB", "--run-dir", run).code == 0
     assert device_of(run)["batch_tokens"] == 8 * 32
@@ -58,7 +58,7 @@ def test_threads_and_micro_batch_are_what_the_run_computes_with(lampctl, model, 
     assert "micro_batch" in answer.err
 
 
-def test_status_shows_what_each_kind_of_step_took(lampctl, model, tmp_path):
+def test_status_shows_peak_memory_by_step_kind(lampctl, model, tmp_path):
     run = tmp_path / "run"
     assert lampctl("run", model, *DATA, "--run-dir", run).code == 0
     shown = lampctl("status", run).out
@@ -79,7 +79,7 @@ def test_compiling_without_a_compiler_is_refused(lampctl, model, tmp_path, monke
     assert "--compile needs a C++ compiler" in answer.err
 
 
-def test_a_step_that_takes_more_than_the_limit_says_so(lampctl, model, tmp_path, monkeypatch):
+def test_step_above_the_memory_limit_warns(lampctl, model, tmp_path, monkeypatch):
     monkeypatch.setattr("stages.machine.device.PeakMemory.process_bytes", lambda self: 9 * 10**9)
     answer = lampctl("run", model, *DATA, "--memory-limit", "8GB", "--run-dir", tmp_path / "run")
     assert answer.code == 0

@@ -12,7 +12,7 @@ from pipeline.paper.tables import TABLES, published, require_columns, settings_o
 from tests.small_models import save
 
 
-def test_every_published_number_has_a_cell():
+def test_every_number_of_the_paper_has_a_cell():
     cells = {
         (name, model, dataset, method, strategy)
         for name, table in TABLES.items()
@@ -27,7 +27,7 @@ def test_every_published_number_has_a_cell():
         assert len(list(csv.DictReader(file))) == len(published()) == 887
 
 
-def test_columns_become_settings():
+def test_table_columns_become_settings():
     assert settings_of(table_named("table1"), "70%", "lamp") == {"method": "lamp", "sparsity": 0.7}
     assert settings_of(table_named("table7"), "2:4+int3", "lamp") == {"method": "lamp", "pattern": "2:4", "bits": 3}
     assert settings_of(table_named("table7"), "2:4+int3", "wanda") is None
@@ -40,7 +40,7 @@ def test_columns_become_settings():
         table_named("table10")
 
 
-def test_a_plan_needs_no_model(lampctl):
+def test_dry_run_of_reproduce_needs_no_model(lampctl):
     answer = lampctl("reproduce", "table1", "--models", "opt-125m", "--sparsities", "0.5,0.7", "--dry-run", "--json")
     assert answer.code == 0, answer.err
     plan = answer.json["plan"]["opt-125m"]
@@ -57,7 +57,7 @@ def test_a_plan_needs_no_model(lampctl):
         assert lampctl("reproduce", name, "--dry-run", *data).code == 0, name
 
 
-def test_out_of_reach_is_one_line(lampctl, monkeypatch):
+def test_unreachable_model_of_a_table_is_one_line(lampctl, monkeypatch):
     from huggingface_hub import HfApi
 
     def unreachable(*args, **kwargs):
@@ -70,7 +70,7 @@ def test_out_of_reach_is_one_line(lampctl, monkeypatch):
     assert len(answer.err.strip().splitlines()) == 1
 
 
-def test_a_table_is_done_on_another_model(lampctl, tmp_path, words):
+def test_reproduce_runs_a_table_on_another_model(lampctl, tmp_path, words):
     save(tmp_path / "m", "opt")
     flags = ("--models", "m", "--sparsities", "0.5", "--num-samples", "4", "--seqlen", "32", "--epochs", "1")
     text = ("--calibration", "text:words.txt", "--evaluate", "wikitext2:words.txt", "--eval-max-tokens", "256")
@@ -85,7 +85,7 @@ def test_a_table_is_done_on_another_model(lampctl, tmp_path, words):
     assert "[1/" not in again.err
 
 
-def test_what_can_fill_no_cell_is_refused_before_anything_is_done(lampctl, tmp_path, words):
+def test_reproduce_refuses_models_and_data_that_fit_no_cell(lampctl, tmp_path, words):
     from tests import small_sam
 
     save(tmp_path / "m", "opt")
@@ -103,7 +103,7 @@ def test_what_can_fill_no_cell_is_refused_before_anything_is_done(lampctl, tmp_p
     assert not (tmp_path / "reproductions").exists()
 
 
-def test_two_models_of_one_name_and_other_settings_are_other_runs(lampctl, tmp_path, words):
+def test_reproduce_keeps_models_of_one_name_and_other_settings_apart(lampctl, tmp_path, words):
     found = []
     for place, seed, samples in (("a/m", 0, "4"), ("b/m", 7, "4"), ("a/m", 0, "2")):
         save(tmp_path / place, "opt", seed=seed)

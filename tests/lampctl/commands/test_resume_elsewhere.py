@@ -61,7 +61,7 @@ def test_other_versions_are_refused_unless_allowed_and_then_written_into_the_cha
     assert lampctl("export", "r", "--format", "packed").code == 0
 
 
-def test_an_unattended_job_can_decide_beforehand(lampctl, tmp_path, words, monkeypatch):
+def test_allow_other_versions_can_be_given_to_run(lampctl, tmp_path, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = (save(tmp_path / "m", "llama"), *FLAGS, "--calibration", f"text:{words}", "--run-dir", "r")
     assert lampctl("init", *flags, "--allow-environment-change").code == 0
@@ -71,13 +71,13 @@ def test_an_unattended_job_can_decide_beforehand(lampctl, tmp_path, words, monke
     assert lampctl("resume", "r").code == 0
 
 
-def test_the_environment_variable_decides_too(lampctl, begun, monkeypatch):
+def test_allow_other_versions_by_environment_variable(lampctl, begun, monkeypatch):
     pretend(monkeypatch, "torch", "99.0")
     monkeypatch.setenv("LAMPCTL_ALLOW_ENVIRONMENT_CHANGE", "1")
     assert lampctl("resume", "r").code == 0
 
 
-def test_another_device_is_named(lampctl, begun, monkeypatch):
+def test_other_device_is_refused_by_name(lampctl, begun, monkeypatch):
     monkeypatch.setattr("stages.machine.device._processor_name", lambda: "Another Processor 9000")
     answer = lampctl("resume", "r")
     assert answer.code == 3
@@ -107,7 +107,7 @@ def test_a_lost_stream_that_has_other_bits_on_another_machine_is_committed_anew(
     assert lampctl("verify", "r", "--deep").code == 0
 
 
-def test_two_runners_the_second_is_refused_and_may_insist(lampctl, begun, monkeypatch):
+def test_second_runner_is_refused_unless_takeover(lampctl, begun, monkeypatch):
     from pipeline.rundir.lease import Lease, Timing
     from pipeline.rundir.run_directory import RunDirectory
 
@@ -123,7 +123,7 @@ def test_two_runners_the_second_is_refused_and_may_insist(lampctl, begun, monkey
     assert not Path("r/lease.json").exists()
 
 
-def test_a_wall_of_time_stops_with_75_and_the_same_command_goes_on(lampctl, begun, monkeypatch):
+def test_max_time_stops_with_75_and_the_same_command_resumes(lampctl, begun, monkeypatch):
     from pipeline.steps import executor
 
     prune = executor.prune_block
@@ -140,7 +140,7 @@ def test_a_wall_of_time_stops_with_75_and_the_same_command_goes_on(lampctl, begu
     assert lampctl("resume", "r", "--max-runtime", "soon").code == 2
 
 
-def test_the_notice_of_the_cloud_stops_a_run(lampctl, begun):
+def test_preemption_notice_stops_a_run_with_75(lampctl, begun):
     from tests.pipeline.engine.test_preemption import Metadata
 
     service = Metadata()
@@ -154,7 +154,7 @@ def test_the_notice_of_the_cloud_stops_a_run(lampctl, begun):
         service.server.shutdown()
 
 
-def test_a_finished_run_is_left_alone_in_no_time(lampctl, begun):
+def test_resume_of_a_finished_run_changes_nothing_and_takes_two_seconds(lampctl, begun):
     assert lampctl("resume", "r").code == 0
     before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in Path("r").rglob("*")}
     for command in (("resume", "r"), ("run", *begun)):

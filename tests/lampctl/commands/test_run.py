@@ -122,7 +122,7 @@ def test_no_warning_about_missing_or_unexpected_weights(lampctl, tmp_path):
     assert not info["unexpected_keys"]
 
 
-def test_the_same_call_again_does_nothing_and_another_setting_is_refused(lampctl, tmp_path):
+def test_second_run_of_the_same_command_does_nothing_and_other_settings_are_refused(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     call = ("run", original, *DATA, "--num-samples", "3", "--method", "wanda", "--eval-max-tokens", "512")
     first = lampctl(*call, "--sparsity", "0.5")
@@ -192,7 +192,7 @@ def test_steps_one_by_one_give_the_weights_of_run_and_refuse_to_be_done_out_of_o
         assert Path("steps/model", shard).read_bytes() == Path("whole/model", shard).read_bytes()
 
 
-def test_status_tells_steps_budget_losses_and_what_is_left(lampctl, tmp_path):
+def test_status_shows_steps_budget_losses_and_the_next_step(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     lampctl("init", original, "--sparsity", "0.5", *DATA, "--num-samples", "3", "--epochs", "1", "--run-dir", "r")
     for step in ("calibrate", "capture", "prune-block", "refine-block", "compensate-block", "prune-block"):
@@ -240,7 +240,7 @@ def test_ignored_layers_stay_dense_and_do_not_count(lampctl, tmp_path):
     assert (model.model.layers[1].mlp.up_proj.weight == 0).float().mean() == 0.5
 
 
-def test_the_model_card_tells_settings_and_figures(lampctl, tmp_path):
+def test_model_card_lists_settings_and_metrics(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     answer = lampctl("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r", "--json")
     card = Path("r/model/README.md").read_text()
@@ -250,7 +250,7 @@ def test_the_model_card_tells_settings_and_figures(lampctl, tmp_path):
     assert "- num_samples: 4" in card
 
 
-def test_figures_of_other_settings_never_stand_in_for_those_asked_for(lampctl, tmp_path):
+def test_metrics_of_other_evaluation_settings_are_measured_again(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     assert lampctl("run", original, "--sparsity", "0.5", *DATA, "--eval-max-tokens", "512", "--run-dir", "r").code == 0
 
@@ -277,7 +277,7 @@ def test_figures_of_other_settings_never_stand_in_for_those_asked_for(lampctl, t
     assert row.split("|")[2].strip() == "-"
 
 
-def test_evaluate_prunes_nothing(lampctl, tmp_path):
+def test_evaluate_of_an_unfinished_run_prunes_nothing(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     assert lampctl("init", original, "--sparsity", "0.5", *DATA, "--run-dir", "r").code == 0
     refused = lampctl("evaluate", "r", "--evaluate", "")
@@ -286,7 +286,7 @@ def test_evaluate_prunes_nothing(lampctl, tmp_path):
     assert not Path("r/commits").exists()
 
 
-def test_text_that_changed_is_never_used_unnoticed(lampctl, tmp_path, words):
+def test_changed_calibration_text_is_refused(lampctl, tmp_path, words):
     original = save(tmp_path / "m", "llama")
     begin = ("init", original, "--sparsity", "0.5", *DATA, "--method", "wanda")
     assert lampctl(*begin, "--run-dir", "r").code == 0
@@ -303,7 +303,7 @@ def test_text_that_changed_is_never_used_unnoticed(lampctl, tmp_path, words):
     assert "give the new data another name" in again.err
 
 
-def test_damaged_weights_are_made_again_before_they_are_evaluated(lampctl, tmp_path):
+def test_damaged_weights_are_rebuilt_before_evaluation(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     call = ("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r")
     assert lampctl(*call).code == 0
@@ -316,7 +316,7 @@ def test_damaged_weights_are_made_again_before_they_are_evaluated(lampctl, tmp_p
     assert shard.read_bytes() == data
 
 
-def test_a_file_missing_from_the_model_folder_is_put_back(lampctl, tmp_path):
+def test_missing_file_of_the_model_folder_is_restored(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     call = ("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r")
     assert lampctl(*call).code == 0
@@ -328,7 +328,7 @@ def test_a_file_missing_from_the_model_folder_is_put_back(lampctl, tmp_path):
     assert {p: p.read_bytes() for p in Path("r/model").rglob("*") if p.is_file()} == before
 
 
-def test_a_baseline_keeps_what_the_preset_sets_and_lies_beside_the_run(lampctl, tmp_path):
+def test_baseline_uses_the_preset_and_is_beside_the_run(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     call = ("run", original, "--sparsity", "0.5", "--preset", "quick", *DATA)
     assert lampctl(*call, "--method", "sparsegpt", "--baseline", "lamp", "--run-dir", "r").code == 0
@@ -441,7 +441,7 @@ def test_a_group_wider_than_every_layer_is_refused(lampctl, tmp_path):
     assert "--group-size 4096: no layer has more than 64 columns" in refused.err
 
 
-def test_a_setting_that_only_a_baseline_uses_is_no_mistake(lampctl, tmp_path):
+def test_setting_used_only_by_the_baseline_is_accepted(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     call = ("run", original, "--sparsity", "0.5", *DATA, "--method", "magnitude", "--epochs", "1", "--evaluate", "")
     alone = lampctl(*call, "--run-dir", "a")
@@ -473,7 +473,7 @@ def test_a_budget_from_the_data_is_a_step_that_commits_its_table(lampctl, tmp_pa
             assert (model.get_submodule(layer["name"]).weight == 0).sum() >= wanted["num_masked"]
 
 
-def test_a_model_folder_that_was_moved_away_is_made_again(lampctl, tmp_path):
+def test_moved_model_folder_is_rebuilt(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     assert lampctl("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r").code == 0
     before = {p.relative_to("r/model"): p.read_bytes() for p in Path("r/model").rglob("*") if p.is_file()}
@@ -485,7 +485,7 @@ def test_a_model_folder_that_was_moved_away_is_made_again(lampctl, tmp_path):
     assert lampctl("export", "r").code == 2  # it is there now
 
 
-def test_departing_from_the_paper_is_said(lampctl, tmp_path):
+def test_departure_from_the_paper_is_reported(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     flags = ("--sparsity", "0.5", *DATA, "--preset", "paper")
     assert "departs" not in lampctl("init", original, *flags, "--run-dir", "r").out

@@ -29,7 +29,7 @@ def flags(images: str, *more: str) -> tuple[str, ...]:
     return ("--calibration", images, "--evaluate", images, "--num-samples", "4", "--run-dir", "run", *more)
 
 
-def test_a_run_ends_with_a_model_that_both_libraries_open(lampctl, sam, images, tmp_path):
+def test_sam_export_opens_in_segment_anything_and_transformers(lampctl, sam, images, tmp_path):
     answer = lampctl("run", sam, "--sparsity", "0.5", "--epochs", "1", "--json", *flags(images))
     assert answer.code == 0, answer.err
     (dense, pruned) = sorted(answer.json["evaluations"], key=lambda e: e["which"])
@@ -73,7 +73,7 @@ def test_a_run_ends_with_a_model_that_both_libraries_open(lampctl, sam, images, 
     assert lampctl("verify", "run").code == 0
 
 
-def test_a_report_shows_masks_in_the_place_of_text(lampctl, sam, images, tmp_path):
+def test_sam_report_shows_segmentation_masks(lampctl, sam, images, tmp_path):
     run = ("--sparsity", "0.5", "--method", "sparsegpt", "--num-samples", "4")
     assert lampctl("run", sam, *run, "--calibration", images, "--evaluate", images, "--run-dir", "run").code == 0
     answer = lampctl("report", "run", "--out", "page")
@@ -89,7 +89,7 @@ def test_a_report_shows_masks_in_the_place_of_text(lampctl, sam, images, tmp_pat
     assert bare.json["measured"][0]["iou"] == next(e["iou"] for e in dense if e["which"] == "dense")
 
 
-def test_a_packed_file_leaves_out_what_follows_from_the_rest(lampctl, sam, images, tmp_path):
+def test_packed_sam_file_omits_derived_files(lampctl, sam, images, tmp_path):
     run = ("--sparsity", "0.7", "--method", "magnitude", "--export-dtype", "float16", "--no-evaluate-dense")
     assert lampctl("run", sam, *run, "--evaluate", "", "--run-dir", "run").code == 0
     answer = lampctl("export", "run", "--format", "packed", "--json")
@@ -102,7 +102,7 @@ def test_a_packed_file_leaves_out_what_follows_from_the_rest(lampctl, sam, image
             assert (tmp_path / "back" / path.relative_to(tmp_path / "run" / "model")).read_bytes() == path.read_bytes()
 
 
-def test_the_papers_settings_are_those_for_segment_anything(lampctl, sam, images, tmp_path):
+def test_paper_preset_uses_the_settings_for_sam(lampctl, sam, images, tmp_path):
     answer = lampctl("run", sam, "--sparsity", "0.7", "--preset", "paper", *flags(images, "--epochs", "1", "--json"))
     assert answer.code == 0, answer.err
     config = answer.json["config"]
@@ -127,14 +127,14 @@ def test_patterns_and_grids_hold_for_every_method(lampctl, sam, images, tmp_path
                 assert max(len(row.unique()) for row in weight) <= 16
 
 
-def test_a_metas_checkpoint_can_be_pruned(lampctl, images, tmp_path):
+def test_checkpoint_in_metas_format_can_be_pruned(lampctl, images, tmp_path):
     torch.save(small_sam.build().state_dict(), tmp_path / "mine.pth")
     answer = lampctl("run", tmp_path / "mine.pth", "--sparsity", "0.7", "--method", "sparsegpt", *flags(images))
     assert answer.code == 0, answer.err
     assert (tmp_path / "run" / "model" / "sam.pth").stat().st_size > 0
 
 
-def test_pictures_that_cannot_be_read_are_counted(lampctl, sam, tmp_path):
+def test_unreadable_images_are_counted_and_skipped(lampctl, sam, tmp_path):
     folder = small_sam.coco(tmp_path / "images")
     (folder / "images" / "000.png").write_bytes(b"")
     (folder / "images" / "001.png").write_bytes((folder / "images" / "001.png").read_bytes()[:200])
@@ -169,14 +169,14 @@ def test_pictures_that_cannot_be_read_are_counted(lampctl, sam, tmp_path):
         (("--calibration", "IMAGES", "--num-samples", "4", "--eval-points", "everywhere"), "--eval-points everywhere"),
     ],
 )
-def test_wrong_words_say_what_is_wrong(lampctl, sam, images, arguments, says):
+def test_wrong_sam_arguments_are_named(lampctl, sam, images, arguments, says):
     given = [images if argument == "IMAGES" else argument for argument in arguments]
     answer = lampctl("run", sam, "--sparsity", "0.5", "--run-dir", "run", *given)
     assert answer.code in (2, 5), answer.err
     assert says in answer.err
 
 
-def test_images_are_no_use_for_a_language_model(lampctl, images):
+def test_images_are_refused_for_a_language_model(lampctl, images):
     from tests.conftest import TINY_OPT
 
     answer = lampctl("run", TINY_OPT, "--sparsity", "0.5", "--calibration", images, "--num-samples", "4")
@@ -204,7 +204,7 @@ def test_lamp_beats_sparsegpt_and_sparsegpt_magnitude_on_a_trained_model(lampctl
     assert found["lamp", "dense"] > 0.7
 
 
-def test_data_that_changes_before_it_is_measured_is_refused(lampctl, sam, images, tmp_path):
+def test_changed_evaluation_images_are_refused(lampctl, sam, images, tmp_path):
     call = ("run", sam, "--sparsity", "0.5", "--method", "magnitude", "--evaluate", images, "--run-dir", "run")
     assert lampctl("init", *call[1:]).code == 0
     path = tmp_path / "images" / "instances.json"

@@ -26,7 +26,7 @@ def steps(run: Path) -> dict[str, dict]:
     return {c["step"]: c for c in (json.loads(p.read_text()) for p in sorted((run / "commits").glob("*.json")))}
 
 
-def test_a_grid_is_done_and_shares_its_first_steps(lampctl, given, tmp_path):
+def test_grid_sweep_finishes_and_shares_the_first_steps(lampctl, given, tmp_path):
     grid = ("--grid", "sparsity=0.5,0.7", "--grid", "method=lamp,sparsegpt,magnitude")
     answer = lampctl("sweep", *given, *grid, "--sweep-dir", "s", "--json")
     assert answer.code == 0, answer.err
@@ -62,7 +62,7 @@ def test_a_grid_is_done_and_shares_its_first_steps(lampctl, given, tmp_path):
     assert "[1/" not in again.err  # nothing was done
 
 
-def test_a_trial_that_fails_does_not_end_the_sweep(lampctl, given):
+def test_failed_trial_is_reported_and_the_sweep_continues(lampctl, given):
     call = ("sweep", *given, "--sparsity", "0.5", "--grid", "num_samples=4,100000,5", "--sweep-dir", "s")
     answer = lampctl(*call)
     assert answer.code == 7
@@ -94,7 +94,7 @@ main()
 """
 
 
-def test_a_killed_sweep_goes_on_and_ends_as_if_it_had_not_been(lampctl, given, tmp_path):
+def test_killed_sweep_resumes_to_the_same_values(lampctl, given, tmp_path):
     grid = ("--grid", "sparsity=0.5,0.7", "--grid", "method=lamp,sparsegpt")
     quiet = lampctl("sweep", *given, *grid, "--sweep-dir", "quiet", "--json")
     killed = warm_python.run(BOMB, "sweep", *given, *grid, "--sweep-dir", "killed", cwd=tmp_path)
@@ -106,7 +106,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_it_had_not_been(lampctl, given, t
     assert [t["value"] for t in after.json["trials"]] == [t["value"] for t in quiet.json["trials"]]
 
 
-def test_a_search_draws_the_same_points_however_often_it_is_stopped(lampctl, given, tmp_path, monkeypatch):
+def test_stopped_search_samples_the_same_points(lampctl, given, tmp_path, monkeypatch):
     search = ("--sparsity", "0.6", "--search", "alpha=0.6:1.0,lr=1e-4:1e-2:log", "--trials", "4")
     whole = lampctl("sweep", *given, *search, "--sweep-dir", "whole", "--json")
     assert whole.code == 0, whole.err
@@ -138,7 +138,7 @@ def test_a_search_draws_the_same_points_however_often_it_is_stopped(lampctl, giv
     assert (tmp_path / "page" / "index.html").exists()
 
 
-def test_the_report_holds_every_trial(lampctl, given, tmp_path):
+def test_sweep_report_lists_every_trial(lampctl, given, tmp_path):
     grid = ("--grid", "sparsity=0.4,0.6,0.8", "--grid", "method=sparsegpt,magnitude")
     done = lampctl("sweep", *given, *grid, "--sweep-dir", "s", "--json")
     assert done.code == 0, done.err
@@ -153,7 +153,7 @@ def test_the_report_holds_every_trial(lampctl, given, tmp_path):
     assert len(list((tmp_path / "page" / "figures").glob("*.png"))) == 1
 
 
-def test_another_sweep_in_its_place_is_refused(lampctl, given, tmp_path):
+def test_sweep_dir_with_another_sweep_is_refused(lampctl, given, tmp_path):
     assert lampctl("sweep", *given, "--grid", "sparsity=0.5", "--method", "magnitude", "--sweep-dir", "s").code == 0
     other = lampctl("sweep", *given, "--grid", "sparsity=0.6", "--method", "magnitude", "--sweep-dir", "s")
     assert other.code == 3
@@ -167,7 +167,7 @@ def test_another_sweep_in_its_place_is_refused(lampctl, given, tmp_path):
 
 
 @pytest.mark.parametrize(("field", "value"), [("sparsity", 7), ("model", None), ("nonsense", 1)])
-def test_a_sweep_whose_settings_make_no_sense_is_damaged(lampctl, given, tmp_path, field, value):
+def test_sweep_json_with_invalid_settings_is_damaged(lampctl, given, tmp_path, field, value):
     assert lampctl("sweep", *given, "--grid", "sparsity=0.5", "--method", "magnitude", "--sweep-dir", "s").code == 0
     path = tmp_path / "s" / "sweep.json"
     content = json.loads(path.read_text())
@@ -178,7 +178,7 @@ def test_a_sweep_whose_settings_make_no_sense_is_damaged(lampctl, given, tmp_pat
     assert "sweep.json is damaged" in answer.err
 
 
-def test_a_sweep_of_a_vision_model_is_done_though_the_preset_names_text(lampctl, tmp_path):
+def test_vision_sweep_overrides_the_presets_text(lampctl, tmp_path):
     from tests import small_sam
 
     small_sam.save(tmp_path / "sam")

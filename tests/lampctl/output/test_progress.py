@@ -16,7 +16,7 @@ FLAGS = (
 )
 
 
-def test_a_log_gets_one_line_per_block(lampctl, tmp_path, words):
+def test_progress_in_a_log_is_one_line_per_block(lampctl, tmp_path, words):
     answer = lampctl("run", save(tmp_path / "m", "llama"), *FLAGS)
     assert answer.code == 0, answer.err
     lines = answer.err.splitlines()
@@ -44,7 +44,7 @@ class EveryFrame(LiveListener):
         self._progress.refresh()
 
 
-def test_a_terminal_shows_steps_figures_and_the_time_that_is_left(lampctl, tmp_path, words):
+def test_progress_on_a_terminal_shows_steps_metrics_and_remaining_time(lampctl, tmp_path, words):
     from lampctl.cli.exit_codes import end_now
     from pipeline.engine.stop import StopRequest
     from pipeline.runs.lifecycle import go_on, reopen
@@ -75,10 +75,10 @@ def test_a_terminal_shows_steps_figures_and_the_time_that_is_left(lampctl, tmp_p
         (7500, "2 h 05 min"),
     ],
 )
-def test_durations(seconds, text):
+def test_duration_formats_seconds(seconds, text):
     assert duration(seconds) == text
 
 
-def test_sizes():
+def test_size_formats_bytes():
     assert size(812e6) == "812 MB"
     assert size(7.812e9) == "7.81 GB"

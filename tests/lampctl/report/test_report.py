@@ -121,7 +121,7 @@ def test_steps_and_perplexities_are_those_of_the_commits(folder, state):
     assert points.where("series", "dense").column("sparsity") == [0.0]
 
 
-def test_the_page_holds_everything_and_asks_for_nothing(lampctl, folder):
+def test_page_embeds_all_figures_and_loads_nothing(lampctl, folder):
     call = ("report", folder / "lamp", "--out", "out", "--prompt", PROMPT, "--text-tokens", 5, "--device", "cpu")
     answer = lampctl(*call)
     assert answer.code == 0, answer.err
@@ -146,7 +146,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(lampctl, folder):
     assert "What the models write" not in Path("out/index.html").read_text()
 
 
-def test_each_figures_numbers_lie_beside_it(lampctl, folder, state):
+def test_report_writes_each_figures_numbers_as_csv(lampctl, folder, state):
     assert lampctl("report", folder / "lamp", "--out", "out", "--no-text").code == 0
     rows = list(csv.DictReader(io.StringIO(Path("out/figures/error.csv").read_text())))
     table = data.error_by_block(state)
@@ -154,7 +154,7 @@ def test_each_figures_numbers_lie_beside_it(lampctl, folder, state):
     assert [row["training"] for row in rows] == table.column("training")
 
 
-def test_what_models_write_is_their_most_probable_text_and_never_markup(lampctl, folder):
+def test_report_text_is_greedy_decoding_and_escaped(lampctl, folder):
     call = ("report", folder / "lamp", "--out", "out", "--prompt", PROMPT, "--text-tokens", 6, "--device", "cpu")
     assert lampctl(*call).code == 0
     found = read(Path("out/index.html").read_text())
@@ -172,7 +172,7 @@ def test_what_models_write_is_their_most_probable_text_and_never_markup(lampctl,
         assert any(cell.split() == expected.split() for cell in found.cells), expected
 
 
-def test_several_runs_share_a_page(lampctl, folder):
+def test_report_of_several_runs_is_one_page(lampctl, folder):
     answer = lampctl("report", folder / "lamp", folder / "lamp-sparsegpt", "--out", "out", "--no-text")
     assert answer.code == 0, answer.err
     names = {path.stem for path in Path("out/figures").glob("*.png")}
@@ -183,7 +183,7 @@ def test_several_runs_share_a_page(lampctl, folder):
     assert "<tr><td>sparsity</td><td>0.6</td><td>0.6</td></tr>" in html
 
 
-def test_a_run_that_has_only_begun_has_a_page_too(lampctl, folder):
+def test_report_of_a_run_without_steps(lampctl, folder):
     words = f"text:{folder}/words.txt"
     flags = ("--calibration", words, "--num-samples", 4, "--seqlen", 32, "--evaluate", words, "--device", "cpu")
     assert lampctl("init", folder / "m", "--sparsity", 0.5, *flags, "--run-dir", "r").code == 0
@@ -193,7 +193,7 @@ def test_a_run_that_has_only_begun_has_a_page_too(lampctl, folder):
     assert "next: calibrate" in Path("out/index.html").read_text()
 
 
-def test_a_folder_that_is_no_report_is_left_alone(lampctl, folder, tmp_path):
+def test_report_refuses_a_folder_with_other_files(lampctl, folder, tmp_path):
     Path("mine").mkdir()
     Path("mine/letter.txt").write_text("dear reader")
     for place, message in (
@@ -208,7 +208,7 @@ def test_a_folder_that_is_no_report_is_left_alone(lampctl, folder, tmp_path):
     assert not (folder / "lamp/report").exists()
 
 
-def test_without_matplotlib_it_says_how_to_get_it(lampctl, folder, monkeypatch):
+def test_report_without_matplotlib_names_the_extra(lampctl, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     answer = lampctl("report", folder / "lamp", "--out", "out", "--no-text")
     assert answer.code == 2
@@ -216,7 +216,7 @@ def test_without_matplotlib_it_says_how_to_get_it(lampctl, folder, monkeypatch):
     assert not Path("out").exists()
 
 
-def test_an_original_that_is_gone_only_costs_the_text(lampctl, folder):
+def test_report_without_the_original_model_needs_no_text(lampctl, folder):
     (folder / "m").rename(folder / "away")
     try:
         answer = lampctl("report", folder / "lamp", "--out", "out")
@@ -228,7 +228,7 @@ def test_an_original_that_is_gone_only_costs_the_text(lampctl, folder):
         (folder / "away").rename(folder / "m")
 
 
-def test_figures_can_be_drawn_of_what_is_odd(state):
+def test_plots_draw_infinite_zero_and_missing_values(state):
     """An infinite perplexity, an error of zero, a name with signs of its own, one block, no memory known."""
     columns = ("model", "metric", "data", "amount", "series", "run", "sparsity", "value")
     rows = (
@@ -250,13 +250,13 @@ def test_figures_can_be_drawn_of_what_is_odd(state):
     assert all(png.startswith(b"\x89PNG") for png in drawn)
 
 
-def test_prompts_and_no_text_exclude_each_other(lampctl, folder):
+def test_report_refuses_prompt_with_no_text(lampctl, folder):
     answer = lampctl("report", folder / "lamp", "--out", "out", "--no-text", "--prompt", "Once")
     assert answer.code == 2
     assert "--no-text" in answer.err
 
 
-def test_what_comes_from_outside_is_text():
+def test_page_escapes_titles_prompts_and_texts():
     evil = '</td><script>alert("x")</script>'
     sections = [Section('a"b', evil, (Texts((evil,), ((evil, (evil,)),)),))]
     html = page(evil, evil, sections, evil)
