@@ -9,6 +9,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lampctl.output.units import duration
+from pipeline.steps.results import (
+    CalibrateResult,
+    CompensateResult,
+    EvaluateResult,
+    ExportResult,
+    PruneResult,
+    RefineResult,
+    TrainingRecord,
+    ZeroShotResult,
+    budget_of_run,
+)
+from pipeline.steps.run_facts import facts_of
 from stages.metrics.registry import METRICS, figure_text
 
 if TYPE_CHECKING:
@@ -75,8 +87,7 @@ class ProgressListener:
     @property
     def _num_blocks(self) -> int:
         assert self._run is not None
-        num_blocks: int = self._run.manifest.model["num_blocks"]
-        return num_blocks
+        return facts_of(self._run).model.num_blocks
 
     def _ends_block(self, step: Step) -> bool:
         """Whether a block is done with this step, so that its line can be written."""
@@ -84,40 +95,47 @@ class ProgressListener:
         return step.kind == ("refine-block" if self._config.refine else "prune-block")
 
     def _outcome(self, step: Step, commit: StepCommit) -> str:
-        """What a finished step has to tell, in a few words."""
-        assert self._run is not None
-        figures = commit.figures
+        """What a finished step reports, in a few words."""
         if self._ends_block(step):
-            assert step.block is not None
-            layers = self._run.budget[step.block]["layers"]
-            masked = figures["num_masked"] / max(1, sum(layer["size"] for layer in layers))
-            compensated = self._run.commit_for(f"compensate-block/{step.block}")
-            parts = [f"{100 * masked:.2f}% masked"]
-            parts += [_losses(compensated.figures)] if compensated else []
-            parts += [f"refined {_losses(figures)}"] if step.kind == "refine-block" else []
-            return ", ".join(parts)
+            return self._block_outcome(step, commit)
         if step.kind == "compensate-block":
-            return _losses(figures)
+            return _losses(commit.result_as(CompensateResult).training)
         if step.kind == "evaluate":
-            partial = " (partial)" if figures["is_partial"] else ""
-            metric = figures.get("metric", "perplexity")
-            value = figures[metric]
-            shown = "infinite" if value is None else figure_text(metric, value)
-            return f"{METRICS[metric].title} {shown}{partial}"
+            measured = commit.result_as(EvaluateResult)
+            partial = " (partial)" if measured.is_partial else ""
+            shown = "infinite" if measured.value is None else figure_text(measured.metric, measured.value)
+            return f"{METRICS[measured.metric].title} {shown}{partial}"
         if step.kind == "zero-shot":
-            partial = " (partial)" if figures["is_partial"] else ""
+            found = commit.result_as(ZeroShotResult)
             accuracies = [
-                f"{name} {100 * v:.2f}%" for name, v in figures["metrics"].items() if name in ("acc", "acc_norm")
+                f"{name} {100 * value:.2f}%"
+                for name, value in found.metrics.items()
+                if name in ("acc", "acc_norm") and value is not None
             ]
-            return ", ".join(accuracies) + partial
+            return ", ".join(accuracies) + (" (partial)" if found.is_partial else "")
         if step.kind == "calibrate":
-            what = "images" if "num_images" in figures else "tokens"
-            passed_over = sum(figures.get("skipped", {}).values())
-            note = f", {passed_over} passed over" if passed_over else ""
-            return f"{figures[f'num_{what}']:,} {what} of {figures['source']}{note}"
+            samples = commit.result_as(CalibrateResult)
+            num_skipped = sum(samples.skipped.values())
+            note = f", {num_skipped} passed over" if num_skipped else ""
+            return f"{samples.amount:,} {samples.unit} of {samples.source}{note}"
         if step.kind == "export":
-            return f"{figures['num_masked']:,} of {figures['num_prunable']:,} weights masked"
+            exported = commit.result_as(ExportResult)
+            return f"{exported.num_masked:,} of {exported.num_prunable:,} weights masked"
         return ""
+
+    def _block_outcome(self, step: Step, commit: StepCommit) -> str:
+        """The same for the last step of a block: its masked weights, and the losses of its trainings."""
+        assert self._run is not None
+        assert step.block is not None
+        refined = commit.result_as(RefineResult) if step.kind == "refine-block" else None
+        finished = refined.finished if refined else commit.result_as(PruneResult).finished
+        assert finished is not None
+        masked = finished.num_masked / max(1, budget_of_run(self._run)[step.block].size)
+        compensated = self._run.commit_for(f"compensate-block/{step.block}")
+        parts = [f"{100 * masked:.2f}% masked"]
+        parts += [_losses(compensated.result_as(CompensateResult).training)] if compensated else []
+        parts += [f"refined {_losses(refined.training)}"] if refined else []
+        return ", ".join(parts)
 
 
 class PlainListener(ProgressListener):
@@ -239,9 +257,14 @@ def _label(step: Step) -> str:
     return re.sub(r"([:@])/.*/", r"\1", step.name)
 
 
-def _losses(figures: Mapping[str, Any]) -> str:
-    side = "_aside" if figures["loss_before_aside"] is not None else ""
-    before, after = figures[f"loss_before{side}"], figures[f"loss_after{side}"]
-    if not figures["kept_epoch"]:
-        return f"loss {before:.4g} (kept as it was: no epoch helped)"
-    return f"loss {before:.4g} -> {after:.4g}"
+def _losses(training: TrainingRecord) -> str:
+    before, after = training.before.trained, training.after.trained
+    if training.before.held_out is not None:
+        before, after = training.before.held_out, training.after.held_out
+    if not training.kept_epoch:
+        return f"loss {_loss(before)} (kept as it was: no epoch helped)"
+    return f"loss {_loss(before)} -> {_loss(after)}"
+
+
+def _loss(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4g}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.run_config import RunConfig
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.packing import published_model
+from pipeline.steps.evaluate import evaluations_of
 from stages.interfaces import Watcher
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def mask_samples(
     found: list[tuple[MaskSample, ...]] = []
     originals: dict[tuple[Any, str], list[Answer]] = {}
     for run, config in runs:
-        sources = [commit.figures["source"] for commit in run.commits if commit.figures.get("metric") == "iou"]
+        sources = [measured.source for _, measured in evaluations_of(run) if measured.metric == "iou"]
         if run.commit_for("export") is None or not sources:
             found.append(())
             continue

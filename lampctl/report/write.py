@@ -19,6 +19,7 @@ from pipeline.runs.comparison import standing_of
 from pipeline.runs.continuations import Continuation, continuations
 from pipeline.runs.lifecycle import reopen
 from pipeline.runs.status import status
+from pipeline.steps.run_facts import environment_of, facts_of
 from stages.errors import ResourceError, UsageError
 from stages.interfaces import Watcher
 from stages.version import VERSION
@@ -94,17 +95,17 @@ def require_ours(out: Path, places: Sequence[str]) -> None:
 def _report_of(
     run: RunDirectory, config: RunConfig, written: tuple[Continuation, ...], masks: tuple[MaskSample, ...]
 ) -> RunReport:
-    manifest, environment = run.manifest, run.environment
-    model, device = manifest.model, environment["device"]
-    revision = f" at {model['revision'][:12]}" if model["revision"] else ""
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    model, environment = facts_of(run).model, environment_of(run)
+    device = environment.device
+    revision = f" at {model.revision[:12]}" if model.revision else ""
+    packages = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
     return RunReport(
         state=status(run, config),
-        created=f"{manifest.created_at:%Y-%m-%d}",
-        model=f"{model['model_type']}, {model['num_blocks']} blocks of width {model['hidden_size']}{revision}",
+        created=f"{run.manifest.created_at:%Y-%m-%d}",
+        model=f"{model.model_type}, {model.num_blocks} blocks of width {model.hidden_size}{revision}",
         environment={
-            "computed on": f"{device['device_name']}, {device['num_threads']} thread(s), {device['dtype']}",
-            "versions": scrub(f"Python {environment['python']}, {packages}"),
+            "computed on": f"{device.device_name}, {device.num_threads} thread(s), {device.dtype}",
+            "versions": scrub(f"Python {environment.python}, {packages}"),
         },
         continuations=written,
         masks=masks,

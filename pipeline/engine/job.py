@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from pipeline.engine.plan import Step
 from pipeline.engine.stop import StopRequest
-from pipeline.rundir.records import StepCommit
+from pipeline.rundir.records import Result, StepCommit
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
 from stages.interfaces import Callbacks
@@ -39,12 +39,12 @@ class StepResult:
     """What a step reports beside its payloads.
 
     Attributes:
-        figures: The result as the commit stores it.
+        result: The result for the commit.
         peak_memory_bytes: Peak memory of the process.
         peak_device_bytes: Peak memory of the GPU; None: no GPU was used.
     """
 
-    figures: Mapping[str, Any]
+    result: Result
     peak_memory_bytes: int | None = None
     peak_device_bytes: int | None = None
 

@@ -100,17 +100,13 @@ def maker_of(payload: str, steps: Sequence[Step]) -> Step:
     return next(step for step in steps if payload in step.writes)
 
 
-def output_of(payload: str, steps: Sequence[Step]) -> Output:
-    """Declaration of a payload."""
-    return next(output for output in maker_of(payload, steps).outputs if output.name == payload)
-
-
 def is_stream(payload: str, steps: Sequence[Step]) -> bool:
-    """Whether a payload is an activation stream."""
-    return output_of(payload, steps).is_stream
+    """Whether a payload is an activation stream. False for a payload that no step of the plan writes."""
+    return any(output.is_stream for step in steps for output in step.outputs if output.name == payload)
 
 
 def sources_of(payload: str, steps: Sequence[Step]) -> tuple[str, ...]:
     """Names of the payloads from which a lost one is rebuilt."""
-    output = output_of(payload, steps)
-    return output.rebuilt_from if output.is_stream else maker_of(payload, steps).reads
+    maker = maker_of(payload, steps)
+    output = next(output for output in maker.outputs if output.name == payload)
+    return output.rebuilt_from if output.is_stream else maker.reads

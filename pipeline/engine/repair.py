@@ -15,7 +15,7 @@ from pipeline.engine.job import Job
 from pipeline.engine.plan import is_stream, maker_of, needed, sources_of
 from pipeline.engine.verify import damaged_payloads
 from pipeline.errors import DamagedData
-from pipeline.rundir.records import Payload
+from pipeline.rundir.records import Payload, Replacement
 from pipeline.rundir.run_directory import StepReport
 
 
@@ -72,8 +72,8 @@ def _rebuild(job: Job, name: str) -> bool:
             run.event("mended", payload=name, step=commit.step)
             return True
         if is_activations and job.allows_other_bits:
-            figures = {"replaces": commit.number}
-            run.commit(attempt, StepReport(figures, job.free, started_at, time.monotonic() - start))
+            result = Replacement(replaces=commit.number)
+            run.commit(attempt, StepReport(result, job.free, started_at, time.monotonic() - start))
             is_committed = True
             run.event("rebuilt", payload=name, step=commit.step)
             job.listener.warn(f"{name} has other bits here than it had: the run continues with them")

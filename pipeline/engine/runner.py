@@ -47,7 +47,7 @@ def _do(job: Job, step: Step) -> StepCommit:
     try:
         result = job.worker.execute(step, attempt, StepCallbacks(job, step, progress))
         report = StepReport(
-            result.figures,
+            result.result,
             job.free,
             started_at,
             progress.elapsed_s,

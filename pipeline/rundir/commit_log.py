@@ -119,7 +119,7 @@ class CommitLog:
         commits: list[StepCommit] = []
         for record in self.records:
             if record.step == INVALIDATE:
-                commits = [commit for commit in commits if commit.number < record.figures["from_number"]]
+                commits = [commit for commit in commits if commit.number < record.result["from_number"]]
             elif record.step != ENVIRONMENT:
                 commits.append(record)
         return tuple(commits)

@@ -1,8 +1,8 @@
-"""The records that lie in a run directory: what a run is, and what each step has committed.
+"""Records of a run directory: what a run is, and what each step has committed.
 
-A record is a JSON object whose `digest` is the sha256 of the rest of it in canonical form (sorted keys, no
-white space, ASCII). JSON has no NaN or infinity: in a commit's figures they become null, since a perplexity
-that overflowed is no reason to throw a finished step away; anywhere else they are refused with ValueError.
+A record is a JSON object whose `digest` is the sha256 of the rest of it in canonical form (sorted keys, no white space,
+ASCII). JSON has no NaN or infinity: in a step's result they become null, since an overflowed perplexity is no reason to
+discard a finished step; anywhere else they are refused with ValueError.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -27,9 +28,9 @@ from pydantic import (
 from pipeline.errors import ConfigMismatch, DamagedData
 from pipeline.rundir.migrations import migrate
 
-# The step of a record that takes the commits from figures["from_number"] on out of force.
+# Steps of records that are no work: commits that are no longer valid; another machine or other versions from here on.
 INVALIDATE = "invalidate"
-ENVIRONMENT = "environment"  # from here on, another machine or other versions
+ENVIRONMENT = "environment"
 
 StreamDtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 
@@ -99,14 +100,44 @@ class Payload(_Part):
         raise KeyError(inner)
 
 
+class Result(BaseModel):
+    """Base of what a kind of step reports in its commit. Each kind has a subclass of its own."""
+
+    # "constants" lets NaN through, which a commit makes null; pydantic's default refuses nothing and says nothing.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+R = TypeVar("R", bound=Result)
+
+
+class Invalidation(Result):
+    """Result of a record that invalidates the commits from `from_number` on."""
+
+    from_number: int = Field(ge=0)
+    reason: str
+
+
+class EnvironmentChange(Result):
+    """Result of a record after which another machine, or other versions, do the steps."""
+
+    environment: dict[str, Any]
+    changes: tuple[str, ...]
+
+
+class Replacement(Result):
+    """Result of a record whose payload replaces one of commit `replaces`, with other bits."""
+
+    replaces: int = Field(ge=0)
+
+
 class Record(BaseModel):
-    """A JSON file with a schema version and its own digest. Build one with `new`, read one with `read`."""
+    """A JSON file with a schema version and its own digest. Build one with `new`, read one with `from_bytes`."""
 
     # "constants" lets NaN through to json.dumps, which refuses it; the default makes it null unasked.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
-    newest_schema: ClassVar[int] = 1
+    newest_schema: ClassVar[int] = 2
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     digest: Sha256
 
     @classmethod
@@ -150,7 +181,10 @@ class Record(BaseModel):
 
 
 class RunManifest(Record):
-    """run.json: what a run is. Written once, before the first step."""
+    """run.json: what a run is. Written once, before the first step.
+
+    The run directory does not interpret these parts. `pipeline.steps.run_facts` does.
+    """
 
     created_at: AwareDatetime
     config: dict[str, Any]
@@ -165,8 +199,18 @@ class RunManifest(Record):
 class StepCommit(Record):
     """commits/NNNNNN.json: a step is done, and these are its results.
 
-    `parent` is the digest of the commit before, or of run.json; `attempt` the folder in data/ that was
-    written for it; `free` the settings in force that do not change the weights.
+    Attributes:
+        number: Its place in the chain, from 0.
+        step: Name of the step.
+        parent: Digest of the record before, or of run.json.
+        attempt: The folder in data/ that was written for it.
+        payloads: What the step wrote, by name.
+        result: What the step reports, in the form that its kind defines. Read it by `result_as`.
+        free: The runtime settings in force.
+        started_at: When the step began.
+        elapsed_s: Seconds of work.
+        peak_memory_bytes: Peak memory of the process.
+        peak_device_bytes: Peak memory of the GPU.
     """
 
     number: int = Field(ge=0)
@@ -174,17 +218,31 @@ class StepCommit(Record):
     parent: Sha256
     attempt: str = Field(pattern=r"^[0-9]{6}-[0-9a-f]{8}$")
     payloads: dict[str, Payload]
-    figures: dict[str, Any]
+    result: dict[str, Any]
     free: dict[str, Any]
     started_at: AwareDatetime
     elapsed_s: float = Field(ge=0, allow_inf_nan=False)
     peak_memory_bytes: int | None = Field(default=None, ge=0)
     peak_device_bytes: int | None = Field(default=None, ge=0)
 
-    @field_validator("figures", mode="before")
+    @field_validator("result", mode="before")
     @classmethod
-    def _finite(cls, figures: Any) -> Any:
-        return finite_or_null(figures)
+    def _finite(cls, result: Any) -> Any:
+        return finite_or_null(result)
+
+    def result_as(self, model: type[R]) -> R:
+        """The step's result in the form of its kind.
+
+        Raises:
+            DamagedData: The result does not have this form.
+        """
+        try:
+            return model.model_validate_json(json.dumps(self.result), strict=True)
+        except (ValidationError, RecursionError) as error:
+            reason = str(error) if isinstance(error, RecursionError) else first_reason(error)
+            raise DamagedData(
+                f"commits/{self.number:06d}.json is damaged: its result is not that of {self.step[:100]}: {reason}"
+            ) from error
 
     @model_validator(mode="after")
     def _payloads_in_data(self) -> Self:
@@ -194,12 +252,12 @@ class StepCommit(Record):
         return self
 
     @model_validator(mode="after")
-    def _says_what_it_invalidates(self) -> Self:
+    def _says_what_it_changes(self) -> Self:
         if self.step == INVALIDATE:
-            number = self.figures.get("from_number")
+            number = self.result.get("from_number")
             if self.payloads or type(number) is not int or not 0 <= number < self.number:
                 raise ValueError("a record that invalidates names an earlier commit, and has no payloads")
-        if self.step == ENVIRONMENT and (self.payloads or not isinstance(self.figures.get("environment"), dict)):
+        if self.step == ENVIRONMENT and (self.payloads or not isinstance(self.result.get("environment"), dict)):
             raise ValueError("a record of another environment says which, and has no payloads")
         return self
 
@@ -213,6 +271,12 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite_or_null(inner) for inner in value]
     return value
+
+
+def first_reason(error: ValidationError) -> str:
+    """The first thing that a validation found, in one short line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc'])[:200]}: {first['msg'][:200]}"
 
 
 def _digest(body: Mapping[str, object]) -> str:

@@ -25,7 +25,17 @@ from pipeline.errors import DamagedData, DiskError, FileExists, FileGone, NotARu
 from pipeline.rundir import filesystem, views
 from pipeline.rundir.commit_log import NO_REMEDY, CommitLog, commit_key
 from pipeline.rundir.filesystem import FileDigest
-from pipeline.rundir.records import ENVIRONMENT, INVALIDATE, Payload, RunManifest, StepCommit, finite_or_null
+from pipeline.rundir.records import (
+    ENVIRONMENT,
+    INVALIDATE,
+    EnvironmentChange,
+    Invalidation,
+    Payload,
+    Result,
+    RunManifest,
+    StepCommit,
+    finite_or_null,
+)
 from pipeline.rundir.redact import scrub, scrub_values
 from pipeline.rundir.step_transaction import Attempt
 from pipeline.rundir.storage.base import Storage
@@ -48,7 +58,7 @@ class StepReport:
     """What a commit records beside the payloads.
 
     Attributes:
-        figures: Result of the step.
+        result: Result of the step.
         free: The runtime settings in force.
         started_at: When the step began.
         elapsed_s: Seconds of work, those of interrupted attempts included.
@@ -56,7 +66,7 @@ class StepReport:
         peak_device_bytes: Peak memory of the GPU.
     """
 
-    figures: Mapping[str, Any]
+    result: Result
     free: Mapping[str, Any]
     started_at: datetime
     elapsed_s: float
@@ -155,13 +165,6 @@ class RunDirectory:
         """The commit of a step, by its name; None if it has not been done."""
         return next((commit for commit in self.commits if commit.step == step), None)
 
-    @property
-    def budget(self) -> list[Any]:
-        """The budget by block: of the step that looked at the data, if there was one, else as the run began."""
-        allocated = self.commit_for("allocate")
-        table: list[Any] = allocated.figures["budget"] if allocated else self.manifest.budget
-        return table
-
     def payload(self, name: str) -> Payload:
         """The payload of that name, of the newest commit that made one. Raises StepOrderError."""
         return self.find(name)[1]
@@ -219,24 +222,23 @@ class RunDirectory:
 
         Used for a payload that is damaged and cannot be rebuilt bit for bit. Raises Superseded.
         """
-        return self._note(INVALIDATE, {"from_number": number, "reason": scrub(reason)}, free)
+        return self._note(INVALIDATE, Invalidation(from_number=number, reason=scrub(reason)), free)
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions and device for the next step: those of the beginning, unless they have changed."""
         changes = [record for record in self.log if record.step == ENVIRONMENT]
-        found: dict[str, Any] = changes[-1].figures["environment"] if changes else self.manifest.environment
-        return found
+        return changes[-1].result_as(EnvironmentChange).environment if changes else self.manifest.environment
 
     def change_environment(
         self, environment: Mapping[str, Any], changes: Sequence[str], free: Mapping[str, Any]
     ) -> StepCommit:
         """Record that another machine, or other versions, do the steps from here on. Raises Superseded."""
-        return self._note(ENVIRONMENT, {"environment": dict(environment), "changes": list(changes)}, free)
+        return self._note(ENVIRONMENT, EnvironmentChange(environment=dict(environment), changes=tuple(changes)), free)
 
-    def _note(self, kind: str, figures: Mapping[str, Any], free: Mapping[str, Any]) -> StepCommit:
+    def _note(self, kind: str, result: Result, free: Mapping[str, Any]) -> StepCommit:
         """Append a record that is no step."""
-        report = StepReport(figures, free, datetime.now(UTC), 0.0)
+        report = StepReport(result, free, datetime.now(UTC), 0.0)
         return self._commits.append(self._record(kind, self._commits.next_attempt(), report, {}))
 
     def _record(self, step: str, attempt: str, report: StepReport, payloads: Mapping[str, Payload]) -> StepCommit:
@@ -246,7 +248,7 @@ class RunDirectory:
             parent=self.newest_digest,
             attempt=attempt,
             payloads=dict(payloads),
-            figures=dict(report.figures),
+            result=report.result.model_dump(),
             free=dict(report.free),
             started_at=report.started_at,
             elapsed_s=report.elapsed_s,

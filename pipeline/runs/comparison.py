@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError, RunNotFound
 from pipeline.rundir.storage.object_client import is_address
 from pipeline.runs.lifecycle import reopen
 from pipeline.runs.status import EvaluationResult, RunStatus, evaluation_of, status
+from pipeline.steps.evaluate import evaluate_result
 from stages.interfaces import Watcher
 
 if TYPE_CHECKING:
@@ -144,4 +145,7 @@ def _measured(model: BlockModel, measure: Measure, callbacks: Watcher) -> tuple[
     seqlen = measure.seqlen if model.fixed_tokens is None else None  # a run's may have been what is compared with
     wanted = Wanted(measure.sources, (), seqlen, measure.max_tokens)
     found = measure_model(model.source, wanted, lambda _: nullcontext(callbacks)).measured
-    return tuple(evaluation_of(f"evaluate/pruned/{one['source']}", {"which": "pruned", **one}) for one in found)
+    return tuple(
+        evaluation_of(f"evaluate/pruned/{one['source']}", evaluate_result("pruned", one["source"], None, one))
+        for one in found
+    )

@@ -30,10 +30,19 @@ from pipeline.rundir.storage.base import Storage
 from pipeline.rundir.storage.local import free_bytes
 from pipeline.rundir.storage.locate import Place, locate, scratch_folder
 from pipeline.runs.model_card import ModelView
-from pipeline.runs.plausible import configuration_of, making_sense
 from pipeline.runs.prepare import RUNS, Prepared, environment_record
+from pipeline.steps.evaluate import evaluations_of
 from pipeline.steps.lamp_plan import chain_of, steps_of
+from pipeline.steps.run_facts import (
+    EnvironmentRecord,
+    config_in_force,
+    environment_of,
+    facts_of,
+    from_record,
+    to_record,
+)
 from pipeline.steps.stage_settings import task_data_of
+from pipeline.steps.zero_shot import accuracies_of
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +62,13 @@ def start(prepared: Prepared, place: Place) -> RunDirectory:
         return run
     manifest = RunManifest.new(
         created_at=datetime.now(UTC),
-        config=prepared.config.model_dump(mode="json"),
-        provenance=prepared.origins,
-        identity={"settings": prepared.config.identity, "model": prepared.model["files"], "data": prepared.data},
+        config=to_record(prepared.config.model_dump(mode="json")),
+        provenance=to_record(prepared.origins),
+        identity={
+            "settings": to_record(prepared.config.identity),
+            "model": prepared.model["files"],
+            "data": prepared.data,
+        },
         model=prepared.model,
         environment=prepared.environment,
         budget=[asdict(block) for block in prepared.budget],
@@ -76,11 +89,12 @@ def _place_scratch(storage: Storage, config: RunConfig) -> None:
 
 def require_same(run: RunDirectory, prepared: Prepared) -> None:
     """Raise ConfigMismatch if the run's identity differs from what is asked for now."""
-    differing = differing_fields(run.manifest.identity["settings"], prepared.config.identity)
-    if run.manifest.identity["model"] != prepared.model["files"]:
+    identity = facts_of(run).identity
+    differing = differing_fields(from_record(identity.settings), prepared.config.identity)
+    if {name: file.model_dump() for name, file in identity.model.items()} != prepared.model["files"]:
         differing["model files"] = ("as they were", "changed since")
     calibration = prepared.config.calibration
-    if calibration and run.manifest.identity["data"].get(calibration) != prepared.data.get(calibration):
+    if calibration and identity.data.get(calibration) != prepared.data.get(calibration):
         differing["calibration text"] = ("as it was", "changed since")
     for name in prepared.config.evaluate:
         _require_same_text(run, name, prepared.data[name])
@@ -96,9 +110,8 @@ def require_same(run: RunDirectory, prepared: Prepared) -> None:
 
 def _require_same_text(run: RunDirectory, source: str, digest: Any) -> None:
     """Raise ConfigMismatch if the run has figures of this source that were measured on another text."""
-    for commit in run.commits:
-        measured = commit.step.startswith("evaluate/") and commit.figures["source"] == source
-        if measured and commit.figures["source_digest"] != digest:
+    for _, measured in evaluations_of(run):
+        if measured.source == source and measured.source_digest != digest:
             raise ConfigMismatch(
                 f"{source} has changed since {run.label} was evaluated on it: give the new data another name, so "
                 "that its figures stand beside the old ones"
@@ -108,21 +121,19 @@ def _require_same_text(run: RunDirectory, source: str, digest: Any) -> None:
 def _require_same_rows(run: RunDirectory, config: RunConfig) -> None:
     """Raise ConfigMismatch if the run has accuracies that were measured on other rows in the same folder."""
     data = task_data_of(config)
-    for commit in run.commits:
-        figures = commit.figures
-        measured = commit.step.startswith("zero-shot/") and figures["task_data"] == config.task_data
-        if data is None or not measured or figures["task"] not in config.tasks:
+    for _, measured in accuracies_of(run):
+        if data is None or measured.task_data != config.task_data or measured.task not in config.tasks:
             continue
-        if figures["task_data_digest"] != data.digest(figures["task"]):
+        if measured.task_data_digest != data.digest(measured.task):
             raise ConfigMismatch(
-                f"the rows of {figures['task']} in {config.task_data} have changed since {run.label} was evaluated on "
+                f"the rows of {measured.task} in {config.task_data} have changed since {run.label} was evaluated on "
                 "them: put the new ones into another folder, so that their figures stand beside the old ones"
             )
 
 
 def require_exported(run: RunDirectory, config: RunConfig) -> None:
     """Raise StepOrderError, naming the step to do first, unless the run has a model to evaluate."""
-    todo = next_steps(chain_of(config, run.manifest.model["num_blocks"]), [commit.step for commit in run.commits])
+    todo = next_steps(chain_of(config, facts_of(run).model.num_blocks), [commit.step for commit in run.commits])
     if todo:
         raise StepOrderError(f"evaluate comes later: do {todo[0].name} first")
 
@@ -136,10 +147,7 @@ def reopen(
     Raises ConfigError for a wrong one.
     """
     run = RunDirectory.open(place, is_resuming=is_resuming)
-    config = configuration_of(run)
-    if run.log:
-        with making_sense(f"{run.label}/commits/{run.log[-1].number:06d}.json"):
-            config = config.with_free(run.log[-1].free)
+    config = config_in_force(run)
     changes = {field: value for field, value in (free or {}).items() if value is not None}
     try:
         config = config.with_free(changes)
@@ -168,8 +176,8 @@ def change_evaluation(
         changed = config.with_free(changes)
     except ValidationError as error:
         raise ConfigError(explain(error, {})) from error
-    check_evaluation(changed, run.manifest.model["max_positions"])
-    model, task = run.manifest.model["name"], run.manifest.model.get("task", "language")
+    check_evaluation(changed, facts_of(run).model.max_positions)
+    model, task = facts_of(run).model.name, facts_of(run).model.task
     if task == "vision":
         language_only = ("eval_seqlen", "eval_max_tokens", "tasks", "task_data", "task_limit")
         for field in language_only:
@@ -273,7 +281,7 @@ def _settle_environment(run: RunDirectory, config: RunConfig, listener: Listener
             "LAMPCTL_ALLOW_ENVIRONMENT_CHANGE=1)"
         )
     listener.warn(f"from here on, the run is done elsewhere:\n{lines}")
-    run.change_environment(environment, changes, config.free)
+    run.change_environment(environment.model_dump(), changes, config.free)
     run.event("environment-changed", changes=changes)
 
 
@@ -301,15 +309,15 @@ def _require_room(run: RunDirectory, config: RunConfig, steps: Sequence[Step], w
         require_room(disk.label, sum(wanted.values()), free_bytes(disk.folder), what)
 
 
-def environment_here(run: RunDirectory, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+def environment_here(run: RunDirectory, config: RunConfig) -> tuple[EnvironmentRecord, list[str]]:
     """This machine as the run would have it, and how it differs from the one in force, one sentence each.
 
     The arithmetic stays that of the run; threads and the like are chosen anew where the device is another one.
     """
     from stages.machine import device
 
-    then = run.environment
-    choices = device.DeviceChoices(**then["device"])
+    then = environment_of(run)
+    choices = device.DeviceChoices(**then.device.model_dump())
     changes = []
     found = device.name_of(choices.device)
     if found != choices.device_name:
@@ -317,7 +325,7 @@ def environment_here(run: RunDirectory, config: RunConfig) -> tuple[dict[str, An
         changes.append(f"{choices.device} is {what} here, it was {choices.device_name}")
         chosen = device.choose(config.device, choices.dtype, config.threads)
         choices = replace(chosen, batch_tokens=choices.batch_tokens, compiles=choices.compiles)
-    now = environment_record(asdict(choices))
+    now = EnvironmentRecord.model_validate(environment_record(asdict(choices)))
     for name, version in _versions(then).items():
         here = _versions(now).get(name)
         if here != version:
@@ -325,10 +333,10 @@ def environment_here(run: RunDirectory, config: RunConfig) -> tuple[dict[str, An
     return now, changes
 
 
-def _versions(environment: Mapping[str, Any]) -> dict[str, str]:
-    """What may change the last bits: of Python, no more than 3.12 does."""
-    python = ".".join(environment["python"].split(".")[:2])
-    return {**environment["packages"], "python": python}
+def _versions(environment: EnvironmentRecord) -> dict[str, str]:
+    """The versions that may change the last bits: of Python, its minor version."""
+    python = ".".join(environment.python.split(".")[:2])
+    return {**environment.packages, "python": python}
 
 
 def newest_unfinished(root: Path = RUNS) -> Path | None:

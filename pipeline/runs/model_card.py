@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.config.run_config import RunConfig
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.status import AccuracyResult, described, side_by_side, status
+from pipeline.steps.run_facts import facts_of
 from stages.version import VERSION
 
 
@@ -53,12 +54,13 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
         if any(metric in found.metrics for found in pair.values())
     )
     settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision")}
+    model = facts_of(run).model
     assert state.num_masked is not None
     assert state.num_other_zeros is not None
     return CardFacts(
-        task=run.manifest.model.get("task", "language"),
-        base_model=run.manifest.model["name"],
-        revision=run.manifest.model["revision"],
+        task=model.task,
+        base_model=model.name,
+        revision=model.revision,
         method=config.method,
         goal=config.goal,
         num_masked=state.num_masked,

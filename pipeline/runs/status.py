@@ -1,4 +1,4 @@
-"""What a run's commits tell: its state, its figures, how long the rest will take. Reads, never writes."""
+"""State of a run, from its commits: steps, losses, metrics, and how long the rest will take. Reads, never writes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from typing import Any
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.plan import Step
 from pipeline.rundir.lease import holder_of, is_known_dead
-from pipeline.rundir.records import ENVIRONMENT, StepCommit
+from pipeline.rundir.records import ENVIRONMENT, EnvironmentChange, StepCommit
 from pipeline.rundir.run_directory import RunDirectory
-from pipeline.runs.plausible import making_sense
+from pipeline.steps.evaluate import evaluations_of
 from pipeline.steps.lamp_plan import steps_of
 from pipeline.steps.registry import STEP_KINDS
+from pipeline.steps.results import (
+    CompensateResult,
+    EvaluateResult,
+    ExportResult,
+    PruneResult,
+    RefineResult,
+    TrainingRecord,
+    ZeroShotResult,
+    budget_of_run,
+)
+from pipeline.steps.run_facts import BlockBudgetRecord, facts_of
+from pipeline.steps.zero_shot import accuracies_of
 from stages.metrics.registry import how_measured
 
 
@@ -78,25 +90,30 @@ class BlockState:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What one evaluate step measured."""
+    """What one evaluate step measured.
+
+    Attributes:
+        step: Name of the step.
+        which: "dense" (the original model) or "pruned".
+        source: Name of the data source.
+        metric: Name of the metric: "perplexity", "iou".
+        value: Its value; None: it overflowed.
+        is_partial: Only a part of the data was used.
+        details: What it was measured on, as the metric says it.
+    """
 
     step: str
-    which: str  # "dense" or "pruned"
+    which: str
     source: str
-    metric: str  # the name of the figure that counts: "perplexity", "iou"
-    figures: Mapping[str, Any]  # that one, and what it was measured on
+    metric: str
+    value: float | None
     is_partial: bool
-
-    @property
-    def value(self) -> float | None:
-        """The figure that counts; None: it overflowed."""
-        found: float | None = self.figures[self.metric]
-        return found
+    details: Mapping[str, Any]
 
     @property
     def amount(self) -> int:
-        """Tokens, or masks, that it was measured on."""
-        found: int = self.figures["num_masks" if self.metric == "iou" else "num_tokens"]
+        """Number of tokens, or masks, that it was measured on."""
+        found: int = self.details["num_masks" if self.metric == "iou" else "num_tokens"]
         return found
 
     @property
@@ -105,29 +122,41 @@ class EvaluationResult:
         return (
             self.metric,
             self.source,
-            self.figures.get("points", self.figures.get("seqlen")),
+            self.details.get("points", self.details.get("seqlen")),
             self.amount,
             self.is_partial,
         )
 
     def record(self) -> dict[str, Any]:
-        """For JSON, all in one."""
+        """The same as one JSON object."""
         about = {"step": self.step, "which": self.which, "source": self.source, "metric": self.metric}
-        return {**about, **self.figures, "is_partial": self.is_partial}
+        return {**about, self.metric: self.value, **self.details, "is_partial": self.is_partial}
 
 
 @dataclass(frozen=True)
 class AccuracyResult:
-    """Accuracies on one zero-shot task."""
+    """Accuracies on one zero-shot task.
 
-    step: str  # which zero-shot step measured them
-    which: str  # "dense" or "pruned"
+    Attributes:
+        step: Name of the step that measured them.
+        which: "dense" (the original model) or "pruned".
+        task: Name of the task.
+        metrics: "acc", "acc_norm", "acc_stderr", ...
+        num_rows: Rows that were used.
+        num_rows_available: Rows of the task.
+        is_partial: Only the first rows were used.
+        task_data: Folder with the rows; None: the hub.
+        harness_version: Version of lm-evaluation-harness.
+    """
+
+    step: str
+    which: str
     task: str
-    metrics: dict[str, float]  # "acc", "acc_norm", "acc_stderr" ...
+    metrics: Mapping[str, float]
     num_rows: int
     num_rows_available: int
     is_partial: bool
-    task_data: str | None  # the folder with the rows; None: the hub
+    task_data: str | None
     harness_version: str
 
 
@@ -166,21 +195,17 @@ class RunStatus:
 
 def status(run: RunDirectory, config: RunConfig) -> RunStatus:
     """The state of a run, from its manifest and commits alone. Raises DamagedData where those make no sense."""
-    with making_sense(f"{run.label}/commits"):
-        return _status(run, config)
-
-
-def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
     steps = steps_of(run, config)
     by_name = {commit.step: commit for commit in run.commits}
     states = tuple(_step_state(step, by_name.get(step.name)) for step in steps)
     todo = [state for state in states if not state.is_done]
-    exported = by_name.get("export")
+    budget, model = budget_of_run(run), facts_of(run).model
+    exported = by_name["export"].result_as(ExportResult) if "export" in by_name else None
     pruning = [commit for commit in run.commits if _prunes(commit)]
     measured = pruning or run.commits
     return RunStatus(
         label=run.label,
-        task=run.manifest.model.get("task", "language"),
+        task=model.task,
         config=config,
         is_finished=not todo,
         next_step=todo[0].name if todo else None,
@@ -191,19 +216,19 @@ def _status(run: RunDirectory, config: RunConfig) -> RunStatus:
         peak_memory_bytes=max((c.peak_memory_bytes or 0 for c in measured), default=0) or None,
         peak_device_bytes=max((c.peak_device_bytes or 0 for c in measured), default=0) or None,
         steps=states,
-        blocks=tuple(_block_state(i, b, by_name, bool(config.refine)) for i, b in enumerate(run.budget)),
-        evaluations=evaluations_of(run),
-        accuracies=accuracies_of(run),
-        num_prunable=sum(layer["size"] for block in run.budget for layer in block["layers"]),
-        num_masked=exported.figures["num_masked"] if exported else None,
-        num_other_zeros=exported.figures["num_other_zeros"] if exported else None,
+        blocks=tuple(_block_state(i, b, by_name, bool(config.refine)) for i, b in enumerate(budget)),
+        evaluations=tuple(evaluation_of(*measured) for measured in evaluations_of(run)),
+        accuracies=tuple(_accuracy_of(*measured) for measured in accuracies_of(run)),
+        num_prunable=sum(block.size for block in budget),
+        num_masked=exported.num_masked if exported else None,
+        num_other_zeros=exported.num_other_zeros if exported else None,
         model=f"{run.label}/model" if exported else None,
-        model_size_bytes=exported.figures.get("size_bytes") if exported else None,
+        model_size_bytes=exported.size_bytes if exported else None,
         environment_changes=tuple(
             f"from commit {record.number} on: {change}"
             for record in run.log
             if record.step == ENVIRONMENT
-            for change in record.figures["changes"]
+            for change in record.result_as(EnvironmentChange).changes
         ),
         holder=None if todo == [] else _holder(run),
     )
@@ -215,29 +240,24 @@ def _prunes(commit: StepCommit) -> bool:
     return kind in STEP_KINDS and not STEP_KINDS.get(kind).is_measurement
 
 
-def evaluations_of(run: RunDirectory) -> tuple[EvaluationResult, ...]:
-    """All that the run has measured, in the order of its commits."""
-    return tuple(
-        evaluation_of(commit.step, commit.figures) for commit in run.commits if commit.step.startswith("evaluate/")
+def evaluation_of(step: str, measured: EvaluateResult) -> EvaluationResult:
+    """The state of an evaluate step, from the result in its commit."""
+    return EvaluationResult(
+        step, measured.which, measured.source, measured.metric, measured.value, measured.is_partial, measured.details
     )
 
 
-def evaluation_of(step: str, figures: Mapping[str, Any]) -> EvaluationResult:
-    """What an evaluate step left, as its commit has it."""
-    metric = figures.get("metric", "perplexity")
-    about = ("which", "source", "source_digest", "metric", "is_partial")
-    rest = {name: value for name, value in figures.items() if name not in about}
-    assert metric in rest
-    return EvaluationResult(step, figures["which"], figures["source"], metric, rest, figures["is_partial"])
-
-
-def accuracies_of(run: RunDirectory) -> tuple[AccuracyResult, ...]:
-    """All zero-shot accuracies that the run has measured, in the order of their commits."""
-    fields = set(AccuracyResult.__dataclass_fields__) - {"step"}
-    return tuple(
-        AccuracyResult(step=commit.step, **{name: commit.figures[name] for name in fields})
-        for commit in run.commits
-        if commit.step.startswith("zero-shot/")
+def _accuracy_of(step: str, measured: ZeroShotResult) -> AccuracyResult:
+    return AccuracyResult(
+        step=step,
+        which=measured.which,
+        task=measured.task,
+        metrics={name: value for name, value in measured.metrics.items() if value is not None},
+        num_rows=measured.num_rows,
+        num_rows_available=measured.num_rows_available,
+        is_partial=measured.is_partial,
+        task_data=measured.task_data,
+        harness_version=measured.harness_version,
     )
 
 
@@ -252,8 +272,8 @@ def side_by_side(
 
 
 def described(result: EvaluationResult) -> str:
-    """How a figure was measured, in a few words."""
-    return how_measured(result.metric, result.figures, is_partial=result.is_partial)
+    """How a metric was measured, in a few words."""
+    return how_measured(result.metric, result.details, is_partial=result.is_partial)
 
 
 def _holder(run: RunDirectory) -> str | None:
@@ -284,47 +304,51 @@ def _remaining_s(states: Sequence[StepState]) -> float | None:
     return sum(known) if known or not todo else None
 
 
-def _block_state(index: int, budget: dict[str, Any], by_name: dict[str, StepCommit], has_refine: bool) -> BlockState:
-    pruned, compensated = by_name.get(f"prune-block/{index}"), by_name.get(f"compensate-block/{index}")
-    refined = by_name.get(f"refine-block/{index}")
-    losses = compensated.figures if compensated else {}
-    refine_losses = refined.figures if refined else {}
-    outcome = pruned.figures["layers"] if pruned else {}
-    finished = refined if has_refine else pruned
-    counted = finished.figures.get("weights", {}) if finished else {}
-    layers = tuple(
-        LayerState(
-            layer["name"],
-            layer["role"],
-            layer["size"],
-            layer["num_masked"],
-            outcome.get(layer["name"], {}).get("relative_error"),
-            counted.get(layer["name"], {}).get("num_masked"),
-            counted.get(layer["name"], {}).get("num_other_zeros"),
-        )
-        for layer in budget["layers"]
-    )
+def _block_state(
+    index: int, budget: BlockBudgetRecord, by_name: Mapping[str, StepCommit], has_refine: bool
+) -> BlockState:
+    commits = [by_name.get(f"{kind}/{index}") for kind in ("compensate-block", "prune-block", "refine-block")]
+    compensated = commits[0].result_as(CompensateResult) if commits[0] else None
+    pruned = commits[1].result_as(PruneResult) if commits[1] else None
+    refined = commits[2].result_as(RefineResult) if commits[2] else None
+    training = compensated.training if compensated else None
+    refinement = refined.training if refined else None
+    outcome = pruned.layers if pruned else {}
+    finished = (refined.finished if refined else None) if has_refine else (pruned.finished if pruned else None)
+    counted = finished.layers if finished else {}
     return BlockState(
         block=index,
         state="refined" if refined else "pruned" if pruned else "compensated" if compensated else "waiting",
-        size=sum(layer.size for layer in layers),
-        num_masked=sum(layer.num_masked for layer in layers),
-        num_other_zeros=finished.figures["num_other_zeros"] if finished else None,
-        loss_before=losses.get("loss_before"),
-        loss_after=losses.get("loss_after"),
-        loss_before_aside=losses.get("loss_before_aside"),
-        loss_after_aside=losses.get("loss_after_aside"),
-        refine_before=refine_losses.get("loss_before"),
-        refine_after=refine_losses.get("loss_after"),
-        refine_before_aside=refine_losses.get("loss_before_aside"),
-        refine_after_aside=refine_losses.get("loss_after_aside"),
-        epochs=_epochs(losses),
-        kept_epoch=losses.get("kept_epoch"),
-        refine_epochs=_epochs(refine_losses),
-        refine_kept_epoch=refine_losses.get("kept_epoch"),
-        layers=layers,
+        size=budget.size,
+        num_masked=sum(layer.num_masked for layer in budget.layers),
+        num_other_zeros=finished.num_other_zeros if finished else None,
+        loss_before=training.before.trained if training else None,
+        loss_after=training.after.trained if training else None,
+        loss_before_aside=training.before.held_out if training else None,
+        loss_after_aside=training.after.held_out if training else None,
+        refine_before=refinement.before.trained if refinement else None,
+        refine_after=refinement.after.trained if refinement else None,
+        refine_before_aside=refinement.before.held_out if refinement else None,
+        refine_after_aside=refinement.after.held_out if refinement else None,
+        epochs=_epochs(training),
+        kept_epoch=training.kept_epoch if training else None,
+        refine_epochs=_epochs(refinement),
+        refine_kept_epoch=refinement.kept_epoch if refinement else None,
+        layers=tuple(
+            LayerState(
+                layer.name,
+                layer.role,
+                layer.size,
+                layer.num_masked,
+                outcome[layer.name].relative_error if layer.name in outcome else None,
+                counted[layer.name].num_masked if layer.name in counted else None,
+                counted[layer.name].num_other_zeros if layer.name in counted else None,
+            )
+            for layer in budget.layers
+        ),
     )
 
 
-def _epochs(figures: Mapping[str, Any]) -> tuple[EpochLoss, ...]:
-    return tuple(EpochLoss(epoch["trained"], epoch["aside"]) for epoch in figures.get("epoch_losses", ()))
+def _epochs(training: TrainingRecord | None) -> tuple[EpochLoss, ...]:
+    losses = training.epoch_losses if training else ()
+    return tuple(EpochLoss(epoch.trained, epoch.held_out) for epoch in losses)

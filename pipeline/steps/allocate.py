@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
+from pipeline.steps.results import AllocateResult
+from pipeline.steps.run_facts import BlockBudgetRecord, facts_of
 
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 class Allocate(StepKind):
     """Gives each block its share of the sparsity, from a first pass of the original model; writes no payload."""
 
+    result = AllocateResult
     name = "allocate"
     title = "decide the budget"
     help = "Run the original model once and give each block its share of the sparsity."
@@ -27,7 +29,7 @@ class Allocate(StepKind):
         """The step in the plan."""
         return Step(Allocate.name, reads=(payloads.CALIBRATION.name, payloads.biased(0).name))
 
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> AllocateResult:
         from dataclasses import asdict
 
         from pipeline.steps.stage_settings import fixed_sparsities, prunable_layers
@@ -38,7 +40,7 @@ class Allocate(StepKind):
         assert config.budget_spread is not None
         assert config.alpha is not None
         assert config.beta is not None
-        names = {layer["name"] for block in context.run.manifest.budget for layer in block["layers"]}
+        names = {layer.name for block in facts_of(context.run).budget for layer in block.layers}
         hidden = context.run.open_stream("biased/0")
         shares = outlier_shares(context.stage(callbacks), hidden, names, attempt.scratch())
         blocks = prunable_layers(context.model, config.ignore)
@@ -48,7 +50,8 @@ class Allocate(StepKind):
         )
         if spread != config.budget_spread:
             callbacks.warn(f"the spread of the budget is {spread:g}: no layer can be pruned above 100% or below 0%")
-        return {"outlier_shares": shares, "spread": spread, "budget": [asdict(block) for block in budget]}
+        records = tuple(BlockBudgetRecord.model_validate(asdict(block)) for block in budget)
+        return AllocateResult(outlier_shares=tuple(shares), spread=spread, budget=records)
 
     def scratch_bytes(self, context: StepContext, step: Step) -> int:
         return context.stream_bytes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pipeline.rundir.records import Result
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
@@ -24,6 +26,7 @@ class StepKind(ABC):
     A kind also has a function ``step(...)`` that gives the `Step` of the plan, with the payloads it reads and writes.
 
     Attributes:
+        result: Form of the result in commits.
         name: Name in the plan and in commits, for example ``prune-block``.
         title: Name for people, for example ``prune a block``.
         help: What the step does, in one line.
@@ -31,6 +34,7 @@ class StepKind(ABC):
         sharing: When another run's result may be used.
     """
 
+    result: ClassVar[type[Result]]
     name: ClassVar[str]
     title: ClassVar[str]
     help: ClassVar[str]
@@ -38,7 +42,7 @@ class StepKind(ABC):
     sharing: ClassVar[Sharing] = "never"
 
     @abstractmethod
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Result:
         """Open the payloads that the step reads, call its stage, write its payloads.
 
         Args:

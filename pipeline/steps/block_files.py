@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,24 +22,12 @@ def write_state(attempt: Attempt, payload: str, state: Mapping[str, Tensor]) -> 
     attempt.write_file(payload, "block.safetensors", in_pieces(serialized(state)))
 
 
-def write_finished(context: StepContext, attempt: Attempt, block: int, finished: FinishedBlock) -> dict[str, Any]:
-    """Write a block in its final dtype and names, and return the counts of its weights."""
+def write_finished(context: StepContext, attempt: Attempt, block: int, finished: FinishedBlock) -> None:
+    """Write a block with the names and dtypes of the exported model."""
     from stages import export
 
     pieces = export.block_shard(context.model, block, finished.state)
     attempt.write_file(f"pruned/{block}", f"block-{block:05d}.safetensors", in_pieces(pieces))
-    return {
-        "num_masked": sum(layer.num_masked for layer in finished.layers),
-        "num_other_zeros": sum(layer.num_other_zeros for layer in finished.layers),
-        "weights": {
-            layer.name: {
-                "num_masked": layer.num_masked,
-                "num_other_zeros": layer.num_other_zeros,
-                "num_levels": layer.num_levels,
-            }
-            for layer in finished.layers
-        },
-    }
 
 
 def in_pieces(pieces: Iterable[Bytes]) -> Callable[[FileWriter], None]:

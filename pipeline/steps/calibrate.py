@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.engine.plan import Step
 from pipeline.errors import ConfigMismatch
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
+from pipeline.steps.results import CalibrateResult
+from pipeline.steps.run_facts import facts_of
 
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 class Calibrate(StepKind):
     """Writes the calibration set: token ids of text windows, or preprocessed images."""
 
+    result = CalibrateResult
     name = "calibrate"
     title = "read the calibration set"
     help = "Read the calibration samples and tokenize or preprocess them."
@@ -29,14 +31,14 @@ class Calibrate(StepKind):
         """The step in the plan."""
         return Step(Calibrate.name, outputs=(payloads.CALIBRATION,))
 
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> CalibrateResult:
         from pipeline.steps.stage_settings import drawing_of
         from stages.tasks.registry import parse_source
 
         config = context.config
         assert config.calibration is not None
         source = parse_source(config.calibration)
-        if source.digest() != context.run.manifest.identity["data"][config.calibration]:
+        if source.digest() != facts_of(context.run).identity.data[config.calibration]:
             raise ConfigMismatch(
                 f"{config.calibration} has changed since this run began: put the old data back, or start a new run"
             )
@@ -48,7 +50,9 @@ class Calibrate(StepKind):
             callbacks.check_stop()
             stream.write(index, samples[index])
             callbacks.report(index + 1, len(samples), "samples")
-        return {"source": config.calibration, **drawn.figures}
+        unit: Literal["tokens", "images"] = "images" if "num_images" in drawn.figures else "tokens"
+        amount, skipped = drawn.figures[f"num_{unit}"], drawn.figures.get("skipped", {})
+        return CalibrateResult(source=config.calibration, unit=unit, amount=amount, skipped=skipped)
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         return context.num_tokens * context.model.input_bytes_per_token

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
+from pipeline.steps.results import CaptureResult
 
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Capture(StepKind):
     """Writes the input of block 0 and, where a later step reads it, the dense output of block 0."""
 
+    result = CaptureResult
     name = "capture"
     title = "record the input of block 0"
     help = "Run the embeddings on the calibration set and record the input of block 0."
@@ -29,13 +30,13 @@ class Capture(StepKind):
         outputs = (payloads.biased(0), payloads.dense(1)) if with_dense else (payloads.biased(0),)
         return Step(Capture.name, reads=(payloads.CALIBRATION.name,), outputs=outputs)
 
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> CaptureResult:
         from stages.capture import capture
 
         dense = context.activations(attempt, "dense/1") if "dense/1" in step.writes else None
         biased = context.activations(attempt, "biased/0")
         capture(context.stage(callbacks), biased, dense)
-        return {}
+        return CaptureResult()
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         return context.stream_bytes

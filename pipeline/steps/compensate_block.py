@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import training_bytes, write_state
+from pipeline.steps.results import CompensateResult, TrainingRecord
 
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
     from stages.interfaces import Callbacks, Stream
-    from stages.training.trainer import Training
 
 
 class CompensateBlock(StepKind):
     """Writes the compensated weights of a block, and its dense output where a later step reads it."""
 
+    result = CompensateResult
     name = "compensate-block"
     title = "compensate a block"
     help = "Train a block so that it undoes the error of the pruned blocks before it."
@@ -36,7 +36,7 @@ class CompensateBlock(StepKind):
             outputs=(payloads.compensated(block), *dense),
         )
 
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> CompensateResult:
         from pipeline.steps.stage_settings import training_settings
         from stages.compensate_block import compensate_block
 
@@ -60,7 +60,7 @@ class CompensateBlock(StepKind):
             context.spill(attempt),
         )
         write_state(attempt, payloads.compensated(block).name, result.state)
-        return training_figures(result.training)
+        return CompensateResult(training=TrainingRecord.of(result.training))
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         assert step.block is not None
@@ -70,16 +70,3 @@ class CompensateBlock(StepKind):
     def scratch_bytes(self, context: StepContext, step: Step) -> int:
         has_dense = any(output.is_stream for output in step.outputs)
         return 0 if has_dense else context.stream_bytes
-
-
-def training_figures(training: Training) -> dict[str, Any]:
-    """How a block's training went, for its commit."""
-    return {
-        "loss_before": training.before.trained,
-        "loss_after": training.after.trained,
-        "loss_before_aside": training.before.held_out,
-        "loss_after_aside": training.after.held_out,
-        "epoch_losses": [{"trained": e.trained, "aside": e.held_out} for e in training.epoch_losses],
-        "kept_epoch": training.kept_epoch,
-        "num_steps": training.num_steps,
-    }

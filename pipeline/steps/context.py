@@ -12,6 +12,7 @@ from pipeline.errors import ConfigMismatch
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
 from pipeline.steps import payloads
+from pipeline.steps.run_facts import environment_of, facts_of
 
 if TYPE_CHECKING:
     from stages.interfaces import Callbacks, Scratch, Stream
@@ -39,7 +40,7 @@ class StepContext:
         """The device and the arithmetic that the run is done with."""
         from stages.machine.device import DeviceChoices
 
-        return DeviceChoices(**self.run.environment["device"])
+        return DeviceChoices(**environment_of(self.run).device.model_dump())
 
     @cached_property
     def model(self) -> BlockModel:
@@ -48,15 +49,15 @@ class StepContext:
         from stages.models.resolve import resolve
         from stages.tasks.registry import open_model
 
-        recorded = self.run.manifest.model
-        if recorded["source"] in ("folder", "pickle", "gguf") and not Path(self.config.model).exists():
+        recorded = facts_of(self.run).model
+        if recorded.source in ("folder", "pickle", "gguf") and not Path(self.config.model).exists():
             raise ResourceError(
                 f"{self.config.model}, the model that this run was begun with, is gone: put it back (a symbolic link "
                 "will do)"
             )
-        folder = resolve(self.config.model, recorded["revision"], trusts_code=self.config.trust_remote_code)
+        folder = resolve(self.config.model, recorded.revision, trusts_code=self.config.trust_remote_code)
         found = {name: digest.sha256 for name, digest in folder.files.items()}
-        expected = {name: digest["sha256"] for name, digest in recorded["files"].items()}
+        expected = {name: digest.sha256 for name, digest in recorded.files.items()}
         if found != expected:
             changed = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))
             raise ConfigMismatch(

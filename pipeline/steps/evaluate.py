@@ -10,9 +10,14 @@ from pipeline.engine.plan import Step
 from pipeline.errors import ConfigMismatch
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
+from pipeline.steps.results import EvaluateResult, Which
+from pipeline.steps.run_facts import facts_of
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from pipeline.config.run_config import RunConfig
+    from pipeline.rundir.run_directory import RunDirectory
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
     from stages.interfaces import Callbacks
@@ -32,7 +37,7 @@ class Evaluation:
         protocol: How to measure.
     """
 
-    which: str
+    which: Which
     source: str
     protocol: EvaluationProtocol
 
@@ -45,6 +50,7 @@ class Evaluation:
 class Evaluate(StepKind):
     """Measures a model on one data set, block by block over scratch streams; writes no payload."""
 
+    result = EvaluateResult
     name = "evaluate"
     title = "evaluate"
     help = "Measure the pruned model, or the original one, on one data set."
@@ -61,7 +67,7 @@ class Evaluate(StepKind):
         """One step for each data set; of the pruned model first, because that is what the user waits for."""
         return evaluation_steps(config.evaluate, config.evaluation_protocol, config.evaluate_dense)
 
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> EvaluateResult:
         from stages.tasks.registry import open_model, parse_source
 
         what = step.request
@@ -72,7 +78,7 @@ class Evaluate(StepKind):
         figures = context.task.evaluate(
             model, context.model, source, what.protocol, attempt.scratch(), context.choices, callbacks
         )
-        return {"which": what.which, "source": what.source, "source_digest": source.digest(), **figures}
+        return evaluate_result(what.which, what.source, source.digest(), figures)
 
     def scratch_bytes(self, context: StepContext, step: Step) -> int:
         what = step.request
@@ -82,20 +88,40 @@ class Evaluate(StepKind):
 
 def evaluation_steps(sources: Iterable[str], protocol: EvaluationProtocol, with_dense: bool) -> tuple[Step, ...]:
     """The evaluate steps of these data sources, none twice."""
-    kinds = ("pruned", "dense") if with_dense else ("pruned",)
+    kinds: tuple[Which, ...] = ("pruned", "dense") if with_dense else ("pruned",)
     evaluations = [Evaluation(which, source, protocol) for source in sources for which in kinds]
     return tuple(Evaluate.step(evaluation) for evaluation in dict.fromkeys(evaluations))
+
+
+def evaluate_result(which: Which, source: str, digest: JsonValue, figures: Mapping[str, Any]) -> EvaluateResult:
+    """The record of a measurement. figures: as the task gives them; "metric" names the value that counts."""
+    metric = figures["metric"]
+    rest = {name: value for name, value in figures.items() if name not in ("source", "metric", metric, "is_partial")}
+    return EvaluateResult(
+        which=which,
+        source=source,
+        source_digest=digest,
+        metric=metric,
+        value=figures[metric],
+        is_partial=figures["is_partial"],
+        details=rest,
+    )
+
+
+def evaluations_of(run: RunDirectory) -> tuple[tuple[str, EvaluateResult], ...]:
+    """All that a run has measured, with the names of the steps, in the order of its commits. Raises DamagedData."""
+    return tuple(
+        (commit.step, commit.result_as(EvaluateResult))
+        for commit in run.commits
+        if commit.step.startswith(f"{Evaluate.name}/")
+    )
 
 
 def _require_same_data(context: StepContext, source: DataSource) -> None:
     """Raise ConfigMismatch if the source differs from the one the run began with, or measured before."""
     run = context.run
-    known = [
-        commit.figures.get("source_digest")
-        for commit in run.commits
-        if commit.step.startswith(f"{Evaluate.name}/") and commit.figures["source"] == source.name
-    ]
-    identity = run.manifest.identity["data"]
+    known = [measured.source_digest for _, measured in evaluations_of(run) if measured.source == source.name]
+    identity = facts_of(run).identity.data
     known += [identity[source.name]] if source.name in identity else []
     if any(digest != source.digest() for digest in known):
         raise ConfigMismatch(

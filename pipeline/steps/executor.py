@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.quantities import parse_size
 from pipeline.config.run_config import DRAWING_FIELDS, RunConfig
 from pipeline.engine.job import StepResult
 from pipeline.engine.plan import Step, maker_of
 from pipeline.errors import DamagedData
+from pipeline.rundir.records import Result
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
 from pipeline.steps.base import StepKind
 from pipeline.steps.context import StepContext
 from pipeline.steps.registry import STEP_KINDS
+from pipeline.steps.run_facts import config_of, environment_of, facts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,10 +60,10 @@ class StepExecutor:
         from stages.machine.device import PeakMemory, release_memory
 
         peak = PeakMemory(self.choices.torch_device)
-        figures = self._shared_result(step, attempt)
-        if figures is None:
-            figures = self._kind(step).run(self.context, step, attempt, callbacks)
-        result = StepResult(figures, peak.process_bytes(), peak.device_bytes())
+        found = self._shared_result(step, attempt)
+        if found is None:
+            found = self._kind(step).run(self.context, step, attempt, callbacks)
+        result = StepResult(found, peak.process_bytes(), peak.device_bytes())
         self._warn_of_excess(result, callbacks)
         release_memory(self.choices.torch_device)
         return result
@@ -119,17 +121,17 @@ class StepExecutor:
         if taken > parse_size(limit):
             callbacks.warn(f"this step took {taken / 1e9:.2f} GB, more than --memory-limit {limit}")
 
-    def _shared_result(self, step: Step, attempt: Attempt) -> Mapping[str, Any] | None:
+    def _shared_result(self, step: Step, attempt: Attempt) -> Result | None:
         """The result of the same step in the other run, with its payloads; None where it cannot be used."""
         other, sharing = self._shared_with, STEP_KINDS.get(step.kind).sharing
         commit = other.commit_for(step.name) if other is not None and sharing != "never" else None
         if other is None or commit is None or not set(step.writes) <= commit.payloads.keys():
             return None
-        ours = self.context.run.manifest
-        same_data = all(other.manifest.config[field] == ours.config[field] for field in DRAWING_FIELDS)
-        if not same_data or other.manifest.identity["model"] != ours.identity["model"]:
+        run, config, their_config = self.context.run, config_of(self.context.run), config_of(other)
+        same_data = all(getattr(their_config, field) == getattr(config, field) for field in DRAWING_FIELDS)
+        if not same_data or facts_of(other).identity.model != facts_of(run).identity.model:
             return None
-        if sharing == "same data and environment" and other.environment != self.context.run.environment:
+        if sharing == "same data and environment" and environment_of(other) != environment_of(run):
             return None
         if not all(other.storage.exists(commit.payloads[name].root) for name in step.writes):
             return None
@@ -138,7 +140,8 @@ class StepExecutor:
                 attempt.adopt(output.name, other.storage, commit.payloads[output.name], is_bulky=output.is_stream)
         except DamagedData as error:
             raise DamagedData(f"{error}. `lampctl resume {other.label} --check-all` makes it again") from error
-        return {**commit.figures, "shared_with": other.manifest.digest}
+        found = commit.result_as(STEP_KINDS.get(step.kind).result)
+        return found.model_copy(update={"shared_with": other.manifest.digest})
 
 
 def original_model(run: RunDirectory, config: RunConfig) -> BlockModel:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import in_pieces
+from pipeline.steps.results import ExportResult, budget_of_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 class Export(StepKind):
     """Writes the model folder: finished blocks as they were committed, and every other file of the source."""
 
+    result = ExportResult
     name = "export"
     title = "export the model"
     help = "Write the pruned model as a folder that transformers opens."
@@ -36,7 +38,7 @@ class Export(StepKind):
         parts = (part.name for block in blocks for part in (payloads.pruned(block), payloads.masks(block)))
         return Step(Export.name, reads=tuple(parts), outputs=(payloads.MODEL,))
 
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> ExportResult:
         folder = attempt.folder(payloads.MODEL.name)
         return _write_model(context.run, context.model, context.config, folder, callbacks)
 
@@ -47,7 +49,7 @@ class Export(StepKind):
 
 def _write_model(
     run: RunDirectory, model: BlockModel, config: RunConfig, folder: PayloadFolder, callbacks: Callbacks
-) -> dict[str, Any]:
+) -> ExportResult:
     """Fill `folder` with the pruned model and count its masked weights on the files themselves.
 
     Raises:
@@ -92,19 +94,19 @@ def _write_model(
     blocks = (StateFile(run.open_file(f"pruned/{block}")) for block in range(model.num_blocks))
     for name, write in model.other_forms(Joined((outside, *blocks)) if model.has_other_forms else {}):
         folder.write(name, _written_by(write))
-    budget = [budget_of(block) for block in run.budget]
+    budget = [budget_of(block) for block in budget_of_run(run)]
     if num_masked != sum(block.num_masked for block in budget):
         raise AssertionError("the masks do not add up to the budget")
     num_prunable = sum(block.size for block in budget)
-    return {
-        "num_masked": num_masked,
-        "num_prunable": num_prunable,
-        "num_other_zeros": num_other_zeros,
-        "sparsity": num_masked / num_prunable,
-        "pattern": config.pattern,
-        "num_levels": most_levels or None,
-        "size_bytes": total_size,
-    }
+    return ExportResult(
+        num_masked=num_masked,
+        num_prunable=num_prunable,
+        num_other_zeros=num_other_zeros,
+        sparsity=num_masked / num_prunable,
+        pattern=config.pattern,
+        num_levels=most_levels or None,
+        size_bytes=total_size,
+    )
 
 
 def _written_by(form: Callable[[IO[bytes]], None]) -> Callable[[FileWriter], None]:

@@ -19,6 +19,7 @@ from pipeline.steps.export import Export
 from pipeline.steps.prune_block import PruneBlock
 from pipeline.steps.refine_block import RefineBlock
 from pipeline.steps.registry import STEP_KINDS
+from pipeline.steps.run_facts import facts_of
 from stages.pruners.registry import reads_data
 
 
@@ -85,4 +86,4 @@ def plan_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
 
 def steps_of(run: RunDirectory, config: RunConfig) -> tuple[Step, ...]:
     """All steps of a run under a configuration."""
-    return plan_of(config, run.manifest.model["num_blocks"])
+    return plan_of(config, facts_of(run).model.num_blocks)

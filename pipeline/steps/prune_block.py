@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import finished_bytes, masks_bytes, training_bytes, write_finished, write_state
+from pipeline.steps.results import FinishedRecord, LayerResult, PruneResult, budget_of_run
 
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class PruneBlock(StepKind):
     """Writes the pruned block and its masks, and the block's output where a later step reads it."""
 
+    result = PruneResult
     name = "prune-block"
     title = "prune a block"
     help = "Choose the pruning masks of a block and set its remaining weights."
@@ -40,7 +41,7 @@ class PruneBlock(StepKind):
         results = (payloads.unrefined(block),) if is_refined else (payloads.pruned(block), *output)
         return Step(PruneBlock.name, block, reads=(*data, *weights), outputs=(payloads.masks(block), *results))
 
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> PruneResult:
         from pipeline.steps.stage_settings import budget_of, pruner_of
         from stages import export
         from stages.formats.checkpoint_files import StateFile
@@ -55,24 +56,23 @@ class PruneBlock(StepKind):
         result = prune_block(
             context.stage(callbacks, reads_data=reads_data).block(block),
             pruner_of(context.config),
-            budget_of(run.budget[block]),
+            budget_of(budget_of_run(run)[block]),
             run.open_stream(payloads.biased(block).name) if reads_data else None,
             state=StateFile(run.open_file(payloads.compensated(block).name)) if is_compensated else None,
             output=context.block_output(step, attempt) if is_finished else None,
         )
         contents = mask_file(export.pruned_weights(model, block, result.outcome))
         attempt.write_file(payloads.masks(block).name, f"block-{block:05d}.safetensors", contents)
-        figures: dict[str, Any] = {
-            "layers": {
-                name: {"relative_error": layer.relative_error, "damping": layer.damping}
-                for name, layer in result.outcome.layers.items()
-            }
+        layers = {
+            name: LayerResult(relative_error=layer.relative_error, damping=layer.damping)
+            for name, layer in result.outcome.layers.items()
         }
         if result.state is not None:
             write_state(attempt, payloads.unrefined(block).name, result.state)
-            return figures
+            return PruneResult(layers=layers)
         assert result.finished is not None
-        return {**figures, **write_finished(context, attempt, block, result.finished)}
+        write_finished(context, attempt, block, result.finished)
+        return PruneResult(layers=layers, finished=FinishedRecord.of(result.finished))
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         assert step.block is not None

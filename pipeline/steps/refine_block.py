@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import finished_bytes, write_finished
+from pipeline.steps.results import FinishedRecord, RefineResult, TrainingRecord
 
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class RefineBlock(StepKind):
     """Writes the refined block, and its output where a later step reads it."""
 
+    result = RefineResult
     name = "refine-block"
     title = "refine a block"
     help = "Train a pruned block towards its dense output, with its pruning masks fixed."
@@ -36,8 +37,7 @@ class RefineBlock(StepKind):
             outputs=(payloads.pruned(block), *output),
         )
 
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
-        from pipeline.steps.compensate_block import training_figures
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> RefineResult:
         from pipeline.steps.stage_settings import training_settings
         from stages import export
         from stages.formats.checkpoint_files import StateFile
@@ -58,7 +58,9 @@ class RefineBlock(StepKind):
             context.block_output(step, attempt),
             context.spill(attempt),
         )
-        return {**training_figures(result.training), **write_finished(context, attempt, block, result.finished)}
+        write_finished(context, attempt, block, result.finished)
+        training = TrainingRecord.of(result.training)
+        return RefineResult(training=training, finished=FinishedRecord.of(result.finished))
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         assert step.block is not None

@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 from stages.pruners.registry import PRUNERS
 
 if TYPE_CHECKING:
+    from pipeline.steps.run_facts import BlockBudgetRecord
     from stages.pruners.base import Pruner
     from stages.runtime.memory_planner import Fit
     from stages.sparsity.budget import BlockBudget
@@ -35,11 +36,12 @@ def training_settings(config: RunConfig, epochs: int | None, lr: float | None) -
     )
 
 
-def budget_of(record: Mapping[str, Any]) -> BlockBudget:
+def budget_of(record: BlockBudgetRecord) -> BlockBudget:
     """Budget of a block, from its record in run.json or in the commit of the step allocate."""
     from stages.sparsity.budget import BlockBudget, LayerBudget
 
-    return BlockBudget(tuple(LayerBudget(**layer) for layer in record["layers"]))
+    layers = (LayerBudget(layer.name, layer.role, layer.size, layer.num_masked) for layer in record.layers)
+    return BlockBudget(tuple(layers))
 
 
 def fit_memory(model: Any, config: RunConfig, choices: Any, at_once: Sequence[int]) -> Fit:

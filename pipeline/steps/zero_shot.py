@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
+from pipeline.steps.results import Which, ZeroShotResult
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
+    from pipeline.rundir.run_directory import RunDirectory
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
     from stages.interfaces import Callbacks
@@ -29,7 +31,7 @@ class ZeroShotEvaluation:
         limit: Number of rows to use, from the first; None: all.
     """
 
-    which: str
+    which: Which
     task: str
     data: str | None
     limit: int | None
@@ -45,6 +47,7 @@ class ZeroShotEvaluation:
 class ZeroShotStep(StepKind):
     """Measures accuracy with the whole model in memory; writes no payload."""
 
+    result = ZeroShotResult
     name = "zero-shot"
     title = "zero-shot accuracy"
     help = "Measure zero-shot accuracy on one task, by lm-evaluation-harness."
@@ -64,7 +67,7 @@ class ZeroShotStep(StepKind):
         """One step for each task; all tasks of one model together, because the whole model is loaded for them."""
         return zero_shot_steps(config.tasks, config.task_data, config.task_limit, config.evaluate_dense)
 
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> Mapping[str, Any]:
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> ZeroShotResult:
         from pipeline.steps.stage_settings import task_data_of
         from stages.metrics.zero_shot import ZeroShot
 
@@ -76,17 +79,34 @@ class ZeroShotStep(StepKind):
             folder = context.exported_folder() if what.which == "pruned" else context.model.source
             self._loaded = (what.which, ZeroShot(folder, context.choices.device))
         result = self._loaded[1].measure(what.task, data, what.limit, callbacks)
-        return {
-            "which": what.which,
-            **asdict(result),
-            "is_partial": result.is_partial,
-            "task_data": what.data,
-            "task_data_digest": data.digest(what.task) if data is not None else None,
-        }
+        return ZeroShotResult(
+            which=what.which,
+            task=result.task,
+            metrics=dict(result.metrics),
+            num_rows=result.num_rows,
+            num_rows_available=result.num_rows_available,
+            task_version=result.task_version,
+            harness_version=result.harness_version,
+            is_partial=result.is_partial,
+            task_data=what.data,
+            task_data_digest=data.digest(what.task) if data is not None else None,
+        )
+
+
+def accuracies_of(run: RunDirectory) -> tuple[tuple[str, ZeroShotResult], ...]:
+    """All zero-shot accuracies of a run, with the names of the steps, in the order of its commits.
+
+    Raises DamagedData.
+    """
+    return tuple(
+        (commit.step, commit.result_as(ZeroShotResult))
+        for commit in run.commits
+        if commit.step.startswith(f"{ZeroShotStep.name}/")
+    )
 
 
 def zero_shot_steps(tasks: Sequence[str], data: str | None, limit: int | None, with_dense: bool) -> tuple[Step, ...]:
     """The zero-shot steps of these tasks, none twice."""
-    kinds = ("pruned", "dense") if with_dense else ("pruned",)
+    kinds: tuple[Which, ...] = ("pruned", "dense") if with_dense else ("pruned",)
     evaluations = [ZeroShotEvaluation(which, task, data, limit) for which in kinds for task in tasks]
     return tuple(ZeroShotStep.step(evaluation) for evaluation in dict.fromkeys(evaluations))

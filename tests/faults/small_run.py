@@ -20,7 +20,7 @@ from pipeline.engine.repair import repair
 from pipeline.engine.runner import advance
 from pipeline.engine.stop import StopRequest
 from pipeline.errors import PipelineError, RunNotFound
-from pipeline.rundir.records import RunManifest
+from pipeline.rundir.records import Result, RunManifest
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
 from pipeline.rundir.storage.base import Storage
@@ -32,6 +32,12 @@ _SHAPE = (2, 2)
 _NUM_SAMPLES = 2
 _NUM_BATCHES = 2
 _FREE: dict[str, Any] = {}
+
+
+class Read(Result):
+    """Digest of what a step read."""
+
+    read: str
 
 
 class Silent:
@@ -81,7 +87,7 @@ class StandIn:
             else:
                 self._fresh[name] = _digest(name.encode(), *read) * 20
                 attempt.write_file(name, "block.safetensors", self._fresh[name])
-        return StepResult({"read": _digest(*read).hex()})
+        return StepResult(Read(read=_digest(*read).hex()))
 
     def replay(self, name: str, attempt: Attempt, callbacks: Callbacks) -> None:
         callbacks.check_stop()
@@ -176,7 +182,7 @@ def result(place: Path | Storage) -> dict[str, Any]:
     run = RunDirectory.open(place)
     return {
         commit.step: {
-            "figures": commit.figures,
+            "result": commit.result,
             "payloads": {
                 name: sorted((payload.inner(file), file.sha256) for file in payload.files)
                 for name, payload in commit.payloads.items()

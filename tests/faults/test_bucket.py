@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import FileExists, Superseded
+from pipeline.rundir.records import Result
 from pipeline.rundir.run_directory import RunDirectory, StepReport
 from pipeline.rundir.storage.bucket import BucketStorage
 from pipeline.rundir.storage.object_client import Objects
@@ -50,7 +51,7 @@ def do_run(address: str, folder: Path) -> RunDirectory:
         for number in range(3):
             payload.write(f"{number}.safetensors", f"{step} {number} ".encode() * 500)
         payload.write("config.json", b"{}")
-        run.commit(attempt, StepReport({}, {}, datetime(2026, 1, 1, tzinfo=UTC), 1.0))
+        run.commit(attempt, StepReport(Result(), {}, datetime(2026, 1, 1, tzinfo=UTC), 1.0))
         run.event("step-committed", step=step)
     run.release(["calibrate"])
     run.publish("capture")
@@ -137,7 +138,7 @@ def test_two_runners_in_a_bucket_make_one_chain(server, tmp_path):
     for run, attempt in attempts:
         attempt.folder("calibration").write("x", attempt.id.encode())
         try:
-            run.commit(attempt, StepReport({}, {}, datetime.now(UTC), 0.0))
+            run.commit(attempt, StepReport(Result(), {}, datetime.now(UTC), 0.0))
             results.append("won")
         except Superseded:
             results.append("lost")

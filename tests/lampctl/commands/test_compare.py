@@ -21,8 +21,8 @@ DATA = (
 
 
 def result(which: str = "pruned", perplexity: float | None = 20.0, source: str = "c4", num_tokens: int = 640):
-    figures = {"perplexity": perplexity, "num_tokens": num_tokens, "seqlen": 64}
-    return EvaluationResult("evaluate/x", which, source, "perplexity", figures, is_partial=False)
+    details = {"num_tokens": num_tokens, "seqlen": 64}
+    return EvaluationResult("evaluate/x", which, source, "perplexity", perplexity, False, details)
 
 
 def standing(label: str, *results: EvaluationResult, **changes) -> Standing:

@@ -69,21 +69,28 @@ def test_errors_and_curves_are_those_of_the_commits(folder, state):
     assert len(errors.rows) == 2 + 3  # of three blocks the first is not compensated
     for block, training, *losses in errors.rows:
         step = {"compensation": "compensate-block", "refinement": "refine-block"}[training]
-        figures = done[f"{step}/{block}"]["figures"]
-        names = ("loss_before", "loss_after", "loss_before_aside", "loss_after_aside")
-        assert losses == [figures[name] for name in names]
+        training = done[f"{step}/{block}"]["result"]["training"]
+        assert losses == [
+            training[when][samples] for samples in ("trained", "held_out") for when in ("before", "after")
+        ]
     curves = data.training_curves(state)
     for block in (1, 2):
-        figures = done[f"compensate-block/{block}"]["figures"]
+        training = done[f"compensate-block/{block}"]["result"]["training"]
         part = curves.where("block", block).where("training", "compensation")
         assert part.column("epoch") == [0, 1, 2]
-        assert part.column("trained") == [figures["loss_before"], *(e["trained"] for e in figures["epoch_losses"])]
-        assert part.column("aside") == [figures["loss_before_aside"], *(e["aside"] for e in figures["epoch_losses"])]
-        assert part.where("is_kept", 1).column("epoch") == [figures["kept_epoch"]]
+        assert part.column("trained") == [
+            training["before"]["trained"],
+            *(e["trained"] for e in training["epoch_losses"]),
+        ]
+        assert part.column("aside") == [
+            training["before"]["held_out"],
+            *(e["held_out"] for e in training["epoch_losses"]),
+        ]
+        assert part.where("is_kept", 1).column("epoch") == [training["kept_epoch"]]
     layers = data.pruning_error_by_layer(state)
-    figures = done["prune-block/2"]["figures"]["layers"]
+    pruned = done["prune-block/2"]["result"]["layers"]
     assert layers.where("block", 2).column("relative_error") == [
-        figures[layer.name]["relative_error"] for layer in state.blocks[2].layers
+        pruned[layer.name]["relative_error"] for layer in state.blocks[2].layers
     ]
 
 
@@ -115,8 +122,8 @@ def test_steps_and_perplexities_are_those_of_the_commits(folder, state):
     assert sorted(points.column("series")) == ["LAMP", "SparseGPT", "dense"]
     for name, run in (("LAMP", "lamp"), ("SparseGPT", "lamp-sparsegpt")):
         (row,) = points.where("series", name).rows
-        figures = next(c["figures"] for s, c in commits(folder / run).items() if s.startswith("evaluate/pruned"))
-        assert row[-1] == figures["perplexity"]
+        figures = next(c["result"] for s, c in commits(folder / run).items() if s.startswith("evaluate/pruned"))
+        assert row[-1] == figures["value"]
         assert row[-2] == pytest.approx(0.6, abs=1e-4)
     assert points.where("series", "dense").column("sparsity") == [0.0]
 

@@ -30,7 +30,7 @@ def step_commit(**changes: Any) -> StepCommit:
         "parent": "0" * 64,
         "attempt": ATTEMPT,
         "payloads": {"pruned/0": Payload(kind="file", root=root, files=(payload_file(),))},
-        "figures": {"loss": 0.1, "layers": [{"name": "q", "num_masked": 3}]},
+        "result": {"loss": 0.1, "layers": [{"name": "q", "num_masked": 3}]},
         "free": {"memory_gb": None},
         "started_at": datetime(2026, 1, 31, 12, tzinfo=UTC),
         "elapsed_s": 1.5,
@@ -46,7 +46,7 @@ def test_a_record_is_read_back_as_it_was() -> None:
 
 
 def test_the_same_record_has_the_same_bytes_whatever_the_order_of_its_keys() -> None:
-    one, other = step_commit(figures={"a": 1, "b": 2}), step_commit(figures={"b": 2, "a": 1})
+    one, other = step_commit(result={"a": 1, "b": 2}), step_commit(result={"b": 2, "a": 1})
     assert one.to_bytes() == other.to_bytes()
     assert one.digest == other.digest
 
@@ -56,7 +56,7 @@ def test_every_field_counts_for_the_digest() -> None:
         {"step": "prune-block/1"},
         {"parent": "1" * 64},
         {"payloads": {}},
-        {"figures": {}},
+        {"result": {}},
         {"free": {}},
         {"elapsed_s": 1.6},
         {"peak_memory_bytes": None},
@@ -67,9 +67,9 @@ def test_every_field_counts_for_the_digest() -> None:
     assert len(digests | {step_commit().digest}) == len(changes) + 1
 
 
-def test_figures_that_json_cannot_say_become_null() -> None:
-    commit = step_commit(figures={"perplexity": math.inf, "layers": [math.nan, 2.0], "pair": (1, -math.inf)})
-    assert commit.figures == {"perplexity": None, "layers": [None, 2.0], "pair": [1, None]}
+def test_values_of_a_result_that_json_cannot_say_become_null() -> None:
+    commit = step_commit(result={"perplexity": math.inf, "layers": [math.nan, 2.0], "pair": (1, -math.inf)})
+    assert commit.result == {"perplexity": None, "layers": [None, 2.0], "pair": [1, None]}
     assert StepCommit.from_bytes(commit.to_bytes(), PATH) == commit
 
 
@@ -171,8 +171,8 @@ def test_any_changed_byte_is_noticed(position: int, flip: int) -> None:
 
 
 def test_a_newer_schema_is_not_damage() -> None:
-    with pytest.raises(ConfigMismatch, match=r"newer lampctl \(schema 2.*update lampctl"):
-        StepCommit.from_bytes(edited(schema_version=2, unheard_of={}), PATH)
+    with pytest.raises(ConfigMismatch, match=r"newer lampctl \(schema 3.*update lampctl"):
+        StepCommit.from_bytes(edited(schema_version=3, unheard_of={}), PATH)
 
 
 def test_a_run_manifest_is_read_back(tmp_path: Path) -> None:

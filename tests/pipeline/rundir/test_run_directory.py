@@ -25,7 +25,7 @@ from pipeline.errors import (
 )
 from pipeline.rundir import filesystem
 from pipeline.rundir.filesystem import Calls
-from pipeline.rundir.records import RunManifest, StepCommit
+from pipeline.rundir.records import Result, RunManifest, StepCommit
 from pipeline.rundir.run_directory import RunDirectory, StepReport, find_runs
 from pipeline.rundir.step_transaction import Attempt
 
@@ -46,8 +46,12 @@ def manifest(**changes: Any) -> RunManifest:
     return RunManifest.new(**{**fields, **changes})
 
 
+class Loss(Result):
+    loss: float
+
+
 def commit(run: RunDirectory, attempt: Attempt) -> StepCommit:
-    return run.commit(attempt, StepReport({"loss": 0.5}, {}, datetime.now(UTC), 0.1))
+    return run.commit(attempt, StepReport(Loss(loss=0.5), {}, datetime.now(UTC), 0.1))
 
 
 def do_step(run: RunDirectory, step: str) -> StepCommit:
@@ -291,7 +295,7 @@ def test_a_hostile_run_json_is_damage(run: RunDirectory, data: bytes) -> None:
 
 
 def test_a_run_of_a_newer_version_is_left_untouched(run: RunDirectory) -> None:
-    newer = json.dumps({**json.loads((run.path / "run.json").read_bytes()), "schema_version": 2})
+    newer = json.dumps({**json.loads((run.path / "run.json").read_bytes()), "schema_version": 3})
     (run.path / "run.json").write_text(newer)
     with pytest.raises(ConfigMismatch, match="newer"):
         RunDirectory.open(run.path)

@@ -68,10 +68,12 @@ def test_migrations_are_applied_one_after_the_other_to_what_is_read(tmp_path, mo
         -1: lambda fields: {**{k: v for k, v in fields.items() if k != "steps"}, "plan": fields["steps"]},
         0: lambda fields: {**fields, "plan": fields["plan"].split()},
     }
-    monkeypatch.setitem(migrations.MIGRATIONS, "RunManifest", chain)
+    monkeypatch.setitem(migrations.MIGRATIONS, "RunManifest", {**migrations.MIGRATIONS["RunManifest"], **chain})
     new = json.loads((GOLDEN / SCHEMAS[-1] / "standin" / "run.json").read_text())
     old = {**new, "steps": " ".join(new["plan"]), "schema_version": -1}
     del old["plan"], old["digest"]
+    for version in range(0, RunManifest.newest_schema):
+        monkeypatch.setitem(migrations.MIGRATIONS["RunManifest"], version, chain.get(version, lambda fields: fields))
     old["digest"] = records._digest(old)
     data = records._file_bytes(old)
     read = RunManifest.from_bytes(data, "run.json")

@@ -10,6 +10,7 @@ from pipeline.engine.job import Job
 from pipeline.engine.plan import Step
 from pipeline.engine.stop import StopRequest
 from pipeline.errors import OutOfDisk, Preempted, Superseded
+from pipeline.rundir.records import Result
 from pipeline.rundir.run_directory import RunDirectory, StepReport
 from pipeline.rundir.step_checkpoints import StepProgress
 from stages.interfaces import Checkpoint
@@ -38,7 +39,7 @@ def number_in(found):
 
 def commit(run, step):
     attempt = run.begin(step)
-    run.commit(attempt, StepReport({}, {}, datetime.now(UTC), 0.0))
+    run.commit(attempt, StepReport(Result(), {}, datetime.now(UTC), 0.0))
 
 
 def test_every_bit_comes_back(run):

@@ -1,0 +1,217 @@
+"""Results of the built-in step kinds, as commits store them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from pipeline.errors import DamagedData
+from pipeline.rundir.records import Result
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.steps.run_facts import BlockBudgetRecord, facts_of
+
+if TYPE_CHECKING:
+    from stages.finish_block import FinishedBlock
+    from stages.training.trainer import Losses, Training
+
+Which = Literal["dense", "pruned"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class LossRecord(_Part):
+    """Mean losses: over the samples that were trained on, and over the held-out ones (None: there are none)."""
+
+    trained: float | None  # None: it overflowed
+    held_out: float | None
+
+    @classmethod
+    def of(cls, losses: Losses) -> LossRecord:
+        """The record of a training's losses."""
+        return cls(trained=losses.trained, held_out=losses.held_out)
+
+
+class TrainingRecord(_Part):
+    """How the training of a block went.
+
+    Attributes:
+        before: Losses of the weights that it began with.
+        after: Losses of the weights that were kept.
+        epoch_losses: Losses of each epoch.
+        kept_epoch: The epoch whose weights were kept, from 1; 0: no epoch improved on the weights from before.
+        num_steps: Number of optimizer steps.
+    """
+
+    before: LossRecord
+    after: LossRecord
+    epoch_losses: tuple[LossRecord, ...]
+    kept_epoch: int = Field(ge=0)
+    num_steps: int = Field(ge=0)
+
+    @classmethod
+    def of(cls, training: Training) -> TrainingRecord:
+        """The record of a training."""
+        return cls(
+            before=LossRecord.of(training.before),
+            after=LossRecord.of(training.after),
+            epoch_losses=tuple(LossRecord.of(losses) for losses in training.epoch_losses),
+            kept_epoch=training.kept_epoch,
+            num_steps=training.num_steps,
+        )
+
+
+class WeightCount(_Part):
+    """Weights of a layer, counted as they are exported."""
+
+    num_masked: int = Field(ge=0)
+    num_other_zeros: int = Field(ge=0)
+    num_levels: int | None  # most distinct values in a row or group; None: not quantized
+
+
+class FinishedRecord(_Part):
+    """Weights of a finished block, counted as they are exported. Older runs have no counts by layer."""
+
+    num_masked: int = Field(ge=0)
+    num_other_zeros: int = Field(ge=0)
+    layers: dict[str, WeightCount]
+
+    @classmethod
+    def of(cls, finished: FinishedBlock) -> FinishedRecord:
+        """The record of a finished block."""
+        return cls(
+            num_masked=sum(layer.num_masked for layer in finished.layers),
+            num_other_zeros=sum(layer.num_other_zeros for layer in finished.layers),
+            layers={
+                layer.name: WeightCount(
+                    num_masked=layer.num_masked, num_other_zeros=layer.num_other_zeros, num_levels=layer.num_levels
+                )
+                for layer in finished.layers
+            },
+        )
+
+
+class CalibrateResult(Result):
+    """What the calibration set consists of."""
+
+    source: str
+    unit: Literal["tokens", "images"]
+    amount: int = Field(ge=0)
+    skipped: dict[str, int] = Field(default_factory=dict)  # samples that could not be used, by reason
+    shared_with: str | None = None  # digest of run.json of the run whose result was used
+
+
+class CaptureResult(Result):
+    """The input of block 0 is recorded."""
+
+    shared_with: str | None = None
+
+
+class AllocateResult(Result):
+    """The budget that the activations suggest."""
+
+    outlier_shares: tuple[float | None, ...]
+    spread: float
+    budget: tuple[BlockBudgetRecord, ...]
+
+
+class LayerResult(_Part):
+    """How the pruning of one layer went. None: it overflowed, or the pruner has no such value."""
+
+    relative_error: float | None
+    damping: float | None
+
+
+class PruneResult(Result):
+    """How the pruning of a block went."""
+
+    layers: dict[str, LayerResult]
+    finished: FinishedRecord | None = None  # None: the block is refined in a later step
+
+
+class CompensateResult(Result):
+    """How the compensation of a block went."""
+
+    training: TrainingRecord
+
+
+class RefineResult(Result):
+    """How the refinement of a block went."""
+
+    training: TrainingRecord
+    finished: FinishedRecord
+
+
+class ExportResult(Result):
+    """What the exported model holds, counted on its files."""
+
+    num_masked: int = Field(ge=0)
+    num_prunable: int = Field(ge=1)
+    num_other_zeros: int = Field(ge=0)
+    sparsity: float
+    pattern: str | None = None
+    num_levels: int | None = None
+    size_bytes: int | None = None
+
+
+class EvaluateResult(Result):
+    """What one evaluate step measured.
+
+    Attributes:
+        which: The original model, or the pruned one.
+        source: Name of the data source.
+        source_digest: Identifies the data behind the name; None: it cannot be identified.
+        metric: Name of the metric.
+        value: Its value; None: it overflowed.
+        is_partial: Only a part of the data was used.
+        details: What the metric was measured on, for example the number of tokens.
+    """
+
+    which: Which
+    source: str
+    source_digest: JsonValue
+    metric: str
+    value: float | None
+    is_partial: bool
+    details: dict[str, JsonValue]
+
+
+class ZeroShotResult(Result):
+    """Accuracies on one zero-shot task.
+
+    Attributes:
+        which: The original model, or the pruned one.
+        task: Name of the task.
+        metrics: "acc", "acc_norm", each with "..._stderr" where the harness gives one.
+        num_rows: Rows that were used.
+        num_rows_available: Rows of the task.
+        task_version: Version of the task in the harness.
+        harness_version: Version of lm-evaluation-harness.
+        is_partial: Only the first rows were used.
+        task_data: Folder with the rows; None: they came from the hub.
+        task_data_digest: Identifies the rows in that folder.
+    """
+
+    which: Which
+    task: str
+    metrics: dict[str, float | None]
+    num_rows: int = Field(ge=0)
+    num_rows_available: int = Field(ge=0)
+    task_version: str
+    harness_version: str
+    is_partial: bool
+    task_data: str | None
+    task_data_digest: JsonValue = None
+
+
+def budget_of_run(run: RunDirectory) -> tuple[BlockBudgetRecord, ...]:
+    """The budget by block: of the step allocate, if the run has it, else of run.json. Raises DamagedData."""
+    allocated = run.commit_for("allocate")
+    if allocated is None:
+        return facts_of(run).budget
+    budget = allocated.result_as(AllocateResult).budget
+    if len(budget) != facts_of(run).model.num_blocks:
+        raise DamagedData(f"{run.label}/commits/{allocated.number:06d}.json is damaged: a budget of other blocks")
+    return budget
