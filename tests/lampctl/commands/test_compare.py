@@ -160,7 +160,7 @@ def test_compare_names_what_cannot_be_compared(lampctl, words, tmp_path, flags, 
     assert message in answer.err
 
 
-def test_compare_evaluate_needs_an_exported_model(lampctl, words, tmp_path):
+def test_compare_evaluate_is_refused_where_only_runs_are_given(lampctl, words, tmp_path):
     save(tmp_path / "m")
     flags = ("--method", "magnitude", "--evaluate", "", "--device", "cpu", "--run-dir", "r")
     assert lampctl("run", "m", "--sparsity", 0.5, *flags).code == 0
