@@ -1,7 +1,7 @@
-"""Each block's share of outlying weights, which a data-dependent budget follows (OWL, Yin et al., 2024).
+"""Measure each block's share of outlying weights, for a data-dependent budget (OWL, Yin et al., 2024).
 
-A weight is outlying if |w| |x| is more than 5 times the mean of its layer, |x| the norm of its input channel over the
-calibration set. One pass of the original model finds the shares; `stages.sparsity.owl` makes a budget of them.
+A weight is outlying if |w| |x| is more than 5 times the mean of its layer; |x| is the norm of its input channel over
+the calibration set. One pass of the original model measures the shares; `stages.sparsity.owl` computes the budget.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stages.models.base import BlockModel
 from stages.runtime.block_context import StageContext
 from stages.runtime.block_runner import Counter
 
-_OUTLYING = 5.0
+_OUTLYING = 5.0  # times the layer's mean of |w| |x|
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The calibration set: token ids drawn from a source, as the run will see them to its end."""
+"""Sample the calibration set: token ids from a data source, which a run then keeps unchanged."""
 
 from __future__ import annotations
 
@@ -19,9 +19,23 @@ def calibrate(
     skip: int,
     seed: int,
 ) -> Tensor:
-    """Token ids (num_samples, seqlen) from `source`, by the tokenizer that the model ships with.
+    """Sample token ids from a data source with the model's own tokenizer.
 
-    Raises UsageError if the source holds too few tokens, ResourceError if it is out of reach.
+    Args:
+        source: The data source.
+        model: The model folder, which holds the tokenizer.
+        num_samples: How many samples.
+        seqlen: Tokens of each sample.
+        sampling: "contiguous" or "random"; None: the default of the source.
+        skip: Samples to leave out first.
+        seed: For random sampling.
+
+    Returns:
+        Token ids, (num_samples, seqlen).
+
+    Raises:
+        UsageError: The source holds too few tokens.
+        ResourceError: The source cannot be reached.
     """
     tokenizer = load_tokenizer(model.path, trusts_code=model.trusts_code)
     return calibration_tokens(source, tokenizer, num_samples, seqlen, sampling, skip, seed)

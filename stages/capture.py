@@ -1,4 +1,7 @@
-"""Lines 1-3 of the paper's Algorithm 1: embed the calibration set and open both streams of activations."""
+"""Lines 1-2 of the paper's Algorithm 1: embed the calibration set and start both streams of activations.
+
+N: samples.    T: tokens of a sample.    H: hidden size.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from stages.runtime.prefetch import Reading, Writing
 
 @torch.no_grad()
 def capture(context: StageContext, biased: Stream, dense_out: Stream | None) -> None:
-    """Write the input of block 0 to `biased` and, if asked, block 0's own output to `dense_out`.
+    """Write the input of block 0 to `biased` and, if requested, the output of the original block 0 to `dense_out`.
 
-    The dense output is computed from the input as stored, so that rebuilding it later gives the same bits.
+    The dense output is computed from the input as stored, so that a later replay gives the same bits.
 
     Args:
         context: The model and its N samples.
@@ -42,6 +45,6 @@ def capture(context: StageContext, biased: Stream, dense_out: Stream | None) -> 
             biased_out.write(numbers, hidden)
             if blocks_out is not None and block is not None:
                 with computing(choices):
-                    # A copy: the writer may not be done with `hidden`, and some block might work in place.
+                    # A copy, because the writer may still read `hidden`, and a block may work in place.
                     blocks_out.write(numbers, model.run_block(block, hidden.clone(), entry.calls[0]))
             context.callbacks.report(numbers[-1] + 1, len(inputs), "samples")

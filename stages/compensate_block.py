@@ -1,7 +1,9 @@
-"""Lines 6-8 of the paper's Algorithm 1: train the next, still dense block until it makes up for the pruning error.
+"""Lines 6-8 of the paper's Algorithm 1: train the next, still dense block to compensate the pruning error.
 
 dense_out = B_original(dense_in)                      line 7
 B <- argmin |B(biased_in) - dense_out|^2              line 8, LAMP Eq. 9, by Adam over all of B's parameters
+
+N: samples.    T: tokens of a sample.    H: hidden size.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from stages.training.trainer import BlockTrainer, Purpose, Training, TrainingSet
 
 @dataclass(frozen=True)
 class CompensatedBlock:
-    """A block's fp32 state after training, and how the training went."""
+    """A block's fp32 state after training, and the training report."""
 
     state: dict[str, Tensor]
     training: Training
@@ -31,16 +33,16 @@ def compensate_block(
     settings: TrainingSettings,
     spill: Scratch | None = None,
 ) -> CompensatedBlock:
-    """Train a block to give, on the biased stream, what the original gives on the dense stream.
+    """Train a block so that its output on the biased stream matches the original block's on the dense stream.
 
     Args:
         context: The block and its N samples.
         biased_in: The block's input through the pruned blocks, N samples (T, H).
         dense_in: The block's input through the original blocks, N samples (T, H).
-        dense_out: Receives the original block's output of `dense_in`, which is then the target, N samples (T, H).
-            With no epochs, this is all that is done.
+        dense_out: Receives the original block's output of `dense_in`, the training target, N samples (T, H). With 0
+            epochs, nothing more is done.
         settings: How to train.
-        spill: Scratch space for the best weights so far, which otherwise are a second block in memory.
+        spill: Scratch space for the best weights so far; None: they stay in memory as a second copy of the block.
 
     Raises:
         NumericalError: The loss is not finite.

@@ -1,6 +1,8 @@
-"""The end of every block: round it to the export dtype, check its promises, propagate the biased stream through it.
+"""Finish a pruned block: round it to the export dtype, check it, and propagate the biased stream through it.
 
-The weights are rounded BEFORE the stream goes through them, so that later blocks see what the user's model computes.
+The weights are rounded BEFORE the stream is propagated, so that later blocks see the outputs of the exported model.
+
+N: samples.    T: tokens of a sample.    H: hidden size.
 """
 
 from __future__ import annotations
@@ -19,21 +21,21 @@ from stages.sparsity.outcome import PrunedLayer, PruneOutcome, check_layer
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A block's state in the export dtype, and what each layer is like."""
+    """A block's state in the export dtype, and the counts of each layer."""
 
     state: dict[str, Tensor]
     layers: tuple[PrunedLayer, ...]
 
 
 class Progress(Protocol):
-    """How far a stage is, which a pass over the samples moves on."""
+    """Progress of a stage over the samples."""
 
     def boundary(self) -> None:
-        """The stage may stop here, and keep a checkpoint. Called before each micro-batch."""
+        """Stop here if requested; a stage may keep a checkpoint. Called before each micro-batch."""
         ...
 
     def advance(self, count: int = 1, /) -> None:
-        """So many more samples have passed."""
+        """Report that `count` more samples are done."""
         ...
 
 
@@ -46,7 +48,7 @@ def finish_block(
     output: BlockOutput,
     progress: Progress,
 ) -> FinishedBlock:
-    """Round the block in place, check it, and fill the output stream if there is one.
+    """Round the block in place, check it, and write its outputs to the output stream if there is one.
 
     Args:
         context: The block and its samples.
@@ -54,15 +56,15 @@ def finish_block(
         outcome: Pruning masks and quantization grids of its layers.
         biased: The block's input of each of N samples, (T, H); None only without an output stream.
         output: The export dtypes and the output stream.
-        progress: Follows the pass over the samples.
+        progress: Receives the progress over the samples.
 
     Raises:
         NumericalError: A weight is NaN or infinite.
-        AssertionError: A promise of the pruned block is broken: a bug.
+        AssertionError: A check of the pruned block fails, which is a bug of lampctl.
     """
     model = context.model
     infos = [info for info in model.layers(context.index) if info.name in outcome.layers]
-    for info in infos:  # -0.0 is no pruned weight's value
+    for info in infos:  # a pruned weight is +0.0, never -0.0
         module = block.get_submodule(info.path)
         model.set_weight_matrix(module, model.weight_matrix(module).masked_fill(outcome.layers[info.name].mask, 0))
     broken = next((name for name, tensor in block.state_dict().items() if not bool(torch.isfinite(tensor).all())), None)

@@ -1,4 +1,4 @@
-"""In-memory streams, scratch space and callbacks: what a stage needs from outside, without a disk."""
+"""Streams, scratch space and callbacks in memory: the Protocols of `stages.interfaces` without a disk."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ class ListScratch:
 
 
 class NullCallbacks:
-    """`Callbacks` that tell nobody, never stop, and keep the warnings for whoever asks."""
+    """`Callbacks` that show no progress, never stop, keep no checkpoint, and collect the warnings in a list."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
 
-    def report(self, done: int, total: int, unit: str, **figures: float) -> None:
-        """Nobody listens."""
+    def report(self, done: int, total: int, unit: str, **metrics: float) -> None:
+        """Do nothing."""
 
     def restore(self) -> Checkpoint | None:
-        """Nobody has been here before."""
+        """Return None: there is no checkpoint."""
         return None
 
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def check_stop(self) -> None:
-        """Nobody asks to stop."""
+        """Do nothing."""
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)

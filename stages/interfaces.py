@@ -1,7 +1,7 @@
-"""What a stage needs from outside, as three small Protocols. `stages.in_memory` has a version of each on lists.
+"""Protocols of what a stage needs from outside: streams of samples, scratch space and callbacks.
 
-A stage never knows whether its activations lie in a list, on a disk or in a bucket, who watches its
-progress, or why it is asked to stop.
+A stage does not know whether its activations are stored in a list, on a disk or in a bucket, what shows its progress,
+or why it has to stop. `stages.in_memory` implements each Protocol in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-# Whoever only asks how far a run is needs none of its second of import.
+# Commands such as `lampctl status` import this module and must not wait a second for torch.
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -22,7 +22,7 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Tensor:
-        """Sample `index` on the CPU, as it was written, bit for bit. The caller may change it."""
+        """Return sample `index` on the CPU, bit-identical to what was written. The caller may change it."""
         ...
 
 
@@ -35,42 +35,44 @@ class Stream(Samples, Protocol):
 
 
 class Scratch(Protocol):
-    """Gives a stage room for intermediate results, which are gone when the stage ends."""
+    """Space for intermediate results, which are deleted when the stage ends."""
 
-    def stream(self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> Stream: ...
+    def stream(self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> Stream:
+        """Create an empty stream."""
+        ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a stage is inside its work: enough to go on from there and give the same bits."""
+    """State of a stage at a batch boundary: enough to resume there and give bit-identical results."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    figures: Mapping[str, Any] = field(default_factory=dict)  # JSON: a float comes back as it was, to the last bit
+    figures: Mapping[str, Any] = field(default_factory=dict)  # JSON values; floats are restored exactly
 
 
 class Watcher(Protocol):
-    """Who watches work that is done in one go."""
+    """Callbacks of work without checkpoints."""
 
-    def report(self, done: int, total: int, unit: str, **figures: float) -> None:
-        """Tell how far the work is (`done` of `total` units), with figures worth showing, such as a loss."""
+    def report(self, done: int, total: int, unit: str, **metrics: float) -> None:
+        """Report progress: `done` of `total` units, with metrics to show, such as a loss."""
         ...
 
     def check_stop(self) -> None:
-        """Raise, if the work should stop here. Called at every batch boundary."""
+        """Raise if the work should stop here. Called at every batch boundary."""
         ...
 
     def warn(self, message: str) -> None:
-        """Pass on something that the user should read but that does not stop the work."""
+        """Show a message to the user. The work continues."""
         ...
 
 
 class Callbacks(Watcher, Protocol):
-    """How a stage speaks with whoever runs it."""
+    """Callbacks of a stage that can be stopped and resumed."""
 
     def restore(self) -> Checkpoint | None:
-        """Where an earlier attempt at this step was when it last kept a checkpoint; None: begin at the beginning."""
+        """Return the last checkpoint of an earlier attempt at this step; None: start from the beginning."""
         ...
 
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
-        """As `check_stop`, at a place from which the stage could go on: keeps what `make` gives, if it is time to."""
+        """As `check_stop`, where the stage can resume. Calls `make` and stores its checkpoint if one is due."""
         ...

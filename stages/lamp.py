@@ -5,14 +5,16 @@
     3  for i = 1 .. n-1:
     4      B^i      <- prune(B^i; z^(i-1))                  statistics from the biased stream
     5      z^i       = B^i(z^(i-1))                         the biased stream: through the pruned blocks
-    6      the window slides on to block i+1, still dense
+    6      move on to block i+1, which is still dense
     7      z'^(i+1)  = B^(i+1)(z'^i)                        by the ORIGINAL block i+1
     8      B^(i+1)  <- argmin |B^(i+1)(z^i) - z'^(i+1)|^2   over all parameters of the dense block (Eq. 9)
     9  B^n <- prune(B^n)
 
-The paper counts blocks from 1, the code from 0. Refinement (train the weights that a pruned block kept, its pruning
-mask fixed) is not in the paper. `lampctl run` takes the same steps over streams on disk, committed one by one
-(`pipeline.steps`), and ends with the same bits.
+The paper counts blocks from 1, the code from 0. Refinement is not in the paper: it trains the kept weights of a pruned
+block with its pruning mask fixed. `lampctl run` takes the same steps over streams on disk, commits each of them
+(`pipeline.steps`), and gives bit-identical weights.
+
+N: samples.    T: tokens of a sample.    H: hidden size.
 """
 
 from __future__ import annotations
@@ -34,77 +36,95 @@ from stages.sparsity.budget import BlockBudget
 from stages.sparsity.outcome import PruneOutcome
 from stages.training.trainer import Training, TrainingSettings
 
-# How many weights each layer loses: known beforehand, or found from the input of block 0.
+# How many weights of each layer are pruned: counts, or a function that computes them from the input of block 0.
 Budget = Sequence[BlockBudget] | Callable[[Samples], Sequence[BlockBudget]]
 
 
 @dataclass(frozen=True)
 class LampSettings:
-    """How blocks are pruned and trained."""
+    """How blocks are pruned and trained.
+
+    Raises:
+        ValueError: Refinement without compensation: without it there is no dense stream to refine towards.
+    """
 
     pruner: Pruner
     compensation: TrainingSettings | None = None  # None: the pruner alone, without lines 6-8
-    refinement: TrainingSettings | None = None  # None: as the paper; else with compensation only
+    refinement: TrainingSettings | None = None  # None: no refinement, as in the paper
     export_dtype: str = "original"  # "original", "float32", "bfloat16", "float16"
+
+    def __post_init__(self) -> None:
+        if self.refinement is not None and self.compensation is None:
+            raise ValueError("refinement needs compensation: set LampSettings.compensation, too")
 
 
 @dataclass(frozen=True)
 class LampBlock:
-    """A finished block, and how it came about."""
+    """A finished block and the record of each stage that made it."""
 
-    index: int
-    finished: FinishedBlock  # the state in the export dtype, and each layer's counts
+    index: int  # from 0
+    finished: FinishedBlock  # the state in the export dtype, and counts of each layer
     outcome: PruneOutcome  # pruning masks and quantization grids
-    compensation: Training | None
-    refinement: Training | None
+    compensation: Training | None  # None: the block was not compensated
+    refinement: Training | None  # None: the block was not refined
 
 
 def lamp(context: StageContext, budget: Budget, settings: LampSettings) -> Iterator[LampBlock]:
-    """Prune a model block by block, and give each block as soon as it is finished.
+    """Prune a model block by block, and yield each block once it is finished.
 
     Args:
-        context: The model and its N samples; no samples for a pruner that reads no data.
-        budget: How many weights each layer loses; a model's blocks beyond it are left as they are.
+        context: The model and its N samples; no samples for a pruner that needs no data.
+        budget: How many weights of each layer are pruned. Blocks of the model beyond its end stay unchanged.
         settings: The pruner, compensation and refinement.
 
     Raises:
-        NumericalError: A weight or a loss is not finite, or a Hessian has no usable factor.
+        NumericalError: A weight or a loss is not finite, or a Hessian has no Cholesky factor.
+        ValueError: The budget depends on data, and the pruner needs none.
     """
-    trains, reads_data = settings.compensation is not None, settings.pruner.needs_data
-    biased = dense = None
-    if reads_data:
-        biased, dense = _stream(context), _stream(context) if trains else None
+    trains = settings.compensation is not None
+    reads_data = trains or settings.pruner.needs_data
+    biased = _new_stream(context) if reads_data else None  # z
+    dense = _new_stream(context) if trains else None  # z'
+    if biased is not None:
         capture(context, biased, dense)  # lines 1-2
-    blocks = budget(_given(biased)) if callable(budget) else budget
+    blocks = _resolve(budget, biased)
 
     for i, block_budget in enumerate(blocks):  # line 3
         block, is_last = context.block(i), i == len(blocks) - 1
-        state, target, compensation, refinement = None, dense, None, None
+        state = compensation = refinement = None
 
         if i > 0 and settings.compensation is not None:  # line 6
-            target = _stream(context)
-            compensated = compensate_block(block, _given(biased), _given(dense), target, settings.compensation)  # 7-8
-            state, compensation = compensated.state, compensated.training
+            assert biased is not None
+            assert dense is not None
+            dense_out = _new_stream(context)
+            compensated = compensate_block(block, biased, dense, dense_out, settings.compensation)  # lines 7-8
+            state, compensation, dense = compensated.state, compensated.training, dense_out
 
-        stream = _stream(context) if reads_data and not is_last else None
-        output = BlockOutput(block_dtypes(context.model, i, settings.export_dtype), stream)
+        biased_out = _new_stream(context) if reads_data and not is_last else None
+        output = BlockOutput(block_dtypes(context.model, i, settings.export_dtype), biased_out)
         if settings.refinement is None:
             pruned = prune_block(block, settings.pruner, block_budget, biased, state=state, output=output)  # 4-5, 9
             finished = pruned.finished
         else:
-            pruned = prune_block(block, settings.pruner, block_budget, biased, state=state, output=None)
-            refined = refine_block(block, pruned, _given(biased), _given(target), settings.refinement, output)
+            assert biased is not None
+            assert dense is not None
+            pruned = prune_block(block, settings.pruner, block_budget, biased, state=state, output=None)  # 4, 9
+            refined = refine_block(block, pruned, biased, dense, settings.refinement, output)  # not in the paper; 5
             finished, refinement = refined.finished, refined.training
         assert finished is not None
         yield LampBlock(i, finished, pruned.outcome, compensation, refinement)
-        biased, dense = stream, target
+        biased = biased_out
 
 
-def _stream(context: StageContext) -> ListStream:
-    """Room for N samples of hidden states."""
+def _new_stream(context: StageContext) -> ListStream:
+    """An empty stream of N hidden states, (T, H), in the activation dtype of the device."""
     return ListStream(len(context.inputs), context.hidden_shape, context.device.torch_dtype)
 
 
-def _given(stream: ListStream | None) -> ListStream:
-    assert stream is not None, "this pruner reads no data, and so nothing can be trained"
-    return stream
+def _resolve(budget: Budget, biased: ListStream | None) -> Sequence[BlockBudget]:
+    """The counts of every block. biased: the input of block 0; None: there is no data."""
+    if not callable(budget):
+        return budget
+    if biased is None:
+        raise ValueError("a budget that depends on data needs a pruner that reads data")
+    return budget(biased)

@@ -1,7 +1,9 @@
 """Lines 4-5 of the paper's Algorithm 1: prune one block, then propagate the biased stream through it.
 
 All statistics of a block come from one pass of the unpruned block over the biased stream. Layers that read the same
-input (q, k and v; gate and up) share one set of statistics and one factorisation of it.
+input (q, k and v; gate and up) share one set of statistics and its factorization.
+
+N: samples.    T: tokens of a sample.    H: hidden size.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from stages.sparsity.outcome import LayerOutcome, PruneOutcome, require_budget
 
 @dataclass(frozen=True)
 class PrunedBlock:
-    """A block after pruning, and what happened to each layer."""
+    """A block after pruning, and the outcome of each layer."""
 
     outcome: PruneOutcome
-    state: Mapping[str, Tensor] | None = None  # in fp32, to be trained further; None: the block is finished
-    finished: FinishedBlock | None = None  # in the export dtype; None: the block is not finished yet
+    state: Mapping[str, Tensor] | None = None  # fp32, for refinement; None: the block is finished
+    finished: FinishedBlock | None = None  # in the export dtype; None: the block is not finished
 
 
 @torch.no_grad()
@@ -49,34 +51,38 @@ def prune_block(
 
     Args:
         context: The block and its samples.
-        pruner: Chooses and solves, with its options.
-        budget: How many weights each layer loses; layers that it does not name stay dense.
-        biased: The block's input of each of N samples, (T, H); None for a pruner that reads no data.
-        state: The block's compensated weights (names inside the block); None: the original weights.
-        output: How the block is exported and where its outputs go; None: leave it in fp32 for a later step.
+        pruner: The pruner, with its options.
+        budget: How many weights of each layer are pruned. Layers that it does not name stay dense.
+        biased: The block's input of each of N samples, (T, H); None for a pruner that needs no data.
+        state: The block's compensated weights, by their names inside the block; None: the original weights.
+        output: The export dtypes and the output stream; None: leave the block in fp32 for refinement.
+
+    Returns:
+        The outcome of each layer; with `output`, the finished block, else its state in fp32.
 
     Raises:
-        NumericalError: A weight is not finite, or a Hessian has no usable factor; names block and layer.
+        NumericalError: A weight is not finite, or a Hessian has no Cholesky factor. The message names block and layer.
+        ValueError: The pruner needs data, and there is none.
     """
     block = context.load(state)
     by_name = {layer.name: layer for layer in budget.layers}
     infos = [info for info in context.model.layers(context.index) if info.name in by_name]
     modules = {info.path: block.get_submodule(info.path) for info in infos}
-    num_passes = (1 if pruner.needs_data else 0) + (1 if output is not None and output.stream is not None else 0)
-    progress = _Progress(context.callbacks, len(infos) + num_passes * len(context.inputs))
     kind = pruner.statistics()
-    if pruner.needs_data and kind is not None:
+    num_passes = int(kind is not None) + int(output is not None and output.stream is not None)
+    progress = _Progress(context.callbacks, len(infos) + num_passes * len(context.inputs))
+    if kind is not None:
         if biased is None or not len(context.inputs):
             raise ValueError(f"{pruner.name} needs the calibration set and the biased stream")
         progress.collected = collect(context, block, modules, biased, kind, progress)
     layers = _Layers(context, pruner, progress.collected)
-    # Input by input, so that each set of statistics is freed as soon as its layers are done.
+    # Layers with the same input follow each other, so that only one factorization is in memory.
     for info in layers.ordered(infos):
         progress.boundary()
         layers.prune(info, modules[info.path], by_name[info.name].num_masked)
         progress.advance()
     outcome = PruneOutcome({info.name: layers.outcomes[info.name] for info in infos}, pruner.options.pattern)
-    layers.forget()
+    layers.free()
     require_budget(outcome, budget)
     if output is None:
         return PrunedBlock(outcome, state={name: tensor.to("cpu") for name, tensor in block.state_dict().items()})
@@ -84,7 +90,7 @@ def prune_block(
 
 
 class _Progress(Counter):
-    """Counts passes and layers. From a checkpoint the statistics come back; the layers are pruned again."""
+    """Reports progress over samples and layers. A checkpoint holds the statistics; a resumed step prunes again."""
 
     def __init__(self, callbacks: Callbacks, total: int) -> None:
         super().__init__(callbacks, total, "passes")
@@ -92,7 +98,7 @@ class _Progress(Counter):
         self.collected: LayerInputs | None = None
 
     def boundary(self) -> None:
-        """Stop here if asked to, and keep the statistics."""
+        """Stop here if requested; keep a checkpoint of the statistics."""
         if self.collected is None:
             self._callbacks.check_stop()
         else:
@@ -100,7 +106,7 @@ class _Progress(Counter):
 
 
 class _Layers:
-    """Prunes the layers of one block; what `Pruner.prepare` gives is kept while layers with the same input follow."""
+    """Prunes the layers of one block. Keeps the result of `Pruner.prepare` for the layers with the same input."""
 
     def __init__(self, context: BlockContext, pruner: Pruner, collected: LayerInputs | None) -> None:
         self._context, self._pruner = context, pruner
@@ -110,11 +116,11 @@ class _Layers:
         self.outcomes: dict[str, LayerOutcome] = {}
 
     def ordered(self, infos: list[LayerInfo]) -> list[LayerInfo]:
-        """The layers, those with the same input one after the other."""
+        """The layers, sorted so that those with the same input follow each other."""
         return sorted(infos, key=lambda info: self._inputs.index(self._input_of[info.path]) if self._inputs else 0)
 
     def prune(self, info: LayerInfo, module: nn.Module, num_masked: int) -> None:
-        """Prune one layer in place, and keep what happened to it."""
+        """Prune one layer in place and keep its outcome."""
         model, options = self._context.model, self._pruner.options
         weight, where = model.weight_matrix(module), f"{self._context.name}, layer {info.path}"
         if not bool(torch.isfinite(weight).all()):
@@ -129,7 +135,7 @@ class _Layers:
 
     def _prepare(self, found: LayerInput, where: str) -> Any:
         if self._prepared is None or self._prepared[0] is not found:
-            self._prepared = None  # not two at once: each may be as large as the statistics
+            self._prepared = None  # first free the old one: each may be as large as the statistics
             try:
                 prepared = self._pruner.prepare(
                     found.statistics,
@@ -141,6 +147,6 @@ class _Layers:
             self._prepared = (found, prepared)
         return self._prepared[1]
 
-    def forget(self) -> None:
-        """Free what was prepared."""
+    def free(self) -> None:
+        """Free the last result of `Pruner.prepare`."""
         self._prepared = None

@@ -1,8 +1,10 @@
-"""Refine a block that has just been pruned: train the weights it kept, its mask fixed, towards the dense output.
+"""Refine a pruned block: train its kept weights towards the dense output, with its pruning mask fixed.
 
-B <- argmin |B(biased_in) - dense_out|^2 over the kept weights, biases and norms. The paper has no such step; it also
-serves the last block, whose error no later block can compensate. Where the weights are quantized they stay on their
-grid: the forward pass rounds them, the gradient passes straight through the rounding (Bengio et al., 2013).
+B <- argmin |B(biased_in) - dense_out|^2 over the kept weights, biases and norms. The paper has no such step. It also
+improves the last block, whose error no later block can compensate. Quantized weights stay on their quantization grid:
+the forward pass rounds them, and the gradient ignores the rounding (straight-through estimator, Bengio et al., 2013).
+
+N: samples.    T: tokens of a sample.    H: hidden size.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from stages.training.trainer import BlockTrainer, Purpose, Training, TrainingSet
 
 @dataclass(frozen=True)
 class RefinedBlock:
-    """A pruned block in the export dtype, and how its training went."""
+    """A pruned block in the export dtype, and the training report."""
 
     finished: FinishedBlock
     training: Training
@@ -47,12 +49,12 @@ def refine_block(
 
     Args:
         context: The block and its N samples.
-        pruned: The pruned, unfinished block: its state in fp32, and masks, grids and pattern, which hold afterwards.
+        pruned: The pruned, unfinished block: its state in fp32, and its masks, grids and pattern, which training keeps.
         biased_in: The block's input through the pruned blocks, N samples (T, H).
         dense_out: The target: the original block's output through the original blocks, N samples (T, H).
         settings: How to train.
-        output: How the block is exported, and where its outputs go.
-        spill: Scratch space for the best weights so far, which otherwise are a second block in memory.
+        output: The export dtypes and the output stream.
+        spill: Scratch space for the best weights so far; None: they stay in memory as a second copy of the block.
 
     Raises:
         NumericalError: The loss is not finite.
@@ -70,10 +72,10 @@ def refine_block(
 
 @contextlib.contextmanager
 def _kept_masked(model: BlockModel, block: nn.Module, block_index: int, outcome: PruneOutcome) -> Iterator[None]:
-    """Inside, training leaves masked weights at zero, and the layers compute with weights on their grids.
+    """Context in which training keeps masked weights at zero, and quantized layers compute with weights on their grid.
 
-    Without a grid it is enough that a masked weight gets no gradient: it is zero, Adam's moments of it stay zero, and
-    so does its step. With one, the layer computes with a rounded weight, beside the one that is trained.
+    Without a grid, the gradient of masked weights is zeroed: then Adam's moments and steps of them are zero, too. With
+    a grid, the layer computes with a rounded copy of the weight that is trained.
     """
     infos = {info.name: info for info in model.layers(block_index) if info.name in outcome.layers}
     handles, rounded = [], []
@@ -98,7 +100,7 @@ def _kept_masked(model: BlockModel, block: nn.Module, block_index: int, outcome:
 
 
 def _without_gradient(parameter: nn.Parameter, mask: Tensor) -> Any:
-    """Have the gradient of a parameter zeroed under the mask whenever it is made; `remove` ends it."""
+    """Register a hook that zeroes the parameter's gradient under the mask. Returns the handle that removes it."""
 
     def zero(changed: Tensor) -> None:
         assert changed.grad is not None
@@ -109,7 +111,7 @@ def _without_gradient(parameter: nn.Parameter, mask: Tensor) -> Any:
 
 
 class _OnGrid(nn.Module):
-    """What a quantized layer computes with: its weights rounded to the grid where they were kept, else zero."""
+    """Parametrization of a quantized layer: kept weights rounded to the grid, masked weights zero."""
 
     def __init__(self, mask: Tensor, grid: Grid, transposed: bool) -> None:
         super().__init__()
@@ -122,7 +124,7 @@ class _OnGrid(nn.Module):
 
 
 class _Rounded(torch.autograd.Function):
-    """The nearest values of a grid; the gradient of the identity."""
+    """Round to the nearest values of a grid; the gradient is that of the identity."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, grid: Grid) -> Tensor:

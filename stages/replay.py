@@ -1,8 +1,8 @@
 """Recompute a stream of activations by a forward pass through finished blocks.
 
-The dense stream went through the original blocks, the biased stream through the pruned blocks as exported. Each block
-runs on the stored output of the block before it, so that the bits equal those of the first time (on the same machine
-and versions).
+The dense stream passes through the original blocks, the biased stream through the pruned blocks as exported. Each block
+reads the stored output of the block before it, so that the result is bit-identical to the first computation (on the
+same device and versions).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def replay(context: StageContext, out: Stream, num_blocks: int, state_of: StateO
         context: The model and its N samples.
         out: Receives N samples of hidden states, (T, H).
         num_blocks: How many blocks the samples pass through.
-        state_of: A block's weights (names inside the block); None: the original weights.
+        state_of: Returns a block's weights by their names inside the block; None: the original weights.
         scratch: Space for the hidden states between the blocks.
     """
     if not num_blocks:

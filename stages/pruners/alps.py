@@ -1,11 +1,11 @@
-"""ALPS (Meng et al., NeurIPS 2024): choose the mask of a whole layer by operator splitting, then refit what is kept.
+"""ALPS (Meng et al., NeurIPS 2024): choose the mask of a whole layer by operator splitting, then refit kept weights.
 
-SparseGPT settles each block of columns for good before it has seen the next. Here all columns are decided together:
-weights B that fit the layer's output and weights D that hold the sparsity are pulled towards each other by a penalty
-that grows (ADMM), and the weights under the mask where they meet are solved for by conjugate gradients.
+SparseGPT fixes the mask of each block of columns before it reaches the next one. ALPS chooses all columns together. A
+rising penalty (ADMM) brings two sets of weights together: B, which fits the layer's output, and D, which is sparse.
+Their common support is the mask, and conjugate gradients solve for the kept weights.
 
-Unlike the paper's, the penalties are the same for every layer: the inverses they need belong to the Hessian alone and
-are shared by the layers that read it, five Cholesky factorisations in place of an eigendecomposition.
+Unlike in the paper, the penalties are the same for every layer. The inverses then depend on the Hessian alone, and the
+layers that read the same input share them: five Cholesky factorizations instead of one eigendecomposition.
 
 R: output rows of a weight.    C: its columns, the input channels.    L: penalties.
 """
@@ -26,17 +26,18 @@ if TYPE_CHECKING:
     from stages.pruners.hessian import Factor
     from stages.sparsity.nm_pattern import Pattern
 
-# In units of the scaled Hessian's diagonal, which is 1. Higher ones fix the mask before the weights have adapted to it,
-# lower ones never bring the two together.
+# Relative to the scaled Hessian's diagonal, which is 1. Higher penalties fix the mask before the weights have adapted
+# to it; with lower ones B and D do not meet.
 _FIRST_PENALTY, _LAST_PENALTY = 0.1, 1.0
+_ITERATIONS_PER_PENALTY = 3
 
 
 class ALPS(Pruner):
-    """Chooses the mask of a layer as a whole and refits the weights that stay."""
+    """Chooses the mask of a layer as a whole, and refits the kept weights."""
 
     name = "alps"
     title = "ALPS"
-    help = "Choose each layer's mask as a whole by operator splitting, then refit the weights that stay."
+    help = "Choose each layer's mask as a whole by operator splitting, then refit the kept weights."
     serves_lamp = True
     num_weight_copies = 9
 
@@ -48,11 +49,11 @@ class ALPS(Pruner):
 
     @classmethod
     def num_matrices(cls, *, is_shared: bool) -> int:
-        # The factor, the scaled Hessian, an inverse and what it is made from; five inverses where layers share them.
+        # The factor, the scaled Hessian, an inverse and its work space; five inverses if layers share them.
         return 1 + (7 if is_shared else 3)
 
     def prepare(self, statistics: Any, *, is_shared: bool, warn: Callable[[str], None]) -> _Prepared:
-        """statistics: a `HessianSum`. Raises NumericalError where the Hessian has no factor."""
+        """Factorize and split the Hessian. statistics: a `HessianSum`. Raises NumericalError if there is no factor."""
         from stages.pruners.hessian import factorise
 
         hessian = statistics.matrix()
@@ -60,16 +61,17 @@ class ALPS(Pruner):
         return _Prepared(hessian, factor, split(hessian, factor, is_shared=is_shared))
 
     def prune(self, layer: LayerProblem, prepared: Any) -> PrunedMatrix:
+        """Prune one layer by its `_Prepared`."""
         factor, pattern = prepared.factor, self.options.pattern
         weight, mask = alps(
-            *(layer.weight, prepared.hessian, factor, layer.num_masked),
-            pattern=pattern,
-            splitting=prepared.splitting,
+            layer.weight, prepared.hessian, factor, layer.num_masked, pattern=pattern, splitting=prepared.splitting
         )
         if layer.grid is not None:
-            # ALPS chooses the mask; the sweep puts the other weights on the grid and passes each error on.
+            # SparseGPT's sweep quantizes the weights that ALPS keeps, and compensates each error in later columns.
             weight, mask = sparsegpt(
-                *(layer.weight, factor, layer.num_masked),
+                layer.weight,
+                factor,
+                layer.num_masked,
                 pattern=pattern,
                 grid=layer.grid,
                 column_block=self.options.column_block,
@@ -80,7 +82,7 @@ class ALPS(Pruner):
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a Hessian becomes once, for all layers with the same input."""
+    """The Hessian, its factor and its splitting. Layers with the same input share one."""
 
     hessian: Tensor  # (C, C)
     factor: Factor
@@ -89,23 +91,26 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class Splitting:
-    """What ADMM needs of a Hessian. Layers with the same input share one."""
+    """The scaled Hessian and the inverses that ADMM uses. Layers with the same input share one."""
 
     scaled: Tensor  # S (C, C): the damped Hessian, rows and columns scaled so that its diagonal is 1
     scale: Tensor  # (C,): the square root of the damped Hessian's diagonal
-    penalties: tuple[float, ...]  # rising
-    kept: tuple[Tensor, ...]  # the inverses, each (C, C), where several layers use them; else they are made on the way
+    penalties: tuple[float, ...]  # (L,), rising
+    kept: tuple[Tensor, ...]  # L inverses (C, C), if several layers use them; empty: computed when needed
 
     def inverses(self) -> Iterator[Tensor]:
-        """(S + penalty I)^-1 for each penalty, not to be changed."""
+        """(S + penalty I)^-1 for each penalty. The caller must not change them."""
         yield from self.kept or (_shifted_inverse(self.scaled, penalty) for penalty in self.penalties)
 
 
 def split(hessian: Tensor, factor: Factor, num_penalties: int = 5, *, is_shared: bool = True) -> Splitting:
-    """The splitting of `hessian` (C, C), with the damping that its factor needed, in the Hessian's dtype.
+    """Split the Hessian, with the damping of its factor, in the Hessian's dtype.
 
-    is_shared: several layers will use it, so that keeping its inverses, each as large as the Hessian, saves making them
-    again.
+    Args:
+        hessian: (C, C), left unchanged.
+        factor: Its factor.
+        num_penalties: L.
+        is_shared: Several layers will use the result: keep its inverses, each as large as the Hessian.
     """
     damped = hessian.clone()
     damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
@@ -119,12 +124,12 @@ def split(hessian: Tensor, factor: Factor, num_penalties: int = 5, *, is_shared:
 
 
 def _shifted_inverse(scaled: Tensor, penalty: float) -> Tensor:
-    """(S + penalty I)^-1. It exists: the damped Hessian has a factor, and this one is further from singular."""
+    """(S + penalty I)^-1. It exists, because already the damped Hessian has a Cholesky factor."""
     import torch
 
     shifted = scaled.clone()
     shifted.diagonal().add_(penalty)
-    work = shifted.T  # LAPACK's order: it then works in place
+    work = shifted.T  # contiguous columns: LAPACK then works in place
     failed = torch.empty((), dtype=torch.int32, device=work.device)
     torch.linalg.cholesky_ex(work, out=(work, failed))
     if int(failed):
@@ -141,24 +146,31 @@ def alps(
     *,
     pattern: Pattern | None = None,
     splitting: Splitting | None = None,
-    iterations_per_penalty: int = 3,
     refit_iterations: int = 5,
 ) -> tuple[Tensor, Tensor]:
-    """New weights (R, C) and the mask (R, C), True where pruned: exactly `num_masked`, anywhere in the layer.
+    """Prune a weight to exactly `num_masked` zeros anywhere in the layer, and refit the kept weights.
 
-    The output error on the damped Hessian is never above that of SparseGPT's weights and mask: they are tried too,
-    refitted, and the better of the two is returned.
+    SparseGPT's mask is refitted, too, and the better result is returned: the output error on the damped Hessian is
+    never above SparseGPT's. There is no quantization grid, because the refit moves all kept weights at once.
 
-    weight: (R, C), left as it is; computed in the Hessian's dtype. hessian: (C, C), left as it is. pattern: N:M
-    instead, in every group of M columns; `num_masked` is then what the pattern says. splitting: of this Hessian, where
-    other layers share it. There is no quantization grid: the refit moves all kept weights at once, off any grid.
+    Args:
+        weight: (R, C), left unchanged. The computation uses the Hessian's dtype.
+        hessian: (C, C), left unchanged.
+        factor: The Hessian's factor.
+        num_masked: How many weights are pruned; with a pattern, the pattern's count.
+        pattern: N:M, in every group of M columns.
+        splitting: Of this Hessian, if other layers share it.
+        refit_iterations: Iterations of conjugate gradients.
+
+    Returns:
+        The new weights (R, C), in the dtype of `weight`, and the mask (R, C), True where pruned.
     """
     if splitting is None:
         splitting = split(hessian, factor)
     dense = weight.detach().to(hessian.dtype)
     greedy, greedy_mask = sparsegpt(dense, factor, num_masked, pattern=pattern)
     target = dense.masked_fill(factor.dead, 0) * splitting.scale
-    found, found_mask = _admm(target, splitting, num_masked, pattern, iterations_per_penalty)
+    found, found_mask = _admm(target, splitting, num_masked, pattern)
     results = [
         (_refit(start, target, mask, splitting.scaled, refit_iterations), mask)
         for start, mask in ((greedy * splitting.scale, greedy_mask), (found, found_mask))
@@ -168,16 +180,14 @@ def alps(
     return (kept / splitting.scale).to(weight.dtype), mask
 
 
-def _admm(
-    target: Tensor, splitting: Splitting, num_masked: int, pattern: Pattern | None, num_iterations: int
-) -> tuple[Tensor, Tensor]:
-    """Weights (R, C), not yet zero under the mask, and the mask; the target is in scaled units."""
+def _admm(target: Tensor, splitting: Splitting, num_masked: int, pattern: Pattern | None) -> tuple[Tensor, Tensor]:
+    """Weights (R, C), not yet zero under the mask, and the mask (R, C). target: (R, C), in scaled units."""
     import torch
 
     pull = target @ splitting.scaled
     fitted, dual = target.clone(), torch.zeros_like(target)  # B and V
     for penalty, inverse in zip(splitting.penalties, splitting.inverses(), strict=True):
-        for _ in range(num_iterations):
+        for _ in range(_ITERATIONS_PER_PENALTY):
             sparse = torch.add(fitted, dual, alpha=1 / penalty)  # D
             sparse.masked_fill_(_smallest_squares(sparse, num_masked, pattern), 0)
             fitted = (pull - dual).add_(sparse, alpha=penalty) @ inverse
@@ -192,7 +202,7 @@ def _smallest_squares(weight: Tensor, num_masked: int, pattern: Pattern | None) 
 
 
 def _refit(start: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, num_iterations: int) -> Tensor:
-    """Conjugate gradients on the weights kept, every row a system of its own, preconditioned by the diagonal."""
+    """Conjugate gradients on the kept weights, each row a separate system, preconditioned by the diagonal."""
     diagonal = hessian.diagonal()
     weight = start.masked_fill(mask, 0)
     residual = ((target - weight) @ hessian).masked_fill_(mask, 0)
@@ -211,14 +221,14 @@ def _refit(start: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, num_ite
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Their ratio, or 0 for a row that is solved already and divides nothing by nothing."""
+    """numerator / denominator, or 0 where the denominator is 0: the row is solved."""
     import torch
 
     return torch.where(denominator > 0, numerator / denominator, 0)
 
 
 def _error(lost: Tensor, hessian: Tensor) -> float:
-    """tr(E H E^T) of what the weights lost, E (R, C)."""
+    """tr(E H E^T) of the change of the weights, E (R, C)."""
     import torch
 
     return ((lost @ hessian) * lost).sum(dtype=torch.float64).item()

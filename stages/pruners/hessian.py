@@ -1,6 +1,6 @@
-"""The Hessian of a layer's output error, and the factor of its inverse that SparseGPT works with.
+"""Factorization of the inverse Hessian of a layer's output error, for SparseGPT and ALPS.
 
-H = 2/n sum x x^T over the n calibration tokens; U upper triangular with U^T U = (H + damping I)^-1.
+H = 2/n sum x x^T over the n calibration tokens; U is upper triangular with U^T U = (H + damping I)^-1.
 """
 
 from __future__ import annotations
@@ -19,19 +19,25 @@ _RETRY_FACTOR = 10.0
 
 @dataclass(frozen=True)
 class Factor:
-    """What SparseGPT needs of a Hessian. Layers with the same input share one."""
+    """Cholesky factor of an inverse Hessian. Layers with the same input share one."""
 
     upper: Tensor  # U (cols, cols)
     dead: Tensor  # (cols,) bool: input channels that are zero on every token
-    damping: float  # as a share of the mean diagonal: what the factorisation needed in the end
+    damping: float  # the damping with which the factorization succeeded, as a share of the mean diagonal
 
 
 def factorise(hessian: Tensor, damping: float, on_retry: Callable[[str], None]) -> Factor:
-    """The upper Cholesky factor of the inverse of the damped Hessian, in its own dtype.
+    """The upper Cholesky factor of the inverse of the damped Hessian, in the Hessian's dtype.
 
-    damping: share of the mean diagonal that is added to the diagonal. Where the matrix has no factor, ten times
-    as much is tried, up to three times, and `on_retry` is told.
-    Raises NumericalError if that does not help, or if the Hessian is not finite.
+    A failed factorization is retried up to three times, each time with ten times the damping.
+
+    Args:
+        hessian: (cols, cols); left unchanged.
+        damping: Added to the diagonal, as a share of the diagonal's mean.
+        on_retry: Receives a message before each retry.
+
+    Raises:
+        NumericalError: Every retry failed, or the Hessian is not finite.
     """
     diagonal = hessian.diagonal()
     if not _is_finite(hessian):
@@ -55,12 +61,12 @@ def factorise(hessian: Tensor, damping: float, on_retry: Callable[[str], None]) 
 
 
 def _to_inverse_factor(matrix: Tensor) -> bool:
-    """Put U^T, with U^T U = matrix^-1, in the matrix's own place; False: in this precision it has no factor.
+    """Overwrite the matrix by U^T, where U^T U = matrix^-1. Returns False if it has no factor in this precision.
 
-    In place, since the Hessian of a wide layer may be larger than its block: LAPACK wants its columns contiguous, and
-    makes copies of anything else.
+    In place, because the Hessian of a wide layer may be larger than its block. LAPACK needs contiguous columns and
+    copies any other layout.
     """
-    work = matrix.T  # symmetric: the same matrix, column by column
+    work = matrix.T  # the matrix is symmetric: this view has contiguous columns
     failed = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(work, out=(work, failed))
     if int(failed):
@@ -71,5 +77,5 @@ def _to_inverse_factor(matrix: Tensor) -> bool:
 
 
 def _is_finite(matrix: Tensor) -> bool:
-    """Whether it holds no infinity and no NaN; by strips, since torch's test takes two copies of what it looks at."""
+    """Whether the matrix holds no infinity and no NaN. In strips of rows, because torch's test makes two copies."""
     return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(1024))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Magnitude(Pruner):
-    """Prunes by |w|. Reads no data and changes no weight that it keeps, unless it quantizes."""
+    """Prunes by |w|. Needs no data. Changes kept weights only if it quantizes them."""
 
     name = "magnitude"
     title = "magnitude"
@@ -21,11 +21,15 @@ class Magnitude(Pruner):
     needs_data = False
 
     def prune(self, layer: LayerProblem, prepared: Any) -> PrunedMatrix:
+        """Prune one layer. prepared: not used."""
         return self.keep(layer, magnitude_mask(layer.weight, layer.num_masked, self.options.pattern))
 
 
 def magnitude_mask(weight: Tensor, num_masked: int, pattern: Pattern | None = None) -> Tensor:
-    """True at the `num_masked` weights of smallest magnitude, or where the pattern says. weight: (rows, cols)."""
+    """True at the `num_masked` weights of smallest magnitude, or N of each group of an N:M pattern.
+
+    weight: (rows, cols), as the result.
+    """
     from stages.sparsity.topk import smallest
 
     return smallest(weight.abs(), num_masked) if pattern is None else pattern.mask(weight.abs())

@@ -1,4 +1,4 @@
-"""The pruners by name, and the methods that a user can choose: LAMP, or one of the pruners by itself."""
+"""Registry of pruners, and of the methods that a user can choose: LAMP, or one pruner without compensation."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ PRUNERS: Registry[type[Pruner]] = Registry(
         "magnitude": "stages.pruners.magnitude:Magnitude",
     },
 )
-LAMP = "lamp"  # the method that prunes and compensates block by block, with one of the pruners
-PAPER_PRUNER = "sparsegpt"  # LAMP's in the paper
+LAMP = "lamp"  # prunes with one of the pruners and compensates, block by block
+PAPER_PRUNER = "sparsegpt"  # LAMP's pruner in the paper
 
 
 def method_names() -> tuple[str, ...]:
-    """Every method that `--method` takes."""
+    """Every value of `--method`."""
     return (LAMP, *PRUNERS.names)
 
 
 def lamp_pruners() -> tuple[str, ...]:
-    """Every pruner that LAMP may prune its blocks with."""
+    """Every pruner that LAMP may use: the values of `--pruner`."""
     return tuple(name for name in PRUNERS.names if PRUNERS.get(name).serves_lamp)
 
 
 def bit_methods() -> tuple[str, ...]:
-    """Every method that can quantize the weights that it keeps."""
+    """Every method that can quantize the kept weights."""
     return (LAMP, *(name for name in PRUNERS.names if PRUNERS.get(name).supports_bits))
 
 
 def method_title(name: str) -> str:
-    """The method's name for people: "LAMP", "SparseGPT". A method whose package is gone keeps its plain name."""
+    """The method's title: "LAMP", "SparseGPT". A method whose package is no longer installed keeps its plain name."""
     if name == LAMP:
         return "LAMP"
     try:

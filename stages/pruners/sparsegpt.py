@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar and Alistarh, 2023, Algorithm 1): prune column by column, pass each error on to the right.
+"""SparseGPT (Frantar and Alistarh, 2023, Algorithm 1): prune column by column, and compensate in later columns.
 
 R: output rows of a weight.    C: its columns, the input channels.    U: upper factor of the inverse Hessian.
 """
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class SparseGPT(Pruner):
-    """Prunes and, if asked, quantizes in one sweep over the columns, by the Hessian of the layer's output error."""
+    """Prunes and, with bits, quantizes in one sweep over the columns, by the Hessian of the layer's output error."""
 
     name = "sparsegpt"
     title = "SparseGPT"
-    help = "Prune column by column; later columns make up for the error of earlier ones."
+    help = "Prune column by column; later columns compensate the error of earlier ones."
     quantizes_jointly = True
     serves_lamp = True
     num_weight_copies = 5
@@ -39,13 +39,13 @@ class SparseGPT(Pruner):
         return 1  # the factor
 
     def prepare(self, statistics: Any, *, is_shared: bool, warn: Callable[[str], None]) -> Factor:
-        """statistics: a `HessianSum`. Raises NumericalError where the Hessian has no factor."""
+        """Factorize the Hessian. statistics: a `HessianSum`. Raises NumericalError if there is no factor."""
         from stages.pruners.hessian import factorise
 
         return factorise(statistics.matrix(), self.options.damping, on_retry=warn)
 
     def prune(self, layer: LayerProblem, prepared: Any) -> PrunedMatrix:
-        """prepared: a `Factor`."""
+        """Prune one layer by its `Factor`."""
         weight, mask = sparsegpt(
             layer.weight,
             prepared,
@@ -67,13 +67,22 @@ def sparsegpt(
     column_block: int = 128,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """New weights (R, C) and the mask (R, C), True where pruned: exactly `num_masked` of them.
+    """Prune a weight to exactly `num_masked` zeros, and update the kept weights.
 
-    weight: (R, C), left as it is; computed in the factor's dtype. Each block of `column_block` columns chooses its
-    own mask over all rows, by w^2 / U_jj^2 on the weights as updated so far; its count is its share of
-    `num_masked`. pattern: N:M instead, each group of M columns chosen, in every row, when the sweep comes to it;
-    `num_masked` is then what the pattern says. grid: quantize the weights that are kept in the same sweep, so
-    that the later columns make up for both errors together. mask: a mask given from outside, followed instead.
+    Each block of `column_block` columns chooses its mask over all rows, by w^2 / U_jj^2 on the weights as updated so
+    far; its count is its share of `num_masked`.
+
+    Args:
+        weight: (R, C), left unchanged. The computation uses the factor's dtype.
+        factor: Of the inverse Hessian.
+        num_masked: How many weights are pruned; with a pattern, the pattern's count.
+        pattern: N:M: in every row, each group of M columns chooses its mask when the sweep reaches it.
+        grid: Quantize the kept weights in the same sweep, so that later columns compensate both errors together.
+        column_block: Columns that choose their mask together.
+        mask: (R, C) bool, a given mask that replaces the choice.
+
+    Returns:
+        The new weights (R, C), in the dtype of `weight`, and the mask (R, C), True where pruned.
     """
     import torch
 
@@ -102,7 +111,7 @@ def sparsegpt(
         columns = work[:, start:stop].T.contiguous()  # (block, R)
         pruned = chosen[:, start:stop].T.contiguous()
         errors = torch.empty_like(columns)
-        # Views made at once: a column costs a few calls, and there are as many as the layer has inputs.
+        # All views at once: creating them column by column costs several calls per column.
         each = zip(pivots.tolist(), columns.unbind(), pruned.unbind(), errors.unbind(), strict=True)
         for j, (pivot, column, is_pruned, error) in enumerate(each):
             if pattern is not None and j % pattern.group == 0:

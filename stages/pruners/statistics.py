@@ -1,6 +1,8 @@
-"""Sums over the inputs of layers, which pruners choose and solve by. Each distinct input of a block has one.
+"""Statistics over the inputs of layers: the Hessian, or the mean squares of input channels.
 
-Source: SparseGPT (Frantar and Alistarh, 2023) for H = 2/n sum x x^T; Wanda (Sun et al., 2023) for the squares.
+Sources: SparseGPT (Frantar and Alistarh, 2023) for H = 2/n sum x x^T; Wanda (Sun et al., 2023) for the mean squares.
+
+n: tokens.    C: columns of a weight, the input channels.    R: output rows of a weight.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# A symmetric sum is added up in strips, each from its diagonal on: little more than half of the products. Of so many
-# columns at least, since narrow products are slow, and so many at most, since each is a call.
+# The sum is symmetric. It is computed in strips of rows, each from the diagonal to the right: little more than half of
+# the products. Narrow strips are slow, and each strip is a call: hence a smallest width and a largest number.
 _NARROWEST_STRIP, _MOST_STRIPS = 96, 8
 
 
 class HessianSum:
-    """Adds up x x^T over tokens, in fp32. Once it has been read, nothing can be added.
+    """Adds up x x^T over tokens in fp32. After `matrix`, nothing can be added.
 
-    Only the upper triangle is kept up to date, in strips; reading it fills in the rest.
+    `add` updates the upper triangle only, in strips; `matrix` fills in the lower one.
     """
 
     def __init__(self, cols: int, device: torch.device) -> None:
@@ -28,7 +30,7 @@ class HessianSum:
         self._is_scaled = False
 
     def add(self, x: Tensor) -> None:
-        """Add the tokens of `x` (tokens, cols)."""
+        """Add the inputs `x`, (tokens, C)."""
         assert not self._is_scaled, "the Hessian has been read"
         x = x.float()
         for rows in self._strips():
@@ -42,7 +44,7 @@ class HessianSum:
         return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
     def relative_error(self, before: Tensor, after: Tensor) -> float | None:
-        """|(W - W') X|^2 / |W X|^2 of weights (rows, cols), from H alone; None for weights that give nothing."""
+        """|(W - W') X|^2 / |W X|^2 of weights (R, C), computed from H; None if the output W X is zero."""
         hessian, lost = self.matrix(), after - before
         energy = torch.sum((before @ hessian) * before)
         return (torch.sum((lost @ hessian) * lost) / energy).item() if energy > 0 else None
@@ -52,7 +54,7 @@ class HessianSum:
         return cols**2
 
     def matrix(self) -> Tensor:
-        """H (cols, cols), fp32: the object's own memory, not to be changed."""
+        """H (C, C) in fp32. The caller must not change it: it is not a copy."""
         if not self._is_scaled:
             for rows in self._strips():
                 self._sum[rows.stop :, rows] = self._sum[rows, rows.stop :].T
@@ -61,12 +63,12 @@ class HessianSum:
         return self._sum
 
     def state(self) -> tuple[Tensor, dict[str, int]]:
-        """What `restored` needs: the sum as it is, and the counts."""
+        """The sum and the counts, for a checkpoint."""
         return self._sum, {"num_tokens": self._num_tokens, "is_scaled": int(self._is_scaled)}
 
     @classmethod
     def restored(cls, matrix: Tensor, counts: Mapping[str, int], device: torch.device) -> HessianSum:
-        """The sum that had this `state`."""
+        """Recreate the statistics from `state`, bit for bit."""
         hessian = cls(0, device)
         hessian._sum = matrix.to(device)
         hessian._num_tokens, hessian._is_scaled = counts["num_tokens"], bool(counts["is_scaled"])
@@ -74,19 +76,19 @@ class HessianSum:
 
 
 class SquareSum:
-    """Adds up x^2 per input channel, in fp32: of a Hessian, the diagonal, which is all that Wanda asks for."""
+    """Adds up x^2 per input channel in fp32: the diagonal of x x^T, which is all that Wanda needs."""
 
     def __init__(self, cols: int, device: torch.device) -> None:
         self._sum = torch.zeros(cols, device=device)
         self._num_tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Add the tokens of `x` (tokens, cols)."""
+        """Add the inputs `x`, (tokens, C)."""
         self._sum.add_(x.float().square().sum(dim=0))
         self._num_tokens += len(x)
 
     def relative_error(self, before: Tensor, after: Tensor) -> float | None:
-        """None: squares of channels do not tell the error of a product."""
+        """None: the squares of channels do not determine the error of the output."""
         return None
 
     @staticmethod
@@ -94,16 +96,16 @@ class SquareSum:
         return cols
 
     def mean_square(self) -> Tensor:
-        """The mean of x^2 per input channel, (cols,)."""
+        """The mean of x^2 per input channel, (C,)."""
         return self._sum / self._num_tokens
 
     def state(self) -> tuple[Tensor, dict[str, int]]:
-        """What `restored` needs."""
+        """The sum and the count, for a checkpoint."""
         return self._sum, {"num_tokens": self._num_tokens}
 
     @classmethod
     def restored(cls, sums: Tensor, counts: Mapping[str, int], device: torch.device) -> SquareSum:
-        """The sum that had this `state`."""
+        """Recreate the statistics from `state`, bit for bit."""
         squares = cls(0, device)
         squares._sum, squares._num_tokens = sums.to(device), counts["num_tokens"]
         return squares

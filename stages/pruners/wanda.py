@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Wanda(Pruner):
-    """Prunes by |w| |x|. It changes no weight that it keeps, and so cannot quantize."""
+    """Prunes by |w| |x|. It never changes kept weights, and so cannot quantize them."""
 
     name = "wanda"
     title = "Wanda"
@@ -28,7 +28,7 @@ class Wanda(Pruner):
         return SquareSum
 
     def prune(self, layer: LayerProblem, prepared: Any) -> PrunedMatrix:
-        """prepared: a `SquareSum`."""
+        """Prune one layer by its `SquareSum`."""
         mask = wanda_mask(layer.weight, prepared.mean_square(), layer.num_masked, self.options.pattern)
         return self.keep(layer, mask)
 
@@ -36,8 +36,8 @@ class Wanda(Pruner):
 def wanda_mask(weight: Tensor, mean_square: Tensor, num_masked: int, pattern: Pattern | None = None) -> Tensor:
     """True at the pruned weights, `num_masked` in all.
 
-    Every row loses num_masked // rows; what remains is one more in each of the first rows. With a pattern, every
-    group of M columns loses N instead.
+    num_masked // rows weights of every row are pruned, and one more in each of the first rows for the remainder. With
+    an N:M pattern, N weights of every group of M columns instead.
 
     Args:
         weight: (rows, cols).
@@ -53,7 +53,7 @@ def wanda_mask(weight: Tensor, mean_square: Tensor, num_masked: int, pattern: Pa
     if pattern is not None:
         return pattern.mask(scores)
     per_row, remainder = divmod(num_masked, weight.shape[0])
-    # Rows that lose one more come first; neither part may be empty for kthvalue's sake.
+    # The first rows lose one more. kthvalue refuses empty tensors, so empty parts are left out.
     parts = [
         smallest_per_row(part, count)
         for part, count in ((scores[:remainder], per_row + 1), (scores[remainder:], per_row))

@@ -1,7 +1,8 @@
-"""Quantization grids: which values the weights of a row may take.
+"""Quantization grids: the values that the weights of a row may take.
 
 A grid is asymmetric and belongs to one row, or to one group of columns of a row: value = scale (code - zero), with
-codes 0 .. 2^bits - 1. Zero is always on it, so that a pruned weight is too (SparseGPT, Frantar and Alistarh, 2023).
+codes 0 .. 2^bits - 1. Zero is always on the grid, so that pruned weights are on it, too (SparseGPT, Frantar and
+Alistarh, 2023).
 
 R: output rows of a weight.    C: its columns.    G: groups of columns in a row (1 without groups).
 """
@@ -18,20 +19,20 @@ from stages.errors import NumericalError
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of every row, or of every group of columns in every row."""
+    """The quantization grids of a weight: one per row, or one per group of columns in every row."""
 
     scale: Tensor  # (R, G) fp32, > 0
-    zero: Tensor  # (R, G) fp32, a whole number: the code of the value 0
+    zero: Tensor  # (R, G) fp32, the zero point: the code of the value 0, a whole number
     bits: int
     group_size: int  # columns per group; the last group of a row may be shorter
 
     @property
     def num_levels(self) -> int:
-        """How many values each grid has."""
+        """Number of values of each grid."""
         return 2**self.bits
 
     def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero of columns `start` to `stop`, each (R, stop - start), or (R, 1) where they are all alike."""
+        """Scale and zero point of columns `start` to `stop`: each (R, stop - start), or (R, 1) within one group."""
         first, last = start // self.group_size, (stop - 1) // self.group_size
         if first == last:
             return self.scale[:, first : first + 1], self.zero[:, first : first + 1]
@@ -39,27 +40,28 @@ class Grid:
         return self.scale[:, group], self.zero[:, group]
 
     def codes(self, weight: Tensor) -> Tensor:
-        """The code nearest to each weight, ties to even, fp32 (R, C)."""
+        """The code nearest to each weight, ties to even, as fp32 (R, C)."""
         scale, zero = self.columns(0, weight.shape[1])
         return encode(weight.float(), scale, zero, self.num_levels)
 
     def values(self, codes: Tensor) -> Tensor:
-        """The values of these codes, fp32 (R, C)."""
+        """The values of codes (R, C), as fp32 (R, C)."""
         scale, zero = self.columns(0, codes.shape[1])
         return decode(codes, scale, zero)
 
     def nearest(self, weight: Tensor) -> Tensor:
-        """The grid's value nearest to each weight (R, C), in the dtype of `weight`."""
+        """The grid value nearest to each weight (R, C), in the dtype of `weight`."""
         return self.values(self.codes(weight)).to(weight.dtype)
 
     def codes_of_stored(self, weight: Tensor) -> Tensor:
-        """The codes (R, C), uint8, whose values are `weight` bit for bit once they are rounded to its dtype.
+        """The codes (R, C), uint8, whose values, rounded to the dtype of `weight`, equal `weight` bit for bit.
 
-        Raises NumericalError if a weight is not on the grid.
+        Raises:
+            NumericalError: A weight is not on the grid.
         """
         nearest = self.codes(weight)
         found, matched = nearest.clone(), torch.zeros_like(nearest, dtype=torch.bool)
-        # Rounding to a short dtype may have moved a value past the middle between two codes.
+        # Rounding to a 16-bit dtype may have moved a value past the middle between two codes.
         for step in (0, -1, 1):
             candidate = (nearest + step).clamp_(0, self.num_levels - 1)
             fits = ~matched & (self.values(candidate).to(weight.dtype) == weight)
@@ -71,9 +73,14 @@ class Grid:
 
 
 def fit_grid(weight: Tensor, bits: int, group_size: int | None = None) -> Grid:
-    """The grid that spans each row of `weight` (R, C), or each `group_size` columns of it, and zero.
+    """Fit grids that span the weights of each row, or of each `group_size` columns of a row, and zero.
 
-    Round-to-nearest on it is [SG]'s quantizer: per output channel, asymmetric, minimum and maximum of the weights.
+    Source: the quantizer of SparseGPT's code: per output channel, asymmetric, from the minimum to the maximum weight.
+
+    Args:
+        weight: (R, C).
+        bits: 2 to 8.
+        group_size: Columns that share a grid; None: a whole row.
     """
     num_cols = weight.shape[1]
     size = group_size or num_cols
@@ -87,17 +94,17 @@ def fit_grid(weight: Tensor, bits: int, group_size: int | None = None) -> Grid:
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor, num_levels: int) -> Tensor:
-    """Codes, as whole fp32 numbers, of the grid values nearest to `weight`; the arguments broadcast."""
+    """The codes of the grid values nearest to `weight`, as whole fp32 numbers. The arguments broadcast."""
     return torch.round(weight / scale).add_(zero).clamp_(0, num_levels - 1)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The values of `codes`."""
+    """The values of `codes`. The arguments broadcast."""
     return (codes - zero) * scale
 
 
 def most_levels(weight: Tensor, group_size: int | None = None) -> int:
-    """The largest number of distinct values in any row of `weight` (R, C), or in any group of columns of a row."""
+    """The largest number of distinct values in a row of `weight` (R, C), or in a group of columns of a row."""
     most = 0
     for part in weight.float().split(group_size or weight.shape[1], dim=1):
         ordered = part.sort(dim=1).values

@@ -1,4 +1,7 @@
-"""What every stage needs: the model, the samples, the device and the callbacks; and, for one block, which block."""
+"""Context objects that every stage takes: the model, the samples, the device and the callbacks.
+
+N: samples.    T: tokens of a sample.    H: hidden size.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from stages.runtime.block_runner import BlockPass
 
 @dataclass(frozen=True)
 class StageContext:
-    """A model, the samples it is calibrated on, and where the work is done."""
+    """A model, its calibration samples, the device and the callbacks."""
 
     model: BlockModel
-    inputs: Samples  # the model's input of each of N samples, such as token ids (T,); empty where no data is read
+    inputs: Samples  # the model's input of each of N samples, such as token ids (T,); empty if no data is read
     device: DeviceChoices
     callbacks: Callbacks
 
     def block(self, index: int) -> BlockContext:
-        """The context of one block, numbered from 0."""
+        """The context of block `index`, counted from 0."""
         return BlockContext(self.model, index, self.inputs, self.device, self.callbacks)
 
     @property
@@ -35,7 +38,7 @@ class StageContext:
 
 @dataclass(frozen=True)
 class BlockContext:
-    """One block of a model, and what works on it."""
+    """One block of a model, with the same samples, device and callbacks."""
 
     model: BlockModel
     index: int  # of the block, from 0
@@ -49,17 +52,17 @@ class BlockContext:
         return f"block {self.index}"
 
     def load(self, state: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """The block on the device, in fp32, with its original weights or those of `state` (names inside the block)."""
+        """The block on the device in fp32, with its original weights or, by name inside the block, those of `state`."""
         return self.model.load_block(self.index, self.device.torch_device, state=state)
 
     def runner(self, block: nn.Module) -> BlockPass:
-        """What runs `block` over the samples."""
+        """A runner of `block` over the samples."""
         return BlockPass(self.model, block, self.index, self.inputs, self.device)
 
 
 @dataclass(frozen=True)
 class BlockOutput:
-    """How a finished block leaves a stage."""
+    """The export dtypes of a finished block, and the stream of its outputs."""
 
     dtypes: Mapping[str, torch.dtype]  # of each entry of the block's state, in the exported model
-    stream: Stream | None = None  # receives the finished block's output of each sample, (T, H); None: nobody reads it
+    stream: Stream | None = None  # receives the finished block's output of each sample, (T, H); None: not needed

@@ -1,7 +1,9 @@
-"""One block over the samples of a stream: read ahead, computed in micro-batches, written behind.
+"""Run one block over the samples of a stream in micro-batches, with prefetching and writing in the background.
 
-Every pass of every stage is one of these, so that what is read, when, and how many samples share a forward pass is
-decided in one place. T: tokens of a sample.    H: hidden size.
+Every stage runs its passes through this module: it alone decides what is read, when, and how many samples share a
+forward pass.
+
+T: tokens of a sample.    H: hidden size.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from stages.runtime.prefetch import Reading, Writing
 
 
 class Counter:
-    """Tells a watcher how far work of several passes is."""
+    """Reports the progress of work that consists of several passes."""
 
     def __init__(self, watcher: Watcher, total: int, unit: str, done: int = 0) -> None:
         self._watcher, self._total, self._unit, self._done = watcher, total, unit, done
 
-    def advance(self, count: int = 1, **figures: float) -> None:
-        """`count` more are done."""
+    def advance(self, count: int = 1, **metrics: float) -> None:
+        """Report that `count` more units are done, with metrics to show."""
         self._done += count
-        self._watcher.report(self._done, self._total, self._unit, **figures)
+        self._watcher.report(self._done, self._total, self._unit, **metrics)
 
 
 @dataclass(frozen=True)
@@ -36,41 +38,49 @@ class Batch:
     """A micro-batch, on the device."""
 
     numbers: Sequence[int]  # which samples
-    call: BlockCall  # what the block gets beside the hidden state
-    samples: tuple[Tensor, ...]  # of each stream that was asked for, (samples, T, H)
+    call: BlockCall  # the block's arguments beside the hidden state
+    samples: tuple[Tensor, ...]  # one tensor per stream, (samples, T, H)
 
 
 def micro_batches(indices: Sequence[int], tokens: int, choices: DeviceChoices) -> list[Sequence[int]]:
-    """`indices` in their order, as many together as `choices` has it for samples of so many tokens: at least one."""
+    """Split `indices`, in their order, into micro-batches for samples of `tokens` tokens."""
     size = samples_at_once(choices, tokens)
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def samples_at_once(choices: DeviceChoices, tokens: int) -> int:
-    """How many samples of so many tokens share a forward pass where nothing is trained."""
+    """How many samples of `tokens` tokens share a forward pass without gradients: at least one."""
     return max(choices.batch_tokens // tokens, 1)
 
 
 class BlockPass:
-    """Runs a block over the calibration set, as often as it is asked to."""
+    """Runs a block over the calibration set."""
 
     def __init__(
         self, model: BlockModel, block: nn.Module, block_index: int, inputs: Samples, choices: DeviceChoices
     ) -> None:
-        """block: on the device of `choices`. inputs: the model's input of each sample, such as token ids (T,)."""
+        """Prepare the passes.
+
+        Args:
+            model: The model of the block.
+            block: On the device of `choices`.
+            block_index: From 0.
+            inputs: The model's input of each sample, such as token ids (T,).
+            choices: Device, compute dtype and size of micro-batches.
+        """
         self._model, self._block, self._block_index = model, block, block_index
         self._inputs, self._choices, self._device = inputs, choices, choices.torch_device
         self._calls = model.calls(self._device)
-        # Compiled code is kept by torch for all blocks of a kind: only the first one of a run waits for it.
+        # torch reuses the compiled code for all blocks of the same kind: only the first one of a run is compiled.
         self._trained: nn.Module = torch.compile(block, dynamic=False) if choices.compiles else block  # type: ignore[assignment]
 
     def batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
-        """The micro-batches of these samples."""
+        """The micro-batches of the samples `indices`."""
         return micro_batches(indices, tokens_of(self._model, self._inputs), self._choices) if len(indices) else []
 
     @contextlib.contextmanager
     def reading(self, batches: Sequence[Sequence[int]], *streams: Samples) -> Iterator[Iterator[Batch]]:
-        """The micro-batches of the streams, each while the one before is in use."""
+        """Context with an iterator over the micro-batches of the streams, which are prefetched."""
         example = self._inputs[0]
         needs_inputs = self._calls.depend_on_inputs(example.to(self._device)[None], self._choices)
         wanted = (self._inputs, *streams) if needs_inputs else streams
@@ -86,12 +96,12 @@ class BlockPass:
             yield Batch(numbers, self._calls.of(inputs, self._choices)[self._block_index], samples)
 
     def forward(self, hidden: Tensor, call: BlockCall) -> Tensor:
-        """The block's output, (samples, T, H) as `hidden` is."""
+        """The block's output, (samples, T, H). hidden: its input, (samples, T, H)."""
         with computing(self._choices):
             return self._model.run_block(self._block, hidden, call)
 
     def training_forward(self, hidden: Tensor, call: BlockCall) -> Tensor:
-        """The same for a training step, by way of torch.compile if that was chosen: up to rounding the same values."""
+        """`forward` for a training step: through torch.compile if chosen, which changes values by rounding only."""
         with computing(self._choices):
             return self._model.run_block(self._trained, hidden, call)
 
@@ -99,9 +109,13 @@ class BlockPass:
     def propagate(
         self, source: Samples, target: Stream, boundary: Callable[[], None], advance: Callable[[int], None]
     ) -> None:
-        """Write to `target` what the block makes of `source`; they may be one stream.
+        """Write the block's output of every sample to `target`.
 
-        boundary: called before each micro-batch. advance: told how many samples have passed.
+        Args:
+            source: The block's input of each sample, (T, H).
+            target: Receives the outputs, (T, H); may be the same stream as `source`.
+            boundary: Called before each micro-batch.
+            advance: Called after each micro-batch with its number of samples.
         """
         batches = self.batches(range(len(self._inputs)))
         with self.reading(batches, source) as read, Writing(target, self._device) as out:

@@ -1,6 +1,8 @@
 """Statistics over the inputs of a block's layers, one object per distinct input, from one pass over the stream.
 
 Layers that read the same tensor (q, k and v; gate and up) share one set of statistics.
+
+N: samples.    T: tokens of a sample.    H: hidden size.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class LayerInputs:
 
     @classmethod
     def restored(cls, checkpoint: Checkpoint | None, kind: type[Statistics], device: torch.device) -> LayerInputs:
-        """The statistics as a checkpoint has them; empty without one."""
+        """The statistics of a checkpoint; empty statistics without one."""
         if checkpoint is None:
             return cls()
         inputs = [
@@ -79,9 +81,9 @@ def collect(
     kind: type[Statistics],
     counter: Counter,
 ) -> LayerInputs:
-    """Statistics over the inputs of every layer, from where a checkpoint left off.
+    """Collect statistics over the inputs of every layer; resumes from a checkpoint.
 
-    A forward pass ends where the last layer has received its input: nothing after it is of use.
+    A forward pass ends as soon as the last layer has received its input.
 
     Args:
         context: The block and its samples.
@@ -89,7 +91,10 @@ def collect(
         modules: The layers to prune, by their path in the block.
         biased: The block's input of each of N samples, (T, H).
         kind: The class of statistics that the pruner needs.
-        counter: Counts the samples that have passed.
+        counter: Reports the samples that are done.
+
+    Raises:
+        AssertionError: A layer never received an input, or shared its input in one micro-batch and not in another.
     """
     device = context.device.torch_device
     collected = LayerInputs.restored(context.callbacks.restore(), kind, device)
@@ -121,7 +126,7 @@ def collect(
 
 
 class _AllSeen(Exception):  # noqa: N818 - not an error: every layer has its input
-    """Ends a forward pass once every layer has received its input."""
+    """Ends a forward pass when every layer has received its input."""
 
 
 class _InputRecorder:
@@ -134,7 +139,7 @@ class _InputRecorder:
         self.missing: set[str] = set()  # layers without an input in this micro-batch
 
     def hook(self, path: str, cols: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """A forward pre-hook for the layer at `path`, which has so many input channels."""
+        """A forward pre-hook for the layer at `path`, which has `cols` input channels."""
 
         def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]

@@ -1,10 +1,10 @@
-"""How much memory each kind of step takes at its fullest, worked out from a model's shapes before anything is loaded.
+"""Estimate the peak memory of each kind of step from a model's shapes, before anything is loaded.
 
-P: numbers of a block.    C, R: input and output width of a layer.    N: tokens in one forward pass.    H: hidden size.
-V: vocabulary.    All arithmetic is fp32, 4 bytes a number; with bf16 it takes no more.
+An estimate is the sum of the tensors that the code holds at once and of the activations, counted layer by layer. A step
+that exceeds the limit warns with its measured peak (`pipeline/steps/executor.py`).
 
-The figures are the sum of what the code is known to hold at once, and of activations counted layer by layer: estimates.
-A step that takes more than the limit says so, with what it took (`pipeline/steps/executor.py`).
+P: parameters of a block.    C, R: input and output width of a layer.    T: tokens of a sample.    H: hidden size.
+V: vocabulary.    All arithmetic is fp32, 4 bytes per number; bf16 takes no more.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from stages.models.base import BlockModel, LayerInfo
 from stages.pruners.base import Pruner
 
 _FP32 = 4
-# Layers with these roles read one and the same input, and so share a Hessian.
+# Layers with these roles read the same input and share one set of statistics.
 _SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
-# What the export gathers before it writes (`stages.export`).
+# Bytes that the export gathers before it writes (`stages.export`).
 _EXPORTED_AT_ONCE = 256_000_000
-# Allocators keep some of what was freed, and small things add up.
+# Allocators keep some freed memory, and small tensors are not counted.
 _SLACK = 1.05
-_NOISE = 1.15
+_NOISE = 1.15  # baseline memory differs between processes
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What of a model and of its calibration set decides how much memory a run takes."""
+    """The sizes of a model and its calibration set that decide the memory of a run."""
 
     block: int  # P, of the largest block
     layers: tuple[LayerInfo, ...]  # of that block
     hidden: int  # H
     vocabulary: int  # V
-    tokens: int  # of one sample
-    itemsize: int  # bytes of a stored activation
-    attention: int = 0  # numbers that a block's attention writes out for one sample
+    tokens: int  # T
+    itemsize: int  # bytes of one number of a stored activation
+    attention: int = 0  # numbers that a block's attention materializes for one sample
 
     @classmethod
     def of(cls, model: BlockModel, tokens: int, itemsize: int) -> Shapes:
-        """Of `model` with samples of so many tokens."""
+        """The shapes of `model` with samples of `tokens` tokens."""
         sizes = [sum(model.entry_sizes(index).values()) for index in range(model.num_blocks)]
         largest = max(range(model.num_blocks), key=sizes.__getitem__)
         return cls(
@@ -55,24 +55,24 @@ class Shapes:
 
     @property
     def inputs(self) -> dict[str, list[LayerInfo]]:
-        """The layers by the input that they read."""
+        """The layers, grouped by the input that they read."""
         groups: dict[str, list[LayerInfo]] = {}
         for layer in self.layers:
             groups.setdefault(_SHARED.get(layer.role or "", layer.path), []).append(layer)
         return groups
 
     def chunks(self, num_streams: int, samples: int) -> int:
-        """Bytes of two micro-batches of each of so many streams."""
+        """Bytes of two micro-batches of `samples` samples of each of `num_streams` streams."""
         return 2 * num_streams * samples * self.tokens * self.hidden * self.itemsize
 
     def passing(self, samples: int) -> int:
-        """Bytes of a forward pass that remembers nothing: one layer's input and output, and the residual stream."""
+        """Bytes of a forward pass without gradients: one layer's input and output, and the residual stream."""
         widest = max((layer.rows + layer.cols for layer in self.layers), default=0)
         # Gated and attention layers hold two outputs at once.
         return _FP32 * samples * (self.tokens * (2 * widest + 4 * self.hidden) + self.attention)
 
     def remembered(self) -> int:
-        """Bytes of a forward pass over one sample that remembers everything for its gradient."""
+        """Bytes of the activations that a forward pass over one sample keeps for its gradient."""
         distinct = sum(group[0].cols for group in self.inputs.values())
         linear = 2 * distinct + 2 * sum(layer.rows for layer in self.layers) + 6 * self.hidden
         return _FP32 * (self.tokens * linear + 2 * self.attention)
@@ -80,35 +80,35 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run does, as far as its memory is concerned."""
+    """The parts of a run's configuration that decide its memory."""
 
     pruner: type[Pruner]
     trains: bool  # compensates or refines
     is_quantized: bool
-    eval_tokens: int  # of one window; 0: nothing is evaluated
+    eval_tokens: int  # of one evaluation window; 0: nothing is evaluated
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The choices that keep a run within a limit, and what it then takes at its fullest."""
+    """The choices that keep a run within a memory limit, and its peak memory with them."""
 
-    samples_at_once: int  # in a forward pass where nothing is trained
-    spills: bool  # the best weights so far lie on the disk while a block is trained
+    samples_at_once: int  # in a forward pass without gradients
+    spills: bool  # the best weights so far are stored on disk while a block is trained
     peak_bytes: int
-    step: str  # when that is
+    step: str  # the kind of step with the peak
 
 
 def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str, int]:
-    """Bytes at the fullest moment of each kind of step, beside what the process holds anyway."""
+    """Peak bytes of each kind of step, without the baseline memory of the process."""
     block, passing = _FP32 * shapes.block, shapes.passing(samples)
     ends = _FP32 * shapes.vocabulary * shapes.hidden
     found = {"capture": ends + block * work.trains + passing + shapes.chunks(3, samples)}
     found["prune-block"] = block + _pruning(shapes, work) + passing + shapes.chunks(2, samples)
     if work.trains:
         copies = 3 if spills else 4  # weights, two moments, the best so far
-        # A straight-through grid computes with weights of its own, and remembers them.
+        # The straight-through estimator computes with a rounded copy of the weights and keeps it for the gradient.
         copies += work.is_quantized
-        # Gradients appear while what was remembered for them goes.
+        # The backward pass frees activations while it allocates gradients.
         low, high = sorted((block, shapes.remembered()))
         backward = max(high + low // 2, passing)
         masks = shapes.block
@@ -121,7 +121,7 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str
 
 
 def _pruning(shapes: Shapes, work: Work) -> int:
-    """Bytes of statistics and of solving for the layer that takes most."""
+    """Bytes of all statistics of a block and of solving its largest layer."""
     pruner, kind = work.pruner, work.pruner.statistics()
     sums = most = 0
     for group in shapes.inputs.values():
@@ -129,17 +129,26 @@ def _pruning(shapes: Shapes, work: Work) -> int:
         matrices = pruner.num_matrices(is_shared=len(group) > 1)
         sums += _FP32 * kind.num_numbers(cols) if kind is not None else 0
         most = max(most, _FP32 * (matrices * cols**2 + pruner.num_weight_copies * size))
-    return sums + max(most, 2 * shapes.block)  # the block rounded, in two bytes a number, comes when solving is over
+    return sums + max(most, 2 * shapes.block)  # the rounded block, 2 bytes per number, is made after solving
 
 
 def fit(
     shapes: Shapes, work: Work, base_bytes: int, limit_bytes: int | None, candidates: Sequence[int], where: str
 ) -> Fit:
-    """The largest of the micro-batches `candidates` (samples, rising) that keeps the run within the limit.
+    """Choose the largest micro-batch that keeps the run within the memory limit.
 
-    base_bytes: what is taken before anything of the model is. limit_bytes: None: there is none, the last one is taken.
-    Best weights are spilled to the disk only where nothing else helps. where: "memory", "GPU memory", for messages.
-    Raises ResourceError with the smallest limit that would do.
+    The best weights are spilled to disk only if no micro-batch fits otherwise.
+
+    Args:
+        shapes: Sizes of the model and its samples.
+        work: What the run does.
+        base_bytes: Baseline memory before the model is loaded.
+        limit_bytes: The limit; None: no limit, the last candidate is chosen.
+        candidates: Sizes of micro-batches, in samples, in rising order.
+        where: "memory" or "GPU memory", for messages.
+
+    Raises:
+        ResourceError: Nothing fits; the message names the smallest sufficient limit.
     """
     options = [(samples, spills) for spills in (False, True) for samples in reversed(candidates)]
     for samples, spills in options:
@@ -147,7 +156,6 @@ def fit(
         step = max(found, key=found.__getitem__)
         if limit_bytes is None or base_bytes + found[step] <= limit_bytes:
             return Fit(samples, spills, base_bytes + found[step], step)
-    # What the process holds before anything is begun differs from call to call.
     smallest = int(_NOISE * base_bytes) + max(peaks(shapes, work, candidates[0], spills=True).values())
     details = peaks(shapes, work, candidates[0], spills=True)
     assert limit_bytes is not None

@@ -1,11 +1,10 @@
-"""Read the next samples and write the last ones while the device computes.
+"""Read the next samples and write the last results while the device computes.
 
     reader thread    j+1    ->    compute j    ->    j-1    writer thread
 
-Of every stream two micro-batches are in memory: the one in use, and the one that is being read or waits to be used (of
-one that is written: the one that is being computed, and the one that is being written). On CUDA both threads copy
-through pinned memory on streams of their own, so that neither direction waits for the other or for the arithmetic. What
-is computed does not depend on any of it: samples come in the order that was asked for.
+Two micro-batches of every stream are in memory: the one in use, and the next one (of an output stream: the one that is
+computed, and the one that is written). On CUDA both threads copy through pinned memory on their own CUDA streams, so
+that copies in both directions and computation overlap. The order of the samples, and so the result, does not change.
 """
 
 from __future__ import annotations
@@ -21,22 +20,21 @@ from torch import Tensor
 
 from stages.interfaces import Samples, Stream
 
-# Micro-batches of a stream that are read before they are asked for, or still written after they were handed over.
+# Micro-batches of a stream that are read ahead of their use, or that wait to be written.
 DEPTH = 1
 _POLL_S = 0.1
 
 
 class Reading:
-    """Micro-batches of samples from one or more streams, on the device, read ahead of their use.
+    """Prefetches micro-batches of samples from one or more streams to the device.
 
-    batches: the samples' numbers, a micro-batch each. Iterating gives, for each, its numbers and one tensor a stream,
-    (samples, ...). Used in a `with`, which ends the thread however the loop ends; what reading raises is raised in
-    the loop, at the micro-batch that could not be read.
+    A context manager: leaving it ends the thread. Iterating yields the sample numbers of each micro-batch and one
+    tensor per stream, (samples, ...). An error of reading is raised in the loop, at the micro-batch that failed.
     """
 
     def __init__(self, batches: Iterable[Sequence[int]], streams: Sequence[Samples], device: torch.device) -> None:
         self._batches, self._streams, self._device = batches, streams, device
-        self._room = threading.Semaphore(DEPTH)  # taken before reading, given back when what was read is in use
+        self._room = threading.Semaphore(DEPTH)  # acquired before reading, released when the result is in use
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
@@ -69,7 +67,7 @@ class Reading:
             del tensors  # before the next one is waited for
 
     def _take(self) -> Any:
-        """The next micro-batch, waited for; from now on, another one may be read."""
+        """Wait for the next micro-batch, and let the thread read another one."""
         item = self._ready.get()
         self._room.release()
         return item
@@ -87,11 +85,11 @@ class Reading:
                     self._ready.put((numbers, *upload.start(tensors)))
                 del tensors
             self._ready.put(None)
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that computes
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self._ready.put(error)
 
     def _has_room(self) -> bool:
-        """Wait until another micro-batch may be read; False if none is wanted any more."""
+        """Wait until another micro-batch may be read. Returns False when the loop has ended."""
         while not self._stop.is_set():
             if self._room.acquire(timeout=_POLL_S):
                 return True
@@ -99,10 +97,10 @@ class Reading:
 
 
 class Writing:
-    """Writes samples to a stream behind the computation's back.
+    """Writes samples to a stream in a background thread.
 
-    Used in a `with`: leaving it returns once everything is written, and raises what writing raised; a loop that ends
-    by an error of its own leaves without waiting for what is still queued. An error also comes out of the next `write`.
+    A context manager: leaving it waits until everything is written, and raises an error of writing. After an error in
+    the `with` block, queued samples are discarded. The next `write` raises an error of writing, too.
     """
 
     def __init__(self, stream: Stream, device: torch.device) -> None:
@@ -127,19 +125,19 @@ class Writing:
             raise self._error
 
     def _finish(self) -> None:
-        """Until everything is written."""
+        """Wait until everything is written."""
         self._waiting.put(None)
         self._thread.join()
 
     def write(self, numbers: Sequence[int], samples: Tensor) -> None:
-        """Have `samples` (len(numbers), ...) stored; they must not be changed afterwards."""
+        """Queue `samples` (len(numbers), ...) for writing. The caller must not change them afterwards."""
         self._wait_for_room()
         if self._error is not None:
             raise self._error
         self._waiting.put((numbers, *self._on_its_way(samples)))
 
     def _wait_for_room(self) -> None:
-        """Until what was handed over before is written."""
+        """Wait until the queue has room for another micro-batch."""
         self._room.acquire()
 
     def _on_its_way(self, samples: Tensor) -> tuple[Tensor, Any]:
@@ -155,15 +153,15 @@ class Writing:
                         copied.synchronize()
                     for number, sample in zip(numbers, samples, strict=True):
                         self._stream.write(number, sample)
-            except BaseException as error:  # noqa: BLE001 - it is raised again in the thread that computes
+            except BaseException as error:  # noqa: BLE001 - raised again in the main thread
                 self._error = error
             finally:
                 del samples, copied
-                self._room.release()  # in any case: whoever computes never waits for nothing
+                self._room.release()  # after an error, too: the main thread must not wait forever
 
 
 class _Upload:
-    """Host to device through pinned buffers that are used in turn, each again only when its copy has ended."""
+    """Copies from host to device through a ring of pinned buffers; a buffer is reused when its copy has ended."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -171,7 +169,7 @@ class _Upload:
         self._buffers: dict[tuple[Any, ...], list[tuple[Tensor, torch.cuda.Event]]] = {}
 
     def start(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda.Event]:
-        """The tensors on the device, and the event after which they hold their values."""
+        """Start the copies. Returns the tensors on the device, and the event that marks the end of the copies."""
         events = []
         moved = []
         for place, tensor in enumerate(tensors):
@@ -181,7 +179,7 @@ class _Upload:
                 moved.append(pinned.to(self._device, non_blocking=True))
                 event.record(self._side)
             events.append(event)
-        return tuple(moved), events[-1]  # on one side stream, the last copy ends last
+        return tuple(moved), events[-1]  # copies on one CUDA stream end in their order
 
     def _buffer(self, place: int, like: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         ring = self._buffers.setdefault((place, tuple(like.shape), like.dtype), [])
@@ -194,14 +192,14 @@ class _Upload:
 
 
 class _Download:
-    """Device to host through pinned memory, after what has been computed so far."""
+    """Copies from device to host through pinned memory, after the computation queued so far."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._side = torch.cuda.Stream(device)
 
     def start(self, samples: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        """The samples in pinned memory, and the event after which they hold their values."""
+        """Start the copy. Returns the samples in pinned memory, and the event that marks the end of the copy."""
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side):
             pinned = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
@@ -213,7 +211,7 @@ class _Download:
 
 
 def _stacked(stream: Samples, numbers: Sequence[int]) -> Tensor:
-    """The samples as one tensor (samples, ...), in memory that torch allocated."""
+    """The samples as one tensor (samples, ...), in memory allocated by torch."""
     if len(numbers) == 1:
         return stream[numbers[0]][None]
     return torch.stack([stream[number] for number in numbers])

@@ -1,13 +1,13 @@
-"""How many weights each layer loses (LAMP Eqs. 1-4), in whole numbers that add up exactly.
+"""Sparsity budget: how many weights of each layer are pruned (LAMP Eqs. 1-4), in exact whole numbers.
 
 theta_i: prunable weights of block i, i = 1..n.    s: global sparsity.    P_i: masked weights of block i.
 
     P_n = s |theta_n| alpha                                   Eq. 1: the last block's error is never compensated
     P_i = s |theta_i| + s |theta_n| (1 - alpha) / (n - 1)     Eq. 2, i < n
-    q, k, v: (P_i / |theta_i|) |W| (1 - beta)                 Eq. 3; fc2 takes what they gave up (Eq. 4)
+    q, k, v: (P_i / |theta_i|) |W| (1 - beta)                 Eq. 3; fc2 gets the same count in addition (Eq. 4)
 
-A budget that looks at the data (`stages.allocate`) moves each block's s by an offset d_i first: s + d_i in place of s.
-All of it in fractions; rounding is by the largest remainder, first among blocks, then among a block's layers.
+A data-dependent budget (`stages.sparsity.owl`) uses s + d_i in place of s, with an offset d_i per block. All numbers
+are exact fractions. The largest remainder method rounds: first among blocks, then among the layers of a block.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from stages.sparsity.nm_pattern import Pattern
 
 _GIVES = ("q", "k", "v", "qkv")
 _TAKES = "fc2"
-# alpha and beta that are made feasible are rounded, to the safe side, to so many parts of one.
+# Feasible values of alpha and beta are rounded to the safe side, to multiples of 1 / _STEP.
 _STEP = 10_000
 
 
 class BudgetError(UsageError):
-    """No layer can lose more weights than it has, or a setting has no meaning for these layers."""
+    """A layer would lose more weights than it has, or a setting does not apply to these layers."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LayerShape:
     """A layer that may be pruned."""
 
     name: str
-    role: str | None  # "q", "k", "v", "qkv", "out", "fc1", "gate", "up", "fc2", ... ; None: not known
+    role: str | None  # "q", "k", "v", "qkv", "out", "fc1", "gate", "up", "fc2", ... ; None: unknown
     rows: int
     cols: int
 
@@ -58,7 +58,7 @@ class LayerBudget:
 
 @dataclass(frozen=True)
 class BlockBudget:
-    """The layers of one block, those left dense excepted."""
+    """The budgets of the prunable layers of one block."""
 
     layers: tuple[LayerBudget, ...]
 
@@ -81,13 +81,18 @@ def allocate(
     fixed: Mapping[str, float] | None = None,
     offsets: Sequence[Fraction] | None = None,
 ) -> tuple[BlockBudget, ...]:
-    """The count of every layer; together round(sparsity * weights) to the last weight.
+    """Compute the count of every layer. The counts add up to round(sparsity * weights) exactly.
 
-    offsets: added to each block's sparsity; weighted by the blocks' sizes they add up to nothing.
-    fixed: layers (by name) with a sparsity of their own. They keep it, and `sparsity`, alpha and beta are about
-    the others.
-    Raises BudgetError where a layer would have to lose more than all its weights, or where beta names roles
-    that a block does not have.
+    Args:
+        blocks: The prunable layers of each block.
+        sparsity: Share of masked weights, over all layers that are not in `fixed`.
+        alpha: In (0, 1], LAMP Eqs. 1-2.
+        beta: At least 0, LAMP Eqs. 3-4.
+        fixed: Sparsity by layer name. `sparsity`, alpha and beta apply to the other layers.
+        offsets: Added to each block's sparsity; their sum, weighted by the sizes of the blocks, is 0.
+
+    Raises:
+        BudgetError: A layer would lose more weights than it has, or a block lacks the roles that beta needs.
     """
     fixed = fixed or {}
     free = [[layer for layer in block if layer.name not in fixed] for block in blocks]
@@ -110,9 +115,10 @@ def allocate(
 
 
 def follow_pattern(blocks: Sequence[Sequence[LayerShape]], pattern: Pattern) -> tuple[BlockBudget, ...]:
-    """The counts that an N:M pattern asks of every layer.
+    """The counts of an N:M pattern, which masks N of every M weights of every layer.
 
-    Raises BudgetError for a layer whose columns are no whole number of groups.
+    Raises:
+        BudgetError: M does not divide the columns of a layer.
     """
     unfit = [layer for block in blocks for layer in block if layer.cols % pattern.group]
     if unfit:
@@ -148,7 +154,7 @@ def feasible_alpha(blocks: Sequence[Sequence[LayerShape]], sparsity: float, alph
 
 
 def feasible_beta(blocks: Sequence[Sequence[LayerShape]], sparsity: float, alpha: float, beta: float) -> float:
-    """`beta`, or the largest value below it at which no fc2 exceeds 100%; 0 where the roles are not known."""
+    """`beta`, or the largest value below it at which no fc2 exceeds 100%; 0 if the roles are unknown."""
     highest = _exact(beta)
     for block, s in zip(blocks, _block_sparsities(blocks, _exact(sparsity), _exact(alpha)), strict=True):
         gives, takes = _exchange(block)
@@ -160,7 +166,7 @@ def feasible_beta(blocks: Sequence[Sequence[LayerShape]], sparsity: float, alpha
 
 
 def _exact(value: float) -> Fraction:
-    """The decimal number that the user wrote, not its binary neighbour."""
+    """The decimal number that the user wrote, not its binary approximation."""
     return Fraction(str(value))
 
 
@@ -171,7 +177,7 @@ def _size(block: Sequence[LayerShape]) -> int:
 def _block_sparsities(
     blocks: Sequence[Sequence[LayerShape]], s: Fraction, alpha: Fraction, offsets: Sequence[Fraction] | None = None
 ) -> list[Fraction]:
-    """P_i / |theta_i| for every block; a block that has nothing to prune takes no share."""
+    """P_i / |theta_i| for every block. A block without prunable layers gets no share."""
     sizes = [_size(block) for block in blocks]
     num_takers = sum(size > 0 for size in sizes[:-1])
     if num_takers == 0:
@@ -183,13 +189,13 @@ def _block_sparsities(
 
 
 def _exchange(block: Sequence[LayerShape]) -> tuple[int, int]:
-    """Weights in the layers that give (q, k, v) and in those that take (fc2)."""
+    """Numbers of weights in q, k, v, whose counts beta reduces, and in fc2, whose count it raises."""
     gives = sum(layer.size for layer in block if layer.role in _GIVES)
     return gives, sum(layer.size for layer in block if layer.role == _TAKES)
 
 
 def _factors(block: Sequence[LayerShape], beta: Fraction, index: int) -> list[Fraction]:
-    """Each layer's sparsity over its block's."""
+    """Each layer's sparsity divided by its block's."""
     if beta == 0 or not block:
         return [Fraction(1)] * len(block)
     gives, takes = _exchange(block)
@@ -216,7 +222,7 @@ def _require_feasible(
 
 
 def _largest_remainder(targets: Sequence[Fraction], total: int) -> list[int]:
-    """Whole numbers within 1 of their targets that add up to `total`; ties go to the first."""
+    """Round targets to whole numbers that add up to `total`, each within 1 of its target; ties go to the first."""
     counts = [math.floor(target) for target in targets]
     order = sorted(range(len(targets)), key=lambda i: (counts[i] - targets[i], i))
     for i in order[: total - sum(counts)]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from stages.errors import UsageError
 
-# Settings are read, and refused, before anything needs torch.
+# Settings are validated before torch is imported.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,14 +20,14 @@ LARGEST_GROUP = 32
 
 @dataclass(frozen=True)
 class Pattern:
-    """`num_zero` weights of each group of `group` are zero: "2:4" is Pattern(2, 4)."""
+    """`num_zero` of every `group` consecutive weights are zero: "2:4" is Pattern(2, 4)."""
 
     num_zero: int
     group: int
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """The pattern "N:M". Raises UsageError unless 0 < N < M <= 32."""
+        """Parse "N:M". Raises UsageError unless 0 < N < M <= 32."""
         match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text.strip())
         pattern = cls(*map(int, match.groups())) if match else None
         if pattern is None or not 0 < pattern.num_zero < pattern.group <= LARGEST_GROUP:
@@ -57,6 +57,6 @@ class Pattern:
         return smallest_per_row(grouped, self.num_zero).reshape(scores.shape)
 
     def share_held(self, zeros: Tensor) -> float:
-        """The share of groups with `num_zero` zeros or more. zeros: (R, C), True where a weight is zero."""
+        """The share of groups with at least `num_zero` zeros. zeros: (R, C), True where a weight is zero."""
         grouped = zeros.reshape(-1, self.group).sum(dim=1)
         return (grouped >= self.num_zero).double().mean().item()

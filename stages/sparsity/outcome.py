@@ -1,4 +1,4 @@
-"""What a pruned block promises, and the check that it keeps it.
+"""Outcome of pruning: the mask and grid of each layer, and the checks that a pruned block must pass.
 
 R: output rows of a weight.    C: its columns, the input channels.
 """
@@ -18,12 +18,12 @@ from stages.sparsity.nm_pattern import Pattern
 
 @dataclass(frozen=True)
 class LayerOutcome:
-    """What pruning did to one layer, as (rows, cols)."""
+    """The outcome of pruning one layer."""
 
     mask: Tensor  # (R, C) bool, True where pruned
-    grid: Grid | None
+    grid: Grid | None  # None: not quantized
     relative_error: float | None = None  # |W x - W' x|^2 / |W x|^2 over the calibration set; None without a Hessian
-    damping: float | None = None  # what the factorisation needed in the end
+    damping: float | None = None  # the damping with which the factorization succeeded; None: no factorization
 
     def to(self, device: torch.device) -> LayerOutcome:
         """The same in another device's memory."""
@@ -35,7 +35,7 @@ class LayerOutcome:
 
 @dataclass(frozen=True)
 class PruneOutcome:
-    """What pruning did to a block, by layer name, in the order of the module."""
+    """The outcome of pruning a block, by layer name, in the order of the module."""
 
     layers: Mapping[str, LayerOutcome]
     pattern: Pattern | None
@@ -47,18 +47,18 @@ class PruneOutcome:
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """What one layer of the exported block is like, counted on the weights as exported."""
+    """Counts and errors of one layer of a finished block, counted on the weights as exported."""
 
     name: str
     num_masked: int
-    num_other_zeros: int  # zeros that nobody asked for: dead columns, rounding, zeros of the original
+    num_other_zeros: int  # zeros outside the mask: dead columns, rounding, zeros of the original
     num_levels: int | None  # most distinct values in a row (or group of columns); None: not quantized
     relative_error: float | None
     damping: float | None
 
 
 def require_budget(outcome: PruneOutcome, budget: BlockBudget) -> None:
-    """Make sure that each layer's mask holds its budget to the last weight: a matter of ours, not of the user's."""
+    """Check that each layer's mask has exactly the budget's count. Raises AssertionError, which is a bug of lampctl."""
     for layer in budget.layers:
         found = int(outcome.layers[layer.name].mask.sum())
         if found != layer.num_masked:
@@ -66,10 +66,18 @@ def require_budget(outcome: PruneOutcome, budget: BlockBudget) -> None:
 
 
 def check_layer(name: str, weight: Tensor, layer: LayerOutcome, pattern: Pattern | None) -> PrunedLayer:
-    """The figures of a layer, counted on its weight (R, C) as exported.
+    """Check one layer as exported, and count its zeros and levels.
 
-    Raises AssertionError where a promise is broken, which is an error of ours: a masked weight that is not zero, a
-    group that breaks the pattern, a row with more values than its bits allow.
+    Args:
+        name: Of the layer, for messages.
+        weight: (R, C), in the export dtype.
+        layer: The mask and grid that the weight must keep.
+        pattern: The N:M pattern that the weight must keep; None: there is none.
+
+    Raises:
+        AssertionError: A masked weight is not zero, a group breaks the pattern, or a row has more distinct values than
+            its bits allow: a bug of lampctl.
+        NumericalError: A weight is not on its quantization grid.
     """
     zeros = weight == 0
     if bool((layer.mask & ~zeros).any()):

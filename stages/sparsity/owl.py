@@ -1,6 +1,6 @@
-"""A budget that follows the data: blocks with more outlying weights lose less (OWL, Yin et al., 2024).
+"""Data-dependent budget: blocks with more outlying weights get a lower sparsity (OWL, Yin et al., 2024).
 
-The blocks' shares of outlying weights (`stages.allocate`) are spread over an interval of sparsities.
+The sparsity of a block falls linearly with its share of outlying weights, which `stages.allocate` measures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from stages.sparsity.budget import BlockBudget, BudgetError, LayerShape, allocate
 
-# Offsets that are too large for a layer are reduced in this many equal steps.
+# Offsets that are infeasible for a layer are reduced in this many equal steps.
 _STEPS = 10
 
 
@@ -23,10 +23,25 @@ def budget_by_outliers(
     beta: float,
     fixed: Mapping[str, float] | None = None,
 ) -> tuple[tuple[BlockBudget, ...], float]:
-    """The count of every layer, and the spread that was used: `spread`, or less where a layer has not so many weights.
+    """Compute the count of every layer from the blocks' shares of outlying weights.
 
-    shares: of outlying weights, one a block. The block with the most of them loses 2 * spread less of its weights than
-    the one with the fewest, the others lie between; then alpha, beta and `fixed` act as in `allocate`.
+    The sparsity of the block with the largest share is 2 * spread below that of the block with the smallest share.
+    Then alpha, beta and `fixed` apply as in `stages.sparsity.budget.allocate`.
+
+    Args:
+        blocks: The prunable layers of each block.
+        shares: Each block's share of outlying weights.
+        spread: Half of the difference between the largest and the smallest sparsity.
+        sparsity: Share of masked weights, over all layers that are not in `fixed`.
+        alpha: In (0, 1], LAMP Eqs. 1-2.
+        beta: At least 0, LAMP Eqs. 3-4.
+        fixed: Sparsity by layer name.
+
+    Returns:
+        The budget of each block, and the spread used: `spread`, or less if a layer has too few weights for it.
+
+    Raises:
+        BudgetError: The budget is infeasible even with a spread of 0.
     """
     sizes = [sum(layer.size for layer in block if layer.name not in (fixed or {})) for block in blocks]
     for step in range(_STEPS, -1, -1):
@@ -41,7 +56,7 @@ def budget_by_outliers(
 
 
 def _offsets(shares: Sequence[float], sizes: Sequence[int], spread: Fraction) -> list[Fraction]:
-    """What to add to each block's sparsity; over all weights it adds up to nothing."""
+    """The offset of each block's sparsity; the sum, weighted by the sizes of the blocks, is 0."""
     exact = [Fraction(share) for share in shares]
     low, high = min(exact), max(exact)
     if high == low or not sum(sizes):

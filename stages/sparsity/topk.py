@@ -1,4 +1,4 @@
-"""Which scores are the smallest: exact counts, ties broken by position, no full sort."""
+"""Masks of the smallest scores: exact counts, ties broken by position, no full sort."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from torch import Tensor
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
-    """A boolean tensor of the shape of `scores`, True at exactly the `count` smallest; among equals, the first.
+    """Mask with the shape of `scores`, True at exactly the `count` smallest; among equals, the first.
 
-    Raises ValueError for a NaN among the scores or a count that they do not hold.
+    Raises:
+        ValueError: A score is NaN, or there are fewer than `count` scores.
     """
     flat = scores.reshape(1, -1)
     return smallest_per_row(flat, count).reshape(scores.shape)
 
 
 def smallest_per_row(scores: Tensor, count: int) -> Tensor:
-    """The same for every row of `scores` (rows, cols) by itself, `count` in each."""
+    """`smallest` for each row of `scores` (rows, cols) separately, `count` in each row."""
     if not 0 <= count <= scores.shape[1]:
         raise ValueError(f"{count} of {scores.shape[1]} scores cannot be chosen")
     if bool(torch.isnan(scores).any()):

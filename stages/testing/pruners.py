@@ -1,35 +1,45 @@
-"""Conformance kit for pruners: `check_pruner` raises AssertionError with the promise that a pruner breaks."""
+"""Conformance kit for pruners: `check_pruner` raises AssertionError with the requirement that a pruner fails."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from stages.errors import UsageError
 from stages.pruners.base import LayerProblem, PrunedMatrix, PruneOptions, Pruner
+from stages.pruners.registry import PRUNERS
 from stages.quantization.grid import fit_grid, most_levels
 from stages.sparsity.nm_pattern import Pattern
 
-# (rows, cols, tokens): square, wide, one row, one column, fewer tokens than channels, no round number.
+# (rows, cols, tokens): square, wide, one row, one column, fewer tokens than channels, no multiple of anything.
 _SHAPES = ((16, 16, 64), (8, 48, 96), (1, 24, 48), (12, 1, 32), (6, 40, 10), (7, 33, 50))
 _PATTERNS = (Pattern(2, 4), Pattern(1, 8))
 _CPU = torch.device("cpu")
 
 
-def check_pruner(pruner: type[Pruner]) -> None:
+def check_pruner(pruner: type[Pruner] | str) -> None:
     """Check a pruner on small random layers.
 
-    Every layer must lose exactly as many weights as asked for, every masked weight must be zero, every N:M group hold
-    its pattern, every quantized row stay on its grid; the result must be finite, the same at every call, and the same
-    from restored statistics; the original weight must stay as it is.
+    Requirements: exactly `num_masked` weights are masked; every masked weight is zero; every N:M group keeps its
+    pattern; every quantized row has at most 2^bits distinct values; the result is finite, and bit-identical at every
+    call and from restored statistics; the original weight is unchanged; unsupported options are refused; name, title,
+    help and memory estimates are complete.
+
+    Args:
+        pruner: The class, or its name in the registry.
 
     Raises:
-        AssertionError: A promise is broken; the message says which, and on what.
+        AssertionError: A requirement fails. The message names it, with the layer and the options.
     """
+    if isinstance(pruner, str):
+        assert PRUNERS.get(pruner).name == pruner, f"{pruner} has the name {PRUNERS.get(pruner).name}"
+        pruner = PRUNERS.get(pruner)
     _check_description(pruner)
+    _check_refusals(pruner)
     for rows, cols, tokens in _SHAPES:
         for share in (0.0, 0.3, 0.77, 1.0):
             _check_layer(pruner, PruneOptions(), _layer(rows, cols, tokens), int(share * rows * cols))
-    for pattern in _PATTERNS:
+    for pattern in _PATTERNS if pruner.supports_pattern else ():
         weight, x = _layer(8, 48, 96)
         options = PruneOptions(pattern=pattern)
         _check_layer(pruner, options, (weight, x), pattern.count(weight.numel()))
@@ -60,8 +70,22 @@ def _check_description(pruner: type[Pruner]) -> None:
         assert kind.num_numbers(10) > 0, f"{kind.__name__}.num_numbers must be positive"
 
 
+def _check_refusals(pruner: type[Pruner]) -> None:
+    unsupported = []
+    if not pruner.supports_bits:
+        unsupported.append(PruneOptions(bits=4))
+    if not pruner.supports_pattern:
+        unsupported.append(PruneOptions(pattern=Pattern(2, 4)))
+    for options in unsupported:
+        try:
+            pruner(options)
+        except UsageError:
+            continue
+        raise AssertionError(f"{pruner.name} does not refuse {options}, which it does not support")
+
+
 def _layer(rows: int, cols: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """A weight (rows, cols), no two alike and none zero, and the inputs (tokens, cols) of its layer."""
+    """A weight (rows, cols) without zeros, and the inputs (tokens, cols) of its layer."""
     generator = torch.Generator().manual_seed(rows * 1000 + cols)
     weight = torch.randn(rows, cols, generator=generator)
     return weight + 0.01 * weight.sign(), torch.randn(tokens, cols, generator=generator)
@@ -92,7 +116,7 @@ def _check_layer(pruner: type[Pruner], options: PruneOptions, layer: tuple[Tenso
 def _pruned(
     pruner: type[Pruner], options: PruneOptions, weight: Tensor, x: Tensor, num_masked: int, *, restore: bool
 ) -> PrunedMatrix:
-    """One layer pruned; with `restore`, half of the statistics come from a checkpoint."""
+    """Prune one layer; with `restore`, the statistics go through a checkpoint after half of the tokens."""
     entry, kind, prepared = pruner(options), pruner.statistics(), None
     if kind is not None:
         statistics = kind(weight.shape[1], _CPU)

@@ -1,4 +1,4 @@
-"""A block's parameters as they were at one moment, in memory or where there is room for them."""
+"""Copy of a block's parameters, in memory or in scratch space."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from stages.interfaces import Scratch, Stream
 
 
-class Snapshot:
-    """One moment of a block's parameters, taken anew as often as one likes into the same room.
+class BestWeights:
+    """Copy of a block's parameters, which each `save` overwrites.
 
-    spill: where they are kept, as streams of one sample; None: in memory, beside the block.
+    spill: scratch space for the copy, as streams of one sample; None: in memory.
     """
 
     def __init__(self, block: nn.Module, spill: Scratch | None = None) -> None:
@@ -26,26 +26,26 @@ class Snapshot:
             else:
                 self._streams[name] = spill.stream(f"best {name}", 1, tuple(parameter.shape), parameter.dtype)
         if spill is not None:
-            self.take()
+            self.save()
 
-    def take(self) -> None:
-        """Keep the parameters as they are now."""
+    def save(self) -> None:
+        """Copy the current parameters."""
         self.set({name: parameter.detach() for name, parameter in self._parameters.items()})
 
     @torch.no_grad()
     def set(self, values: Mapping[str, Tensor]) -> None:
-        """Keep these instead, by the parameters' names; other entries of a block's state do not count."""
+        """Replace the copy by `values`, by parameter name; names that are not parameters are ignored."""
         for name, copy in self._copies.items():
             copy.copy_(values[name])
         for name, stream in self._streams.items():
             stream.write(0, values[name])
 
     @torch.no_grad()
-    def give_back(self) -> None:
-        """Make the block's parameters what they were."""
+    def restore(self) -> None:
+        """Write the copy back to the block's parameters."""
         for name, parameter in self._parameters.items():
             parameter.copy_(self._copies[name] if name in self._copies else self._streams[name][0])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is kept, by name; not to be changed."""
+        """The copy, by parameter name. The caller must not change it."""
         return self._copies or {name: stream[0] for name, stream in self._streams.items()}

@@ -1,4 +1,4 @@
-"""What training makes smaller, and on which samples it is judged.
+"""Loss of a block's output, and the split into training and held-out samples.
 
 T: tokens of a sample.    H: hidden size.
 """
@@ -14,7 +14,10 @@ _SMALLEST_SCALE = 1e-12
 
 
 def split_samples(num_samples: int, holds_out: bool) -> tuple[list[int], list[int]]:
-    """Indices of the samples to train on and of the held-out ones: 1 in 16, one of fewer than 16, none of one."""
+    """Indices of the training samples and of the held-out samples.
+
+    With `holds_out`, 1 sample in 16 is held out, at least one; none if there is only one sample.
+    """
     if not holds_out or num_samples < 2:
         return list(range(num_samples)), []
     num_held_out = max(1, num_samples // _HELD_OUT_EVERY)
@@ -23,10 +26,16 @@ def split_samples(num_samples: int, holds_out: bool) -> tuple[list[int], list[in
 
 
 def block_loss(hidden: Tensor, target: Tensor, kind: str) -> Tensor:
-    """The loss of a block's output against its target, both (1, T, H): a scalar, in fp32.
+    """The loss of a block's output against its target.
 
-    "mse": mean squared error over all elements (LAMP Eq. 9 up to a factor). "token": the same, each token's
-    error divided by the mean square of its target, so that a token of enormous activations counts as one token.
+    Args:
+        hidden: The output, (1, T, H).
+        target: (1, T, H).
+        kind: "mse": mean squared error over all elements (LAMP Eq. 9 up to a factor). "token": the error of each token
+            is divided by the mean square of its target, so that a token with huge activations counts as one token.
+
+    Returns:
+        A scalar in fp32.
     """
     hidden, target = hidden.float(), target.float()
     if kind == "mse":

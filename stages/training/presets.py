@@ -1,7 +1,8 @@
-"""Settings that work: per method, sparsity and family of models.
+"""Default settings by method, sparsity and model family.
 
-What they rest on is in docs/experiments.md, with the commands (`python -m benchmarks.quality.trial ...`), and alpha in
-benchmarks/results/tune.md; the paper's own settings are what the paper and the public code closest to it state for 70%.
+docs/experiments.md has the measurements behind them, with the commands (`python -m benchmarks.quality.trial ...`);
+benchmarks/results/tune.md has those of alpha. The paper's settings are what the paper, and the public code closest to
+it, state for 70%.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainingDefaults:
-    """What LAMP does when the user leaves a setting out."""
+    """The values of LAMP's settings that the user does not give."""
 
     alpha: float  # LAMP Eqs. 1-2
     beta: float  # LAMP Eqs. 3-4
     pruner: str  # "sparsegpt", or "alps"
-    effort: str | None  # which row of the table; None: the paper's settings
+    effort: str | None  # a key of _EPOCHS; None: the paper's settings
     epochs: int  # of compensation
     lr: float
     lr_decay: float  # factor per epoch
@@ -27,29 +28,37 @@ class TrainingDefaults:
     refine_lr: float
 
 
-# (up to this sparsity, rate): the rate grows with the error there is to learn away. Measured at 70% and 2:4 on the
-# first 12 blocks of SmolLM2-135M, where 2e-3 beats 1e-3 by 2%; on tiny-opt the two are within 1%
-# (docs/experiments.md). The rates below 45% are set by judgement.
+# (up to this sparsity, learning rate): a larger pruning error needs a larger rate. Measured at 70% and 2:4 on the first
+# 12 blocks of SmolLM2-135M, where 2e-3 beats 1e-3 by 2%; on tiny-opt the two are within 1% (docs/experiments.md). The
+# rates below 45% are not measured.
 _RATES = ((0.25, 5e-4), (0.45, 1e-3), (1.0, 2e-3))
 
 # effort: epochs of compensation and of refinement.
 _EPOCHS = {"low": (1, 2), "medium": (2, 3), "high": (4, 6)}
 
-# What the last block is spared, the others lose on top of their share: in a model of few blocks that costs more than
-# it gains, so each may lose at most so much more (tiny-opt, 6 blocks at 70%: perplexity 30.2 with alpha 1, 31.6 with
-# 0.7; `lampctl run examples/tiny-opt --sparsity 0.7 --calibration pydocs --num-samples 16 --seqlen 128 --beta 0 ...`).
+# alpha moves sparsity from the last block to the others. In a model of few blocks that costs more than it gains, so
+# each of the others may lose at most this share of its weights in addition (tiny-opt, 6 blocks at 70%: perplexity 30.2
+# with alpha 1, 31.6 with 0.7; `lampctl run examples/tiny-opt --sparsity 0.7 --calibration pydocs --num-samples 16
+# --seqlen 128 --beta 0 ...`).
 _MOST_ADDED = 0.02
 
 
 def measured(model_type: str, sparsity: float, num_blocks: int, effort: str) -> TrainingDefaults:
-    """The default settings at `sparsity` for a `config.model_type` of transformers with so many blocks."""
+    """The default settings.
+
+    Args:
+        model_type: `config.model_type` of transformers.
+        sparsity: Target share of masked weights.
+        num_blocks: Blocks of the model.
+        effort: "low", "medium" or "high".
+    """
     spared = 0.3 if sparsity > 0.55 else 0.15
     lr = next(rate for limit, rate in _RATES if sparsity <= limit)
     epochs, refine_epochs = _EPOCHS[effort]
     return TrainingDefaults(
         alpha=round(1 - min(spared, _MOST_ADDED * (num_blocks - 1) / sparsity), 4),
         beta=round(0.7 * (1 - sparsity), 4) if model_type == "opt" else 0.0,
-        # ALPS takes as long for a block whatever there is to train on: a small part of a long training.
+        # The time of ALPS does not depend on the epochs: it is a small part of a long training.
         pruner="sparsegpt" if effort == "low" else "alps",
         effort=effort,
         epochs=epochs,

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what is computed, never on what ran before it."""
+"""Seeds that depend on the purpose of random numbers, never on what ran before."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 def derive_seed(seed: int, *purpose: str | int) -> int:
     """A 63-bit seed for one purpose, e.g. ``derive_seed(run_seed, "compensate", block_index)``.
 
-    A step that is run again after a crash draws the numbers it drew the first time, and adding a step
-    does not change what another one draws.
+    A step that runs again after a crash gets the same random numbers, and adding a step does not change the random
+    numbers of another one.
     """
     text = "\x1f".join([str(seed), *map(str, purpose)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

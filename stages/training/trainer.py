@@ -1,9 +1,9 @@
-"""Train one block by Adam until, on the biased stream, it gives what a target stream holds.
+"""Train one block by Adam so that its output on the biased stream matches a target stream.
 
-Compensation (LAMP Eq. 9) trains a dense block, refinement a pruned one; how they train is the same and is here.
-At every batch boundary the trainer can say where it is (`Checkpoint`), and go on from there to the same bits.
+Compensation (LAMP Eq. 9) trains a dense block, refinement a pruned block; both use this trainer. It can make a
+`Checkpoint` at every batch boundary and resume from it to bit-identical weights.
 
-T: tokens of a sample.    H: hidden size.    One sample a step.
+N: samples.    T: tokens of a sample.    H: hidden size.    The batch size is one sample.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from stages.errors import NumericalError
 from stages.interfaces import Checkpoint, Samples, Scratch, Stream
 from stages.runtime.block_context import BlockContext
 from stages.runtime.prefetch import Writing
-from stages.training.best_weights import Snapshot
+from stages.training.best_weights import BestWeights
 from stages.training.loss import block_loss, split_samples
 from stages.training.seeding import generator_for
 
-# After an epoch that did not help, training goes on from the best weights at the rate times this (docs/experiments.md).
+# After an epoch without improvement, training resumes from the best weights, and the learning rate is multiplied by
+# this (docs/experiments.md).
 BACKTRACK = 0.35
 
 
@@ -34,72 +35,72 @@ class TrainingSettings:
 
     epochs: int
     lr: float
-    lr_decay: float  # the rate is multiplied by this after each epoch
-    # Judge each epoch on held-out samples, never keep what made it worse, and then go on from the best at a lower
-    # rate; off: as the paper, train on all samples and keep what comes out.
+    lr_decay: float  # the learning rate is multiplied by this after each epoch
+    # Measure each epoch on held-out samples; undo an epoch without improvement and reduce the learning rate. False: as
+    # in the paper, train on all samples and keep the last weights.
     holds_out: bool
     seed: int
-    loss: str = "mse"  # as the paper; or "token": each token's error relative to its target
+    loss: str = "mse"  # "mse" (as in the paper) or "token" (each token's error relative to its target)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean loss over the samples trained on and over the held-out samples (None: there are none)."""
+    """Mean loss over the training samples and over the held-out samples (None: there are none)."""
 
     trained: float
     held_out: float | None
 
     @property
     def judged(self) -> float:
-        """The loss that decides: of the held-out samples, where there are any."""
+        """The loss that decides: over the held-out samples, else over the training samples."""
         return self.trained if self.held_out is None else self.held_out
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a block's training went."""
+    """Training report of one block."""
 
     before: Losses
     after: Losses
     epoch_losses: tuple[Losses, ...]  # `trained` is the mean over the epoch's own steps
     num_steps: int
-    kept_epoch: int  # the epoch whose weights were kept, from 1; 0: those from before, nothing helped
+    kept_epoch: int  # the epoch whose weights were kept, from 1; 0: no epoch improved the block
 
 
 @dataclass
-class _Course:
-    """Where training is: all of its state that is neither a weight nor the optimizer's."""
+class _TrainingState:
+    """Training state without weights and optimizer. The field names are part of the checkpoint format."""
 
-    epoch: int = 1  # the one under way
-    losses: dict[int, float] = field(default_factory=dict)  # of its steps so far, by sample, in their order
-    epochs: list[Losses] = field(default_factory=list)  # those that are over
-    best: float = math.inf
+    epoch: int = 1  # the current one
+    losses: dict[int, float] = field(default_factory=dict)  # of the epoch's steps so far, by sample, in their order
+    epochs: list[Losses] = field(default_factory=list)  # of the finished epochs
+    best: float = math.inf  # the lowest judged loss so far
     kept_epoch: int = 0
-    rate: float = 1.0  # what backtracking has left of it
-    is_over: bool = False  # all epochs are; the block holds the best weights
+    rate: float = 1.0  # factor of the learning rate after backtracking
+    is_over: bool = False  # every epoch is finished, and the block holds the best weights
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "losses": list(self.losses.items())}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> _Course:
+    def from_json(cls, values: Mapping[str, Any]) -> _TrainingState:
         losses = {int(index): loss for index, loss in values["losses"]}
         return cls(**{**values, "losses": losses, "epochs": [Losses(**epoch) for epoch in values["epochs"]]})
 
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a block is trained for."""
+    """The stage that trains a block."""
 
-    name: str  # "compensate", "refine": seeds the order of the samples, and stands in messages
-    passes_before: int  # passes over all samples before the training steps, for the progress shown
-    passes_after: int  # after them
+    name: str  # "compensate" or "refine"; part of the seed of the sample order
+    passes_before: int  # passes over all samples before the training steps, for the progress
+    passes_after: int  # passes over all samples after them
 
 
 class BlockTrainer:
-    """Trains a block that is given, in place: `first_pass`, then `train`, then what the caller does.
+    """Trains a block in place. The caller calls `first_pass`, then `train`.
 
-    The caller calls `boundary` at its own batch boundaries after `train`.
+    After `train`, the caller calls `boundary` before each micro-batch of its own passes.
     """
 
     def __init__(
@@ -118,9 +119,9 @@ class BlockTrainer:
             context: The block and its N samples.
             block: The module to train, fp32, on the device.
             stream_in: The block's input of each sample, (T, H).
-            targets: The output it should give for each sample, (T, H); `first_pass` may fill them.
+            targets: The target output of each sample, (T, H); `first_pass` may write them.
             settings: Epochs, learning rate, loss.
-            purpose: What it is trained for.
+            purpose: The stage that trains the block.
             spill: Scratch space for the best weights so far; None: they stay in memory.
         """
         inputs, callbacks = context.inputs, context.callbacks
@@ -136,22 +137,22 @@ class BlockTrainer:
         num_steps = settings.epochs * len(self.train_set)
         self._num_after = purpose.passes_after * len(inputs)
         self._total = purpose.passes_before * len(inputs) + num_steps + self._num_after
-        self._done = 0  # of them, samples
+        self._done = 0  # of `_total`
         self._restored = callbacks.restore() if settings.epochs else None
         self._before: Losses | None = None
-        self._course: _Course | None = None  # None: training has not begun
+        self._course: _TrainingState | None = None  # None: before training
         self._optimizer: torch.optim.Adam | None = None
         self._scaler: torch.amp.GradScaler | None = None
-        self._best: Snapshot | None = None
+        self._best: BestWeights | None = None
         self._ended: Checkpoint | None = None
 
-    def advance(self, count: int = 1, **figures: float) -> None:
-        """Tell that `count` more samples have passed."""
+    def advance(self, count: int = 1, **metrics: float) -> None:
+        """Report that `count` more samples are done, with metrics to show."""
         self._done += count
-        self.callbacks.report(self._done, self._total, "samples", **figures)
+        self.callbacks.report(self._done, self._total, "samples", **metrics)
 
     def boundary(self) -> None:
-        """A batch boundary: the stage may be stopped here, and later go on from here."""
+        """Mark a batch boundary: the stage may stop or make a checkpoint here."""
         if self._ended is not None:
             ended = self._ended
             self.callbacks.checkpoint(lambda: ended)
@@ -162,10 +163,11 @@ class BlockTrainer:
 
     @torch.no_grad()
     def first_pass(self, makes_targets_of: Samples | None = None) -> Losses:
-        """The mean loss over all samples before any training.
+        """Compute the mean loss over all samples before training. When resumed, the checkpoint has the losses.
 
-        makes_targets_of: the targets are not there yet; they are what the block, as it is, makes of this stream, and
-        are written on the way. In an attempt that goes on from a checkpoint the losses are known, and that is all.
+        Args:
+            makes_targets_of: First write the targets, the untrained block's output of this stream of N samples (T, H).
+                None: the targets exist.
         """
         everything = range(len(self.inputs))
         if self._restored is not None:
@@ -181,7 +183,7 @@ class BlockTrainer:
         return self._before
 
     def _losses_and_targets(self, source: Samples) -> dict[int, float]:
-        """The loss of every sample against what the block makes of `source`, which is written to the targets."""
+        """Write the block's output of `source` to the targets, and compute the loss of every sample against it."""
         values: dict[int, float] = {}
         batches = self._pass.batches(range(len(self.inputs)))
         with (
@@ -192,14 +194,14 @@ class BlockTrainer:
                 self.callbacks.check_stop()
                 target = self._pass.forward(batch.samples[0], batch.call)
                 out.write(batch.numbers, target)
-                target = target.to(self.choices.torch_dtype)  # as the stream holds it
+                target = target.to(self.choices.torch_dtype)  # in the dtype of the stream
                 values |= self._losses_of(batch.numbers, self._pass.forward(batch.samples[1], batch.call), target)
                 self.advance(len(batch.numbers))
         return values
 
     @torch.no_grad()
     def _losses(self, indices: Sequence[int], boundary: Callable[[], None]) -> dict[int, float]:
-        """The loss of each of these samples as the block is now."""
+        """The current loss of each of the samples `indices`."""
         values: dict[int, float] = {}
         with self._pass.reading(self._pass.batches(indices), self.stream_in, self.targets) as read:
             for batch in read:
@@ -217,9 +219,10 @@ class BlockTrainer:
         return dict(zip(numbers, losses, strict=True))
 
     def train(self, parameters: Sequence[nn.Parameter]) -> Training:
-        """Train `parameters` of the block, after `first_pass`; leaves the weights that were best.
+        """Train `parameters` of the block, after `first_pass`. Afterwards the block holds the best weights.
 
-        Raises NumericalError if the loss is or becomes no finite number.
+        Raises:
+            NumericalError: The loss is not finite.
         """
         before = self._before
         assert before is not None, "there was no first pass"
@@ -238,34 +241,34 @@ class BlockTrainer:
         after = before
         if course.kept_epoch:
             after = Losses(self._mean_loss(self.train_set), self._mean_loss(self.held_out) if self.held_out else None)
-        if not math.isfinite(after.trained):  # the last update came after the last loss
+        if not math.isfinite(after.trained):  # the last update came after the last computed loss
             raise NumericalError(
                 f"block {self.block_index}: the loss is {after.trained} after training; {self._advice()}"
             )
-        if self._num_after:  # the caller changes the block from here on
+        if self._num_after:  # the caller changes the block from now on
             ended = self._checkpoint()
             self._ended = Checkpoint({name: tensor.clone() for name, tensor in ended.tensors.items()}, ended.figures)
         num_steps = len(course.epochs) * len(self.train_set)
         return Training(before, after, tuple(course.epochs), num_steps, course.kept_epoch)
 
-    def _begin(self, before: Losses, parameters: Sequence[nn.Parameter]) -> _Course:
-        """Training about to begin, or as the checkpoint has it."""
+    def _begin(self, before: Losses, parameters: Sequence[nn.Parameter]) -> _TrainingState:
+        """Prepare the optimizer and the state, from the checkpoint if there is one."""
         if self.settings.holds_out:
-            self._best = Snapshot(self.block, self._spill)
+            self._best = BestWeights(self.block, self._spill)
         for parameter in parameters:
             parameter.requires_grad_(True)
         self._optimizer = torch.optim.Adam(parameters, lr=self.settings.lr, fused=True)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.choices.torch_dtype == torch.float16)
-        self._course = _Course(best=before.judged)
+        self._course = _TrainingState(best=before.judged)
         if self._restored is not None:
-            self._go_on(self._restored, parameters)
+            self._resume(self._restored, parameters)
             self._restored = None
         if self._course.is_over:
             _freeze(parameters)
         return self._course
 
-    def _train_epoch(self, course: _Course) -> None:
-        """One pass over the samples trained on, in an order of its own, or the rest of one."""
+    def _train_epoch(self, course: _TrainingState) -> None:
+        """Train on each training sample once, in a seeded order; a resumed epoch trains on the remaining samples."""
         assert self._optimizer is not None
         assert self._scaler is not None
         generator = generator_for(self.settings.seed, self.purpose, self.block_index, course.epoch)
@@ -281,9 +284,9 @@ class BlockTrainer:
                 self._scaler.scale(loss).backward()
                 self._scaler.step(self._optimizer)
                 self._scaler.update()
-                # Now, and not before the next backward pass: the forward pass between needs the room.
+                # Free the gradients now: the next forward pass needs the memory.
                 self._optimizer.zero_grad(set_to_none=True)
-                value = loss.item()  # a GPU is waited for only now, with all of the step handed over
+                value = loss.item()  # waits for the GPU, after the whole step has been queued
                 if not math.isfinite(value):
                     raise NumericalError(
                         f"block {self.block_index}: the loss became {value} in epoch {course.epoch}; {self._advice()}"
@@ -291,19 +294,19 @@ class BlockTrainer:
                 course.losses[batch.numbers[0]] = value
                 self.advance(loss=value, epoch=course.epoch)
 
-    def _judge_epoch(self, course: _Course, parameters: Sequence[nn.Parameter]) -> None:
-        """Keep what the epoch has learnt or take it back (Adam's moments stay), and begin the next one, or end."""
+    def _judge_epoch(self, course: _TrainingState, parameters: Sequence[nn.Parameter]) -> None:
+        """Keep the epoch's weights, or undo them if nothing improved (Adam's moments stay); start the next epoch."""
         held_out = self._mean_loss(self.held_out) if self.held_out else None
         if self.settings.holds_out:
-            # The losses of an epoch are from before each of its own updates: they cannot judge them.
+            # The losses of the epoch's steps cannot judge it: each was computed before its update.
             judged = held_out if held_out is not None else self._mean_loss(self.train_set)
             assert self._best is not None
             if judged < course.best:
                 course.best, course.kept_epoch = judged, course.epoch
-                self._best.take()
+                self._best.save()
             else:
                 course.rate *= BACKTRACK
-                self._best.give_back()
+                self._best.restore()
         else:
             course.kept_epoch = course.epoch
         course.epochs.append(Losses(_mean(course.losses, [*course.losses]), held_out))
@@ -329,12 +332,12 @@ class BlockTrainer:
             figures["scaler"] = self._scaler.state_dict()
         return Checkpoint(tensors, figures)
 
-    def _go_on(self, checkpoint: Checkpoint, parameters: Sequence[nn.Parameter]) -> None:
-        """Take everything from a checkpoint. The block is as it was before training."""
+    def _resume(self, checkpoint: Checkpoint, parameters: Sequence[nn.Parameter]) -> None:
+        """Restore everything from a checkpoint. The block holds the weights from before training."""
         assert self._optimizer is not None
         assert self._scaler is not None
         tensors, figures = checkpoint.tensors, checkpoint.figures
-        self._course = _Course.from_json(figures["course"])
+        self._course = _TrainingState.from_json(figures["course"])
         self._done = figures["done"]
         self._scaler.load_state_dict(figures["scaler"])
         best = _named(tensors, "best.")

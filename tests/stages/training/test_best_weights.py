@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stages.in_memory import ListScratch
-from stages.training.best_weights import Snapshot
+from stages.training.best_weights import BestWeights
 
 
 @pytest.fixture
@@ -21,27 +21,27 @@ def values(block):
 @pytest.mark.parametrize("spill", [None, ListScratch()], ids=["memory", "disk"])
 def test_what_was_taken_last_is_given_back(block, spill):
     first = values(block)
-    snapshot = Snapshot(block, spill)
+    snapshot = BestWeights(block, spill)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(1)
     second = values(block)
-    snapshot.give_back()
+    snapshot.restore()
     assert all(torch.equal(tensor, first[name]) for name, tensor in values(block).items())
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             parameter.copy_(second[name])
-    snapshot.take()
+    snapshot.save()
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.mul_(-3)
     assert all(torch.equal(tensor, second[name]) for name, tensor in snapshot.tensors().items())
-    snapshot.give_back()
+    snapshot.restore()
     assert all(torch.equal(tensor, second[name]) for name, tensor in values(block).items())
 
 
 def test_taking_again_uses_the_same_memory(block):
-    snapshot = Snapshot(block)
+    snapshot = BestWeights(block)
     before = {name: tensor.data_ptr() for name, tensor in snapshot.tensors().items()}
-    snapshot.take()
+    snapshot.save()
     assert {name: tensor.data_ptr() for name, tensor in snapshot.tensors().items()} == before
