@@ -98,7 +98,7 @@ def first_pruned(model, inputs, pruner, dtype=FP32, out=None):
 def recorded_streams(model, inputs, monkeypatch):
     """Algorithm 1 in memory, with every stream that it makes: (biased, dense) by block, and the exported states."""
     made = []
-    monkeypatch.setattr(lamp_module, "_stream", lambda context: made.append(stream()) or made[-1])
+    monkeypatch.setattr(lamp_module, "_new_stream", lambda context: made.append(stream()) or made[-1])
     settings_ = LampSettings(pruner_named("sparsegpt"), settings())
     blocks = list(lamp(context_of(model, inputs), budget_of(model, 0.6, 0.8), settings_))
     (first, dense_1, *rest) = made  # then, from block 1 on: the target of the block, and before it block i's output
