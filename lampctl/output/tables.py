@@ -16,7 +16,7 @@ from lampctl.output.console import console_here
 from lampctl.output.labels import layer_label, source_label
 from lampctl.output.units import duration, size
 from lampctl.report.comparison import Comparison
-from pipeline.rundir.storage.object_client import is_address
+from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.status import (
     AccuracyResult,
     BlockState,

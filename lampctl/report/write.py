@@ -14,7 +14,7 @@ from pipeline.config.run_config import RunConfig
 from pipeline.errors import ConfigError, ConfigMismatch
 from pipeline.rundir.redact import scrub
 from pipeline.rundir.run_directory import RunDirectory
-from pipeline.rundir.storage.object_client import is_address
+from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.comparison import standing_of
 from pipeline.runs.continuations import Continuation, continuations
 from pipeline.runs.lifecycle import reopen

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, RunNotFound
-from pipeline.rundir.storage.object_client import is_address
+from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.lifecycle import reopen
 from pipeline.runs.status import EvaluationResult, RunStatus, evaluation_of, status
 from pipeline.steps.evaluate import evaluate_result

@@ -17,8 +17,7 @@ from pipeline.config.run_config import usual_tasks
 from pipeline.config.settings import split_tasks
 from pipeline.errors import ConfigError
 from pipeline.rundir.run_directory import RunDirectory
-from pipeline.rundir.storage.locate import locate
-from pipeline.rundir.storage.object_client import is_address
+from pipeline.rundir.storage.locate import is_address, locate
 from pipeline.runs.prepare import RUNS
 from stages.formats.file_digest import local_path
 from stages.tasks.base import EvaluationProtocol, Points

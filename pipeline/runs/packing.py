@@ -10,7 +10,7 @@ from pipeline.engine.plan import next_steps
 from pipeline.errors import ConfigError, RunNotFound, StepOrderError
 from pipeline.rundir import filesystem
 from pipeline.rundir.run_directory import RunDirectory
-from pipeline.rundir.storage.object_client import is_address
+from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.lifecycle import reopen
 from pipeline.steps.lamp_plan import steps_of
 from stages.formats.packed.layout import PackedSizes

@@ -41,8 +41,7 @@ from pipeline.errors import (
 )
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.base import Storage
-from pipeline.rundir.storage.locate import locate
-from pipeline.rundir.storage.object_client import is_address
+from pipeline.rundir.storage.locate import is_address, locate
 from pipeline.runs.lifecycle import go_on, reopen, start
 from pipeline.runs.prepare import Prepared, prepare
 from pipeline.runs.status import status

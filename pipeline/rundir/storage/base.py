@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol, Self
 
 from pipeline.rundir.records import PayloadFile
 from stages.formats.file_digest import FileDigest
@@ -27,10 +27,20 @@ class Disk:
 
 
 class Storage(Protocol):
-    """One run directory's place. Errors are those of `pipeline.errors`; FileGone where something is not there."""
+    """Where one run directory is stored. Errors are those of `pipeline.errors`; FileGone for what does not exist.
 
+    `pipeline.testing.storages` checks an implementation.
+    """
+
+    title: ClassVar[str]  # for people
+    help: ClassVar[str]  # one line
     label: str  # as people name the run directory: a path or an address
     folder: Path  # local: where new payloads are written; the run directory itself, if that is local
+
+    @classmethod
+    def at(cls, place: str) -> Self:
+        """The storage at a place as the user names it. Raises UnsupportedPlace if it cannot be used."""
+        ...
 
     def is_free(self) -> bool:
         """Whether a run may be begun here: there is nothing, or what a crash while beginning one left behind."""

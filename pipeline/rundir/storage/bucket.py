@@ -8,9 +8,11 @@ nothing that the bucket, or a replay, cannot give again.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Self
 
 from pipeline.errors import BucketError, FileGone, NotARun
 from pipeline.rundir import filesystem
@@ -18,10 +20,16 @@ from pipeline.rundir.filesystem import FileDigest
 from pipeline.rundir.records import PayloadFile, relative_path
 from pipeline.rundir.storage.base import Disk
 from pipeline.rundir.storage.object_client import Objects
+from stages.machine.cache import cache_dir
 
 # transformers opens no folder without it: written last and deleted first, it makes a view whole or useless.
 _OPENER = "config.json"
 _LINES = "events.jsonl"
+
+
+def working_folder(address: str) -> Path:
+    """Where a run in a bucket is worked on, on this machine: in the cache, named by its address."""
+    return cache_dir() / "buckets" / hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
 
 
 class BucketStorage:
@@ -31,11 +39,18 @@ class BucketStorage:
     activations alone, which then never reach the bucket.
     """
 
+    title = "bucket"
+    help = "An object store: S3, Google Cloud Storage or Azure."
+
     def __init__(self, objects: Objects, folder: Path, scratch: Path | None = None) -> None:
         self.objects, self.label = objects, objects.address
         self.folder, self.scratch = folder.absolute(), scratch
         self._same_as: dict[str, str] = {}  # of files written here: the key that has these bytes in the bucket already
         self._lines: dict[str, bytes] = {}
+
+    @classmethod
+    def at(cls, place: str) -> Self:
+        return cls(Objects(place), working_folder(place))
 
     def use_scratch(self, folder: Path) -> None:
         self.scratch = folder

@@ -1,4 +1,4 @@
-"""A run directory that is a folder on a disk, its activations on a second disk if somebody says so."""
+"""Storage of a run directory in a folder, with its activations on a second disk if the user names one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Self
 
 from pipeline.errors import DamagedData, FileGone, NotARun
 from pipeline.rundir import filesystem
@@ -22,10 +23,17 @@ class FolderStorage:
     scratch: a folder for activations alone, which may vanish at any time.
     """
 
+    title = "folder"
+    help = "A folder on a local or network file system."
+
     def __init__(self, folder: Path, scratch: Path | None = None) -> None:
         self.folder = Path(folder).absolute()
         self.label = str(self.folder)
         self._set_roots(scratch)
+
+    @classmethod
+    def at(cls, place: str) -> Self:
+        return cls(Path(place))
 
     def _set_roots(self, scratch: Path | None) -> None:
         self.scratch = scratch

@@ -23,7 +23,6 @@ from pipeline.errors import BucketError, BucketRefused, FileExists, FileGone, Un
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-SCHEMES = ("s3", "gs", "az")
 # Enough to fill a line of 10 Gbit/s, and little enough for a bucket that limits requests.
 _NUM_AT_ONCE = 8
 _NUM_TRIES = 5
@@ -51,16 +50,6 @@ def _repeating(do: Callable[P, T]) -> Callable[P, T]:
         return do(*args, **kwargs)
 
     return repeated
-
-
-def is_address(place: str) -> bool:
-    """Whether a run directory's name is an address in an object store. Raises UnsupportedPlace for another kind."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", place)
-    if match is None:
-        return False
-    if match[1] not in SCHEMES:
-        raise UnsupportedPlace(f"{place}: a run directory is a folder, or {', '.join(s + '://...' for s in SCHEMES)}")
-    return True
 
 
 class Objects:

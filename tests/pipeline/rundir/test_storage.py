@@ -1,17 +1,16 @@
 """One behaviour, two places: a folder on a disk and a bucket."""
 
-import hashlib
-from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import ConfigError, FileExists, FileGone, UnsupportedPlace
-from pipeline.rundir.records import PayloadFile
 from pipeline.rundir.storage.bucket import BucketStorage
 from pipeline.rundir.storage.local import FolderStorage
-from pipeline.rundir.storage.locate import beside, locate, scratch_folder
-from pipeline.rundir.storage.object_client import Objects, is_address
+from pipeline.rundir.storage.locate import beside, is_address, locate, scratch_folder
+from pipeline.rundir.storage.object_client import Objects
+from pipeline.rundir.storage.registry import STORAGES
+from pipeline.testing.storages import CHECKS
 
 
 @pytest.fixture(params=["folder", "folder+scratch", "bucket", "bucket+scratch"])
@@ -36,44 +35,21 @@ def fresh(storage, tmp_path):
     return BucketStorage(storage.objects, tmp_path / "another machine")
 
 
-def record(key, data):
-    return PayloadFile(path=key, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
 def write(storage, key, name, data, **how):
     folder = storage.new_folder(key, **how)
     (folder / name).write_bytes(data)
     return folder
 
 
-def test_a_record_is_made_by_one_winner(storage, tmp_path):
-    storage.create("commits/000000.json", b"first")
-    with pytest.raises(FileExists):
-        storage.create("commits/000000.json", b"second")
-    assert storage.read("commits/000000.json") == b"first"
-    other = fresh(storage, tmp_path)
-    with pytest.raises(FileExists):
-        other.create("commits/000000.json", b"second")
-    assert other.read("commits/000000.json") == b"first"
-    assert other.names("commits") == ["000000.json"]
-    with pytest.raises(FileGone):
-        other.read("commits/000001.json")
+@pytest.mark.parametrize("check", CHECKS)
+def test_conformance(check, storage, tmp_path):
+    check(storage, lambda: fresh(storage, tmp_path))
 
 
-def test_what_is_kept_is_there_for_another_machine(storage, tmp_path):
-    storage.new_folder("data/000000-aa", with_parents=True)
-    write(storage, "data/000000-aa/pruned-0", "block.safetensors", b"weights" * 1000)
-    storage.keep("data/000000-aa")
-    other = fresh(storage, tmp_path)
-    key = "data/000000-aa/pruned-0/block.safetensors"
-    assert other.sizes("data/000000-aa") == {key: 7000}
-    assert other.load(key) == b"weights" * 1000
-    assert other.local(key).read_bytes() == b"weights" * 1000
-    assert astuple(other.digest(key)) == (7000, hashlib.sha256(b"weights" * 1000).hexdigest())
-    assert other.names("data") == ["000000-aa"]
-    assert other.exists("data/000000-aa")
-    assert other.exists(key)
-    assert not other.exists("data/000000-a")
+@pytest.mark.parametrize("name", ["local", "s3", "gs", "az"])
+def test_every_storage_says_what_it_is(name):
+    assert STORAGES.get(name).title
+    assert STORAGES.get(name).help
 
 
 def test_activations_on_scratch_are_not_kept_elsewhere(storage, tmp_path):
@@ -118,59 +94,6 @@ def test_remove_takes_it_everywhere(storage, tmp_path):
         assert place.names("progress") == [] or place.names("progress/000001") == []
         place.remove("data/000000-aa")
     assert storage.names("data") == []
-
-
-def test_a_payload_is_put_back_with_nothing_else_beside_it(storage, tmp_path):
-    storage.new_folder("data/000000-aa", with_parents=True)
-    write(storage, "data/000000-aa/pruned-0", "w", b"damaged")
-    storage.keep("data/000000-aa")
-    storage.new_folder("data/000001-bb", with_parents=True)
-    write(storage, "data/000001-bb/pruned-0", "v", b"sound")
-    storage.put_back("data/000001-bb/pruned-0", "data/000000-aa/pruned-0")
-    for place in (storage, fresh(storage, tmp_path)):
-        assert place.sizes("data/000000-aa") == {"data/000000-aa/pruned-0/v": 5}
-        assert place.load("data/000000-aa/pruned-0/v") == b"sound"
-
-
-def test_a_view_shows_all_of_it_and_is_replaced_as_a_whole(storage, tmp_path):
-    storage.new_folder("data/000000-aa", with_parents=True)
-    folder = storage.new_folder("data/000000-aa/model")
-    contents = {"config.json": b"{}", "model.safetensors": b"w" * 100, "masks/0": b"m"}
-    for name, data in contents.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(data)
-    storage.keep("data/000000-aa")
-    sources = {name: record(f"data/000000-aa/model/{name}", data) for name, data in contents.items()}
-    assert not storage.is_published("model", sources)
-    shown = storage.publish("model", sources)
-    assert {name: (shown / name).read_bytes() for name in contents} == contents
-    other = fresh(storage, tmp_path)
-    assert other.is_published("model", sources)
-    assert other.sizes("model") == {f"model/{name}": len(data) for name, data in contents.items()}
-    fewer = {name: sources[name] for name in ("config.json", "model.safetensors")}
-    other.remove("model/config.json")
-    assert not other.is_published("model", fewer)
-    shown = other.publish("model", fewer)
-    assert sorted(p.name for p in Path(shown).rglob("*") if p.is_file()) == ["config.json", "model.safetensors"]
-
-
-def test_lines_for_people(storage, tmp_path):
-    storage.append("events.jsonl", "one")
-    storage.append("events.jsonl", "two")
-    other = fresh(storage, tmp_path)
-    other.append("events.jsonl", "three")
-    assert storage.read("events.jsonl") == b"one\ntwo\nthree\n"
-
-
-def test_a_damaged_record_is_set_aside_and_tidied_when_its_number_is_settled(storage):
-    storage.create("commits/000000.json", b"torn")
-    storage.set_record_aside("commits/000000.json")
-    assert not storage.exists("commits/000000.json")
-    assert len(storage.names("commits")) == 1
-    storage.tidy(["commits/000001.json"], [])
-    assert len(storage.names("commits")) == 1
-    storage.tidy(["commits/000000.json"], [])
-    assert storage.names("commits") == []
 
 
 def test_the_disks_that_a_run_needs_room_on(storage):

@@ -1,0 +1,1 @@
+"""Conformance kits: what every storage and every step kind must satisfy, those of other packages included."""
