@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from lampctl.cli.exit_codes import BUG, exit_code, message
-from lampctl.commands import sweep
+from lampctl.cli.panels import PanelCommand
+from lampctl.commands import config, sweep
 from lampctl.commands.compare import compare
 from lampctl.commands.evaluate import evaluate
 from lampctl.commands.export import export
@@ -28,6 +29,8 @@ from lampctl.commands.verify import verify
 from pipeline.rundir.redact import scrub
 from stages.version import VERSION
 
+_STEPS = "Step by step"
+
 app = typer.Typer(
     name="lampctl",
     add_completion=False,
@@ -37,12 +40,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
-for _command in (run, resume, status, compare, report, verify, gc):
+app.command(cls=PanelCommand)(run)
+for _command in (resume, status, compare, report, verify, gc):
     app.command()(_command)
-for _command in (init, calibrate, capture, allocate, prune_block, refine_block, compensate_block, export, evaluate):
-    app.command(rich_help_panel="Step by step")(_command)
+app.command(rich_help_panel=_STEPS, cls=PanelCommand)(init)
+for _step in (calibrate, capture, allocate, prune_block, refine_block, compensate_block, export, evaluate):
+    app.command(rich_help_panel=_STEPS)(_step)
 app.add_typer(sweep.app, name="sweep")
-app.command()(reproduce)
+app.add_typer(config.app, name="config")
+app.command(cls=PanelCommand)(reproduce)
 
 
 def _print_version(wanted: bool) -> None:

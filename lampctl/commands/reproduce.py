@@ -11,7 +11,7 @@ import typer
 from lampctl.cli.options import Chosen, with_settings
 
 if TYPE_CHECKING:
-    from pipeline.config.settings import Gathered
+    from pipeline.config.gather import Gathered
     from pipeline.paper.tables import Table
 
 # What the table itself says.

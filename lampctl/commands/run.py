@@ -11,6 +11,7 @@ from lampctl.cli.options import Chosen, with_settings
 
 if TYPE_CHECKING:
     from lampctl.output.progress import ProgressListener
+    from pipeline.config.run_config import RunConfig
     from pipeline.engine.stop import StopRequest
     from pipeline.rundir.run_directory import RunDirectory
     from pipeline.runs.prepare import Prepared
@@ -20,6 +21,7 @@ RunDir = Annotated[
     typer.Option(
         "--run-dir",
         metavar="DIR",
+        rich_help_panel="Storage",
         help="Where the run is kept: a folder, or s3://, gs:// or az://BUCKET/PREFIX. "
         "[default: runs/<model>-s<percent>-<method>]",
     ),
@@ -29,10 +31,17 @@ RunDir = Annotated[
 @with_settings
 def run(
     chosen: Chosen,
-    takeover: Annotated[bool, typer.Option("--takeover", help="Even if somebody else is working on this run.")] = False,
+    takeover: Annotated[
+        bool,
+        typer.Option("--takeover", rich_help_panel="Stopping", help="Take over a run that another process works on."),
+    ] = False,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(metavar="METHOD", help="Also prune with METHOD, in a run of its own. May be repeated."),
+        typer.Option(
+            metavar="METHOD",
+            rich_help_panel="Method",
+            help="Also prune with METHOD, in a run of its own. May be repeated.",
+        ),
     ] = None,
     run_dir: RunDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -67,11 +76,11 @@ def run(
     with listening() as listener, stopping(prepared.config) as stop:
         main = _do(prepared, place, listener, stop, takeover)
         rest = [
-            _do(other, place, listener, stop, takeover, shared_with=main)
+            _do(other, place, listener, stop, takeover, shared_with=main[0])
             for other, place in zip(others, beside, strict=True)
         ]
-    configs = [prepared.config, *(other.config for other in others)]
-    tables.results([main, *rest], configs, as_json)
+    runs, configs = zip(main, *rest, strict=True)
+    tables.results(runs, configs, as_json)
 
 
 def _sibling_of(run_dir: str, method: str) -> str | Path:
@@ -92,15 +101,15 @@ def _do(
     stop: StopRequest,
     takeover: bool,
     shared_with: RunDirectory | None = None,
-) -> RunDirectory:
+) -> tuple[RunDirectory, RunConfig]:
     from pipeline.runs.lifecycle import go_on, start
 
-    run = start(prepared, place)
+    run, config = start(prepared, place)
     for notice in prepared.notices:
         listener.warn(notice)
-    listener.attach(run, prepared.config)
-    go_on(run, prepared.config, listener, stop, shared_with=shared_with, takeover=takeover)
-    return run
+    listener.attach(run, config)
+    go_on(run, config, listener, stop, shared_with=shared_with, takeover=takeover)
+    return run, config
 
 
 @with_settings
@@ -122,5 +131,5 @@ def init(chosen: Chosen, run_dir: RunDir = None) -> None:
     from pipeline.runs.prepare import prepare
 
     prepared = prepare(chosen.gather())
-    run = start(prepared, run_dir or prepared.default_run_dir)
-    tables.begun(run, prepared.config, prepared.origins, prepared.notices, steps_of(run, prepared.config))
+    run, config = start(prepared, run_dir or prepared.default_run_dir)
+    tables.begun(run, config, prepared.origins, prepared.notices, steps_of(run, config))

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lampctl.cli.options import Chosen, with_settings
+from lampctl.cli.panels import PanelCommand
 
 if TYPE_CHECKING:
     from pipeline.sweeps.sweep import Sweep
@@ -47,7 +48,7 @@ def sweep() -> None:
     """
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 @with_settings
 def run(
     chosen: Chosen,

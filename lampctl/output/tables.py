@@ -94,7 +94,7 @@ def result_record(state: RunStatus) -> dict[str, Any]:
             which: means_of([r for r in state.accuracies if r.which == which and _is_current(state, r)])
             for which in ("dense", "pruned")
         },
-        "config": state.config.model_dump(mode="json"),
+        "config": state.config.as_json(),
     }
 
 
@@ -349,7 +349,7 @@ def _value(result: EvaluationResult | None) -> str:
 
 def _settings_table(config: RunConfig, origins: Mapping[str, str]) -> Table:
     table = Table("setting", "value", "from")
-    for name, value in config.model_dump(mode="json").items():
+    for name, value in config.as_json().items():
         if value not in (None, [], {}):
             table.add_row(name, str(value), origins.get(name, "default"))
     return table

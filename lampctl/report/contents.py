@@ -209,7 +209,7 @@ def _settings(runs: Sequence[RunReport], names: Sequence[str]) -> Section:
 
 
 def _settings_of(run: RunReport) -> dict[str, str]:
-    values = scrub_values(run.state.config.model_dump(mode="json"))
+    values = scrub_values(run.state.config.as_json())
     shown = {field: _setting(value) for field, value in values.items() if value not in (None, [], {})}
     return {**shown, "model files": scrub(run.model), **run.environment, "begun": run.created}
 
@@ -225,7 +225,7 @@ def _setting(value: Any) -> str:
 def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Part, ...]]]:
     """(anchor, title, parts) for each figure of one run that its commits hold something for."""
     relative = state.config.loss == "token"
-    kept = "" if state.config.hold_aside else " Nothing was kept aside: all samples were trained on."
+    kept = "" if state.config.held_out else " Nothing was kept aside: all samples were trained on."
     plan: list[tuple[str, str, Dataset, Callable[[Dataset], bytes], str]] = [
         (
             "error",

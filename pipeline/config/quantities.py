@@ -7,7 +7,6 @@ import re
 from pipeline.errors import ConfigError
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_duration(text: str) -> float:
@@ -20,14 +19,22 @@ def parse_duration(text: str) -> float:
     else:
         raise ConfigError(f"--max-runtime {text}: expected a time such as 3h30m, 45m, 90s or 1d")
     if seconds <= 0:
-        raise ConfigError(f"--max-runtime {text}: that is no time at all")
+        raise ConfigError(f"--max-runtime {text}: it must be more than zero")
     return seconds
 
 
 def parse_size(text: str) -> int:
-    """Bytes: "8GB", "7.5GiB", "800MB", or a plain number of bytes. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    size = int(float(match.group(1)) * _BYTES[match.group(2) or ""]) if match else 0
+    """Bytes: "8GB", "7.5GiB", "800MB", or a plain number of bytes.
+
+    Raises:
+        ValueError: It is no size.
+    """
+    from pydantic import ByteSize, TypeAdapter
+
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text.strip()))
+    except ValueError:
+        size = 0
     if size <= 0:
         raise ValueError("expected a size such as 8GB, 7.5GiB or 800MB")
     return size

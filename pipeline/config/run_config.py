@@ -1,35 +1,40 @@
 """A run's configuration: the settings with every default filled in, as run.json keeps it.
 
-`pipeline.config.settings.gather` merges what was given; `complete` fills in what is left, knowing the model. Identity
-fields decide the weights: another value in the same run directory is refused. Free fields may change at any resume.
+`pipeline.config.gather` merges what was given; `pipeline.config.completion` fills in what is left, knowing the model.
+Identity settings decide the weights: another value in the same run directory is refused. Runtime settings may change at
+any resume.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import Field
+from annotated_types import Ge
 
-from pipeline.config.settings import Gathered, Settings, flag_of
-from pipeline.errors import ConfigError
-from stages.metrics.harness_tasks import LAYOUT
+from pipeline.config.settings import Settings, names_where, with_current_names
 from stages.pruners.base import PruneOptions
-from stages.pruners.registry import LAMP, PAPER_PRUNER, PRUNERS, bit_methods, method_title, reads_data
+from stages.pruners.registry import LAMP, PAPER_PRUNER
 from stages.sparsity.nm_pattern import Pattern
-from stages.tasks.base import EvaluationProtocol, Task
-from stages.training.presets import TrainingDefaults
+from stages.tasks.base import EvaluationProtocol
+
+FREE_FIELDS = names_where(scope="runtime")
+LAMP_FIELDS = names_where(applies_to="lamp")
+CALIBRATION_FIELDS = names_where(applies_to="methods with data")
+DRAWING_FIELDS = names_where(draws_samples=True)  # which samples are drawn, beside the data itself
 
 
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
     """`Settings` with every default filled in: what run.json keeps.
 
-    A field that the method does not use is None (a magnitude run has no calibration, only LAMP has epochs).
+    A setting that the method does not use is None (a magnitude run has no calibration, only LAMP has epochs).
     """
 
-    seqlen: int = Field(ge=2)
+    seqlen: Annotated[int, Ge(2)]
     evaluate: tuple[str, ...] = ()
-    eval_seqlen: int = Field(ge=2)
+    eval_seqlen: Annotated[int, Ge(2)]
     tasks: tuple[str, ...] = ()
 
     @property
@@ -81,205 +86,47 @@ class RunConfig(Settings):
         return EvaluationProtocol(self.eval_seqlen, self.eval_max_tokens, self.eval_points, self.eval_max_images)
 
     def with_free(self, free: Mapping[str, Any]) -> RunConfig:
-        """This configuration with other free settings."""
-        return RunConfig(**{**self.model_dump(), **free})
+        """This configuration with other runtime settings. Raises ConfigError for a wrong one."""
+        return RunConfig.of({**self.as_json(), **free})
 
     @property
     def free(self) -> dict[str, Any]:
-        """The settings that do not change the weights, ready for JSON."""
-        return self.model_dump(mode="json", include=set(FREE_FIELDS))
+        """The runtime settings, ready for JSON."""
+        return {name: value for name, value in self.as_json().items() if name in FREE_FIELDS}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that make the weights, ready for JSON."""
-        return self.model_dump(mode="json", exclude=set(FREE_FIELDS))
+        """The settings that decide the weights, ready for JSON."""
+        return {name: value for name, value in self.as_json().items() if name not in FREE_FIELDS}
 
 
-FREE_FIELDS = (
-    "evaluate",
-    "evaluate_dense",
-    "eval_seqlen",
-    "eval_max_tokens",
-    "eval_points",
-    "eval_max_images",
-    "tasks",
-    "task_data",
-    "task_limit",
-    "keep_activations",
-    "memory_limit",
-    "checkpoint_minutes",
-    "scratch_dir",
-    "max_runtime",
-    "watch_preemption",
-    "preemption_url",
-    "allow_environment_change",
-)
-LAMP_FIELDS = (
-    "pruner",
-    "effort",
-    "epochs",
-    "lr",
-    "lr_decay",
-    "loss",
-    "hold_aside",
-    "refine",
-    "refine_epochs",
-    "refine_lr",
-)
-BASELINE = "baseline"  # the origin of a baseline's method
-# What decides which samples are drawn, beside the data itself.
-DRAWING_FIELDS = ("calibration", "calibration_sampling", "calibration_skip", "num_samples", "seqlen", "seed")
-CALIBRATION_FIELDS = ("calibration", "calibration_sampling", "num_samples")
+def with_recorded_defaults(config: RunConfig, origins: Mapping[str, str], recorded: Recorded) -> RunConfig:
+    """The configuration with the run's own value of every setting that was a default then and is one now.
 
+    Defaults change between versions. A run keeps those that it began with; only what the user gave can disagree.
 
-def check_combinations(gathered: Gathered) -> None:
-    """Raise ConfigError for settings that exclude each other, with both of their names."""
-    settings = gathered.values
-
-    def origin(field: str) -> str:
-        where = gathered.origins.get(field, "flag")
-        return "" if where == "flag" else f" ({where})"
-
-    if settings.pattern is None and settings.sparsity is None:
-        raise ConfigError("--sparsity is missing, or --pattern N:M instead (lampctl run --help has examples)")
-    if settings.pattern is not None:
-        for field in ("sparsity", "alpha", "beta", "layer_sparsity", "budget", "budget_spread"):
-            if getattr(settings, field) not in (None, {}):
-                raise ConfigError(
-                    f"--pattern {settings.pattern}{origin('pattern')} fixes the sparsity of every group of every "
-                    f"layer: it excludes {flag_of(field)}{origin(field)}"
-                )
-    if settings.budget == "outliers" and not reads_data(settings.method):
-        is_baseline = gathered.origins.get("method") == BASELINE
-        remedy = f"; leave out --baseline {settings.method}" if is_baseline else ""
-        title = method_title(settings.method)
-        raise ConfigError(f"--budget outliers{origin('budget')}: {title} pruning looks at no data{remedy}")
-    if settings.budget_spread is not None and settings.budget != "outliers":
-        where = f"{settings.budget_spread:g}{origin('budget_spread')}"
-        raise ConfigError(f"--budget-spread {where} is about --budget outliers")
-    if settings.group_size is not None and settings.bits is None:
-        raise ConfigError(f"--group-size {settings.group_size}{origin('group_size')} is about --bits, which is not set")
-    if settings.bits is not None and settings.method not in bit_methods():
-        is_baseline = gathered.origins.get("method") == BASELINE
-        remedy = f"leave out --baseline {settings.method}" if is_baseline else f"use --method {_any_of(bit_methods())}"
-        title = method_title(settings.method)
-        raise ConfigError(f"--bits {settings.bits}{origin('bits')}: {title} pruning cannot quantize; {remedy}")
-    if settings.effort is not None and gathered.preset == "paper":
-        raise ConfigError(f"--effort {settings.effort}{origin('effort')}: --preset paper fixes the training")
-    if settings.refine is False:
-        for field in ("refine_epochs", "refine_lr"):
-            if getattr(settings, field) is not None:
-                raise ConfigError(f"--no-refine{origin('refine')} excludes {flag_of(field)}{origin(field)}")
-
-
-def complete(
-    gathered: Gathered,
-    max_positions: int | None,
-    defaults: TrainingDefaults,
-    task: Task,
-    baselines: Sequence[str] = (),
-) -> tuple[RunConfig, dict[str, str], list[str]]:
-    """Fill in what nobody gave. Gives the configuration, each field's origin, and notices for the user.
-
-    task: what a model of this kind is calibrated on and measured by, unless somebody says. baselines: methods that
-    take the same settings beside this run; what one of them uses is worth no notice.
-
-    `defaults.alpha` and `.beta` must be feasible already, and the combination checked. Raises ConfigError where the
-    model cannot do what was asked for.
+    Args:
+        config: What is asked for now.
+        origins: Where each of its values came from.
+        recorded: What the run began with.
     """
-    settings, notices = gathered.values, []
-    values, origins = settings.model_dump(), dict(gathered.origins)
-
-    def fill(field: str, value: Any) -> None:
-        if values[field] is None:
-            values[field] = value
-
-    fill("seqlen", 2048)
-    if max_positions is not None and values["seqlen"] > max_positions:
-        if gathered.given("seqlen"):
-            raise ConfigError(
-                f"--seqlen {values['seqlen']}: {settings.model} has {max_positions} positions; "
-                f"use --seqlen {max_positions} or less"
-            )
-        notices.append(f"seqlen is {max_positions}, all the positions that {settings.model} has")
-        values["seqlen"] = max_positions
-    fill("eval_seqlen", values["seqlen"])
-    is_lamp, uses_calibration = settings.method == LAMP, reads_data(settings.method)
-    if settings.pattern is None:
-        fill("alpha", defaults.alpha if is_lamp else 1.0)
-        fill("beta", defaults.beta if is_lamp else 0.0)
-        fill("budget", "uniform")
-        if values["budget"] == "outliers":
-            fill("budget_spread", 0.05)
-    if is_lamp and values["refine"] is None and (values["refine_epochs"] or values["refine_lr"]):
-        values["refine"] = True
-    if is_lamp and values["bits"] is not None:
-        joint = PRUNERS.get(defaults.pruner).quantizes_jointly
-        fill("pruner", defaults.pruner if joint else PAPER_PRUNER)
-    for field in LAMP_FIELDS:
-        if is_lamp:
-            fill(field, getattr(defaults, field))
-        else:
-            _drop(field, gathered, values, [] if "lamp" in baselines else notices, "it is about --method lamp")
-    if is_lamp and gathered.preset == "paper":
-        fixed = ("alpha", "beta", *(field for field in LAMP_FIELDS if field != "effort"))
-        others = [
-            flag_of(field) for field in fixed if gathered.given(field) and values[field] != getattr(defaults, field)
-        ]
-        if others:
-            notices.append(f"{', '.join(others)}: this departs from the paper's settings (--preset paper)")
-    if is_lamp and not values["refine"]:
-        values["refine_epochs"] = values["refine_lr"] = None
-        if not values["epochs"]:
-            raise ConfigError(f"--epochs 0 without --refine trains nothing: that is --method {values['pruner']}")
-    if uses_calibration:
-        fill("calibration", task.default_calibration)
-        if values["calibration"] is None:
-            raise ConfigError(task.missing_calibration)
-        fill("num_samples", 128)
-        fill("calibration_sampling", task.default_sampling(values["calibration"]))
-    else:
-        for field in CALIBRATION_FIELDS:
-            reason = f"{method_title(settings.method)} pruning looks at no data"
-            _drop(field, gathered, values, [] if baselines else notices, reason)
-        values["calibration_skip"] = 0
-    if values["evaluate"] is None and task.missing_evaluation is not None:
-        notices.append(task.missing_evaluation)
-    fill("evaluate", task.default_evaluation)
-    fill("tasks", usual_tasks(values["task_data"], values["task_limit"]))
-    for field in values:
-        origins.setdefault(field, "default")
-    config = RunConfig(**values)
-    check_evaluation(config, max_positions)
-    return config, origins, notices
+    changes = {
+        name: getattr(recorded.config, name)
+        for name in config.identity
+        if origins.get(name, "default") == "default" and recorded.origins.get(name, "default") == "default"
+    }
+    return config.changed(**changes)
 
 
-def usual_tasks(task_data: str | None, task_limit: int | None) -> tuple[str, ...]:
-    """The tasks where nobody named any: none, unless something was said about their rows."""
-    return () if task_data is None and task_limit is None else tuple(LAYOUT)
+@dataclass(frozen=True)
+class Recorded:
+    """The configuration that a run began with, and where each value came from."""
 
-
-def check_evaluation(config: RunConfig, max_positions: int | None) -> None:
-    """Raise ConfigError where the evaluation settings do not fit the model or each other."""
-    if max_positions is not None and config.eval_seqlen > max_positions:
-        raise ConfigError(f"--eval-seqlen {config.eval_seqlen}: the model has {max_positions} positions")
-    if config.eval_max_tokens is not None and config.eval_max_tokens < config.eval_seqlen:
-        raise ConfigError(
-            f"--eval-max-tokens {config.eval_max_tokens} is less than one window of {config.eval_seqlen} tokens"
-        )
-
-
-def _any_of(names: Sequence[str]) -> str:
-    """ "a, b or c"."""
-    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def _drop(field: str, gathered: Gathered, values: dict[str, Any], notices: list[str], reason: str) -> None:
-    if gathered.given(field):
-        notices.append(f"--{field.replace('_', '-')} has no effect: {reason}")
-    values[field] = None
+    config: RunConfig
+    origins: Mapping[str, str]
 
 
 def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The identity fields whose values differ, as {field: (value of the run, value asked for)}."""
+    """The settings whose values differ, as {name: (value of the run, value asked for)}; former names are known."""
+    old = with_current_names(old)
     return {field: (old.get(field), new.get(field)) for field in {**old, **new} if old.get(field) != new.get(field)}

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.run_config import FREE_FIELDS, RunConfig, complete
-from pipeline.config.settings import Gathered
+from pipeline.config.completion import complete
+from pipeline.config.gather import Gathered
+from pipeline.config.run_config import FREE_FIELDS, RunConfig
 from pipeline.errors import ConfigError
 from pipeline.paper.estimates import Estimate, Scale, estimate
 from pipeline.paper.tables import Table, published, settings_of
@@ -52,7 +53,7 @@ def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence
     ]
     path = local_path(model)
     named = str(path.resolve()) if path.exists() else model
-    values = {**gathered.values.model_dump(mode="json"), "model": named}
+    values = {**gathered.values.as_json(), "model": named}
     spec = SweepSpec(
         settings=values, origins=gathered.origins, preset=gathered.preset, points=tuple(points), num_trials=None
     )
@@ -101,12 +102,10 @@ def _usual(gathered: Gathered, model: str, scale: Scale) -> RunConfig:
     """The configuration of a run as far as its cost goes, without the model being here."""
     task = task_named(scale.task)
     defaults = published_settings(model.partition("-")[0], gathered.values.sparsity or 0.5)
-    values = gathered.values.model_copy(
-        update={
-            "calibration": gathered.values.calibration or "c4",
-            "seqlen": scale.tokens or gathered.values.seqlen,
-            "compile": None,
-        }
+    values = gathered.values.changed(
+        calibration=gathered.values.calibration or "c4",
+        seqlen=scale.tokens or gathered.values.seqlen,
+        compile=None,
     )
     config, _, _ = complete(Gathered(values, gathered.origins, gathered.preset), None, defaults, task)
     return config

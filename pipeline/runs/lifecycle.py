@@ -12,10 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
-from pipeline.config.run_config import RunConfig, check_evaluation, differing_fields, usual_tasks
-from pipeline.config.settings import explain, flag_of
+from pipeline.config.completion import check_evaluation, usual_tasks
+from pipeline.config.run_config import Recorded, RunConfig, differing_fields, with_recorded_defaults
+from pipeline.config.settings import flag_of, with_current_names
 from pipeline.engine.disk_budget import most_needed, require_room
 from pipeline.engine.job import Job, Listener
 from pipeline.engine.plan import Step, next_steps, releasable
@@ -36,10 +35,9 @@ from pipeline.steps.lamp_plan import chain_of, steps_of
 from pipeline.steps.run_facts import (
     EnvironmentRecord,
     config_in_force,
+    config_of,
     environment_of,
     facts_of,
-    from_record,
-    to_record,
 )
 from pipeline.steps.stage_settings import task_data_of
 from pipeline.steps.zero_shot import accuracies_of
@@ -49,37 +47,40 @@ log = logging.getLogger(__name__)
 Checks = Literal["sizes", "as needed", "all"]
 
 
-def start(prepared: Prepared, place: Place) -> RunDirectory:
-    """The run at `place`: a new one, or the one that is there if it is the same run.
+def start(prepared: Prepared, place: Place) -> tuple[RunDirectory, RunConfig]:
+    """The run at `place`, a new one or the one that is there, and its configuration.
 
-    Raises ConfigMismatch, with the fields that differ, if another run lies there.
+    A run that is there keeps its own value of every setting that was a default when it began and is one now.
+
+    Raises:
+        ConfigMismatch: Another run is there; the message names the settings that differ.
     """
     storage = locate(place)
     _place_scratch(storage, prepared.config)
     if RunDirectory.is_at(storage):
-        run = RunDirectory.open(storage, is_resuming=True)
-        require_same(run, prepared)
-        return run
+        return _same_run(RunDirectory.open(storage, is_resuming=True), prepared)
     manifest = RunManifest.new(
         created_at=datetime.now(UTC),
-        config=to_record(prepared.config.model_dump(mode="json")),
-        provenance=to_record(prepared.origins),
-        identity={
-            "settings": to_record(prepared.config.identity),
-            "model": prepared.model["files"],
-            "data": prepared.data,
-        },
+        config=prepared.config.as_json(),
+        provenance=prepared.origins,
+        identity={"settings": prepared.config.identity, "model": prepared.model["files"], "data": prepared.data},
         model=prepared.model,
         environment=prepared.environment,
         budget=[asdict(block) for block in prepared.budget],
         plan=[step.name for step in prepared.steps],
     )
     try:
-        return RunDirectory.create(storage, manifest)
+        return RunDirectory.create(storage, manifest), prepared.config
     except FileExists:  # another process was first
-        run = RunDirectory.open(storage)
-        require_same(run, prepared)
-        return run
+        return _same_run(RunDirectory.open(storage), prepared)
+
+
+def _same_run(run: RunDirectory, prepared: Prepared) -> tuple[RunDirectory, RunConfig]:
+    """The run and its configuration with the runtime settings that are asked for now. Raises ConfigMismatch."""
+    recorded = Recorded(config_of(run), with_current_names(run.manifest.provenance))
+    prepared = replace(prepared, config=with_recorded_defaults(prepared.config, prepared.origins, recorded))
+    require_same(run, prepared)
+    return run, prepared.config
 
 
 def _place_scratch(storage: Storage, config: RunConfig) -> None:
@@ -90,7 +91,7 @@ def _place_scratch(storage: Storage, config: RunConfig) -> None:
 def require_same(run: RunDirectory, prepared: Prepared) -> None:
     """Raise ConfigMismatch if the run's identity differs from what is asked for now."""
     identity = facts_of(run).identity
-    differing = differing_fields(from_record(identity.settings), prepared.config.identity)
+    differing = differing_fields(identity.settings, prepared.config.identity)
     if {name: file.model_dump() for name, file in identity.model.items()} != prepared.model["files"]:
         differing["model files"] = ("as they were", "changed since")
     calibration = prepared.config.calibration
@@ -149,10 +150,7 @@ def reopen(
     run = RunDirectory.open(place, is_resuming=is_resuming)
     config = config_in_force(run)
     changes = {field: value for field, value in (free or {}).items() if value is not None}
-    try:
-        config = config.with_free(changes)
-    except ValidationError as error:
-        raise ConfigError(explain(error, {})) from error
+    config = config.with_free(changes)
     _place_scratch(run.storage, config)
     return run, config
 
@@ -172,10 +170,7 @@ def change_evaluation(
         changes["evaluate"] = [parse_source(name.strip()).name for name in sources.split(",") if name.strip()]
     if "tasks" not in changes and not config.tasks:
         changes["tasks"] = usual_tasks(changes.get("task_data"), changes.get("task_limit"))
-    try:
-        changed = config.with_free(changes)
-    except ValidationError as error:
-        raise ConfigError(explain(error, {})) from error
+    changed = config.with_free(changes)
     check_evaluation(changed, facts_of(run).model.max_positions)
     model, task = facts_of(run).model.name, facts_of(run).model.task
     if task == "vision":

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pipeline.config.run_config import usual_tasks
-from pipeline.config.settings import split_tasks
+from pipeline.config.checks import split_tasks
+from pipeline.config.completion import usual_tasks
 from pipeline.errors import ConfigError
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.locate import is_address, locate

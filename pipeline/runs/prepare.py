@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.run_config import BASELINE, LAMP_FIELDS, RunConfig, check_combinations, complete
-from pipeline.config.settings import Gathered, flag_of
+from pipeline.config.completion import BASELINE, check_combinations, complete
+from pipeline.config.gather import Gathered
+from pipeline.config.run_config import LAMP_FIELDS, RunConfig
+from pipeline.config.settings import flag_of
 from pipeline.engine.plan import Step
 from pipeline.errors import ConfigError
 from pipeline.steps.lamp_plan import chain_of
@@ -125,7 +127,7 @@ def sibling(gathered: Gathered, method: str) -> Gathered:
     changes: dict[str, Any] = dict.fromkeys(dropped)
     if method not in method_names():
         raise ConfigError(f"--baseline {method}: choose one of {', '.join(method_names())}")
-    values = gathered.values.model_copy(update={**changes, "method": method, "evaluate_dense": False})
+    values = gathered.values.changed(**{**changes, "method": method, "evaluate_dense": False})
     origins = {name: origin for name, origin in gathered.origins.items() if name not in dropped}
     origins["method"] = BASELINE
     return Gathered(values, origins, gathered.preset)
@@ -145,7 +147,7 @@ def with_absolute_paths(gathered: Gathered) -> Gathered:
         changes["calibration"] = parse_source(settings.calibration).name
     if settings.evaluate is not None:
         changes["evaluate"] = tuple(parse_source(source).name for source in settings.evaluate)
-    return Gathered(settings.model_copy(update=changes), gathered.origins, gathered.preset)
+    return Gathered(settings.changed(**changes), gathered.origins, gathered.preset)
 
 
 def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
@@ -161,7 +163,7 @@ def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
             )
     fixed = {"seqlen": model.fixed_tokens, "eval_seqlen": model.fixed_tokens, "eval_max_tokens": None}
     points = gathered.values.eval_points or task_named(model.task).default_points
-    values = gathered.values.model_copy(update={**fixed, "eval_points": points})
+    values = gathered.values.changed(**fixed, eval_points=points)
     return Gathered(values, gathered.origins, gathered.preset)
 
 
@@ -177,7 +179,7 @@ def _without_foreign_data(gathered: Gathered, model: BlockModel) -> Gathered:
         if not gathered.given(field) and any(parse_source(name).task != model.task for name in names or () if name)
     ]
     changes = dict.fromkeys(foreign)
-    return Gathered(settings.model_copy(update=changes), gathered.origins, gathered.preset)
+    return Gathered(settings.changed(**changes), gathered.origins, gathered.preset)
 
 
 def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping[str, float]) -> tuple[Any, ...]:

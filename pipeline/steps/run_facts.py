@@ -7,7 +7,7 @@ they are validated here when they are first read.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -137,7 +137,7 @@ def environment_of(run: RunDirectory) -> EnvironmentRecord:
 def config_of(run: RunDirectory) -> RunConfig:
     """The configuration that a run began with. Raises DamagedData where run.json holds none."""
     facts_of(run)
-    return _config(lambda: RunConfig(**from_record(run.manifest.config)), f"{run.label}/run.json")
+    return _config(lambda: RunConfig.recorded(run.manifest.config), f"{run.label}/run.json")
 
 
 def config_in_force(run: RunDirectory) -> RunConfig:
@@ -146,22 +146,9 @@ def config_in_force(run: RunDirectory) -> RunConfig:
     if not run.log:
         return config
     newest = run.log[-1]
-    return _config(lambda: config.with_free(newest.free), f"{run.label}/commits/{newest.number:06d}.json")
-
-
-# The name in records of a setting whose name in the configuration is another one.
-_NAMES_IN_RECORDS = {"hold_aside": "held_out"} if "hold_aside" in RunConfig.model_fields else {}
-
-
-def to_record(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name, with the names that records have for them."""
-    return {_NAMES_IN_RECORDS.get(name, name): value for name, value in settings.items()}
-
-
-def from_record(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name, with the names of the configuration."""
-    names = {recorded: name for name, recorded in _NAMES_IN_RECORDS.items()}
-    return {names.get(name, name): value for name, value in settings.items()}
+    return _config(
+        lambda: RunConfig.recorded({**config.as_json(), **newest.free}), f"{run.label}/commits/{newest.number:06d}.json"
+    )
 
 
 def _config(make: Callable[[], RunConfig], where: str) -> RunConfig:

@@ -32,7 +32,7 @@ def training_settings(config: RunConfig, epochs: int | None, lr: float | None) -
     assert epochs is not None
     assert lr
     return TrainingSettings(
-        epochs, lr, config.lr_decay or 1.0, bool(config.hold_aside), config.seed, config.loss or "mse"
+        epochs, lr, config.lr_decay or 1.0, bool(config.held_out), config.seed, config.loss or "mse"
     )
 
 

@@ -10,12 +10,14 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.config.gather import Gathered
 from pipeline.config.run_config import FREE_FIELDS
-from pipeline.config.settings import Gathered, Settings, explain, flag_of
+from pipeline.config.settings import Settings, flag_of, options
 from pipeline.errors import ConfigError
 from pipeline.runs.prepare import sibling, with_absolute_paths
+from stages.pruners.registry import LAMP
 
 # (low, high, on a logarithmic scale): what the paper varies, where it varies it (its Figs. 3-8).
 _USUAL = {
@@ -60,7 +62,7 @@ class SweepSpec(BaseModel):
     @property
     def gathered(self) -> Gathered:
         """The settings that all trials share."""
-        return Gathered(Settings(**self.settings), self.origins, self.preset)
+        return Gathered(Settings.recorded(self.settings), self.origins, self.preset)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -96,7 +98,7 @@ def new_spec(
     for found in ranges:
         for bound in (found.low, found.high):
             settings_at(gathered, {found.field: bound})
-    values = gathered.values.model_dump(mode="json")
+    values = gathered.values.as_json()
     spec = SweepSpec(
         settings=values,
         origins=gathered.origins,
@@ -121,18 +123,15 @@ def points_of(spec: SweepSpec) -> list[dict[str, Any]]:
 
 def settings_at(gathered: Gathered, point: Mapping[str, Any]) -> Gathered:
     """The settings of one trial. Raises ConfigError where a value is none of that setting."""
-    values = {**gathered.values.model_dump(mode="json"), **point}
+    values = {**gathered.values.as_json(), **point}
     origins = {**gathered.origins, **dict.fromkeys(point, "flag")}
-    try:
-        changed = Gathered(Settings(**values), origins, gathered.preset)
-    except ValidationError as error:
-        raise ConfigError(explain(error, origins)) from error
-    if changed.values.method == "lamp":
+    changed = Gathered(Settings.of(values, origins), origins, gathered.preset)
+    if changed.values.method == LAMP:
         return changed
     plain = sibling(changed, changed.values.method)
     # As a baseline, but for what the sweep itself sets.
     kept = {field: getattr(changed.values, field) for field in ("alpha", "beta", "evaluate_dense") if field in point}
-    return replace(plain, values=plain.values.model_copy(update=kept))
+    return replace(plain, values=plain.values.changed(**kept))
 
 
 def name_of(point: Mapping[str, Any]) -> str:
@@ -210,7 +209,7 @@ def _split(text: str, flag: str) -> tuple[str, str]:
 
 def _known(field: str, flag: str) -> str:
     name = field.strip().lstrip("-").replace("-", "_")
-    varied = sorted(set(Settings.model_fields) - set(_NEVER))
+    varied = sorted(set(options()) - set(_NEVER))
     if name not in varied:
         known = ", ".join(flag_of(found).removeprefix("--") for found in varied)
         raise ConfigError(f"{flag} {field}: that can't be varied; these can: {known}")

@@ -22,8 +22,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.config.gather import Gathered
 from pipeline.config.run_config import RunConfig
-from pipeline.config.settings import Gathered
 from pipeline.engine.job import Listener
 from pipeline.engine.stop import StopRequest
 from pipeline.errors import (
@@ -120,7 +120,7 @@ class Sweep:
         seen, found = set(), []
         for point in points_of(self.spec):
             # Settings that a method does not have make no difference to it.
-            values = settings_at(self.spec.gathered, point).values.model_dump_json()
+            values = json.dumps(settings_at(self.spec.gathered, point).values.as_json())
             if values not in seen:
                 seen.add(values)
                 found.append(Trial(name_of(point), point))
@@ -202,14 +202,14 @@ class Sweep:
             gathered = settings_at(self.spec.gathered, trial.point)
             if not evaluates_dense:
                 # Once is enough.
-                gathered = replace(gathered, values=gathered.values.model_copy(update={"evaluate_dense": False}))
+                gathered = replace(gathered, values=gathered.values.changed(evaluate_dense=False))
             prepared = prepare(gathered, self._methods)
             shared = self._shared(gathered, prepared, begin, listener, stop)
-            run = start(prepared, self.place_of("trials", trial.name))
+            run, config = start(prepared, self.place_of("trials", trial.name))
             for notice in prepared.notices:
                 listener.warn(notice)
-            begin(run, prepared.config)
-            go_on(run, prepared.config, listener, stop, shared_with=shared)
+            begin(run, config)
+            go_on(run, config, listener, stop, shared_with=shared)
         except (Preempted, Interrupted, Occupied):
             raise
         except (PipelineError, StageError) as error:
@@ -231,10 +231,10 @@ class Sweep:
         origins = {field: origin for field, origin in gathered.origins.items() if field in _SHARED_FIELDS}
         stem = prepare(Gathered(plain, origins, None))
         digest = hashlib.sha256(json.dumps([stem.config.identity, stem.model], sort_keys=True).encode()).hexdigest()
-        run = start(stem, self.place_of("shared", digest[:12]))
+        run, config = start(stem, self.place_of("shared", digest[:12]))
         if not any(commit.step == "capture" for commit in run.commits):
-            begin(run, stem.config)
-            go_on(run, stem.config, listener, stop, until=lambda step: step.kind == "capture")
+            begin(run, config)
+            go_on(run, config, listener, stop, until=lambda step: step.kind == "capture")
         return run
 
 

@@ -22,7 +22,7 @@ class TrainingDefaults:
     lr: float
     lr_decay: float  # factor per epoch
     loss: str  # "mse", "token"
-    hold_aside: bool  # judge epochs on 1 held-out sample in 16; undo one that did not help, lower the rate
+    held_out: bool  # judge epochs on 1 held-out sample in 16; undo one that did not help, lower the rate
     refine: bool
     refine_epochs: int
     refine_lr: float
@@ -65,7 +65,7 @@ def measured(model_type: str, sparsity: float, num_blocks: int, effort: str) -> 
         lr=lr,
         lr_decay=0.87,
         loss="token",
-        hold_aside=True,
+        held_out=True,
         refine=True,
         refine_epochs=refine_epochs,
         refine_lr=lr,
@@ -90,7 +90,7 @@ def published(model_type: str, sparsity: float) -> TrainingDefaults:
         lr=1e-4 if is_opt else 5e-4,
         lr_decay=0.87,
         loss="mse",
-        hold_aside=False,
+        held_out=False,
         refine=False,
         refine_epochs=1,
         refine_lr=1e-4 if is_opt else 5e-4,

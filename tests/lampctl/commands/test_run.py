@@ -491,3 +491,22 @@ def test_departure_from_the_paper_is_reported(lampctl, tmp_path):
     assert "departs" not in lampctl("init", original, *flags, "--run-dir", "r").out
     answer = lampctl("init", original, *flags, "--refine", "--pruner", "alps", "--run-dir", "r2")
     assert "--pruner, --refine: this departs from the paper's settings" in answer.out
+
+
+def test_defaults_of_a_newer_version_do_not_stop_a_run_but_given_values_do(lampctl, tmp_path, words, monkeypatch):
+    from stages.training import presets
+
+    model = save(tmp_path / "m", "llama")
+    flags = ("--sparsity", 0.5, "--num-samples", 2, "--seqlen", 16, "--evaluate", "", "--pruner", "sparsegpt")
+    call = ("run", model, *flags, "--calibration", f"text:{words}", "--run-dir", "r")
+    assert lampctl("init", *call[1:]).code == 0
+    began = json.loads(Path("r/run.json").read_text())["config"]
+    monkeypatch.setattr(presets, "_RATES", ((1.0, 0.125),))
+    monkeypatch.setattr(presets, "_EPOCHS", {"low": (1, 1), "medium": (1, 1), "high": (1, 1)})
+    refused = lampctl(*call, "--lr", 0.125)
+    assert refused.code == 3
+    assert "lr: " in refused.err
+    assert "epochs" not in refused.err
+    assert lampctl(*call).code == 0
+    assert json.loads(lampctl("status", "r", "--json").out)["config"]["lr"] == began["lr"] != 0.125
+    assert lampctl(*call, "--lr", began["lr"]).code == 0

@@ -7,8 +7,10 @@ from typing import get_args
 import pytest
 import yaml
 
-from pipeline.config.run_config import FREE_FIELDS, RunConfig, check_combinations, complete, differing_fields
-from pipeline.config.settings import Effort, Settings, gather
+from pipeline.config.completion import check_combinations, complete
+from pipeline.config.gather import gather
+from pipeline.config.run_config import FREE_FIELDS, differing_fields
+from pipeline.config.settings import options, type_of
 from pipeline.errors import ConfigError
 from stages.tasks.language import Language
 from stages.training.presets import measured, published
@@ -57,7 +59,7 @@ def test_seqlen_is_the_papers_unless_the_model_has_fewer_positions():
 def test_the_paper_preset_is_what_was_published():
     config, _, _ = complete(gather({**GIVEN}, preset="paper", environ={}), 2048, published("opt", 0.7), Language())
     assert (config.calibration, config.num_samples, config.seqlen) == ("c4", 128, 2048)
-    assert (config.epochs, config.lr, config.lr_decay, config.hold_aside) == (12, 1e-4, 0.87, False)
+    assert (config.epochs, config.lr, config.lr_decay, config.held_out) == (12, 1e-4, 0.87, False)
     assert (config.pruner, config.loss, config.refine, config.refine_epochs) == ("sparsegpt", "mse", False, None)
     assert (config.alpha, config.beta) == (0.691, 0.21)
     assert config.calibration_sampling == "random"
@@ -74,7 +76,10 @@ def test_the_rate_grows_with_sparsity_and_few_blocks_are_spared_less(model_type)
 
 
 def test_more_effort_trains_longer():
-    steps = [(d.epochs + d.refine_epochs) for d in (measured("llama", 0.7, 30, effort) for effort in get_args(Effort))]
+    steps = [
+        (d.epochs + d.refine_epochs)
+        for d in (measured("llama", 0.7, 30, effort) for effort in get_args(type_of("effort")))
+    ]
     assert steps == sorted(set(steps))
 
 
@@ -183,7 +188,7 @@ def test_yaml_and_toml_say_the_same():
 
 def test_identity_and_free_settings_share_out_all_fields():
     config, _, _ = completed()
-    assert config.identity.keys() | config.free.keys() == set(RunConfig.model_fields) == set(Settings.model_fields)
+    assert config.identity.keys() | config.free.keys() == set(options())
     assert not config.identity.keys() & config.free.keys()
     other = config.with_free({"evaluate": ("pydocs",), "eval_max_tokens": 4096})
     assert other.identity == config.identity

@@ -4,7 +4,7 @@ from string import ascii_letters, digits
 
 import pytest
 
-from pipeline.config.settings import gather
+from pipeline.config.gather import gather
 from pipeline.errors import ConfigError
 from pipeline.sweeps.spec import name_of, new_spec, points_of, settings_at
 

@@ -1,0 +1,127 @@
+"""How values of settings are read and checked, one function each. ValueError says what is wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.quantities import parse_duration, parse_size
+from pipeline.errors import ConfigError
+from stages.errors import UsageError
+from stages.metrics.harness_tasks import LAYOUT
+from stages.pruners.registry import lamp_pruners, method_names
+from stages.sparsity.nm_pattern import Pattern
+
+ZERO_SHOT = "zero-shot"  # in --tasks: the seven tasks that the field reports the mean of
+_LONGEST_NAME = 255  # bytes, in every file system in use
+
+
+def split_commas(value: Any) -> Any:
+    """A list written between commas, as a tuple."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def one_or_many(value: Any) -> Any:
+    """A single string as a tuple of one. Not split at commas: a regular expression may hold some."""
+    return (value,) if isinstance(value, str) else value
+
+
+def split_tasks(tasks: str) -> tuple[str, ...]:
+    """Names of zero-shot tasks between commas, each once; "zero-shot" stands for the usual seven."""
+    named = [task.strip() for task in tasks.split(",") if task.strip()]
+    return tuple(dict.fromkeys(name for task in named for name in (LAYOUT if task == ZERO_SHOT else (task,))))
+
+
+def expand_tasks(tasks: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The same with the usual seven by their names."""
+    return None if tasks is None else split_tasks(",".join(tasks))
+
+
+def known_method(method: str) -> str:
+    """A method: LAMP or a pruner of the registry."""
+    if method not in method_names():
+        raise ValueError(f"choose one of {', '.join(method_names())}")
+    return method
+
+
+def known_pruner(pruner: str | None) -> str | None:
+    """A pruner that LAMP can use."""
+    if pruner is not None and pruner not in lamp_pruners():
+        raise ValueError(f"choose one of {', '.join(lamp_pruners())}")
+    return pruner
+
+
+def quoted_pattern(value: Any) -> Any:
+    """YAML reads 2:4 as a number in base 60: refused, with the mend."""
+    if isinstance(value, int):
+        raise ValueError('a pattern in a file needs quotes, as in "2:4" (without, YAML reads a number)')
+    return value
+
+
+def valid_pattern(pattern: str | None) -> str | None:
+    """N:M, as `stages.sparsity.nm_pattern` reads it."""
+    if pattern is None:
+        return None
+    try:
+        return str(Pattern.parse(pattern))
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def valid_regexes(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Regular expressions that compile."""
+    for pattern in patterns:
+        _require_regex(pattern)
+    return patterns
+
+
+def valid_overrides(overrides: dict[str, float]) -> dict[str, float]:
+    """Sparsities in [0, 1] by regular expression."""
+    for pattern, sparsity in overrides.items():
+        _require_regex(pattern)
+        if not 0 <= sparsity <= 1:
+            raise ValueError(f"the sparsity of {pattern} is {sparsity}; it must lie in [0, 1]")
+    return overrides
+
+
+def _require_regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def absolute_folder(value: Any) -> Any:
+    """A folder as an absolute path, since a run can be resumed from anywhere; None for an empty name."""
+    if not isinstance(value, str | Path) or not str(value):
+        return None
+    if "\0" in str(value) or any(len(part.encode()) > _LONGEST_NAME for part in Path(value).parts):
+        raise ValueError("no file system has such a folder")
+    return str(Path(value).expanduser().absolute())
+
+
+def duration_or_none(value: Any) -> Any:
+    """A time such as 3h30m, as text; "none" or nothing for no limit."""
+    if value is None or str(value).strip().lower() in ("", "none"):
+        return None
+    try:
+        parse_duration(str(value))
+    except ConfigError as error:
+        raise ValueError(str(error).partition(": ")[2]) from error
+    return str(value)
+
+
+def size_or_none(value: Any) -> Any:
+    """A size such as 8GB, as text; "none" or nothing for no limit."""
+    if value is None or str(value).strip().lower() in ("", "none"):
+        return None
+    parse_size(str(value))
+    return str(value)
+
+
+def without_credentials(url: str | None) -> str | None:
+    """An address without a name or password in it."""
+    if url is not None and "@" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError("an address with a name or password would be written into the run directory")
+    return url

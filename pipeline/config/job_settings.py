@@ -1,0 +1,197 @@
+"""The settings of evaluation, machine, stopping and storage. Most may change at any resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from pipeline.config import checks
+from pipeline.config.option import After, Before, Option
+from pipeline.config.pruning_settings import Count, Tokens
+from stages.tasks.base import Points
+
+Names = Annotated[tuple[str, ...] | None, Before(checks.split_commas)]
+Tasks = Annotated[tuple[str, ...] | None, Before(checks.split_commas), After(checks.expand_tasks)]
+Folder = Annotated[str | None, Before(checks.absolute_folder)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Settings around the pruning. None means: the default."""
+
+    evaluate: Annotated[
+        Names,
+        Option(
+            "Measure on these data sources: perplexity, or (coco:DIR, sa1b:DIR) single-point IoU; '' for none.",
+            "Evaluation",
+            "SRC,...",
+            "wikitext2; no images",
+            scope="runtime",
+            form="list",
+        ),
+    ] = None
+    evaluate_dense: Annotated[
+        bool, Option("Measure the original model too.", "Evaluation", default="on", scope="runtime")
+    ] = True
+    eval_seqlen: Annotated[
+        Tokens | None, Option("Tokens per evaluation window.", "Evaluation", "T", "--seqlen", scope="runtime")
+    ] = None
+    eval_max_tokens: Annotated[
+        Tokens | None,
+        Option("Stop after N tokens: a quick look, marked as partial.", "Evaluation", "N", scope="runtime"),
+    ] = None
+    eval_points: Annotated[
+        Points | None,
+        Option(
+            "Segment Anything: the point in each segmentation mask: annotation (SA-1B's own), interior (farthest from "
+            "the edge), random, box-center, or auto: annotation where there is one, else interior.",
+            "Evaluation",
+            "WHERE",
+            "auto",
+            scope="runtime",
+        ),
+    ] = None
+    eval_max_images: Annotated[
+        Count | None,
+        Option("Stop after N images: a quick look, marked as partial.", "Evaluation", "N", scope="runtime"),
+    ] = None
+    tasks: Annotated[
+        Tasks,
+        Option(
+            "Zero-shot accuracy on these tasks of lm-evaluation-harness (extra `eval`); zero-shot: the usual seven.",
+            "Evaluation",
+            "TASK,...",
+            "none; with --task-data or --task-limit: zero-shot",
+            scope="runtime",
+            form="list",
+        ),
+    ] = None
+    task_data: Annotated[
+        Folder,
+        Option(
+            "Folder with the tasks' rows (docs/evaluation.md).",
+            "Evaluation",
+            "DIR",
+            "the hub",
+            scope="runtime",
+            form="path",
+        ),
+    ] = None
+    task_limit: Annotated[
+        Count | None,
+        Option(
+            "Only the first N rows of each task: a quick look, marked as partial.", "Evaluation", "N", scope="runtime"
+        ),
+    ] = None
+
+    device: Annotated[str, Option("auto, cpu, cuda or cuda:N.", "Machine", "DEV", "auto")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option(
+            "Arithmetic of forward and backward passes: auto, float32, bfloat16, float16.",
+            "Machine",
+            "DTYPE",
+            "auto: bfloat16 on GPUs that have it",
+        ),
+    ] = "auto"
+    threads: Annotated[
+        Count | None,
+        Option("Threads of the processor.", "Machine", "N", "OMP_NUM_THREADS, else what is fastest"),
+    ] = None
+    micro_batch: Annotated[
+        Count | None,
+        Option(
+            "Samples that share a forward pass where nothing is trained.",
+            "Machine",
+            "N",
+            "what fills the device",
+        ),
+    ] = None
+    compile: Annotated[
+        bool | None,
+        Option(
+            "LAMP only: training steps by torch.compile, which needs a C++ compiler.",
+            "Machine",
+            default="no; gains are in docs/performance.md",
+        ),
+    ] = None
+    memory_limit: Annotated[
+        Annotated[str | None, Before(checks.size_or_none)],
+        Option(
+            "Use no more memory than this (8GB, 7.5GiB; of the GPU if there is one): smaller micro-batches, best "
+            "weights on disk. Refused if that is not enough.",
+            "Machine",
+            "SIZE",
+            "none",
+            scope="runtime",
+        ),
+    ] = None
+    allow_environment_change: Annotated[
+        bool,
+        Option(
+            "Resume on another device or with other library versions than the run began with.",
+            "Machine",
+            default="refuse",
+            scope="runtime",
+            off="--refuse-environment-change",
+        ),
+    ] = False
+
+    checkpoint_minutes: Annotated[
+        Annotated[float, Ge(0)],
+        Option(
+            "Minutes between checkpoints inside a long step. 0 = checkpoint only on SIGTERM.",
+            "Stopping",
+            "M",
+            "10",
+            scope="runtime",
+        ),
+    ] = 10.0
+    max_runtime: Annotated[
+        Annotated[str | None, Before(checks.duration_or_none)],
+        Option(
+            "Stop after this time (3h30m, 45m) with exit code 75, for schedulers with a time limit.",
+            "Stopping",
+            "TIME",
+            "never",
+            scope="runtime",
+        ),
+    ] = None
+    watch_preemption: Annotated[
+        Literal["none", "aws", "gcp"],
+        Option(
+            "aws or gcp: stop when the cloud announces that it takes the machine.",
+            "Stopping",
+            "CLOUD",
+            "none",
+            scope="runtime",
+        ),
+    ] = "none"
+    preemption_url: Annotated[
+        Annotated[str | None, After(checks.without_credentials)],
+        Option("Address that --watch-preemption asks.", "Stopping", "URL", "the cloud's own address", scope="runtime"),
+    ] = None
+
+    keep_activations: Annotated[
+        bool,
+        Option(
+            "Keep the activations of every block, for study. Needs much disk.",
+            "Storage",
+            default="delete what no later step reads",
+            scope="runtime",
+            off="--release-activations",
+        ),
+    ] = False
+    scratch_dir: Annotated[
+        Folder,
+        Option(
+            "Keep activations on this disk, which may be lost at any time: they are computed again.",
+            "Storage",
+            "DIR",
+            "with the run",
+            scope="runtime",
+            form="path",
+        ),
+    ] = None

@@ -1,0 +1,228 @@
+"""The settings that decide the weights: what is pruned, on which samples, by which method, how blocks are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
+
+from pipeline.config import checks
+from pipeline.config.option import After, Before, Option
+from stages.pruners.registry import LAMP
+
+Share = Annotated[float, Gt(0), Lt(1)]
+Positive = Annotated[float, Gt(0)]
+Count = Annotated[int, Ge(1)]
+Tokens = Annotated[int, Ge(2)]
+Patterns = Annotated[tuple[str, ...], Before(checks.one_or_many), After(checks.valid_regexes)]
+NofM = Annotated[str | None, Before(checks.quoted_pattern), After(checks.valid_pattern)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningSettings:
+    """Identity settings. None means: the default, which may depend on the model and the sparsity."""
+
+    model: Annotated[
+        Annotated[str, MinLen(1)],
+        Option(
+            "Alias (opt-125m, opt-1.3b, opt-2.7b, opt-6.7b, llama-2-7b, smollm2-135m, sam-vit-b, sam-vit-l, "
+            "sam-vit-h), name on the Hugging Face hub, folder, GGUF file, or Segment Anything checkpoint (.pth).",
+            "What to prune",
+            "MODEL",
+        ),
+    ]
+    sparsity: Annotated[
+        Share | None, Option("Share of the prunable weights that become zero, 0 < S < 1.", "What to prune", "S")
+    ] = None
+    pattern: Annotated[
+        NofM,
+        Option("N of every M weights of a row become zero, e.g. 2:4. Excludes --sparsity.", "What to prune", "N:M"),
+    ] = None
+    bits: Annotated[
+        Annotated[int, Interval(ge=2, le=8)] | None,
+        Option(
+            "Quantize the weights that are kept to 2^B values per row, in the same sweep (2 to 8).",
+            "What to prune",
+            "B",
+            "no quantization",
+        ),
+    ] = None
+    group_size: Annotated[
+        Count | None,
+        Option("With --bits: one quantization grid for every N columns.", "What to prune", "N", "one per row"),
+    ] = None
+    alpha: Annotated[
+        Annotated[float, Gt(0), Le(1)] | None,
+        Option(
+            "The last block loses A times its share; the other blocks make up for it.",
+            "What to prune",
+            "A",
+            "1; LAMP: 0.7 above 55%, else 0.85, nearer to 1 for few blocks",
+        ),
+    ] = None
+    beta: Annotated[
+        Annotated[float, Interval(ge=0, le=1)] | None,
+        Option(
+            "q, k and v lose 1 - B times their share; fc2 makes up for it.",
+            "What to prune",
+            "B",
+            "0; LAMP on OPT: 0.7 times the share that is kept",
+        ),
+    ] = None
+    budget: Annotated[
+        Literal["uniform", "outliers"] | None,
+        Option(
+            "uniform, or outliers: a first pass of the original model finds the blocks with more outlying weights, "
+            "which then lose less (OWL).",
+            "What to prune",
+            "HOW",
+            "uniform",
+        ),
+    ] = None
+    budget_spread: Annotated[
+        Share | None, Option("With --budget outliers: sparsities differ by up to 2 L.", "What to prune", "L", "0.05")
+    ] = None
+    ignore: Annotated[
+        Patterns,
+        Option("Leave layers dense whose name matches. May be repeated.", "What to prune", "REGEX", form="repeated"),
+    ] = ()
+    layer_sparsity: Annotated[
+        Annotated[dict[str, float], After(checks.valid_overrides)],
+        Option(
+            "Sparsities of single layers, by a regular expression on their names; --sparsity is then about the others.",
+            "What to prune",
+            form="file only",
+        ),
+    ] = field(default_factory=dict)
+    revision: Annotated[str | None, Option("Branch, tag or commit on the hub.", "What to prune", "REV")] = None
+    trust_remote_code: Annotated[
+        bool,
+        Option("Run the Python code that MODEL comes with. It can do anything.", "What to prune", default="no"),
+    ] = False
+    export_dtype: Annotated[
+        Literal["original", "float32", "bfloat16", "float16"],
+        Option("Dtype of the result: original, float32, bfloat16, float16.", "What to prune", "DTYPE", "original"),
+    ] = "original"
+
+    calibration: Annotated[
+        str | None,
+        Option(
+            "c4, wikitext2, ptb (from the hub, or a local copy as in c4:PATH), pydocs or text:PATH; for Segment "
+            "Anything sa1b:DIR, coco:DIR or images:DIR.",
+            "Calibration",
+            "SRC",
+            "c4; images must be named",
+            applies_to="methods with data",
+            draws_samples=True,
+        ),
+    ] = None
+    num_samples: Annotated[
+        Count | None,
+        Option("Calibration samples.", "Calibration", "N", "128", applies_to="methods with data", draws_samples=True),
+    ] = None
+    seqlen: Annotated[
+        Tokens | None,
+        Option("Tokens per sample.", "Calibration", "T", "2048, or what the model can", draws_samples=True),
+    ] = None
+    calibration_sampling: Annotated[
+        Literal["contiguous", "random"] | None,
+        Option(
+            "contiguous or random.",
+            "Calibration",
+            "HOW",
+            "random for c4 and images, else contiguous",
+            applies_to="methods with data",
+            draws_samples=True,
+        ),
+    ] = None
+    calibration_skip: Annotated[
+        Annotated[int, Ge(0)], Option("Leave out the first N samples.", "Calibration", "N", "0", draws_samples=True)
+    ] = 0
+    seed: Annotated[Annotated[int, Ge(0)], Option("Random seed.", "Calibration", "N", "0", draws_samples=True)] = 0
+
+    method: Annotated[
+        Annotated[str, After(checks.known_method)],
+        Option("lamp, or a pruner by itself: {methods}.", "Method", "METHOD", LAMP),
+    ] = LAMP
+    pruner: Annotated[
+        Annotated[str | None, After(checks.known_pruner)],
+        Option(
+            "LAMP only: the pruner of its blocks. sparsegpt as in the paper, or alps.",
+            "Method",
+            "NAME",
+            "alps; sparsegpt with --effort low or --bits",
+            applies_to="lamp",
+        ),
+    ] = None
+    damping: Annotated[
+        Positive,
+        Option("Added to the Hessian's diagonal, as a share of its mean.", "Method", default="0.01", form="file only"),
+    ] = 0.01
+    column_block: Annotated[
+        Count,
+        Option(
+            "SparseGPT: columns that share one decision about the pruning mask.",
+            "Method",
+            default="128",
+            form="file only",
+        ),
+    ] = 128
+
+    effort: Annotated[
+        Literal["low", "medium", "high"] | None,
+        Option(
+            "LAMP only: how long to train, low, medium or high. The README has the results.",
+            "Training",
+            "HOW",
+            "medium",
+            applies_to="lamp",
+        ),
+    ] = None
+    epochs: Annotated[
+        Annotated[int, Ge(0)] | None,
+        Option("LAMP only: epochs of compensation per block.", "Training", "N", "by effort", applies_to="lamp"),
+    ] = None
+    lr: Annotated[
+        Positive | None, Option("Learning rate of Adam.", "Training", "RATE", "by sparsity", applies_to="lamp")
+    ] = None
+    lr_decay: Annotated[
+        Annotated[float, Gt(0), Le(1)] | None,
+        Option("The learning rate is multiplied by F after each epoch.", "Training", "F", "0.87", applies_to="lamp"),
+    ] = None
+    loss: Annotated[
+        Literal["mse", "token"] | None,
+        Option(
+            "LAMP only: mse, as in the paper, or token: each token's error relative to its target.",
+            "Training",
+            "HOW",
+            "token; preset paper: mse",
+            applies_to="lamp",
+        ),
+    ] = None
+    held_out: Annotated[
+        bool | None,
+        Option(
+            "Judge each epoch on 1 held-out sample in 16; undo an epoch that did not help and continue at a lower "
+            "learning rate.",
+            "Training",
+            default="on; preset paper: off",
+            applies_to="lamp",
+            aliases=("hold_aside",),
+        ),
+    ] = None
+    refine: Annotated[
+        bool | None,
+        Option(
+            "LAMP only: train the weights that a pruned block kept, before the next block compensates.",
+            "Training",
+            default="on; preset paper: off",
+            applies_to="lamp",
+        ),
+    ] = None
+    refine_epochs: Annotated[
+        Count | None, Option("Epochs of refinement per block.", "Training", "N", "by effort", applies_to="lamp")
+    ] = None
+    refine_lr: Annotated[
+        Positive | None, Option("Learning rate of refinement.", "Training", "RATE", "by sparsity", applies_to="lamp")
+    ] = None
