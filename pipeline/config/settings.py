@@ -140,9 +140,11 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
             known = ", ".join(sorted(options()))
             lines.append(f"{field} ({origins.get(field)}) is no setting of a run; known: preset, {known}")
         else:
+            given = problem["input"]
+            given = ", ".join(map(str, given)) if isinstance(given, tuple | list) else given
             message = problem["msg"].removeprefix("Value error, ")
             origin = origins.get(field, "flag")
             where = "" if origin == "flag" else f" ({origin})"
             hint = " (a share, not a percentage: 70% is 0.7)" if problem["type"] == "less_than" else ""
-            lines.append(f"{flag} {problem['input']}{where}: {message[0].lower()}{message[1:]}{hint}")
+            lines.append(f"{flag} {given}{where}: {message[0].lower()}{message[1:]}{hint}")
     return "\n".join(lines)
