@@ -26,7 +26,7 @@ import os, signal, sys
 from pipeline.engine import runner as engine
 
 kind, count = sys.argv[1], 0
-report = engine._StepCallbacks.report
+report = engine.StepCallbacks.report
 
 def explode(self, done, total, unit, **figures):
     global count
@@ -35,7 +35,7 @@ def explode(self, done, total, unit, **figures):
     if count == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-engine._StepCallbacks.report = explode
+engine.StepCallbacks.report = explode
 sys.argv[:2] = ["lampctl"]
 from lampctl.app import main
 main()

@@ -17,7 +17,7 @@ import os, signal, sys
 from pipeline.engine import runner as engine
 
 kind, number, wanted, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 0
-checkpoint = engine._StepCallbacks.checkpoint
+checkpoint = engine.StepCallbacks.checkpoint
 
 def explode(self, make):
     global count
@@ -28,7 +28,7 @@ def explode(self, make):
     if count == wanted:
         os.kill(os.getpid(), number)
 
-engine._StepCallbacks.checkpoint = explode
+engine.StepCallbacks.checkpoint = explode
 sys.argv[:4] = ["lampctl"]
 from lampctl.app import main
 main()

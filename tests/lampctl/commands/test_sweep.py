@@ -78,7 +78,7 @@ import os, signal, sys
 from pipeline.engine import runner as engine
 
 count = 0
-report = engine._StepCallbacks.report
+report = engine.StepCallbacks.report
 
 def explode(self, done, total, unit, **figures):
     global count
@@ -87,7 +87,7 @@ def explode(self, done, total, unit, **figures):
     if count == 9:
         os.kill(os.getpid(), signal.SIGKILL)
 
-engine._StepCallbacks.report = explode
+engine.StepCallbacks.report = explode
 sys.argv[:1] = ["lampctl"]
 from lampctl.app import main
 main()
