@@ -1,7 +1,7 @@
-"""How fast this machine multiplies, measured once: how many threads, and which path fp32 products take.
+"""Autotuning: the number of threads and the precision mode that make fp32 matrix products fastest on this machine.
 
-The choice decides the last bits of a result, so it is not made anew each time: a run keeps its own in run.json, and
-runs on one machine share what the first of them measured, in the user's cache folder.
+The choice decides the last bits of a result. A run therefore stores it in run.json, and all runs on one machine share
+one measurement, which is in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -20,30 +20,32 @@ import torch
 
 from stages.machine.cache import machine_cache_dir
 
-# The relative error that an fp32 product of these sizes may have. Plain fp32 accumulation stays near 3e-7;
-# anything reduced (TF32, bf16) is above 1e-4.
+# Largest accepted relative error of an fp32 product of these sizes. Plain fp32 accumulation has about 3e-7, reduced
+# precision (TF32, bf16) more than 1e-4.
 _FP32_PRODUCT_ERROR = 3e-6
 _ROWS, _COLS = 256, 1024
 _ROUNDS, _REPEATS = 6, 3
-# What is not the usual must be so much faster: noise alone must not decide.
+# Another choice than the default must take at most this share of its time, so that noise does not decide.
 _MARGIN = 0.95
-# A half-written or strange file is measured over, never trusted.
+# Values outside these limits are measured again.
 _MOST_THREADS = 1024
 _PRECISIONS = ("highest", "medium")
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was chosen."""
+    """Number of threads and precision mode of matrix products."""
 
     num_threads: int
     matmul_precision: str  # torch.set_float32_matmul_precision
 
 
 def tuned(processor: str, num_threads: int | None = None) -> Tuning:
-    """The fastest choice of full fp32 accuracy on this machine; measured, in under a second, if nobody has yet.
+    """Find the fastest choice with full fp32 accuracy. Measures it once per machine, in less than a second.
 
-    processor: what it calls itself. num_threads: fixed, by the user; else by OMP_NUM_THREADS; else measured as well.
+    Args:
+        processor: model name of the processor.
+        num_threads: a fixed number. Default: OMP_NUM_THREADS if set, else measured.
     """
     available = torch.get_num_threads()
     if num_threads is None and os.environ.get("OMP_NUM_THREADS"):
@@ -58,17 +60,17 @@ def tuned(processor: str, num_threads: int | None = None) -> Tuning:
 
 
 def _fewer(available: int) -> list[int]:
-    """All threads, one for every two (the second of a core seldom helps), one."""
+    """Candidates: all threads, half of them (one per core with two threads each), one."""
     return list(dict.fromkeys((available, max(available // 2, 1), 1)))
 
 
 def _measure(thread_counts: list[int]) -> Tuning:
-    """The fastest; the first count and "highest" unless another is clearly faster.
+    """Find the fastest candidate. The default is the first count with "highest".
 
-    The candidates take turns, round after round, and each is judged by its best: a disturbance that lasts for one of
-    them would decide for another.
+    The candidates are timed in turn for some rounds, and the best time of each counts. Otherwise a disturbance during
+    one of them would decide.
     """
-    with _as_it_was():
+    with _settings_restored():
         seconds = dict.fromkeys(_accurate(thread_counts), math.inf)
         for _ in range(_ROUNDS):
             for candidate in seconds:
@@ -82,7 +84,7 @@ def _measure(thread_counts: list[int]) -> Tuning:
 
 
 def _accurate(thread_counts: list[int]) -> list[Tuning]:
-    """All candidates whose products have the accuracy of fp32, the usual one first."""
+    """Candidates whose products have fp32 accuracy, the default first."""
     found = []
     for num_threads in thread_counts:
         for precision in _PRECISIONS:
@@ -99,7 +101,7 @@ def _set(tuning: Tuning) -> None:
 
 
 def product_error() -> float:
-    """The relative error of an fp32 product as torch is set now: on some processors "medium" means bf16."""
+    """Relative error of an fp32 product with torch's present settings. On some processors "medium" means bf16."""
     left, right = _operands()
     exact = left.double() @ right.double()
     return ((left @ right - exact).norm() / exact.norm()).item()
@@ -111,7 +113,7 @@ def _product_s() -> float:
 
 
 def best_of(work: Callable[[], object], repeats: int) -> float:
-    """Seconds that `work` takes when least disturbed, after one call to warm up."""
+    """Shortest time of `work` in seconds, after one call to warm up."""
     work()
     best = math.inf
     for _ in range(repeats):
@@ -127,7 +129,7 @@ def _operands() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _as_it_was() -> Iterator[None]:
+def _settings_restored() -> Iterator[None]:
     num_threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         yield
@@ -141,16 +143,16 @@ def _read(path: Path) -> dict[str, Tuning]:
         found = {key: Tuning(**value) for key, value in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return {key: tuning for key, tuning in found.items() if _makes_sense(tuning)}
+    return {key: tuning for key, tuning in found.items() if _is_plausible(tuning)}
 
 
-def _makes_sense(tuning: Tuning) -> bool:
+def _is_plausible(tuning: Tuning) -> bool:
     is_count = type(tuning.num_threads) is int and 0 < tuning.num_threads <= _MOST_THREADS
     return is_count and tuning.matmul_precision in _PRECISIONS
 
 
 def _write(path: Path, known: dict[str, Tuning]) -> None:
-    """Keep it for the next run; where the cache cannot be written, that one measures again."""
+    """Store the measurements. If the cache is not writable, the next run measures again."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -1,4 +1,4 @@
-"""Where lampctl keeps what it can fetch or make again."""
+"""Cache folders: everything in them can be fetched or computed again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Where fetched and converted models are kept: $LAMPCTL_CACHE, or lampctl/ in the user's cache folder."""
+    """Folder of fetched and converted models: $LAMPCTL_CACHE, or lampctl/ in the user's cache folder."""
     own = os.environ.get("LAMPCTL_CACHE")
     if own:
         return Path(own).expanduser()
@@ -15,5 +15,5 @@ def cache_dir() -> Path:
 
 
 def machine_cache_dir() -> Path:
-    """Where what was found out about this machine is kept: lampctl/ in the user's cache folder."""
+    """Folder of measurements of this machine: lampctl/ in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lampctl"

@@ -1,7 +1,7 @@
-"""How a device computes: precision, threads and determinism, chosen once and then kept.
+"""Device settings: precision, threads and determinism, chosen once per run.
 
-A run that is resumed must compute with the choices it began with, or its last bits differ; so the choices
-are a record (`DeviceChoices`) that the caller stores and applies again.
+A resumed run must use the choices that it began with, or its last bits differ. The choices are therefore a record
+(`DeviceChoices`) that the caller stores and applies again.
 """
 
 from __future__ import annotations
@@ -25,43 +25,45 @@ from stages.machine.autotune import tuned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Tokenizers, stores and the like, which are loaded after a run has been prepared (SmolLM2-135M: 990 MB measured in
-# pruning, where 840 were worked out without it).
+# Bytes of modules that are imported after the memory was planned, such as tokenizers and stores (SmolLM2-135M: 990 MB
+# measured while pruning, 840 MB planned without this term).
 _LOADED_LATER = 150_000_000
 
-# Samples share a forward pass up to so many tokens. A GPU is kept busy by a few thousand, and more would take more
-# memory than training a block does; on a processor nothing is gained above a few hundred (docs/performance.md).
+# Most tokens per forward pass. A few thousand keep a GPU busy, and more would take more memory than training a block.
+# A processor gains nothing above a few hundred (docs/performance.md).
 _BATCH_TOKENS = {"cuda": 4096, "cpu": 256}
 
 
 @dataclass(frozen=True)
 class DeviceChoices:
-    """Everything about the device that decides the last bits of a result."""
+    """Device settings that decide the last bits of a result."""
 
     device: str  # "cpu", "cuda:0"
     dtype: str  # arithmetic of forward and backward passes, and dtype of stored activations
     num_threads: int
     matmul_precision: str  # torch.set_float32_matmul_precision
-    device_name: str  # for people: what the machine calls itself
-    # Tokens that share a forward pass where nothing is trained, as whole samples, at least one.
+    device_name: str  # model name of the processor or GPU, for messages
+    # Tokens per forward pass without training, in whole samples, at least one.
     batch_tokens: int = 0
-    compiles: bool = False  # the training step by torch.compile
+    compiles: bool = False  # whether torch.compile compiles the training step
 
     @property
     def torch_device(self) -> torch.device:
-        """The device as torch wants it."""
+        """The device as a torch.device."""
         return torch.device(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of activations as torch wants it."""
+        """The dtype of activations as a torch.dtype."""
         return DTYPES[self.dtype]
 
 
 def choose(device: str = "auto", dtype: str = "auto", threads: int | None = None) -> DeviceChoices:
-    """Resolve "auto", and find the number of threads and the path of fp32 products that are fastest here (`autotune`).
+    """Resolve "auto", and choose the number of threads and the precision mode that are fastest here (`autotune`).
 
-    Raises UsageError for a device or dtype that does not exist, ResourceError for a GPU that is not there.
+    Raises:
+        UsageError: the device or dtype does not exist.
+        ResourceError: there is no such GPU.
     """
     chosen = _resolve_device(device)
     if dtype == "auto":
@@ -80,14 +82,14 @@ def choose(device: str = "auto", dtype: str = "auto", threads: int | None = None
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise UsageError where torch.compile would find nothing to compile with."""
+    """Raise UsageError if torch.compile would find no C++ compiler."""
     compilers = (os.environ.get("CXX"), "g++", "clang++")
     if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
         raise UsageError("--compile needs a C++ compiler: install g++ or clang++, name one by CXX, or leave it out")
 
 
 def micro_batches(device: torch.device, tokens: int, wanted: int | None = None) -> list[int]:
-    """How many samples of so many tokens may share a forward pass where nothing is trained: what to try, rising."""
+    """Numbers of samples per forward pass to try, in rising order, for samples of `tokens` tokens without training."""
     if wanted is not None:
         return [wanted]
     most = max(_BATCH_TOKENS[device.type] // tokens, 1)
@@ -95,12 +97,12 @@ def micro_batches(device: torch.device, tokens: int, wanted: int | None = None) 
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes that are taken before a model is: of the process; on a GPU, whose context nobody counts, none."""
+    """Baseline memory before the model is loaded, in bytes: process RSS on CPU, 0 on GPU."""
     return 0 if device.type == "cuda" else _from_status("VmRSS") + _LOADED_LATER
 
 
 def name_of(device: str) -> str | None:
-    """What a device of this machine calls itself; None if there is no such device."""
+    """Model name of a device of this machine; None if there is no such device."""
     chosen = torch.device(device)
     if chosen.type != "cuda":
         return _processor_name()
@@ -110,28 +112,28 @@ def name_of(device: str) -> str | None:
 
 
 def apply(choices: DeviceChoices) -> None:
-    """Make this process compute as `choices` says. Raises ResourceError if the device is gone."""
+    """Apply the choices to this process. Raises ResourceError if the device does not exist any more."""
     if choices.torch_device.type == "cuda":
         _resolve_device(choices.device)
-        # cuBLAS reads this when its handle is made; without it, its results may differ from call to call.
+        # cuBLAS reads this when its handle is made. Without it, results may differ from call to call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
-        # The memory-efficient attention's backward pass adds atomically, in no fixed order.
+        # The backward pass of memory-efficient attention uses atomic additions, whose order varies.
         torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.set_num_threads(choices.num_threads)
     torch.set_float32_matmul_precision(choices.matmul_precision)
-    # Warn only: some models' own forward has operations without a deterministic form whose result is exact all
-    # the same (OPT counts positions by a cumulative sum of ones).
+    # Warn only: some models use operations without a deterministic form whose results are exact anyway (OPT counts
+    # positions by a cumulative sum of ones).
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Nobody reads memory before it is written; filling it first would take a sixth of the time in bf16.
+    # No code reads memory before writing it. Filling it first would take a sixth of the time in bf16.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def computing(choices: DeviceChoices) -> Iterator[None]:
-    """Forward and backward passes inside compute in the chosen dtype (weights stay in fp32)."""
+    """Compute forward and backward passes inside in the chosen dtype. Weights stay in fp32."""
     if choices.torch_dtype == torch.float32:
         yield
     else:
@@ -157,7 +159,7 @@ def _resolve_device(device: str) -> torch.device:
 
 
 def _processor_facts() -> dict[str, str]:
-    """What Linux says of the first processor; empty elsewhere."""
+    """Fields of the first processor in /proc/cpuinfo; empty on other systems than Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     facts: dict[str, str] = {}
     if cpuinfo.exists():
@@ -172,21 +174,21 @@ def _processor_name() -> str:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what the work before has left, so that it does not stand beside what comes next.
+    """Return unused memory to the device and the system.
 
-    Modules, callbacks and optimizers refer to each other in circles, which only the collector breaks; and the C library
-    keeps pieces of up to 32 MB for later, some 400 MB of them with blocks of 100 MB, unless it is asked for them.
+    Modules, callbacks and optimizers form reference cycles, which only the garbage collector frees. The C library
+    keeps freed pieces of up to 32 MB (about 400 MB with blocks of 100 MB) until malloc_trim.
     """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's has nothing to ask
+        with contextlib.suppress(OSError, AttributeError):  # C libraries other than GNU's have no malloc_trim
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _from_status(field: str) -> int:
-    """A number of bytes that Linux says of this process; 0 elsewhere."""
+    """A size in /proc/self/status in bytes; 0 on other systems than Linux."""
     path = Path("/proc/self/status")
     for line in path.read_text().splitlines() if path.exists() else ():
         if line.startswith(f"{field}:"):
@@ -195,25 +197,25 @@ def _from_status(field: str) -> int:
 
 
 class PeakMemory:
-    """The most memory used since the object was made, of the process and of the GPU."""
+    """Peak memory of the process and of the GPU since the object was created."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._is_reset = False
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        try:  # Linux forgets a process's old peak when asked; elsewhere the peak covers its whole life
+        try:  # resets the peak on Linux; elsewhere the peak is that of the whole process
             Path("/proc/self/clear_refs").write_text("5")
             self._is_reset = True
         except OSError:
             self._is_reset = False
 
     def device_bytes(self) -> int | None:
-        """Of the GPU's memory; None on a CPU, whose memory is the process's."""
+        """Peak GPU memory in bytes; None on a CPU."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
     def process_bytes(self) -> int:
-        """Of the machine's memory: resident pages, those of mapped files among them."""
+        """Peak resident memory of the process in bytes, mapped files included."""
         if self._is_reset:
             return _from_status("VmHWM")
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
