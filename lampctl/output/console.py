@@ -6,6 +6,6 @@ from rich.console import Console
 
 
 def console_here() -> Console:
-    """stdout, as wide as the terminal; a file or pipe gets what does not need wrapping."""
+    """Console on stdout: as wide as the terminal, or 160 columns in a file or pipe."""
     console = Console(markup=False)  # paths may hold brackets
     return console if console.is_terminal else Console(width=160, markup=False)

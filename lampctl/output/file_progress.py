@@ -1,4 +1,4 @@
-"""Progress of work on files that belongs to no step: a bar on a terminal, a line now and then anywhere else."""
+"""Progress of work outside steps, such as packing: a bar on a terminal, else a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
     from stages.interfaces import Watcher
 
-# In a log, work that takes longer than this says how far it is.
+# Seconds between two lines in a log.
 _EVERY_S = 10.0
 
 
 class _Lines:
-    """One line at most every few seconds (`stages.interfaces.Watcher`)."""
+    """Prints progress as lines (`stages.interfaces.Watcher`)."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title = console, title
-        self._spoke_at = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def report(self, done: int, total: int, unit: str, **figures: float) -> None:
-        if time.monotonic() - self._spoke_at > _EVERY_S:
-            self._spoke_at = time.monotonic()
+        if time.monotonic() - self._printed_at > _EVERY_S:
+            self._printed_at = time.monotonic()
             self._print(f"{self._title}: {done}/{total} {unit}")
 
     def check_stop(self) -> None:
-        """A signal stops at once: there is nothing to keep."""
+        """Do nothing: a signal stops this work at once."""
 
     def warn(self, message: str) -> None:
         self._print(f"warning: {message}")
@@ -40,7 +40,7 @@ class _Lines:
 
 
 class _Bar(_Lines):
-    """A bar, and warnings above it."""
+    """Shows a bar, with warnings above it."""
 
     def __init__(self, console: Console, title: str, progress: Progress) -> None:
         super().__init__(console, title)
@@ -53,7 +53,7 @@ class _Bar(_Lines):
 
 @contextmanager
 def showing_files(title: str) -> Iterator[Watcher]:
-    """Watcher that show on stderr, in the way that suits it, how far a stage is."""
+    """Give a watcher that shows the progress of a stage on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

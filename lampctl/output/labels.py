@@ -1,4 +1,4 @@
-"""What things are called in front of people: methods, texts, layers."""
+"""Short names of data sources and layers for tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def source_label(source: str) -> str:
-    """A data source with its file or folder, if it has one, by its name alone."""
+    """Name of a data source without the path of its file or folder."""
     kind, colon, path = source.partition(":")
     if not colon:
         return source
@@ -14,6 +14,6 @@ def source_label(source: str) -> str:
 
 
 def layer_label(name: str, block: int) -> str:
-    """The layer's name without what all layers of a block share: "q_proj", or "attn.c_proj" where that is not one."""
+    """Name of a layer inside its block: "q_proj", or "attn.c_proj" where the last part is not unique."""
     inside = name.partition(f".{block}.")[2] or name
     return inside.rpartition(".")[2] if "c_proj" not in inside and "dense" not in inside else inside

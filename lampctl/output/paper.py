@@ -1,4 +1,4 @@
-"""How a table of the paper looks on a terminal, ours beside what was published."""
+"""Tables of the paper on a terminal, our numbers beside the published ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNITS = {"perplexity": "perplexity", "iou": "IoU, %", "accuracy": "accuracy, %"
 
 
 def show_cells(table: Table, columns: Sequence[str], cells: Sequence[Cell], failed: Sequence[str]) -> None:
-    """A table a model: methods down, the paper's columns across, ours over the published figure."""
+    """Print one table per model: methods by the paper's columns, our number above the published one."""
     console = _console()
     for model in dict.fromkeys(cell.model for cell in cells):
         shown = RichTable(title=f"{table.name}: {model}, {_UNITS[table.metric]}", title_justify="left")
@@ -45,7 +45,7 @@ def show_cells(table: Table, columns: Sequence[str], cells: Sequence[Cell], fail
 
 
 def show_plan(table: Table, estimates: Mapping[str, Estimate | None], device: str, rate: float) -> None:
-    """What it would take, model by model."""
+    """Print the estimated cost of each model."""
     console = _console()
     shown = RichTable(title=f"{table.name}: {table.title}", title_justify="left")
     shown.add_column("model")

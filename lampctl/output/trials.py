@@ -1,4 +1,4 @@
-"""How the trials of a sweep look on a terminal, and as JSON."""
+"""Trials of a sweep as a table on a terminal, and as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def trial_record(state: TrialState) -> dict[str, Any]:
-    """One trial, for JSON and CSV."""
+    """One trial as a record for JSON and CSV."""
     run = state.run
     return {
         "trial": state.trial.name,
@@ -37,7 +37,7 @@ def trial_record(state: TrialState) -> dict[str, Any]:
 
 
 def show_trials(sweep: Sweep, states: Sequence[TrialState], as_json: bool) -> None:
-    """All trials in a table: what is their own, how far they are, what they gave."""
+    """Print all trials with their settings, state and metrics."""
     if as_json:
         record = {"sweep": sweep.storage.label, "varies": list(sweep.spec.fields)}
         print(json.dumps({**record, "trials": [trial_record(state) for state in states]}, indent=2))
@@ -77,20 +77,20 @@ def show_trials(sweep: Sweep, states: Sequence[TrialState], as_json: bool) -> No
 
 
 def trial_value(state: TrialState, what: tuple[str, str]) -> float | None:
-    """A trial's figure of the pruned model. what: metric and source."""
+    """A trial's metric of the pruned model. what: metric and data source."""
     results = state.run.evaluations if state.run is not None else ()
     found = [r.value for r in results if (r.metric, r.source) == what and r.which == "pruned"]
     return found[-1] if found else None
 
 
 def is_partial(state: TrialState, what: tuple[str, str]) -> bool:
-    """Whether a trial's figure is of a part of the data only."""
+    """Whether a trial's metric is of a part of the data only."""
     results = state.run.evaluations if state.run is not None else ()
     return any(r.is_partial for r in results if (r.metric, r.source) == what and r.which == "pruned")
 
 
 def partial_note(states: Sequence[TrialState]) -> str | None:
-    """What a star stands for, if there is one."""
+    """The footnote of a star, if there is one."""
     found = [r for state in states if state.run for r in state.run.evaluations if r.is_partial]
     return f"* {described(found[0])}" if found else None
 

@@ -1,4 +1,4 @@
-"""Seconds and bytes for people."""
+"""Durations and sizes as text."""
 
 from __future__ import annotations
 

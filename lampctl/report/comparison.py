@@ -1,4 +1,4 @@
-"""Runs and models side by side: one row each, every figure with its difference from the first row's."""
+"""Comparison of runs and models: one row each, every metric with its difference from the first row."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Unit = Literal["perplexity", "iou", "share", "bytes", "seconds"]
 
 @dataclass(frozen=True)
 class Column:
-    """One figure that rows may have."""
+    """One metric or size that rows may have."""
 
-    key: str  # in JSON and CSV
+    key: str  # name in JSON and CSV
     title: str
     unit: Unit
 
     def shown(self, value: float | None) -> str:
-        """A value for people."""
+        """A value as text."""
         if value is None:
             return "-"
         if math.isinf(value):
@@ -45,7 +45,7 @@ class Column:
         return show[self.unit](value)
 
     def shown_delta(self, value: float | None, first: float | None) -> str:
-        """How it differs from the first row's, for people; empty where there is nothing to compare."""
+        """Difference from the first row as text; empty if one of them is unknown."""
         if value is None or first is None or math.isinf(value) or math.isinf(first):
             return ""
         if self.unit == "iou":
@@ -57,18 +57,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One run or model, or the original of some."""
+    """One run or model, or the dense original of a run."""
 
     label: str
     base: str
     method: str | None
     goal: str | None
     is_original: bool
-    values: dict[str, float]  # by the column's key; what is not known is not there; infinite where it overflowed
+    values: dict[str, float]  # by the column's key; unknown values are missing; infinite after an overflow
 
     @property
     def what(self) -> str:
-        """Method and goal, for people."""
+        """Method and sparsity goal as text."""
         if self.is_original:
             return "dense"
         return "-" if self.method is None else f"{method_title(self.method)} {self.goal}"
@@ -76,20 +76,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table. Rows come as they were asked for, then the dense originals that runs have measured."""
+    """The table: the requested rows in order, then the dense originals that runs have measured."""
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
 
     def delta(self, row: Row, column: Column) -> float | None:
-        """The row's figure minus the first row's, where both are known and finite."""
+        """The row's value minus the first row's; None unless both are known and finite."""
         value, first = row.values.get(column.key), self.rows[0].values.get(column.key)
         if value is None or first is None or not math.isfinite(value - first):
             return None
         return value - first
 
     def cell(self, row: Row, column: Column) -> str:
-        """The figure and its difference from the first row's, for people."""
+        """The value and its difference from the first row as text."""
         value = row.values.get(column.key)
         shown = column.shown(value)
         if row is self.rows[0]:
@@ -109,10 +109,10 @@ _FIXED = (
 
 
 def compare(standings: Sequence[Standing]) -> Comparison:
-    """The table of these, its figures only those that some row has.
+    """Build the table. Columns without any value are left out.
 
-    Perplexities stand in one column only if they were measured on the very same number of tokens, window by window:
-    those of two tokenizers cannot be compared, and get a column each.
+    Perplexities share a column only if they were measured on the same number of tokens and the same windows. Those of
+    two tokenizers cannot be compared and get a column each.
     """
     measured = _measured_columns([result for standing in standings for result in standing.evaluations])
     rows = [_row(standing, measured) for standing in standings]
@@ -144,7 +144,7 @@ def _value(result: EvaluationResult) -> float:
 
 
 def _measured_columns(results: Sequence[EvaluationResult]) -> dict[_What, Column]:
-    """A column for all that was measured; its key tells the amount where that must be told."""
+    """One column per evaluation set. Its key holds the amount of data if the name alone is not unique."""
     found = list(dict.fromkeys(result.measured_on for result in results))
     names = [what[:3] for what in found]
     columns = {}
@@ -163,7 +163,7 @@ def _measured_columns(results: Sequence[EvaluationResult]) -> dict[_What, Column
 
 
 def as_json(comparison: Comparison) -> str:
-    """The table as JSON: each figure with its difference from the first row's. Null: unknown, or infinite."""
+    """The table as JSON: each value with its difference from the first row. Null: unknown or infinite."""
 
     def figure(row: Row, column: Column) -> dict[str, float | None] | None:
         if column.key not in row.values:
@@ -189,7 +189,7 @@ def as_json(comparison: Comparison) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """The table as CSV, numbers in full and differences in columns of their own."""
+    """The table as CSV, with full precision and separate columns for differences."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     keys = [key for column in comparison.columns for key in (column.key, f"{column.key}_delta")]

@@ -1,4 +1,4 @@
-"""What stands in the report: which figures, tables and texts of which run, and in what order."""
+"""Contents of the report: figures, tables and texts of each run, in order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stages.pruners.registry import method_title
 
 @dataclass(frozen=True)
 class RunReport:
-    """One run, and what is told of it beside its state."""
+    """One run: its state, its environment and samples of its model's answers."""
 
     state: RunStatus
     created: str  # the day
@@ -37,7 +37,7 @@ class RunReport:
 
     @property
     def name(self) -> str:
-        """The run directory's own name."""
+        """Last part of the run directory's path."""
         return self.state.label.rstrip("/").rpartition("/")[2] or self.state.label
 
 
@@ -153,7 +153,7 @@ def _measured(states: Sequence[RunStatus]) -> list[Section]:
 
 
 def _samples(runs: Sequence[RunReport], names: Sequence[str]) -> list[Section]:
-    """What the models make of the same input: for language models, the text that they write."""
+    """Text that the language models generate for the same prompts."""
     by_model: dict[str, list[tuple[str, tuple[Continuation, ...]]]] = {}
     for run, name in zip(runs, names, strict=True):
         if run.continuations:
@@ -173,7 +173,7 @@ def _samples(runs: Sequence[RunReport], names: Sequence[str]) -> list[Section]:
 
 
 def _masks(runs: Sequence[RunReport], names: Sequence[str]) -> list[Section]:
-    """What the models make of the same input: for vision models, the masks that they answer with."""
+    """Segmentation masks that the vision models predict for the same points."""
     by_model: dict[tuple[str, str], list[tuple[str, tuple[MaskSample, ...]]]] = {}
     for run, name in zip(runs, names, strict=True):
         if run.masks:
@@ -191,7 +191,7 @@ def _masks(runs: Sequence[RunReport], names: Sequence[str]) -> list[Section]:
 
 
 def _settings(runs: Sequence[RunReport], names: Sequence[str]) -> Section:
-    """A row for each setting that some run has, those set off in which the runs differ."""
+    """One row per setting; rows in which the runs differ are highlighted."""
     columns = [_settings_of(run) for run in runs]
     fields = list(dict.fromkeys(field for column in columns for field in column))
     rows = tuple((field, *(column.get(field, "-") for column in columns)) for field in fields)
@@ -223,7 +223,7 @@ def _setting(value: Any) -> str:
 
 
 def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Part, ...]]]:
-    """(anchor, title, parts) for each figure of one run that its commits hold something for."""
+    """(anchor, title, parts) of each figure for which the run's commits have data."""
     relative = state.config.loss == "token"
     kept = "" if state.config.held_out else " Nothing was kept aside: all samples were trained on."
     plan: list[tuple[str, str, Dataset, Callable[[Dataset], bytes], str]] = [
@@ -307,7 +307,7 @@ def _number(cell: Any) -> str:
 
 
 def _distinct_names(runs: Sequence[RunReport]) -> list[str]:
-    """A short name for each run, fit for a file's name and an anchor, no two alike."""
+    """A distinct short name per run, valid as a file name and an anchor."""
     names: list[str] = []
     for run in runs:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", scrub(run.name)).strip("-.") or "run"

@@ -1,4 +1,4 @@
-"""The numbers behind each figure of the report, as tables that also go out as CSV. Knows nothing of how they look."""
+"""Numbers of each figure of the report, as tables that are also written as CSV."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class Dataset:
         return [row[number] for row in self.rows]
 
     def numbers(self, name: str) -> list[float]:
-        """All values of a column, NaN where there is none."""
+        """All values of a column, NaN for missing ones."""
         return [float(value) if isinstance(value, int | float) else math.nan for value in self.column(name)]
 
     def where(self, name: str, value: Cell) -> Dataset:
-        """Only the rows that have this value there."""
+        """The rows with this value in a column."""
         number = self.columns.index(name)
         return Dataset(self.columns, tuple(row for row in self.rows if row[number] == value))
 
     def distinct(self, name: str) -> list[Cell]:
-        """The values of a column, each once, in their order."""
+        """Distinct values of a column in order."""
         return list(dict.fromkeys(self.column(name)))
 
     def csv(self) -> str:
-        """The table as CSV; what is not known is empty."""
+        """The table as CSV; unknown values are empty."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(self.columns)
@@ -56,7 +56,7 @@ class Dataset:
 
 
 def measured_by_sparsity(states: Sequence[RunStatus]) -> Dataset:
-    """Every figure of every exported run, and of the originals, which have sparsity 0."""
+    """Every metric of every exported run, and of the originals at sparsity 0."""
     rows: list[tuple[Cell, ...]] = []
     originals: set[tuple[Cell, ...]] = set()
     for state in states:

@@ -1,4 +1,4 @@
-"""The figures of the report, each drawn from one table of `lampctl.report.data` and from nothing else."""
+"""Figures of the report, each drawn from one table of `lampctl.report.data`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _KINDS = {
 
 
 def measured_by_sparsity(data: Dataset) -> bytes:
-    """A panel for each metric, data set and model, a line for each method, the original as a dashed line."""
+    """One panel per metric, data set and model; one line per method; the original as a dashed line."""
     panels = list(dict.fromkeys(row[:4] for row in data.rows))
 
     def draw(figure: Figure) -> None:
@@ -90,7 +90,7 @@ def _measured_panel(axes: Axes, data: Dataset, series: list[Cell], metric: str, 
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, float]]) -> None:
-    """Write the last value of each line beside it, those that would touch one above the other."""
+    """Write the last value of each line beside it, without overlaps."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     gap, free_from = 0.05 * (high - low), -math.inf
     for value, x in sorted(end for end in ends if math.isfinite(end[0])):
@@ -108,7 +108,7 @@ _TRAININGS = {
 
 
 def error_by_block(data: Dataset, relative: bool) -> bytes:
-    """A dumbbell for each time a block was trained: from the loss before it to the loss after it."""
+    """One dumbbell per training of a block: from the loss before to the loss after."""
     held_out = _has_values(data, "after_aside")
     side = "_aside" if held_out else ""
     trainings = _trainings(data)
@@ -147,7 +147,7 @@ def error_by_block(data: Dataset, relative: bool) -> bytes:
 
 
 def pruning_error_by_layer(data: Dataset) -> bytes:
-    """A line for each kind of layer over the depth of the model."""
+    """One line per kind of layer over the depth of the model."""
     num_blocks = _num_blocks(data)
 
     def draw(figure: Figure) -> None:
@@ -170,7 +170,7 @@ def pruning_error_by_layer(data: Dataset) -> bytes:
 
 
 def sparsity_by_layer(data: Dataset) -> bytes:
-    """Two heat maps, what the budget asks for above what the exported weights hold."""
+    """Two heat maps: sparsity of the budget, and of the exported weights."""
     layers = [*(name for name in data.distinct("layer") if name != WHOLE_BLOCK), WHOLE_BLOCK]
     blocks = [int(value) for value in data.distinct("block") if isinstance(value, int)]
     known = [v for name in ("budget", "achieved") for v in data.numbers(name) if not math.isnan(v)]
@@ -216,7 +216,7 @@ def _write_cells(axes: Axes, matrix: list[list[float]], dark_from: float) -> Non
 
 
 def training_curves(data: Dataset) -> bytes:
-    """Loss over epochs, a line a block, dark to light with its depth; a ring is where the weights kept come from."""
+    """Loss over epochs: one line per block, lighter with depth. A ring marks the epoch of the kept weights."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
@@ -262,7 +262,7 @@ def training_curves(data: Dataset) -> bytes:
 
 
 def steps(data: Dataset) -> bytes:
-    """What each step took, in their order: seconds above, peak memory below."""
+    """Seconds and peak memory of each step, in order."""
 
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -292,7 +292,7 @@ def steps(data: Dataset) -> bytes:
 
 
 def _trainings(data: Dataset) -> list[str]:
-    """The kinds of training that there were, in the order that a block goes through them."""
+    """Kinds of training in the order of a run."""
     return [training for training in _TRAININGS if training in data.column("training")]
 
 

@@ -1,4 +1,4 @@
-"""How every figure of the report looks: colours that the colour-blind can tell apart, few lines, room for the data."""
+"""Style of the report's figures: colours that colour-blind readers can distinguish, few lines."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _RC: dict[str, Any] = {
 
 
 def require_matplotlib() -> None:
-    """Raise ConfigError, saying how to get it, where there is no matplotlib."""
+    """Raise ConfigError with the install command if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -64,7 +64,7 @@ def _styled() -> Iterator[None]:
 
 
 def png(draw: Callable[[Figure], None], height: float) -> bytes:
-    """The PNG of a figure of full width and this height in inches, drawn by `draw`."""
+    """Draw a figure of full width and return it as PNG. height: in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,13 +73,13 @@ def png(draw: Callable[[Figure], None], height: float) -> bytes:
         FigureCanvasAgg(figure)
         draw(figure)
         out = io.BytesIO()
-        # No version or date: the same numbers are the same bytes.
+        # Without version and date, equal numbers give equal bytes.
         figure.savefig(out, format="png", dpi=_DPI, metadata={"Software": None})
         return out.getvalue()
 
 
 def log_axis(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic y axis with plain numbers on it, also where all values lie within one power of ten."""
+    """Make the y axis logarithmic with plain numbers, also if all values are within one power of ten."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     known = [value for value in values if value > 0 and math.isfinite(value)]
@@ -95,7 +95,7 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high`: as many as tell apart what lies there, at most nine."""
+    """At most nine round numbers from `low` to `high`."""
     from matplotlib.ticker import MaxNLocator
 
     if high / low < 2.5:
@@ -114,7 +114,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def block_axis(axes: Axes, num_blocks: int) -> None:
-    """An x axis that counts blocks: every one where there is room."""
+    """Make the x axis count blocks, with a tick for each if there is room."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("block")

@@ -1,4 +1,4 @@
-"""From runs to a folder with a page, and its figures as PNG and CSV files beside it."""
+"""Write the report: a page, and its figures as PNG and CSV files in a folder beside it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,21 @@ _NUM_PICTURES = 4
 def write_report(
     places: Sequence[str], out: Path, prompts: Sequence[str], num_tokens: int, device: str, callbacks: Watcher
 ) -> list[Path]:
-    """Write the report of these runs to the folder `out`; the files that were written, the page first.
+    """Write the report of these runs.
 
-    prompts: what the models write on from; none: no text. Raises ConfigError where `out` holds something else, or
-    matplotlib is missing; what reading a run raises.
+    Args:
+        places: run directories.
+        out: folder of the report.
+        prompts: prompts that the models continue; none: no text.
+        num_tokens: tokens that the models generate per prompt.
+        device: where the models run.
+        callbacks: receive progress.
+
+    Returns:
+        The written files, the page first.
+
+    Raises:
+        ConfigError: `out` holds other files, or matplotlib is missing.
     """
     require_matplotlib()
     require_ours(out, places)
@@ -72,16 +83,16 @@ def require_ours(out: Path, places: Sequence[str]) -> None:
     """Raise ConfigError unless `out` is missing, empty, or an earlier report."""
     for place in places:
         if not is_address(place) and out.resolve().is_relative_to(Path(place).resolve()):
-            raise ConfigError(f"--out {out} lies inside the run {place}: name another folder")
+            raise ConfigError(f"--out {out} is inside the run {place}: name another folder")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder")
     try:
         is_new = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         if is_new:
-            out.rmdir()  # it only was to be seen that it can be made
+            out.rmdir()  # this was only a test whether it can be created
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"--out {out} cannot be created: {error.strerror}") from error
     if not out.exists() or not any(out.iterdir()):
         return
     try:
@@ -89,7 +100,7 @@ def require_ours(out: Path, places: Sequence[str]) -> None:
     except FileNotFoundError:
         is_ours = False
     if not is_ours:
-        raise ConfigError(f"--out {out} holds something that is no report: name a new folder")
+        raise ConfigError(f"--out {out} holds files that are not a report: name a new folder")
 
 
 def _report_of(

@@ -1,5 +1,5 @@
-"""What the paper published, and what it takes to do the same again.
+"""Numbers of the paper, and runs that reproduce them.
 
-Source: "Large Model Pruning with Inter-Block Error Compensation", tables 1 to 9 (`results.csv`) and Figs. 3 to 8, whose
-curves are drawn and not tabled there.
+Source: "Large Model Pruning with Inter-Block Error Compensation", tables 1 to 9 (`results.csv`) and Figs. 3 to 8, for
+which the paper has no tables.
 """

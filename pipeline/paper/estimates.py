@@ -1,4 +1,4 @@
-"""What a table of the paper would cost here, before anything is fetched or computed: hours, disk, download."""
+"""Estimated cost of a table of the paper on this machine: hours, disk, download."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from pipeline.config.run_config import RunConfig
 from stages.pruners.registry import reads_data
 
-# A share of the best rate of a matrix product, which passes over blocks reach (docs/performance.md, P1).
+# Share of the best rate of matrix products that passes over blocks reach (docs/performance.md, P1).
 _REACHED = 0.55
-_FORWARD_BACKWARD = 3  # of a forward pass
+_FORWARD_BACKWARD = 3  # cost of forward and backward together, in forward passes
 
 
 @dataclass(frozen=True)
 class Scale:
-    """As much of a model as an estimate needs."""
+    """Sizes of a model that an estimate needs."""
 
     num_blocks: int
     hidden: int
-    block: int  # weights of a block
-    download_bytes: int  # 0: it is here
+    block: int  # number of weights of a block
+    download_bytes: int  # 0: it is on this machine
     task: str = "language"
-    tokens: int | None = None  # of a sample, where the model leaves no choice
+    tokens: int | None = None  # tokens of a sample, if the model fixes them
 
 
 def _sam(num_blocks: int, hidden: int, megabytes: int) -> Scale:
@@ -34,7 +34,7 @@ def _opt(num_blocks: int, hidden: int, megabytes: int) -> Scale:
     return Scale(num_blocks, hidden, 12 * hidden**2, megabytes * 1_000_000)
 
 
-# The models of the paper's tables, which need not be here to be planned for.
+# The models of the paper's tables: an estimate does not need their files.
 KNOWN = {
     "opt-125m": _opt(12, 768, 251),
     "opt-1.3b": _opt(24, 2048, 2_630),
@@ -49,16 +49,16 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the runs of one model take."""
+    """Cost of the runs of one model."""
 
     num_runs: int
     seconds: float
-    disk_bytes: int  # of all runs once they are done, and one at its fullest
+    disk_bytes: int  # all finished runs, and one at its peak
     download_bytes: int
 
 
 def scale_of(model: str) -> Scale | None:
-    """The scale of a model: known from the paper, or of one that is on this machine; None: not known."""
+    """Sizes of a model of the paper or of one on this machine; None if unknown."""
     if model in KNOWN:
         return KNOWN[model]
     from stages.errors import StageError
@@ -76,7 +76,7 @@ def scale_of(model: str) -> Scale | None:
 
 
 def estimate(scale: Scale, configs: Sequence[RunConfig], flops_per_s: float) -> Estimate:
-    """The cost of these runs of one model. flops_per_s: the best rate of matrix products on this machine."""
+    """Estimate the cost of runs of one model. flops_per_s: best rate of matrix products on this machine."""
     seconds = sum(_flops(scale, config) for config in configs) / (_REACHED * flops_per_s)
     weights = 4 * scale.num_blocks * scale.block
     streams = max((_stream_bytes(scale, config) for config in configs), default=0)
@@ -98,7 +98,7 @@ def _stream_bytes(scale: Scale, config: RunConfig) -> int:
 
 
 def best_rate(device: Any) -> float:
-    """FLOP a second of a matrix product on a device, in fp32 on a processor and bf16 on a GPU: measured."""
+    """Measure the FLOP per second of a matrix product: fp32 on a processor, bf16 on a GPU."""
     import torch
 
     from stages.machine.autotune import best_of

@@ -1,4 +1,4 @@
-"""Do again what a table of the paper needs: one run a cell, as the trials of a sweep, one sweep a model.
+"""Reproduce a table of the paper: one run per cell, as the trials of one sweep per model.
 
 Tables that differ only in what they measure (1 and 2, 4 and 5) share their runs.
 """
@@ -32,7 +32,7 @@ _SHARED = {"table1": "opt", "table2": "opt", "table4": "sam", "table5": "sam"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table, ours beside the paper's."""
+    """One cell of a table: our number and the paper's."""
 
     model: str
     dataset: str
@@ -44,7 +44,7 @@ class Cell:
 
 
 def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence[str], root: str) -> Sweep:
-    """The runs that a table needs of one model. gathered: the settings that all share, but for the model's name."""
+    """The runs of a table for one model. gathered: settings that all runs share, except the model."""
     points = [
         found
         for strategy in strategies
@@ -58,7 +58,7 @@ def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence
         settings=values, origins=gathered.origins, preset=gathered.preset, points=tuple(points), num_trials=None
     )
     folder = Path(model).name.removesuffix(".gguf") or "model"
-    # Other settings, or another model of this name, are other runs.
+    # The digest keeps runs with other settings or another model of this name apart.
     own = {field: value for field, value in values.items() if field not in FREE_FIELDS}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
     place = f"{root.rstrip('/')}/{_SHARED.get(table.name, table.name)}/{folder}-{digest}"
@@ -66,7 +66,7 @@ def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence
 
 
 def require_fitting(table: Table, gathered: Gathered, task: str, model: str) -> None:
-    """Raise ConfigError before anything is done where a model or the data cannot fill a single cell of the table."""
+    """Raise ConfigError if the model or the data fits no cell of the table."""
     wanted = "vision" if table.metric == "iou" else "language"
     if task != wanted:
         raise ConfigError(f"{table.name} is about {wanted} models, and {model} is a {task} model")
@@ -89,7 +89,7 @@ def planned(
     scale: Scale | None,
     flops_per_s: float,
 ) -> tuple[list[TrialState], Estimate | None]:
-    """How far the runs of a model are, and what those that are not done would take; None where nobody knows."""
+    """State of a model's runs, and the estimated cost of the unfinished ones (None: unknown)."""
     sweep = sweep_for(table, model, gathered, strategies, root)
     states = sweep.states()
     if scale is None:
@@ -99,7 +99,7 @@ def planned(
 
 
 def _usual(gathered: Gathered, model: str, scale: Scale) -> RunConfig:
-    """The configuration of a run as far as its cost goes, without the model being here."""
+    """The settings of a run that decide its cost, without the model's files."""
     task = task_named(scale.task)
     defaults = published_settings(model.partition("-")[0], gathered.values.sparsity or 0.5)
     values = gathered.values.changed(
@@ -112,7 +112,7 @@ def _usual(gathered: Gathered, model: str, scale: Scale) -> RunConfig:
 
 
 def cells_of(table: Table, model: str, strategies: Sequence[str], states: Sequence[TrialState]) -> list[Cell]:
-    """Every cell of a model's part of the table."""
+    """All cells of one model."""
     by_name = {state.trial.name: state for state in states}
     cells = []
     for dataset in table.datasets:
@@ -122,13 +122,13 @@ def cells_of(table: Table, model: str, strategies: Sequence[str], states: Sequen
                 state = by_name.get(name_of(settings)) if settings is not None else None
                 ours = _measured(table, dataset, state.run) if state is not None and state.run is not None else None
                 theirs = published().get((table.name, model, dataset, method, strategy))
-                told = "impossible" if settings is None else state.state if state is not None else "waiting"
-                cells.append(Cell(model, dataset, method, strategy, ours, theirs, told))
+                cell_state = "impossible" if settings is None else state.state if state is not None else "waiting"
+                cells.append(Cell(model, dataset, method, strategy, ours, theirs, cell_state))
     return cells
 
 
 def _measured(table: Table, dataset: str, run: RunStatus) -> float | None:
-    """A run's figure for a column, in the paper's unit."""
+    """A run's metric for a column, in the paper's unit."""
     if table.metric == "gpu_memory_gb":
         return run.peak_device_bytes / 1e9 if run.peak_device_bytes is not None else None
     if table.metric == "accuracy":
@@ -140,12 +140,12 @@ def _measured(table: Table, dataset: str, run: RunStatus) -> float | None:
 
 
 def _is_of(source: str, dataset: str) -> bool:
-    """Whether a source is a copy of a published data set: by its name, or the kind before the colon."""
+    """Whether a data source is a copy of a published data set, by its name or the kind before the colon."""
     return source.partition(":")[0] == dataset
 
 
 def _accuracy(table: Table, task: str, run: RunStatus) -> float | None:
-    """In percent, of one task or the mean of all; None while some are missing."""
+    """Accuracy in percent of one task, or the mean of all; None while some are missing."""
     found = {result.task: result.metrics.get("acc") for result in run.accuracies if result.which == "pruned"}
     wanted = [name for name in table.datasets if name != "mean"] if task == "mean" else [task]
     values = [found.get(name) for name in wanted]

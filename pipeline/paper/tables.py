@@ -1,4 +1,4 @@
-"""The paper's tables and figures as lists of cells: which model, pruned how, measured on what."""
+"""The paper's tables and figures: models, methods, settings and data sets of their cells."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Table:
     models: tuple[str, ...]
     datasets: tuple[str, ...]
     methods: tuple[str, ...]
-    strategies: tuple[str, ...]  # the columns, as the paper has them
-    base: tuple[tuple[str, Any], ...] = ()  # settings that all of its runs share
+    strategies: tuple[str, ...]  # the columns, named as in the paper
+    base: tuple[tuple[str, Any], ...] = ()  # settings that all runs share
 
     @property
     def is_figure(self) -> bool:
-        """Whether the paper drew it and published no numbers."""
+        """Whether it is a figure, for which the paper has no numbers."""
         return self.name.startswith("fig")
 
 
@@ -74,14 +74,14 @@ TABLES = {
 
 
 def table_named(name: str) -> Table:
-    """The table or figure of that name. Raises ConfigError, saying which there are."""
+    """Find a table or figure by name. Raises ConfigError that lists the names."""
     if name not in TABLES:
         raise ConfigError(f"{name}: the paper has no such table; choose one of {', '.join(TABLES)}")
     return TABLES[name]
 
 
 def settings_of(table: Table, strategy: str, method: str) -> dict[str, Any] | None:
-    """What a cell's run is set to; None where the method cannot do it (Wanda changes no weight, so has no grid)."""
+    """Settings of a cell's run; None if the method does not support them (Wanda cannot quantize)."""
     settings = {**dict(table.base), "method": method}
     if "=" in strategy:
         field, _, value = strategy.partition("=")
@@ -96,7 +96,7 @@ def settings_of(table: Table, strategy: str, method: str) -> dict[str, Any] | No
 
 
 def require_columns(table: Table, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """The columns that are asked for, in the paper's order; all if none are named. Raises ConfigError."""
+    """The requested columns in the paper's order; all by default. Raises ConfigError."""
     if not wanted:
         return table.strategies
     named = {_column(name, table) for name in wanted}
@@ -104,7 +104,7 @@ def require_columns(table: Table, wanted: Sequence[str] | None) -> tuple[str, ..
 
 
 def require_methods(table: Table, wanted: Sequence[str]) -> Table:
-    """The table with those of its methods that are asked for; all if none are named. Raises ConfigError."""
+    """The table with the requested methods; all by default. Raises ConfigError."""
     unknown = [name for name in wanted if name not in table.methods]
     if unknown:
         raise ConfigError(f"{table.name} has no method {unknown[0]}: choose from {', '.join(table.methods)}")
@@ -124,7 +124,7 @@ def _column(name: str, table: Table) -> str:
 
 @lru_cache
 def published() -> dict[tuple[str, str, str, str, str], float]:
-    """Every number of the paper's tables: {(table, model, dataset, method, strategy): value}.
+    """All numbers of the paper's tables by (table, model, dataset, method, strategy).
 
     Accuracies and IoU in percent, memory in GB.
     """

@@ -1,4 +1,4 @@
-"""A search for the best settings: Optuna draws points, the sweep does them. Needs the extra `sweep`."""
+"""A search for the best settings: Optuna samples points, the sweep runs them. Needs the extra `sweep`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ATTEMPTS = 4
 
 
 class Search:
-    """The trials of a search, kept in a database: every point is written down before it is begun."""
+    """Trials of a search in a database. Every point is stored before its run begins."""
 
     def __init__(self, spec: SweepSpec, database: str) -> None:
         """database: an SQLAlchemy URL. Raises ConfigError if Optuna is missing or the database cannot be opened."""
@@ -35,12 +35,12 @@ class Search:
                 )
                 break
             except Exception as error:
-                if attempt < _ATTEMPTS - 1:  # two that begin at once are in each other's way
+                if attempt < _ATTEMPTS - 1:  # two processes may create the study at once
                     time.sleep(0.5 * (attempt + 1))
                     continue
                 raise ConfigError(
                     f"the search's database {database} cannot be used ({str(error).splitlines()[0]}); if it is "
-                    "damaged, move it away: the search begins anew, and runs that are done stay"
+                    "damaged, move it away: the search then starts again, and finished runs are kept"
                 ) from error
 
     @property
@@ -52,16 +52,16 @@ class Search:
         return "maximize" if METRICS[task.metric].higher_is_better else "minimize"
 
     def drawn(self) -> list[Trial]:
-        """All trials so far, in their order."""
+        """All trials so far, in order."""
         return [self._trial(found) for found in self._study.get_trials(deepcopy=False)]
 
     def draw(self) -> Trial | None:
-        """A new point, written down; None if there are enough."""
+        """Sample and store a new point; None once there are enough."""
         count = len(self._study.get_trials(deepcopy=False))
         assert self._spec.num_trials is not None
         if count >= self._spec.num_trials:
             return None
-        # By its number: a search that was interrupted draws the same points as one that was not.
+        # Seeded by the trial number: an interrupted search samples the same points as an uninterrupted one.
         self._study.sampler = self._optuna.samplers.TPESampler(seed=1000 * self._spec.settings["seed"] + count)
         distributions = {
             found.field: self._optuna.distributions.FloatDistribution(found.low, found.high, log=found.is_log)
@@ -70,7 +70,7 @@ class Search:
         return self._trial(self._study.ask(distributions))
 
     def tell(self, trial: Trial, value: float | None) -> None:
-        """The result of a trial; None: it failed, or its figure overflowed."""
+        """Store the result of a trial. None: it failed, or its metric overflowed."""
         state = self._optuna.trial.TrialState
         kept = self._study.get_trials(deepcopy=False)[trial.number]
         if kept.state.is_finished():

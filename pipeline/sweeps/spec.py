@@ -1,4 +1,4 @@
-"""What a sweep varies: grids of settings, or ranges that a search draws from."""
+"""Specification of a sweep: grids of settings, or ranges that a search samples from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.runs.prepare import sibling, with_absolute_paths
 from stages.pruners.registry import LAMP
 
-# (low, high, on a logarithmic scale): what the paper varies, where it varies it (its Figs. 3-8).
+# (low, high, logarithmic scale): the ranges that the paper varies (its Figs. 3-8).
 _USUAL = {
     "alpha": (0.5, 1.0, False),
     "beta": (0.0, 0.4, False),
@@ -29,12 +29,12 @@ _USUAL = {
 }
 _NUMBERS = {"sparsity", "budget_spread", "damping", *_USUAL}
 _MOST_VALUES = 1000
-_LONGEST = 40  # letters of a value in a trial's name
+_LONGEST = 40  # most characters of a value in a trial's name
 _NEVER = ("model", "revision", "trust_remote_code", *FREE_FIELDS)
 
 
 class Range(BaseModel):
-    """A number that a search draws."""
+    """The range of a number that a search samples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,7 +45,7 @@ class Range(BaseModel):
 
 
 class SweepSpec(BaseModel):
-    """What `sweep.json` keeps: the settings that all trials share, and what differs between them."""
+    """The record `sweep.json`: the settings that all trials share, and those that differ."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,10 +54,10 @@ class SweepSpec(BaseModel):
     origins: dict[str, str]
     preset: str | None
     grid: dict[str, tuple[str, ...]] = {}
-    points: tuple[dict[str, Any], ...] = ()  # where the trials are no grid
+    points: tuple[dict[str, Any], ...] = ()  # the trials one by one, in place of a grid
     search: tuple[Range, ...] = ()
-    num_trials: int | None = Field(None, ge=1)  # of a search
-    database: str | None = None  # of a search; None: one in the sweep's folder
+    num_trials: int | None = Field(None, ge=1)  # only for a search
+    database: str | None = None  # only for a search; None: a file in the sweep's folder
 
     @property
     def gathered(self) -> Gathered:
@@ -74,7 +74,7 @@ class SweepSpec(BaseModel):
 def new_spec(
     gathered: Gathered, grids: Sequence[str], searches: str | None, num_trials: int | None, database: str | None
 ) -> SweepSpec:
-    """The sweep that a user asked for. Raises ConfigError with what is wrong."""
+    """Build the specification from flags. Raises ConfigError that names the wrong flag."""
     gathered = with_absolute_paths(gathered)  # a sweep is resumed from anywhere
     grid = dict(_axis(text) for text in grids)
     if len(grid) < len(grids):
@@ -89,9 +89,9 @@ def new_spec(
     if ranges and num_trials is None:
         raise ConfigError("--search needs --trials N")
     if not ranges and (num_trials is not None or database is not None):
-        raise ConfigError("--trials and --storage are about --search")
+        raise ConfigError("--trials and --storage require --search")
     if ranges and not (gathered.values.evaluate is None or gathered.values.evaluate):
-        raise ConfigError("--search needs --evaluate: it looks for the best figure of the first source")
+        raise ConfigError("--search needs --evaluate: it optimizes the metric on the first data source")
     repeated = [found.field for found in ranges if [other.field for other in ranges].count(found.field) > 1]
     if repeated:
         raise ConfigError(f"--search names {repeated[0]} twice")
@@ -114,7 +114,7 @@ def new_spec(
 
 
 def points_of(spec: SweepSpec) -> list[dict[str, Any]]:
-    """Every combination of the grid's values, in order, or the points that are named one by one."""
+    """Settings of each trial: every combination of the grid in order, or the listed points."""
     if spec.points:
         return [dict(point) for point in spec.points]
     names = list(spec.grid)
@@ -122,25 +122,25 @@ def points_of(spec: SweepSpec) -> list[dict[str, Any]]:
 
 
 def settings_at(gathered: Gathered, point: Mapping[str, Any]) -> Gathered:
-    """The settings of one trial. Raises ConfigError where a value is none of that setting."""
+    """Settings of one trial. Raises ConfigError if a value is not valid for its setting."""
     values = {**gathered.values.as_json(), **point}
     origins = {**gathered.origins, **dict.fromkeys(point, "flag")}
     changed = Gathered(Settings.of(values, origins), origins, gathered.preset)
     if changed.values.method == LAMP:
         return changed
     plain = sibling(changed, changed.values.method)
-    # As a baseline, but for what the sweep itself sets.
+    # The settings of a baseline, except those that the sweep sets.
     kept = {field: getattr(changed.values, field) for field in ("alpha", "beta", "evaluate_dense") if field in point}
     return replace(plain, values=plain.values.changed(**kept))
 
 
 def name_of(point: Mapping[str, Any]) -> str:
-    """A trial's folder: "sparsity-0.5_method-lamp"."""
+    """Folder name of a trial, such as "sparsity-0.5_method-lamp"."""
     return "_".join(f"{field}-{_plain(value)}" for field, value in point.items())
 
 
 def _plain(value: Any) -> str:
-    """As part of a file name; what that leaves out comes back as a digest, so that no two values share a name."""
+    """A value as part of a file name. A digest replaces lost characters, so that two values never share a name."""
     text = repr(value) if isinstance(value, float) else str(value)
     plain = "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "of" if c == ":" else "-" for c in text)
     if len(plain) <= _LONGEST and text in (plain, plain.replace("of", ":")):
@@ -156,7 +156,7 @@ def _axis(text: str) -> tuple[str, tuple[str, ...]]:
 
         found = tuple(parse_source(name).name for name in found)  # with absolute paths
     if not found:
-        raise ConfigError(f"--grid {text}: no value is left")
+        raise ConfigError(f"--grid {text}: there is no value")
     return field, found
 
 
@@ -183,10 +183,10 @@ def _range(text: str) -> Range:
     field, equals, bounds = text.strip().partition("=")
     field = _known(field, "--search")
     if field not in _NUMBERS:
-        raise ConfigError(f"--search {field}: a search draws numbers; these it can: {', '.join(sorted(_NUMBERS))}")
+        raise ConfigError(f"--search {field}: a search samples numbers; choose from {', '.join(sorted(_NUMBERS))}")
     if not equals:
         if field not in _USUAL:
-            raise ConfigError(f"--search {field}: say where, as {field}=LOW:HIGH or {field}=LOW:HIGH:log")
+            raise ConfigError(f"--search {field}: give the range as {field}=LOW:HIGH or {field}=LOW:HIGH:log")
         low, high, is_log = _USUAL[field]
         return Range(field=field, low=low, high=high, is_log=is_log)
     parts = bounds.split(":")
@@ -212,5 +212,5 @@ def _known(field: str, flag: str) -> str:
     varied = sorted(set(options()) - set(_NEVER))
     if name not in varied:
         known = ", ".join(flag_of(found).removeprefix("--") for found in varied)
-        raise ConfigError(f"{flag} {field}: that can't be varied; these can: {known}")
+        raise ConfigError(f"{flag} {field}: a sweep cannot vary it; choose from {known}")
     return name

@@ -1,12 +1,12 @@
 """Sweeps: many runs that differ in some settings. Every trial is an ordinary run directory.
 
     SWEEP/sweep.json              what is varied, written once
-    SWEEP/shared/<digest>/        a run that is calibrated and captured, and goes no further: trials take that over
+    SWEEP/shared/<digest>/        a run that stops after calibrate and capture: trials share these two steps
     SWEEP/trials/<name>/          one run each
-    SWEEP/failures/<name>.json    why a trial failed; gone once it has succeeded
-    SWEEP/search.db               of a search (Optuna), unless it keeps its trials elsewhere
+    SWEEP/failures/<name>.json    why a trial failed; deleted once it succeeds
+    SWEEP/search.db               the trials of a search (Optuna), unless --storage names another database
 
-The state of a sweep is that of its runs: it is resumed by walking through the trials again.
+The state of a sweep is the state of its runs. To resume a sweep is to run its trials again in order.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _MEASURES = (
 Begin = Callable[[RunDirectory, RunConfig], None]
 
 _SPEC = "sweep.json"
-# What decides calibration set and first streams: a run with these is shared by all trials that agree in them.
+# Settings that decide the calibration set and the first streams. Trials with equal values share a run.
 _SHARED_FIELDS = (
     *("model", "revision", "trust_remote_code", "calibration", "calibration_sampling", "calibration_skip"),
     *("num_samples", "seqlen", "seed", "device", "dtype", "threads", "micro_batch", "scratch_dir"),
@@ -65,16 +65,18 @@ _SHARED_FIELDS = (
 
 
 class Sweep:
-    """A sweep and the place it lies in."""
+    """A sweep and its folder or address."""
 
     def __init__(self, place: str, storage: Storage, spec: SweepSpec) -> None:
         self.place, self.storage, self.spec = place, storage, spec
 
     @classmethod
     def create(cls, place: str, spec: SweepSpec) -> Sweep:
-        """A new sweep at `place`, or the one that is there if it is the same one.
+        """Create the sweep at `place`, or open it if it exists with the same specification.
 
-        Raises ConfigMismatch if another sweep lies there, NotARun for a folder that holds something else.
+        Raises:
+            ConfigMismatch: another sweep is there.
+            NotARun: the folder holds other files.
         """
         storage = locate(place)
         if not storage.exists(_SPEC):
@@ -88,17 +90,17 @@ class Sweep:
         if different:
             raise ConfigMismatch(
                 f"{storage.label} holds another sweep (it differs in {', '.join(different)}): use another --sweep-dir, "
-                "or go on with that one: lampctl sweep resume"
+                "or resume that one: lampctl sweep resume"
             )
         return found
 
     @classmethod
     def open(cls, place: str) -> Sweep:
-        """The sweep at `place`. Raises RunNotFound, DamagedData."""
+        """Open the sweep at `place`. Raises RunNotFound or DamagedData."""
         storage = locate(place)
         try:
             spec = SweepSpec.model_validate_json(storage.read(_SPEC))
-            _ = spec.gathered  # settings that make no sense are damage, too
+            _ = spec.gathered  # invalid settings are damage, too
         except FileGone:
             raise RunNotFound(f"there is no sweep at {storage.label}: {_SPEC} is missing") from None
         except ValidationError as error:
@@ -106,7 +108,7 @@ class Sweep:
         return cls(place, storage, spec)
 
     def place_of(self, *parts: str) -> str:
-        """Where something of this sweep lies."""
+        """Path or address of a part of this sweep."""
         if is_address(self.place):
             return "/".join((self.place.rstrip("/"), *parts))
         return str(Path(self.place).absolute().joinpath(*parts))
@@ -114,12 +116,12 @@ class Sweep:
     # -- trials
 
     def trials(self) -> list[Trial]:
-        """Those of the grid, or those that a search has drawn so far."""
+        """Trials of the grid, or those that a search has sampled so far."""
         if self.spec.search:
             return self._search().drawn()
         seen, found = set(), []
         for point in points_of(self.spec):
-            # Settings that a method does not have make no difference to it.
+            # Trials that differ only in settings that the method does not use are one trial.
             values = json.dumps(settings_at(self.spec.gathered, point).values.as_json())
             if values not in seen:
                 seen.add(values)
@@ -127,7 +129,7 @@ class Sweep:
         return found
 
     def states(self) -> list[TrialState]:
-        """All trials, and how far each is."""
+        """All trials with their state."""
         return [self._state(trial) for trial in self.trials()]
 
     def _state(self, trial: Trial) -> TrialState:
@@ -155,9 +157,18 @@ class Sweep:
     # -- work
 
     def run(self, begin: Begin, listener: Listener, stop: StopRequest) -> Iterator[TrialState]:
-        """Do what is left, trial by trial; one that fails does not keep the others from their turn.
+        """Run the unfinished trials in order. A failed trial is reported and the sweep continues.
 
-        begin: told of every run before it goes on. Raises what stops a run from outside: Preempted, Interrupted.
+        Args:
+            begin: called with every run before it starts.
+            listener: receives progress and warnings.
+            stop: request to stop.
+
+        Yields:
+            The state of each trial after it ran.
+
+        Raises:
+            Preempted, Interrupted: the run was stopped from outside.
         """
         if self.spec.search:
             yield from self._run_search(begin, listener, stop)
@@ -166,11 +177,11 @@ class Sweep:
             try:
                 yield self._do(trial, begin, listener, stop, evaluates_dense=number == 0)
             except Occupied as error:
-                listener.warn(f"trial {trial.name} is left to somebody else: {error}")
+                listener.warn(f"trial {trial.name} is skipped, as another process runs it: {error}")
 
     def _run_search(self, begin: Begin, listener: Listener, stop: StopRequest) -> Iterator[TrialState]:
         search = self._search()
-        # First those that were drawn before: unfinished ones, failed ones, and any whose run has gone.
+        # First the trials sampled earlier that are not done: unfinished, failed, or without their run.
         waiting = [trial for trial in search.drawn() if self._state(trial).state != "done"]
         while trial := waiting.pop(0) if waiting else search.draw():
             state = self._do(trial, begin, listener, stop, evaluates_dense=False)
@@ -179,7 +190,7 @@ class Sweep:
 
     @property
     def _methods(self) -> tuple[str, ...]:
-        """Methods that are compared: what one of them leaves aside is worth no notice."""
+        """Methods that the sweep compares. A setting that one of them ignores gives no notice."""
         named = self.spec.grid.get("method", ())
         return tuple(dict.fromkeys((*named, *(p["method"] for p in self.spec.points if "method" in p))))
 
@@ -187,7 +198,7 @@ class Sweep:
         from pipeline.sweeps.search import Search
 
         if self.spec.database is None and is_address(self.place):
-            raise ConfigError(f"--search in {self.place} needs --storage URL: a database can't lie in a bucket")
+            raise ConfigError(f"--search in {self.place} needs --storage URL: a database cannot be in a bucket")
         default = f"sqlite:///{self.place_of('search.db')}"
         return Search(self.spec, self.spec.database or default)
 
@@ -201,7 +212,7 @@ class Sweep:
         try:
             gathered = settings_at(self.spec.gathered, trial.point)
             if not evaluates_dense:
-                # Once is enough.
+                # The first trial evaluates the dense model for all.
                 gathered = replace(gathered, values=gathered.values.changed(evaluate_dense=False))
             prepared = prepare(gathered, self._methods)
             shared = self._shared(gathered, prepared, begin, listener, stop)
@@ -223,7 +234,7 @@ class Sweep:
     def _shared(
         self, gathered: Gathered, prepared: Prepared, begin: Begin, listener: Listener, stop: StopRequest
     ) -> RunDirectory | None:
-        """A run that is calibrated and captured as this trial would be; None for a trial that looks at no data."""
+        """A run with the calibrate and capture steps of this trial; None for a method without calibration data."""
         if prepared.config.calibration is None:
             return None
         values = {field: getattr(gathered.values, field) for field in _SHARED_FIELDS}
@@ -239,6 +250,6 @@ class Sweep:
 
 
 def _measures(config: RunConfig, gathered: Gathered) -> bool:
-    """Whether a run measures what the user asks for now; what a preset names may not be for this kind of model."""
+    """Whether a run measures what the user requested. A preset may name data of another kind of model."""
     asked = [field for field in _MEASURES if gathered.given(field)]
     return all(getattr(gathered.values, field) in (None, getattr(config, field)) for field in asked)

@@ -1,4 +1,4 @@
-"""One run of a sweep, and how far it is."""
+"""A trial, one run of a sweep, and its state."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Trial:
     """One run of a sweep."""
 
     name: str
-    point: dict[str, Any]  # the settings that are its own
-    number: int | None = None  # of a search
+    point: dict[str, Any]  # settings that differ between trials
+    number: int | None = None  # only in a search
 
 
 @dataclass(frozen=True)
 class TrialState:
-    """How far a trial is."""
+    """State of a trial."""
 
     trial: Trial
     state: str  # "waiting", "begun", "done", "failed"
@@ -28,6 +28,6 @@ class TrialState:
 
     @property
     def value(self) -> float | None:
-        """The figure that counts, of the pruned model on the first source."""
+        """Metric of the pruned model on the first data source."""
         found = [e for e in self.run.evaluations if e.which == "pruned"] if self.run is not None else []
         return found[0].value if found else None

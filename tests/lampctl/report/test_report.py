@@ -204,9 +204,9 @@ def test_report_refuses_a_folder_with_other_files(lampctl, folder, tmp_path):
     Path("mine").mkdir()
     Path("mine/letter.txt").write_text("dear reader")
     for place, message in (
-        ("mine", "holds something that is no report"),
+        ("mine", "holds files that are not a report"),
         ("mine/letter.txt", "is a file"),
-        (folder / "lamp/report", "inside the run"),
+        (folder / "lamp/report", "is inside the run"),
     ):
         answer = lampctl("report", folder / "lamp", "--out", place, "--no-text")
         assert answer.code == 2
