@@ -17,7 +17,7 @@ from stages.machine.device import DeviceChoices, computing
 from stages.metrics.perplexity import perplexity, window_loss
 from stages.metrics.perplexity import windows as cut
 from stages.models.base import BlockModel
-from stages.runtime.block_runner import BlockPass, micro_batches
+from stages.runtime.block_runner import BlockRunner, micro_batches
 from stages.runtime.prefetch import Reading, Writing
 
 # Windows that pass through a block before the next is loaded: many, since each block is read once for them all.
@@ -146,7 +146,7 @@ class _Measuring:
         del ends
         for block_index in range(self.model.num_blocks):
             block = self.model.load_block(block_index, self.device)
-            block_pass = BlockPass(self.model, block, block_index, inputs, self.choices)
+            block_pass = BlockRunner(self.model, block, block_index, inputs, self.choices)
             block_pass.propagate(self.stream, self.stream, self._boundary, self._advance)
             del block, block_pass
         ends = self.model.load_ends(self.device, part="leave")

@@ -1,4 +1,4 @@
-"""What stages need in tests: contexts, pruners by name, budgets."""
+"""Contexts, pruners and budgets for tests of stages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pruner_named(name: str, **options: object) -> Pruner:
 def output_of(
     model: BlockModel, index: int, dtype: torch.dtype = torch.float32, stream: Stream | None = None
 ) -> BlockOutput:
-    """All of the block exported in one dtype."""
+    """The output of a block whose entries are all exported in one dtype."""
     return BlockOutput(dict.fromkeys(model.stored_names(index), dtype), stream)
 
 

@@ -24,7 +24,7 @@ from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.runtime.block_context import StageContext
-from stages.runtime.block_runner import BlockPass
+from stages.runtime.block_runner import BlockRunner
 from stages.training.trainer import TrainingSettings
 
 NUM_SAMPLES, SEQLEN = 32, 256
@@ -57,10 +57,10 @@ def arithmetic(model_name: str, dtype: str, folder: Path, repeats: int = 3) -> l
         capture(context, biased, dense)
 
     block = model.load_block(1, choices.torch_device)
-    block_pass = BlockPass(model, block, 1, inputs, choices)
+    runner = BlockRunner(model, block, 1, inputs, choices)
 
     def do_propagate() -> None:
-        block_pass.propagate(biased, biased_out, lambda: None, lambda count: None)
+        runner.propagate(biased, biased_out, lambda: None, lambda count: None)
 
     def do_compensate() -> None:
         compensate_block(context.block(1), biased, dense, dense_out, settings)

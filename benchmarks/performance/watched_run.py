@@ -72,7 +72,7 @@ def main() -> None:
 
         setattr(owner, name, timed)
 
-    line(block_runner.BlockPass, "forward", "compute")
+    line(block_runner.BlockRunner, "forward", "compute")
     line(prefetch, "_stacked", "read")
     from pipeline.rundir.activation_store import ActivationStream
 

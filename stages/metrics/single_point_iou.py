@@ -30,7 +30,7 @@ from stages.interfaces import Callbacks, Checkpoint, Scratch, Stream
 from stages.machine.device import DeviceChoices, computing
 from stages.metrics.iou import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
 from stages.models.sam.encoder import SamEncoder, SamEnds
-from stages.runtime.block_runner import BlockPass, micro_batches
+from stages.runtime.block_runner import BlockRunner, micro_batches
 from stages.runtime.prefetch import Reading, Writing
 
 # Images that pass through a block before the next is loaded.
@@ -192,7 +192,7 @@ class _Measuring:
         inputs = _Shaped(len(records), self.model.sizes.image_size)
         for block_index in range(self.model.num_blocks):
             block = self.model.load_block(block_index, self.device)
-            block_pass = BlockPass(self.model, block, block_index, inputs, self.choices)
+            block_pass = BlockRunner(self.model, block, block_index, inputs, self.choices)
             block_pass.propagate(stream, stream, self._boundary, self._advance)
             del block, block_pass
         ends = self.model.load_ends(self.device, part="leave")

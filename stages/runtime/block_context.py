@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stages.interfaces import Callbacks, Samples, Stream
 from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel
-from stages.runtime.block_runner import BlockPass
+from stages.runtime.block_runner import BlockRunner
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class BlockContext:
         """The block on the device in fp32, with its original weights or, by name inside the block, those of `state`."""
         return self.model.load_block(self.index, self.device.torch_device, state=state)
 
-    def runner(self, block: nn.Module) -> BlockPass:
+    def runner(self, block: nn.Module) -> BlockRunner:
         """A runner of `block` over the samples."""
-        return BlockPass(self.model, block, self.index, self.inputs, self.device)
+        return BlockRunner(self.model, block, self.index, self.inputs, self.device)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def samples_at_once(choices: DeviceChoices, tokens: int) -> int:
     return max(choices.batch_tokens // tokens, 1)
 
 
-class BlockPass:
+class BlockRunner:
     """Runs a block over the calibration set."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Budgets that look at the data: shares of outlying weights, and what is made of them."""
+"""Data-dependent budgets: shares of outlying weights, and the counts computed from them."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -73,7 +73,7 @@ def cases(draw):
 
 
 def total_masked(sparsity, total):
-    """In exact arithmetic: 0.7 * 85 is 59.5, and a float below it."""
+    """In exact arithmetic: 0.7 * 85 is 59.5, and the float result is smaller."""
     return round(Fraction(str(sparsity)) * total)
 
 

@@ -1,4 +1,4 @@
-"""Capture, prune and compensate in memory, against the whole model run by transformers."""
+"""Capture, prune and compensate in memory, compared with the whole model in transformers."""
 
 import math
 
@@ -58,7 +58,7 @@ def settings(**changes):
 
 
 def block_inputs(whole, list_name, ids):
-    """What each block of a whole model gets, by hooks on the model's own forward."""
+    """The input of each block, recorded by hooks on the forward pass of the whole model."""
     seen = []
     handles = [
         block.register_forward_pre_hook(
@@ -88,7 +88,7 @@ def after_block_0(model, inputs):
 
 
 def first_pruned(model, inputs, pruner, dtype=FP32, out=None):
-    """Block 0 pruned to a half, and its input."""
+    """Block 0 pruned to 50%, and its input."""
     context, biased = context_of(model, inputs), stream()
     capture(context, biased, None)
     budget, output = budget_of(model, 0.5)[0], output_of(model, 0, dtype, out)
@@ -96,7 +96,7 @@ def first_pruned(model, inputs, pruner, dtype=FP32, out=None):
 
 
 def recorded_streams(model, inputs, monkeypatch):
-    """Algorithm 1 in memory, with every stream that it makes: (biased, dense) by block, and the exported states."""
+    """The blocks of Algorithm 1 in memory, and its biased and dense streams by block."""
     made = []
     monkeypatch.setattr(lamp_module, "_new_stream", lambda context: made.append(stream()) or made[-1])
     settings_ = LampSettings(pruner_named("sparsegpt"), settings())
@@ -154,7 +154,7 @@ def test_an_update_that_makes_it_worse_is_never_kept(model, inputs):
     state, result = found.state, found.training
     assert result.kept_epoch == 0
     assert result.after == result.before
-    # Each epoch begins at the original weights again, at a lower rate: what it learns is less and less harmful.
+    # Each epoch starts from the original weights again, at a lower learning rate, and so does less harm.
     first, second = (epoch.held_out for epoch in result.epoch_losses)
     assert second < first
     original = model.load_block(1, torch.device("cpu")).state_dict()
@@ -242,7 +242,7 @@ def test_one_sample_only_is_trained_on_and_said(model, inputs):
 
 
 def pruned_for_refining(model, inputs, **changes):
-    """Block 1 pruned on the biased stream of a SparseGPT run, and what refining it needs."""
+    """Block 1 pruned on the biased stream of a SparseGPT run, and the inputs of its refinement."""
     biased, _, target = streams = after_block_0(model, inputs)
     compensated(model, inputs, streams, settings(epochs=0))
     budget = budget_of(model, 0.5 if "pattern" in changes else 0.6)[1]

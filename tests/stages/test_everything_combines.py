@@ -1,4 +1,4 @@
-"""Method x goal x bits x family: the exported weights hold exactly what was asked for, whatever is combined."""
+"""Method x goal x bits x family: the exported weights have exactly the requested sparsity, pattern and bits."""
 
 import pytest
 import torch

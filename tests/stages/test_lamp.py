@@ -1,4 +1,4 @@
-"""Algorithm 1 in memory and `lampctl run`, which commits every step to disk, end with the same bits."""
+"""Algorithm 1 in memory and `lampctl run`, which commits every step to disk, give bit-identical weights."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_a_budget_that_follows_the_data_is_the_one_of_a_run(lampctl, tmp_path, w
 
 
 def drawn(folder, words):
-    """The model, and the calibration set that a run draws."""
+    """The model, and the calibration set that a run samples."""
     model = open_model(resolve(str(folder)))
     source = parse_source(f"text:{words}")
     tokens = calibrate(source, model.source, num_samples=N, seqlen=T, sampling="contiguous", skip=0, seed=0)
@@ -105,3 +105,18 @@ def test_plain_magnitude_needs_no_samples(tmp_path):
     blocks = list(lamp(context_of(model, ()), budget, LampSettings(pruner_named("magnitude"))))
     assert [block.index for block in blocks] == list(range(model.num_blocks))
     assert all(block.compensation is None and block.refinement is None for block in blocks)
+
+
+def test_settings_that_need_missing_streams_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="refinement needs compensation"):
+        LampSettings(pruner_named("sparsegpt"), refinement=LOW)
+    model = open_model(resolve(str(save(tmp_path / "m", "opt"))))
+    with pytest.raises(ValueError, match="depends on data"):
+        next(lamp(context_of(model, ()), lambda hidden: (), LampSettings(pruner_named("magnitude"))))
+
+
+def test_lamp_compensates_with_a_pruner_that_needs_no_data(tmp_path, words):
+    model, inputs = drawn(save(tmp_path / "m", "opt"), words)
+    budget = allocate(prunable_layers(model, ()), 0.5, 1.0, 0.0)
+    blocks = list(lamp(context_of(model, inputs), budget, LampSettings(pruner_named("magnitude"), MSE)))
+    assert [block.compensation is not None for block in blocks] == [False, *[True] * (model.num_blocks - 1)]

@@ -1,4 +1,4 @@
-"""A stage that was stopped goes on from its checkpoint, at any batch boundary, to the very bits of a quiet one."""
+"""A stopped stage resumes from its checkpoint, at any batch boundary, and gives bit-identical results."""
 
 import itertools
 
@@ -34,7 +34,7 @@ class Stopped(Exception):  # noqa: N818
 
 
 class StoppingCallbacks(NullCallbacks):
-    """Goes on from `kept`; stops at boundary number `at` and keeps what the stage says there, as a record would."""
+    """Resumes from `kept`; stops at boundary number `at` and keeps the checkpoint there, as a record on disk would."""
 
     def __init__(self, at: int | None = None, kept: Checkpoint | None = None) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def streams(model, inputs):
-    """What block 1 gets: the biased stream is off by some noise."""
+    """The inputs of block 1: the biased stream is the dense one with noise."""
     biased, dense = ListStream(N, (T, H), torch.float32), ListStream(N, (T, H), torch.float32)
     capture(context_of(model, inputs, FP32), ListStream(N, (T, H), torch.float32), dense)
     for i in range(N):
@@ -88,20 +88,20 @@ def streams(model, inputs):
 
 
 def same(left, right):
-    """Bit for bit, NaN and all."""
+    """Bit-identical, including NaN."""
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 def every_stop(run, callbacks_of=StoppingCallbacks, step=1):
-    """`run(callbacks)` undisturbed, and stopped at every `step`-th boundary and gone on with: [(boundary, result)]."""
-    quiet = callbacks_of()
-    expected = run(quiet)
-    for at in range(0, quiet.num_boundaries, step):
+    """`run(callbacks)` uninterrupted, and stopped at every `step`-th boundary and resumed, with their callbacks."""
+    uninterrupted = callbacks_of()
+    expected = run(uninterrupted)
+    for at in range(0, uninterrupted.num_boundaries, step):
         callbacks = callbacks_of(at)
         with pytest.raises(Stopped):
             run(callbacks)
         again = callbacks_of(None, callbacks.kept)
-        yield at, expected, run(again), again, quiet
+        yield at, expected, run(again), again, uninterrupted
 
 
 TRAININGS = {
@@ -122,14 +122,14 @@ def test_compensation_goes_on_to_the_same_bits(model, inputs, streams, name):
         return result.state, result.training, torch.stack([out[i] for i in range(N)])
 
     num_restored = 0
-    for _at, expected, found, callbacks, quiet in every_stop(run):
+    for _at, expected, found, callbacks, uninterrupted in every_stop(run):
         assert same(found[0], expected[0])
         assert found[1] == expected[1]
         assert torch.equal(found[2], expected[2])
         num_restored += callbacks.kept is not None
-        # The epochs that are behind are not trained again: only the pass that writes the targets is.
+        # Finished epochs are not trained again; only the pass that writes the targets is repeated.
         if callbacks.kept is not None and callbacks.kept.figures["course"]["is_over"]:
-            assert callbacks.num_boundaries < quiet.num_boundaries - settings.epochs * (N - 1)
+            assert callbacks.num_boundaries < uninterrupted.num_boundaries - settings.epochs * (N - 1)
     assert num_restored >= settings.epochs * (N - 1)
     if name == "backtracking":
         assert expected[1].kept_epoch < settings.epochs
@@ -151,7 +151,7 @@ def test_refinement_goes_on_to_the_same_bits_also_while_it_runs_the_stream_on(mo
         result = refine_block(block, pruned, biased, target, settings, output)
         return result.finished.state, result.training, torch.stack([out[i] for i in range(N)])
 
-    for _at, expected, found, _hooks, _quiet in every_stop(run):
+    for _at, expected, found, _callbacks, _uninterrupted in every_stop(run):
         assert same(found[0], expected[0])
         assert found[1] == expected[1]
         assert torch.equal(found[2], expected[2])
@@ -172,7 +172,7 @@ def test_pruning_goes_on_with_its_sums(model, inputs, streams, pruner):
         masks = {name: layer.mask for name, layer in result.outcome.layers.items()}
         return result.finished.state, masks, result.finished.layers
 
-    for at, expected, found, callbacks, _quiet in every_stop(run):
+    for at, expected, found, callbacks, _uninterrupted in every_stop(run):
         assert same(found[0], expected[0])
         assert same(found[1], expected[1])
         assert found[2] == expected[2]
@@ -188,10 +188,10 @@ def test_evaluation_goes_on_after_the_last_group_of_windows(model, monkeypatch):
         return evaluate_perplexity(model, windows, ListScratch(), FP32, callbacks)
 
     passes = 2 * (model.num_blocks + 2)
-    for at, expected, found, callbacks, quiet in every_stop(run):
+    for at, expected, found, callbacks, uninterrupted in every_stop(run):
         assert found == expected
         assert len(callbacks.kept.figures["losses"]) == 2 * (at // passes)
-        assert callbacks.num_boundaries == quiet.num_boundaries - passes * (at // passes)
+        assert callbacks.num_boundaries == uninterrupted.num_boundaries - passes * (at // passes)
 
 
 def test_groups_of_windows_do_not_change_the_perplexity(model, monkeypatch):
@@ -213,7 +213,7 @@ def test_the_losses_of_another_text_are_not_gone_on_with(model, monkeypatch):
 
 
 def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lower_rate(model, inputs, streams):
-    """Against the same schedule, written out."""
+    """Compared with the same schedule, written as a plain loop."""
     biased, dense = streams
     settings, choices = TRAININGS["backtracking"]
     out = ListStream(N, (T, H), torch.float32)
@@ -221,7 +221,7 @@ def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lo
 
     block = model.load_block(1, torch.device("cpu"))
     calls = [model.load_ends(torch.device("cpu")).enter(inputs[i][None]).calls[1] for i in range(N)]
-    (aside,) = {0, 1, 2, 3, 4} - set(train_set := [0, 1, 3, 4])
+    (held_out,) = {0, 1, 2, 3, 4} - set(train_set := [0, 1, 3, 4])
 
     def loss(i):
         return block_loss(model.run_block(block, biased[i][None], calls[i]), out[i][None], "mse")
@@ -229,7 +229,7 @@ def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lo
     from stages.training.seeding import generator_for
 
     block.requires_grad_(True)
-    best, rate, adam = loss(aside).item(), 1.0, torch.optim.Adam(block.parameters(), fused=True)
+    best, rate, adam = loss(held_out).item(), 1.0, torch.optim.Adam(block.parameters(), fused=True)
     best_state = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
     for epoch in itertools.count(1):
         if epoch > settings.epochs:
@@ -240,8 +240,8 @@ def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lo
             adam.zero_grad()
             loss(i).backward()
             adam.step()
-        if loss(aside).item() < best:
-            best = loss(aside).item()
+        if loss(held_out).item() < best:
+            best = loss(held_out).item()
             best_state = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
         else:
             block.load_state_dict(best_state)

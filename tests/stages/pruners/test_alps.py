@@ -1,4 +1,4 @@
-"""ALPS against explicit least squares, the best of all masks, and SparseGPT."""
+"""ALPS compared with explicit least squares, with the best of all masks, and with SparseGPT."""
 
 import itertools
 
@@ -16,7 +16,7 @@ TWO_FOUR = Pattern(2, 4)
 
 
 def layer(rows=24, cols=64, tokens=200, seed=0):
-    """A weight, and inputs that are as correlated as a transformer's, with channels of very unequal size."""
+    """A weight, and inputs correlated like a transformer's, with channels of very different scale."""
     g = torch.Generator().manual_seed(seed)
     mixing = torch.randn(cols, cols, generator=g, dtype=torch.float64) / cols**0.5
     mixing *= torch.randn(cols, generator=g, dtype=torch.float64).exp()
@@ -30,7 +30,7 @@ def statistics(x, damping=0.01):
 
 
 def damped_error(pruned, weight, hessian, factor):
-    """What the pruners minimise, dead columns apart."""
+    """The objective of the pruners, without dead columns."""
     lost = (pruned - weight)[:, ~factor.dead]
     live = hessian[~factor.dead][:, ~factor.dead]
     share = factor.damping * hessian.diagonal().mean()
@@ -38,7 +38,7 @@ def damped_error(pruned, weight, hessian, factor):
 
 
 def least_squares(weight, x, mask, damping=0.01):
-    """Row by row: the kept weights that come nearest to the dense output, the damping as further tokens."""
+    """Row by row: the kept weights closest to the dense output; the damping is added as extra tokens."""
     hessian = 2 / len(x) * x.T @ x
     extra = (damping * hessian.diagonal().mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
     rows = torch.cat([(2 / len(x)) ** 0.5 * x, extra]).numpy()
@@ -106,7 +106,7 @@ def test_the_error_is_never_above_that_of_sparsegpt(share, pattern):
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.8])
 def test_splitting_chooses_a_better_mask_than_sparsegpt(share):
-    """Both refitted exactly, so that only the masks differ."""
+    """Both results are refitted exactly, so that only the masks differ."""
     weight, x = layer(rows=48, cols=160, tokens=400)
     hessian, factor = statistics(x)
     num_masked = round(share * weight.numel())
@@ -187,7 +187,7 @@ def test_weights_keep_their_dtype():
 
 
 def test_more_damping_of_the_factor_is_followed():
-    """Where the factorisation had to add more, the splitting adds as much."""
+    """The splitting uses the damping with which the factorization succeeded."""
     weight, x = layer()
     hessian, factor = statistics(x, damping=0.5)
     mine, mask = alps(weight, hessian, factor, weight.numel() // 2, refit_iterations=200)

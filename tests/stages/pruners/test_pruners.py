@@ -1,4 +1,4 @@
-"""Pruners against plain implementations written from the papers, and against brute force."""
+"""Pruners compared with plain implementations written from the papers, and with brute force."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from stages.sparsity.topk import smallest
 
 
 def layer(rows=24, cols=160, tokens=400, dtype=torch.float64, seed=0):
-    """A weight, and inputs that are as correlated as a transformer's."""
+    """A weight, and inputs correlated like a transformer's."""
     g = torch.Generator().manual_seed(seed)
     mixing = torch.randn(cols, cols, generator=g, dtype=torch.float64) / cols**0.5
     x = torch.randn(tokens, cols, generator=g, dtype=torch.float64) @ mixing + 0.3
@@ -147,7 +147,7 @@ def test_the_joint_sweep_beats_pruning_and_then_rounding():
 
 
 def test_one_factorisation_shared_by_layers_gives_what_separate_ones_give():
-    """q, k and v see the same input: their weights stacked, or one by one, under factors of their own."""
+    """q, k and v read the same input: stacked weights, or one by one with separate factors, give the same result."""
     (q, x), (k, _), (v, _) = layer(seed=1), layer(seed=2, rows=8), layer(seed=3, rows=8)
     shared = factorise(hessian_of(x), 0.01, on_retry=pytest.fail)
     for weight in (q, k, v):
@@ -190,17 +190,17 @@ def test_all_inputs_zero_and_a_single_token_have_an_answer():
 
 def test_a_hessian_without_a_factor_is_retried_with_more_damping_then_refused():
     indefinite = torch.diag(torch.tensor([1.0, 1.0, -0.05], dtype=torch.float64))
-    told = []
-    factor = factorise(indefinite, 0.01, told.append)
+    messages = []
+    factor = factorise(indefinite, 0.01, messages.append)
     assert factor.damping == pytest.approx(0.1)
-    assert len(told) == 1
-    assert "damping 0.1" in told[0]
-    told.clear()
+    assert len(messages) == 1
+    assert "damping 0.1" in messages[0]
+    messages.clear()
     with pytest.raises(NumericalError, match="damping 10"):
-        factorise(torch.diag(torch.tensor([100.0, -90.0], dtype=torch.float64)), 0.01, told.append)
-    assert len(told) == 3
+        factorise(torch.diag(torch.tensor([100.0, -90.0], dtype=torch.float64)), 0.01, messages.append)
+    assert len(messages) == 3
     with pytest.raises(NumericalError, match="infinities or NaN"):
-        factorise(torch.full((2, 2), float("nan")), 0.01, told.append)
+        factorise(torch.full((2, 2), float("nan")), 0.01, messages.append)
 
 
 @pytest.mark.parametrize("num_masked", [0, 1, 24, 25, 1000, 1919, 1920])
@@ -217,7 +217,7 @@ def test_wanda_keeps_the_largest_scores_of_each_row(num_masked):
 
 
 def test_wanda_equals_the_published_rule_where_it_is_defined():
-    """The original zeroes int(cols * s) per row by a sort."""
+    """The published code zeroes int(cols * s) weights per row by a sort."""
     weight, x = layer(rows=20, cols=100, dtype=torch.float32)
     total = SquareSum(100, torch.device("cpu"))
     total.add(x[:30])
@@ -232,7 +232,7 @@ def test_wanda_equals_the_published_rule_where_it_is_defined():
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (2, 5)])
 def test_wanda_n_of_m_equals_the_published_rule(n, m):
-    """The original's loop over columns: in each group of m, the n smallest by topk."""
+    """The published loop over columns: in each group of m, the n smallest by topk."""
     weight, x = layer(rows=20, cols=80, dtype=torch.float32)
     metric = weight.abs() * x.square().mean(0).sqrt()
     expected = torch.zeros_like(metric, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Every pruner of the registry passes the conformance kit, and the kit notices each broken promise."""
+"""Every pruner of the registry passes the conformance kit, and the kit detects each broken requirement."""
 
 import subprocess
 import sys
@@ -19,13 +19,13 @@ from stages.pruners.registry import (
     reads_data,
 )
 from stages.pruners.sparsegpt import SparseGPT
+from stages.sparsity.nm_pattern import Pattern
 from stages.testing.pruners import check_pruner
 
 
 @pytest.mark.parametrize("name", PRUNERS.names)
 def test_every_pruner_conforms(name):
-    assert PRUNERS.get(name).name == name
-    check_pruner(PRUNERS.get(name))
+    check_pruner(name)
 
 
 class _OneTooFew(Magnitude):
@@ -75,6 +75,13 @@ class _Nameless(Magnitude):
     title = ""
 
 
+class _TakesAnything(Magnitude):
+    supports_bits = False
+
+    def __init__(self, options):
+        self.options = options
+
+
 @pytest.mark.parametrize(
     ("pruner", "message"),
     [
@@ -86,11 +93,22 @@ class _Nameless(Magnitude):
         (_IgnoresPatterns, "of the groups hold 2:4"),
         (_LongHelp, "more than one line"),
         (_Nameless, "title is empty"),
+        (_TakesAnything, "does not refuse"),
     ],
 )
-def test_the_kit_names_the_broken_promise(pruner, message):
+def test_the_kit_names_the_failed_requirement(pruner, message):
     with pytest.raises(AssertionError, match=message):
         check_pruner(pruner)
+
+
+@pytest.mark.parametrize("options", [PruneOptions(bits=4), PruneOptions(pattern=Pattern(2, 4))])
+def test_a_pruner_refuses_what_it_does_not_support(options):
+    class Plain(Magnitude):
+        supports_bits = supports_pattern = False
+
+    with pytest.raises(UsageError, match="the pruner magnitude cannot"):
+        Plain(options)
+    check_pruner(Plain)
 
 
 def test_methods_follow_the_registry():

@@ -12,7 +12,7 @@ from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.prune_block import prune_block
-from stages.runtime.block_runner import BlockPass, Counter, micro_batches, samples_at_once
+from stages.runtime.block_runner import BlockRunner, Counter, micro_batches, samples_at_once
 from stages.training.trainer import BlockTrainer, Purpose, TrainingSettings
 from tests.blocks import budget_of, context_of, output_of, pruner_named
 from tests.small_models import FAMILIES, VOCAB, save
@@ -62,8 +62,8 @@ def test_capture_and_propagation_do_not_depend_on_how_many_samples_share_a_pass(
     for choices in (ONE, together(samples)):
         biased, dense, out = stream(), stream(), stream()
         capture(context_of(model, inputs, choices), biased, dense)
-        block_pass = BlockPass(model, model.load_block(1, choices.torch_device), 1, inputs, choices)
-        block_pass.propagate(dense, out, lambda: None, lambda count: None)
+        runner = BlockRunner(model, model.load_block(1, choices.torch_device), 1, inputs, choices)
+        runner.propagate(dense, out, lambda: None, lambda count: None)
         found.append([rows(x) for x in (biased, dense, out)])
     for alone, shared in zip(*found, strict=True):
         assert torch.allclose(alone, shared, rtol=1e-4, atol=1e-5 * alone.abs().max())
@@ -73,12 +73,12 @@ def test_a_stream_may_be_replaced_by_what_the_block_makes_of_it(models):
     model, inputs = models["llama-gqa"], calibration()
     source, out = stream(), stream()
     capture(context_of(model, inputs, ONE), source, None)
-    block_pass = BlockPass(model, model.load_block(0, ONE.torch_device), 0, inputs, together(2))
-    told = []
-    block_pass.propagate(source, out, lambda: None, told.append)
-    block_pass.propagate(source, source, lambda: None, lambda count: None)
+    runner = BlockRunner(model, model.load_block(0, ONE.torch_device), 0, inputs, together(2))
+    counts = []
+    runner.propagate(source, out, lambda: None, counts.append)
+    runner.propagate(source, source, lambda: None, lambda count: None)
     assert torch.equal(rows(source), rows(out))
-    assert told == [2, 2, 1]
+    assert counts == [2, 2, 1]
 
 
 def test_pruning_and_losses_do_not_depend_on_it_either(models):
@@ -113,7 +113,7 @@ def test_perplexity_does_not_depend_on_it(models):
 
 
 def test_a_counter_adds_up():
-    class Told(NullCallbacks):
+    class RecordingWatcher(NullCallbacks):
         def __init__(self):
             super().__init__()
             self.seen = []
@@ -121,8 +121,8 @@ def test_a_counter_adds_up():
         def report(self, done, total, unit, **figures):
             self.seen.append((done, total, unit, figures))
 
-    told = Told()
-    counter = Counter(told, 9, "samples", done=2)
+    watcher = RecordingWatcher()
+    counter = Counter(watcher, 9, "samples", done=2)
     counter.advance()
     counter.advance(3, loss=0.5)
-    assert told.seen == [(3, 9, "samples", {}), (6, 9, "samples", {"loss": 0.5})]
+    assert watcher.seen == [(3, 9, "samples", {}), (6, 9, "samples", {"loss": 0.5})]

@@ -1,4 +1,4 @@
-"""What a run will take is worked out before it begins, and a limit is kept by choices or refused with numbers."""
+"""The memory planner: estimates before a run, choices that keep a limit, and refusals with numbers."""
 
 import pytest
 

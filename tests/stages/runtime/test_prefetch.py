@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind: the order, the errors, the ends of the threads."""
+"""Prefetching and writing in the background: order, errors, and the end of the threads."""
 
 import threading
 import time
@@ -103,7 +103,7 @@ def test_everything_is_written_when_the_loop_is_left():
 
 
 class SlowStream(ListStream):
-    """Takes its time to write; cannot write sample `broken`."""
+    """A slow stream that cannot write sample `broken`."""
 
     def __init__(self, num_samples: int, broken: int | None = None) -> None:
         super().__init__(num_samples, (1,), torch.float32)

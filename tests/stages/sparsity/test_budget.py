@@ -58,7 +58,7 @@ def test_feasible_values_are_feasible_and_no_further_than_needed(blocks, sparsit
 
 
 def test_the_papers_equations_in_numbers():
-    """4 equal blocks, s = 0.5, alpha = 0.7, beta = 0.2: worked out by hand."""
+    """4 equal blocks, s = 0.5, alpha = 0.7, beta = 0.2: computed by hand."""
     blocks = [block(i, hidden=100, inner=200) for i in range(4)]  # 80,000 weights a block
     budget = allocate(blocks, 0.5, 0.7, 0.2)
     # P_4 = 80,000 * 0.5 * 0.7; the others share the 12,000 that are left.
@@ -71,7 +71,7 @@ def test_the_papers_equations_in_numbers():
 
 
 def test_fc2_takes_exactly_what_grouped_q_k_v_give_up():
-    """Eq. 4 as printed would not, where fc2 is not as large as q, k and v together."""
+    """Eq. 4 as printed would change the total if fc2 is not as large as q, k and v together."""
     plain = allocate([block(0, 64, 192, kv=16)], 0.5, 1.0, 0.0)[0]
     moved = allocate([block(0, 64, 192, kv=16)], 0.5, 1.0, 0.25)[0]
     change = {p.role: m.num_masked - p.num_masked for p, m in zip(plain.layers, moved.layers, strict=True)}

@@ -1,4 +1,4 @@
-"""The best weights so far, in memory or on the disk: the very bits come back, and no second copy is made."""
+"""The best weights so far, in memory or on disk: restored bit for bit, without a second copy."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Training steps by torch.compile give what plain ones give, up to rounding."""
+"""Compiled training steps give the results of plain ones, up to rounding."""
 
 import dataclasses
 import shutil
