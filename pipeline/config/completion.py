@@ -50,6 +50,13 @@ def check_combinations(gathered: Gathered) -> None:
         remedy = f"leave out --baseline {settings.method}" if is_baseline else f"use --method {_any_of(bit_methods())}"
         title = method_title(settings.method)
         raise ConfigError(f"--bits {settings.bits}{origin('bits')}: {title} pruning cannot quantize; {remedy}")
+    flag, name = ("--pruner", settings.pruner) if settings.method == LAMP else ("--method", settings.method)
+    if name is not None and settings.bits is not None and not PRUNERS.get(name).supports_bits:
+        where = f"--bits {settings.bits}{origin('bits')}"
+        raise ConfigError(f"{where}: {method_title(name)} pruning cannot quantize; use another {flag}")
+    if name is not None and settings.pattern is not None and not PRUNERS.get(name).supports_pattern:
+        where = f"--pattern {settings.pattern}{origin('pattern')}"
+        raise ConfigError(f"{where}: {method_title(name)} pruning does not support N:M patterns; use another {flag}")
     if settings.effort is not None and gathered.preset == "paper":
         raise ConfigError(f"--effort {settings.effort}{origin('effort')}: --preset paper fixes the training")
     if settings.refine is False:

@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 
 from pipeline.errors import ConfigError
+from stages.pruners.registry import bit_methods
 
 _METHODS = ("magnitude", "wanda", "sparsegpt", "lamp")
 _OPT = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b")
@@ -89,7 +90,7 @@ def settings_of(table: Table, strategy: str, method: str) -> dict[str, Any] | No
     if not strategy:
         return settings
     goal, _, bits = strategy.partition("+int")
-    if bits and method == "wanda":
+    if bits and method not in bit_methods():
         return None
     settings |= {"pattern": goal} if ":" in goal else {"sparsity": float(goal.rstrip("%")) / 100}
     return settings | ({"bits": int(bits)} if bits else {})

@@ -20,7 +20,6 @@ from pipeline.steps.prune_block import PruneBlock
 from pipeline.steps.refine_block import RefineBlock
 from pipeline.steps.registry import STEP_KINDS
 from pipeline.steps.run_facts import facts_of
-from stages.pruners.registry import reads_data
 
 
 def chain(
@@ -72,7 +71,7 @@ def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
     return chain(
         num_blocks,
         compensates=config.is_lamp,
-        reads_data=reads_data(config.method),
+        reads_data=config.calibration is not None,
         refines=bool(config.refine),
         allocates=config.budget == "outliers",
     )
