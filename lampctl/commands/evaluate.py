@@ -134,14 +134,15 @@ def _evaluate_run(place: str, sources: str | None, changes: dict[str, Any], as_j
     from lampctl.cli.stop_sources import stopping
     from lampctl.output import tables
     from lampctl.output.progress import listening
-    from pipeline.runs.lifecycle import change_evaluation, go_on, reopen, require_exported
+    from pipeline.runs.evaluations import change_evaluation, require_exported
+    from pipeline.runs.lifecycle import reopen, resume
 
     directory, config = reopen(place, is_resuming=True)
     require_exported(directory, config)
     config = change_evaluation(directory, config, sources, changes)
     with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
-        go_on(directory, config, listener, stop)
+        resume(directory, config, listener, stop)
     tables.results([directory], [config], as_json)
 
 

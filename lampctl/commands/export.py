@@ -69,12 +69,13 @@ def export(
 def _show_again(place: str) -> bool:
     """Make RUN/model again, if the run is exported and somebody has moved the folder away."""
     from lampctl.output import tables
-    from pipeline.runs.lifecycle import reopen, show_model
+    from pipeline.runs.lifecycle import reopen
+    from pipeline.runs.model_card import ModelView
 
     directory, config = reopen(place)
     if directory.commit_for("export") is None or directory.is_published("model"):
         return False
-    show_model(directory, config)
+    ModelView(directory, config).refresh()
     tables.model_is_back(directory)
     return True
 

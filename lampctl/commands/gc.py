@@ -22,7 +22,8 @@ def gc(
     lampctl gc runs/mine
     """
     from lampctl.output.units import size
-    from pipeline.runs.lifecycle import collect_garbage, reopen
+    from pipeline.runs.garbage import collect_garbage
+    from pipeline.runs.lifecycle import reopen
 
     directory, config = reopen(run)
     found = collect_garbage(directory, config, is_dry_run=dry_run)

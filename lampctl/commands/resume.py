@@ -66,7 +66,8 @@ def resume(
     from lampctl.cli.stop_sources import stopping
     from lampctl.output import tables
     from lampctl.output.progress import listening
-    from pipeline.runs.lifecycle import go_on, newest_unfinished, reopen
+    from pipeline.runs.lifecycle import ResumeOptions, newest_unfinished, reopen
+    from pipeline.runs.lifecycle import resume as resume_run
     from pipeline.runs.prepare import RUNS
 
     place: str | Path | None = run if run is not None else newest_unfinished()
@@ -84,5 +85,6 @@ def resume(
     directory, config = reopen(place, is_resuming=True, free=free)
     with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
-        go_on(directory, config, listener, stop, checks="all" if check_all else "as needed", takeover=takeover)
+        options = ResumeOptions(checks="all" if check_all else "as needed", takeover=takeover)
+        resume_run(directory, config, listener, stop, options)
     tables.results([directory], [config], as_json)

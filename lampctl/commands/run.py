@@ -102,13 +102,13 @@ def _do(
     takeover: bool,
     shared_with: RunDirectory | None = None,
 ) -> tuple[RunDirectory, RunConfig]:
-    from pipeline.runs.lifecycle import go_on, start
+    from pipeline.runs.lifecycle import ResumeOptions, resume, start
 
     run, config = start(prepared, place)
     for notice in prepared.notices:
         listener.warn(notice)
     listener.attach(run, config)
-    go_on(run, config, listener, stop, shared_with=shared_with, takeover=takeover)
+    resume(run, config, listener, stop, ResumeOptions(shared_with=shared_with, takeover=takeover))
     return run, config
 
 
@@ -127,8 +127,9 @@ def init(chosen: Chosen, run_dir: RunDir = None) -> None:
     lampctl resume runs/mine               or all that is left at once
     """
     from lampctl.output import tables
-    from pipeline.runs.lifecycle import start, steps_of
+    from pipeline.runs.lifecycle import start
     from pipeline.runs.prepare import prepare
+    from pipeline.steps.lamp_plan import steps_of
 
     prepared = prepare(chosen.gather())
     run, config = start(prepared, run_dir or prepared.default_run_dir)

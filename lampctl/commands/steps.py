@@ -75,7 +75,7 @@ def do_step(place: str, kind: str, block: int | None = None) -> None:
     from lampctl.output.progress import listening
     from pipeline.engine.plan import Step, next_steps
     from pipeline.engine.runner import require_next
-    from pipeline.runs.lifecycle import go_on, reopen
+    from pipeline.runs.lifecycle import ResumeOptions, reopen, resume
     from pipeline.steps.lamp_plan import steps_of
 
     directory, config = reopen(place, is_resuming=True)
@@ -88,7 +88,7 @@ def do_step(place: str, kind: str, block: int | None = None) -> None:
     require_next(directory, steps, wanted)
     with listening(every_step=True) as listener, stopping(config) as stop:
         listener.attach(directory, config)
-        go_on(directory, config, listener, stop, until=lambda step: True, checks="sizes")
+        resume(directory, config, listener, stop, ResumeOptions(until=lambda step: True, checks="sizes"))
     tables.next_step(directory, config)
 
 

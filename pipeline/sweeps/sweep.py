@@ -42,7 +42,7 @@ from pipeline.errors import (
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.base import Storage
 from pipeline.rundir.storage.locate import is_address, locate
-from pipeline.runs.lifecycle import go_on, reopen, start
+from pipeline.runs.lifecycle import ResumeOptions, reopen, resume, start
 from pipeline.runs.prepare import Prepared, prepare
 from pipeline.runs.status import status
 from pipeline.sweeps.spec import SweepSpec, name_of, points_of, settings_at
@@ -220,7 +220,7 @@ class Sweep:
             for notice in prepared.notices:
                 listener.warn(notice)
             begin(run, config)
-            go_on(run, config, listener, stop, shared_with=shared)
+            resume(run, config, listener, stop, ResumeOptions(shared_with=shared))
         except (Preempted, Interrupted, Occupied):
             raise
         except (PipelineError, StageError) as error:
@@ -245,7 +245,8 @@ class Sweep:
         run, config = start(stem, self.place_of("shared", digest[:12]))
         if not any(commit.step == "capture" for commit in run.commits):
             begin(run, config)
-            go_on(run, config, listener, stop, until=lambda step: step.kind == "capture")
+            until_captured = ResumeOptions(until=lambda step: step.kind == "capture")
+            resume(run, config, listener, stop, until_captured)
         return run
 
 

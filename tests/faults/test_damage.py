@@ -10,7 +10,8 @@ import pytest
 from pipeline.engine.plan import is_stream, releasable
 from pipeline.engine.verify import verify
 from pipeline.errors import ConfigMismatch, DamagedData, NotARun, RunNotFound
-from pipeline.runs.lifecycle import collect_garbage, reopen
+from pipeline.runs.garbage import collect_garbage
+from pipeline.runs.lifecycle import reopen
 from pipeline.steps.lamp_plan import steps_of
 
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
@@ -260,7 +261,7 @@ def test_keep_activations_keeps_every_stream(runs, tmp_path, lampctl):
 
 
 def test_too_small_disk_is_refused_before_the_first_step(runs, tmp_path, lampctl, monkeypatch):
-    monkeypatch.setattr("pipeline.runs.lifecycle.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("pipeline.runs.disk_room.free_bytes", lambda path: 1000)
     refused = lampctl("run", TINY_OPT, *FLAGS, "--run-dir", "new")
     assert refused.code == 5
     assert "nothing was begun" in refused.err

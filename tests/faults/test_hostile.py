@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from pipeline.engine.verify import verify
 from pipeline.errors import PipelineError
 from pipeline.rundir import records as manifest
-from pipeline.runs.lifecycle import collect_garbage, reopen
+from pipeline.runs.garbage import collect_garbage
+from pipeline.runs.lifecycle import reopen
 from pipeline.runs.status import status
 from pipeline.steps.lamp_plan import steps_of
 from stages.errors import StageError

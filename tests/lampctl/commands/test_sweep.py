@@ -116,15 +116,15 @@ def test_stopped_search_samples_the_same_points(lampctl, given, tmp_path, monkey
     from pipeline.errors import Preempted
     from pipeline.sweeps import sweep
 
-    go_on, calls = sweep.go_on, []
+    resume, calls = sweep.resume, []
 
     def stops_once(run, *args, **kwargs):
         calls.append(run)
         if len(calls) == 4:
             raise Preempted("stopped")
-        return go_on(run, *args, **kwargs)
+        return resume(run, *args, **kwargs)
 
-    monkeypatch.setattr(sweep, "go_on", stops_once)
+    monkeypatch.setattr(sweep, "resume", stops_once)
     stopped = lampctl("sweep", *given, *search, "--sweep-dir", "stopped")
     assert stopped.code == 75
     resumed = lampctl("sweep", "resume", "stopped", "--json")

@@ -47,7 +47,7 @@ class EveryFrame(LiveListener):
 def test_progress_on_a_terminal_shows_steps_metrics_and_remaining_time(lampctl, tmp_path, words):
     from lampctl.cli.exit_codes import end_now
     from pipeline.engine.stop import StopRequest
-    from pipeline.runs.lifecycle import go_on, reopen
+    from pipeline.runs.lifecycle import reopen, resume
 
     assert lampctl("init", save(tmp_path / "m", "llama"), *FLAGS).code == 0
     run, config = reopen(tmp_path / "r")
@@ -56,7 +56,7 @@ def test_progress_on_a_terminal_shows_steps_metrics_and_remaining_time(lampctl, 
         listener.attach(run, config)
         listener.warn("mind [this]")
         listener.warn("mind [this]")
-        go_on(run, config, listener, StopRequest(end_now))
+        resume(run, config, listener, StopRequest(end_now))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     for expected in ("compensate-block/1", "loss ", "epoch 1", "block 1 of 3", "13/13", "warning: mind [this]"):
         assert expected in shown, expected

@@ -1,0 +1,65 @@
+"""The machine and the versions that a run is done with: what differs here, and whether that is allowed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from pipeline.config.run_config import RunConfig
+from pipeline.engine.job import Listener
+from pipeline.errors import ConfigMismatch
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.runs.prepare import environment_record
+from pipeline.steps.run_facts import EnvironmentRecord, environment_of
+
+
+def settle_environment(run: RunDirectory, config: RunConfig, listener: Listener) -> None:
+    """Check that this machine and its versions are those of the run, or record that they have changed.
+
+    Raises ConfigMismatch where they differ and the run does not allow that.
+    """
+    environment, changes = environment_here(run, config)
+    if not changes:
+        return
+    lines = "\n".join(f"  {change}" for change in changes)
+    if not config.allow_environment_change:
+        raise ConfigMismatch(
+            f"{run.label} was begun elsewhere, and its result could differ in the last bits here:\n{lines}\n"
+            "resume where it was begun, or allow it: lampctl resume --allow-environment-change (or "
+            "LAMPCTL_ALLOW_ENVIRONMENT_CHANGE=1)"
+        )
+    listener.warn(f"from here on, the run is done elsewhere:\n{lines}")
+    run.change_environment(environment.model_dump(), changes, config.free)
+    run.event("environment-changed", changes=changes)
+
+
+def environment_here(run: RunDirectory, config: RunConfig) -> tuple[EnvironmentRecord, list[str]]:
+    """This machine as the run would use it, and how it differs from the environment in force.
+
+    The arithmetic stays that of the run. Threads and the like are chosen again where the device is another one.
+
+    Returns:
+        The environment, and one sentence for each difference.
+    """
+    from stages.machine import device
+
+    then = environment_of(run)
+    choices = device.DeviceChoices(**then.device.model_dump())
+    changes = []
+    found = device.name_of(choices.device)
+    if found != choices.device_name:
+        what = found or "missing"
+        changes.append(f"{choices.device} is {what} here, it was {choices.device_name}")
+        chosen = device.choose(config.device, choices.dtype, config.threads)
+        choices = replace(chosen, batch_tokens=choices.batch_tokens, compiles=choices.compiles)
+    now = EnvironmentRecord.model_validate(environment_record(asdict(choices)))
+    for name, version in _versions(then).items():
+        here = _versions(now).get(name)
+        if here != version:
+            changes.append(f"{name} is {here} here, it was {version}")
+    return now, changes
+
+
+def _versions(environment: EnvironmentRecord) -> dict[str, str]:
+    """The versions that may change the last bits: of Python, its minor version."""
+    python = ".".join(environment.python.split(".")[:2])
+    return {**environment.packages, "python": python}
