@@ -208,7 +208,7 @@ def test_step_with_other_weights_is_revoked_with_all_later_steps(runs, tmp_path,
     assert "are done again" in resumed.err
     log = [json.loads(path.read_text()) for path in sorted(Path("run/commits").iterdir())]
     taken_back = [record for record in log if record["step"] == "invalidate"]
-    assert [record["figures"]["reason"].split(" ")[0] for record in taken_back] == ["pruned/1", "unrefined/1"]
+    assert [record["result"]["reason"].split(" ")[0] for record in taken_back] == ["pruned/1", "unrefined/1"]
     again = [record["step"] for record in log if record["number"] > taken_back[-1]["number"]]
     assert again[:3] == ["prune-block/1", "refine-block/1", "compensate-block/2"]
     assert [record["number"] for record in log] == list(range(len(log)))

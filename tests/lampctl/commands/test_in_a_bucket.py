@@ -118,8 +118,8 @@ def test_baseline_in_a_bucket_is_beside_the_run_and_shares_its_calibration_set(l
     report = answer.json
     assert report["run"] == PLACE
     assert report["baselines"][0]["run"] == f"{PLACE}-sparsegpt"
-    shared = read_all(f"{PLACE}-sparsegpt")[0]["figures"]
-    assert "shared_with" in shared
+    shared = read_all(f"{PLACE}-sparsegpt")[0]["result"]
+    assert shared["shared_with"]
 
 
 def test_missing_run_bucket_and_scheme_are_named(lampctl, server, tmp_path):

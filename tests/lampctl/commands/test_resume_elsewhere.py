@@ -52,7 +52,7 @@ def test_other_versions_are_refused_unless_allowed_and_then_written_into_the_cha
     assert "torch is 99.0 here" in answer.err
     change = records()[num_before]
     assert change["step"] == "environment"
-    assert change["figures"]["environment"]["packages"]["torch"] == "99.0"
+    assert change["result"]["environment"]["packages"]["torch"] == "99.0"
     status = lampctl("status", "r")
     assert "torch is 99.0 here" in status.out
     # Finished: nobody computes anything any more, and every machine may look at it.
@@ -124,15 +124,15 @@ def test_second_runner_is_refused_unless_takeover(lampctl, begun, monkeypatch):
 
 
 def test_max_time_stops_with_75_and_the_same_command_resumes(lampctl, begun, monkeypatch):
-    from pipeline.steps import executor
+    from stages import prune_block as stage
 
-    prune = executor.prune_block
+    prune = stage.prune_block
 
     def slowly(*args, **kwargs):
         time.sleep(0.4)
         return prune(*args, **kwargs)
 
-    monkeypatch.setattr(executor, "prune_block", slowly)
+    monkeypatch.setattr(stage, "prune_block", slowly)
     answer = lampctl("resume", "r", "--max-runtime", "0.3s")
     assert answer.code == 75
     assert "allowed run time of 0.3s is over" in answer.err

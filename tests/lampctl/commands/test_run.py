@@ -460,7 +460,7 @@ def test_a_budget_from_the_data_is_a_step_that_commits_its_table(lampctl, tmp_pa
     assert answer.code == 0, answer.err
     commits = [json.loads(path.read_text()) for path in sorted(Path("r/commits").iterdir())]
     assert [c["step"] for c in commits[:4]] == ["calibrate", "capture", "allocate", "prune-block/0"]
-    table, shares = commits[2]["figures"]["budget"], commits[2]["figures"]["outlier_shares"]
+    table, shares = commits[2]["result"]["budget"], commits[2]["result"]["outlier_shares"]
     sparsities = [sum(x["num_masked"] for x in b["layers"]) / sum(x["size"] for x in b["layers"]) for b in table]
     assert max(sparsities) - min(sparsities) == pytest.approx(0.2, abs=1e-3)
     assert sparsities.index(min(sparsities)) == shares.index(max(shares))

@@ -147,7 +147,7 @@ def test_unreadable_images_are_counted_and_skipped(lampctl, sam, tmp_path):
     assert pruned["skipped"] == {"broken": 2}
     assert pruned["num_images"] == 4
     commit = json.loads((tmp_path / "run" / "commits" / "000000.json").read_text())
-    assert commit["figures"]["num_images"] == 4
+    assert (commit["result"]["unit"], commit["result"]["amount"]) == ("images", 4)
     too_many = lampctl("run", sam, "--sparsity", "0.5", "--calibration", where, "--num-samples", "5", "--run-dir", "b")
     assert too_many.code == 2
     assert "holds 4 pictures that can be read (2 broken), 5 are needed" in too_many.err

@@ -40,7 +40,7 @@ def test_grid_sweep_finishes_and_shares_the_first_steps(lampctl, given, tmp_path
     for name in ("sparsity-0.5_method-lamp", "sparsity-0.7_method-sparsegpt"):
         trial = steps(tmp_path / "s" / "trials" / name)
         for step in ("calibrate", "capture"):
-            assert "shared_with" in trial[step]["figures"]
+            assert trial[step]["result"]["shared_with"]
         for payload, of_stem in steps(stem)["capture"]["payloads"].items():
             if payload in trial["capture"]["payloads"]:
                 files = trial["capture"]["payloads"][payload]["files"]
