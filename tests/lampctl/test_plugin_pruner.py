@@ -1,64 +1,26 @@
-"""A pruner of another package, installed as an entry point, works in every place where a built-in pruner does."""
+"""The pruner of docs/pruners.md, installed as an entry point, works in every place where a built-in pruner does."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from stages.pruners.registry import PRUNERS
+from stages.testing.pruners import check_pruner
 from tests.small_models import save
 
-MODULE = """
-import torch
-
-from stages.pruners.base import Pruner
-
-
-class MeanAbs:
-    def __init__(self, cols, device):
-        self.sums, self.num_tokens = torch.zeros(cols, device=device), 0
-
-    def add(self, x):
-        self.sums += x.float().abs().sum(dim=0)
-        self.num_tokens += len(x)
-
-    def relative_error(self, before, after):
-        return None
-
-    def state(self):
-        return self.sums, {"num_tokens": self.num_tokens}
-
-    @classmethod
-    def restored(cls, sums, counts, device):
-        found = cls(0, device)
-        found.sums, found.num_tokens = sums.to(device), counts["num_tokens"]
-        return found
-
-    @staticmethod
-    def num_numbers(cols):
-        return cols
-
-
-class L1(Pruner):
-    name = "l1"
-    title = "L1 score"
-    help = "Zero the weights of smallest |w| times the mean of |x|."
-    serves_lamp = True
-    supports_bits = False
-    supports_pattern = False
-
-    @classmethod
-    def statistics(cls):
-        return MeanAbs
-
-    def prune(self, layer, prepared):
-        scores = layer.weight.abs() * prepared.sums
-        return self.keep(layer, self.select(scores, layer))
-"""
+PAGE = Path(__file__).parents[2] / "docs" / "pruners.md"
 AMOUNT = (
     *("--calibration", "text:words.txt", "--num-samples", 4, "--seqlen", 32, "--evaluate", "text:words.txt"),
     *("--sparsity", 0.5, "--device", "cpu", "--threads", 1),
 )
+
+
+def code_blocks(language):
+    """The code blocks of the page, in their order."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -67,9 +29,11 @@ def plugin(tmp_path, monkeypatch, words):
     site = tmp_path / "site"
     metadata = site / "l1_pruner-1.0.dist-info"
     metadata.mkdir(parents=True)
-    (site / "l1_pruner.py").write_text(MODULE)
+    (site / "l1_pruner.py").write_text(code_blocks("python")[0])
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: l1-pruner\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[lampctl.pruners]\nl1 = l1_pruner:L1\n")
+    (metadata / "entry_points.txt").write_text(
+        "[lampctl.pruners]\n" + code_blocks("toml")[0].partition("\n")[2].replace('"', "")
+    )
     monkeypatch.syspath_prepend(str(site))
     _forget()
     yield
@@ -80,6 +44,10 @@ def _forget():
     """Have the registry look for entry points again."""
     PRUNERS.__dict__.pop("_plugins", None)
     PRUNERS._loaded.pop("l1", None)
+
+
+def test_it_conforms(plugin):
+    check_pruner("l1")
 
 
 def test_it_is_a_method_of_its_own(lampctl, tmp_path, plugin):
