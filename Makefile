@@ -36,7 +36,7 @@ unit: $(READY)
 	$(BIN)/python -m pytest -m unit -n 2 --dist worksteal
 
 test: lint ## Lint, then the default tests: less than 8 minutes on 2 quiet cores
-	$(BIN)/python -m pytest -m 'not slow and not smollm2' -n 2 --dist loadscope
+	$(BIN)/python -m pytest -m 'not slow and not smollm2' -n 2 --dist worksteal
 
 demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (minutes on 2 quiet cores)
 	$(BIN)/lampctl run smollm2-135m $(SMOL_ARGS)

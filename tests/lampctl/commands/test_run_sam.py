@@ -184,6 +184,7 @@ def test_images_are_refused_for_a_language_model(lampctl, images):
     assert "holds images" in answer.err
 
 
+@pytest.mark.slow  # by default: the same of a language model, in test_run.py
 def test_lamp_beats_sparsegpt_and_sparsegpt_magnitude_on_a_trained_model(lampctl, tmp_path, monkeypatch):
     """sam-tiny at 80%, where the gaps are wide: the paper's order."""
     examples = Path(__file__).parents[3] / "examples"
