@@ -81,23 +81,23 @@ def _show_again(place: str) -> bool:
 
 
 def _pack(place: str, out: Path | None, force: bool, as_json: bool) -> None:
-    from lampctl.output import tables
     from lampctl.output.file_progress import showing_files
+    from lampctl.output.packed import show_packed
     from pipeline.runs.packing import find_packable, pack_model
 
     source = find_packable(place)
     target = out or source.target
     with showing_files(f"packing {source.folder}") as callbacks:
         sizes = pack_model(source, target, callbacks, force)
-    tables.packed("packed model", target, sizes, as_json)
+    show_packed("packed model", target, sizes, as_json)
 
 
 def _unpack(packed: Path, folder: Path, as_json: bool) -> None:
-    from lampctl.output import tables
     from lampctl.output.file_progress import showing_files
+    from lampctl.output.packed import show_packed
     from pipeline.runs.packing import unpack_model
     from stages.formats.packed.layout import packed_sizes
 
     with showing_files(f"unpacking {packed}") as callbacks:
         unpack_model(packed, folder, callbacks)
-    tables.packed("model", folder, packed_sizes(packed), as_json)
+    show_packed("model", folder, packed_sizes(packed), as_json)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from lampctl.output.accuracy import accuracy_table, mean_notes, means_of
-from lampctl.output.console import console_here
+from lampctl.output.console import console_here, shown_path
 from lampctl.output.labels import layer_label, source_label
 from lampctl.output.units import duration, size
 from lampctl.report.comparison import Comparison
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
     from pipeline.engine.plan import Step
     from pipeline.rundir.run_directory import RunDirectory
-    from stages.formats.packed.layout import PackedSizes
 
 
 def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json: bool) -> None:
@@ -63,13 +62,13 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
             console.print(line, highlight=False)
     for state in states[1:]:
         if state.model is not None:
-            console.print(f"\n{method_title(state.config.method)}:", _shown(state.model), highlight=False, end="")
+            console.print(f"\n{method_title(state.config.method)}:", shown_path(state.model), highlight=False, end="")
     if main.model is not None:
-        console.print("\nThe pruned model:", _shown(main.model), soft_wrap=True, highlight=False)
+        console.print("\nThe pruned model:", shown_path(main.model), soft_wrap=True, highlight=False)
         if not is_address(main.model):
             opens = "SamModel" if main.task == "vision" else "AutoModelForCausalLM"
             dtype = "float32" if main.task == "vision" else "auto"  # pictures come in fp32
-            load = f'{opens}.from_pretrained("{_shown(main.model)}", dtype="{dtype}")'
+            load = f'{opens}.from_pretrained("{shown_path(main.model)}", dtype="{dtype}")'
             console.print("Load it:          " + load, soft_wrap=True, highlight=False)
 
 
@@ -115,7 +114,7 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
         print(json.dumps(record, indent=2))
         return
     console = console_here()
-    console.print(f"{_shown(state.label)}: {_summary_line(state)}", highlight=False, soft_wrap=True)
+    console.print(f"{shown_path(state.label)}: {_summary_line(state)}", highlight=False, soft_wrap=True)
     if state.is_finished:
         how_far = f"finished, {len(state.steps)} steps in {duration(state.elapsed_s)}"
     else:
@@ -142,9 +141,9 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
             found = {title: [r for r in results if r.which == which] for which, title in titles.items()}
             console.print(accuracy_table({title: those for title, those in found.items() if those}))
             if place is not None:
-                console.print(f"rows of {_shown(place)}", highlight=False, soft_wrap=True)
+                console.print(f"rows of {shown_path(place)}", highlight=False, soft_wrap=True)
     if state.model is not None:
-        console.print(f"The pruned model: {_shown(state.model)}", highlight=False, soft_wrap=True)
+        console.print(f"The pruned model: {shown_path(state.model)}", highlight=False, soft_wrap=True)
 
 
 def begun(
@@ -169,7 +168,7 @@ def begun(
 
 def next_step(run: RunDirectory, config: RunConfig) -> None:
     """The command that goes on with a run."""
-    state, where = status_of(run, config), _shown(run.label)
+    state, where = status_of(run, config), shown_path(run.label)
     if state.next_step is None:
         line = f"{where} is finished"
     else:
@@ -180,24 +179,7 @@ def next_step(run: RunDirectory, config: RunConfig) -> None:
 
 def model_is_back(run: RunDirectory) -> None:
     """The exported folder was made once more."""
-    console_here().print(f"The pruned model: {_shown(f'{run.label}/model')}", highlight=False, soft_wrap=True)
-
-
-def packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> None:
-    """What a packed file takes on disk, part by part, beside what the model's folder does, and where it is."""
-    if as_json:
-        print(json.dumps({"path": str(path.absolute()), **sizes.record()}, indent=2))
-        return
-    table = Table("on disk")
-    table.add_column("bytes", justify="right")
-    table.add_column("of dense", justify="right")
-    for name, label in _PACKED_PARTS.items():
-        size_bytes = getattr(sizes, f"{name}_bytes")
-        if size_bytes:
-            table.add_row(label, f"{size_bytes:,}", f"{100 * size_bytes / sizes.dense_bytes:.1f}%")
-    console = console_here()
-    console.print(table)
-    console.print(f"The {what} is {_shown(str(path.absolute()))}", highlight=False, soft_wrap=True)
+    console_here().print(f"The pruned model: {shown_path(f'{run.label}/model')}", highlight=False, soft_wrap=True)
 
 
 def comparison(table: Comparison) -> None:
@@ -207,29 +189,8 @@ def comparison(table: Comparison) -> None:
         shown.add_column(column.title, justify="right")
     for row in table.rows:
         cells = [table.cell(row, column).replace(" (", "\n(") for column in table.columns]
-        shown.add_row(row.label if row.is_original else _shown(row.label), row.what, *cells)
+        shown.add_row(row.label if row.is_original else shown_path(row.label), row.what, *cells)
     console_here().print(shown)
-
-
-_PACKED_PARTS = {
-    "dense": "dense: the folder's weights",
-    "packed": "packed: all of it",
-    "masks": "  masks",
-    "codes": "  codes of kept weights",
-    "values": "  values of kept weights",
-    "scales": "  scales and zero points",
-    "untouched": "  weights that are never pruned",
-    "files": "  tokenizer, configuration, card",
-    "described": "  names, shapes, digests",
-}
-
-
-def _shown(place: str) -> str:
-    """A path relative to here where that is shorter, an address as it is."""
-    here = Path.cwd()
-    if is_address(place) or not Path(place).is_relative_to(here):
-        return place
-    return str(Path(place).relative_to(here))
 
 
 def _summary_line(state: RunStatus) -> str:

@@ -1,0 +1,43 @@
+"""Sizes of a packed file on a terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from lampctl.output.console import console_here, shown_path
+
+if TYPE_CHECKING:
+    from stages.formats.packed.layout import PackedSizes
+
+_PACKED_PARTS = {
+    "dense": "dense: the folder's weights",
+    "packed": "packed: all of it",
+    "masks": "  masks",
+    "codes": "  codes of kept weights",
+    "values": "  values of kept weights",
+    "scales": "  scales and zero points",
+    "untouched": "  weights that are never pruned",
+    "files": "  tokenizer, configuration, card",
+    "described": "  names, shapes, digests",
+}
+
+
+def show_packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> None:
+    """Print the size of each part of a packed file, compared with the model's folder, and the path."""
+    if as_json:
+        print(json.dumps({"path": str(path.absolute()), **sizes.record()}, indent=2))
+        return
+    table = Table("on disk")
+    table.add_column("bytes", justify="right")
+    table.add_column("of dense", justify="right")
+    for name, label in _PACKED_PARTS.items():
+        size_bytes = getattr(sizes, f"{name}_bytes")
+        if size_bytes:
+            table.add_row(label, f"{size_bytes:,}", f"{100 * size_bytes / sizes.dense_bytes:.1f}%")
+    console = console_here()
+    console.print(table)
+    console.print(f"The {what} is {shown_path(str(path.absolute()))}", highlight=False, soft_wrap=True)
