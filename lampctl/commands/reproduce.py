@@ -70,7 +70,7 @@ def _split(text: str | None) -> tuple[str, ...]:
 
 def _gathered(chosen: Chosen, table: Table, model: str) -> Gathered:
     """The settings that all runs share: the paper's preset, the table's data sets, and what was given."""
-    from pipeline.runs.prepare import with_absolute_paths
+    from pipeline.config.adjust import with_absolute_paths
 
     chosen.preset = chosen.preset or "paper"
     flags = chosen.flags

@@ -59,8 +59,9 @@ def run(
     from lampctl.cli.stop_sources import stopping
     from lampctl.output import tables
     from lampctl.output.progress import listening
+    from pipeline.config.adjust import sibling
     from pipeline.errors import ConfigError
-    from pipeline.runs.prepare import prepare, sibling
+    from pipeline.runs.prepare import prepare
 
     gathered = chosen.gather()
     prepared = prepare(gathered, baseline or ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.gather import Gathered
 from pipeline.config.run_config import CALIBRATION_FIELDS, LAMP_FIELDS, RunConfig
@@ -65,90 +65,151 @@ def check_combinations(gathered: Gathered) -> None:
                 raise ConfigError(f"--no-refine{origin('refine')} excludes {flag_of(field)}{origin(field)}")
 
 
+class Completed(NamedTuple):
+    """A configuration with every default filled in, each field's origin, and notices for the user."""
+
+    config: RunConfig
+    origins: dict[str, str]
+    notices: list[str]
+
+
 def complete(
     gathered: Gathered,
     max_positions: int | None,
     defaults: TrainingDefaults,
     task: Task,
     baselines: Sequence[str] = (),
-) -> tuple[RunConfig, dict[str, str], list[str]]:
-    """Fill in what nobody gave. Gives the configuration, each field's origin, and notices for the user.
+) -> Completed:
+    """Fill in every setting that the user left out.
 
-    task: what a model of this kind is calibrated on and measured by, unless somebody says. baselines: methods that
-    take the same settings beside this run; what one of them uses is worth no notice.
+    Args:
+        gathered: What the user gave; `check_combinations` has passed.
+        max_positions: Longest sequence of the model, in tokens. None: no limit.
+        defaults: How LAMP trains; alpha and beta must be feasible.
+        task: Gives the default data sources of this kind of model.
+        baselines: Methods that run beside this one with the same settings. A setting that one of them uses is not
+            reported as unused.
 
-    `defaults.alpha` and `.beta` must be feasible already, and the combination checked. Raises ConfigError where the
-    model cannot do what was asked for.
+    Raises:
+        ConfigError: The model cannot do what was asked for.
     """
-    settings, notices = gathered.values, []
-    values, origins = asdict(settings), dict(gathered.origins)
+    draft = _Draft(gathered, baselines)
+    _fill_windows(draft, max_positions)
+    _fill_budget(draft, defaults)
+    _fill_training(draft, defaults)
+    _fill_calibration(draft, task)
+    _fill_evaluation(draft, task)
+    for field in draft.values:
+        draft.origins.setdefault(field, "default")
+    config = RunConfig.of(draft.values, draft.origins)
+    check_evaluation(config, max_positions)
+    return Completed(config, draft.origins, draft.notices)
 
-    def fill(field: str, value: Any) -> None:
-        if values[field] is None:
-            values[field] = value
 
-    fill("seqlen", 2048)
+class _Draft:
+    """The settings while defaults are filled in."""
+
+    def __init__(self, gathered: Gathered, baselines: Sequence[str]) -> None:
+        self.gathered, self.baselines = gathered, baselines
+        self.settings = gathered.values
+        self.values = asdict(gathered.values)
+        self.origins = dict(gathered.origins)
+        self.notices: list[str] = []
+        self.is_lamp = gathered.values.method == LAMP
+
+    def fill(self, field: str, value: Any) -> None:
+        """Set a setting that has no value yet."""
+        if self.values[field] is None:
+            self.values[field] = value
+
+    def drop(self, field: str, reason: str, *, is_reported: bool) -> None:
+        """Remove a setting that this method does not use."""
+        if self.gathered.given(field) and is_reported:
+            self.notices.append(f"{flag_of(field)} has no effect: {reason}")
+        self.values[field] = None
+
+
+def _fill_windows(draft: _Draft, max_positions: int | None) -> None:
+    """Tokens per sample and per evaluation window, within the model's limit."""
+    values, model = draft.values, draft.settings.model
+    draft.fill("seqlen", 2048)
     if max_positions is not None and values["seqlen"] > max_positions:
-        if gathered.given("seqlen"):
+        if draft.gathered.given("seqlen"):
             raise ConfigError(
-                f"--seqlen {values['seqlen']}: {settings.model} has {max_positions} positions; "
-                f"use --seqlen {max_positions} or less"
+                f"--seqlen {values['seqlen']}: {model} has {max_positions} positions; use --seqlen {max_positions} "
+                "or less"
             )
-        notices.append(f"seqlen is {max_positions}, all the positions that {settings.model} has")
+        draft.notices.append(f"seqlen is {max_positions}, all the positions that {model} has")
         values["seqlen"] = max_positions
-    fill("eval_seqlen", values["seqlen"])
-    is_lamp, uses_calibration = settings.method == LAMP, reads_data(settings.method)
-    if settings.pattern is None:
-        fill("alpha", defaults.alpha if is_lamp else 1.0)
-        fill("beta", defaults.beta if is_lamp else 0.0)
-        fill("budget", "uniform")
-        if values["budget"] == "outliers":
-            fill("budget_spread", 0.05)
-    if is_lamp and values["refine"] is None and (values["refine_epochs"] or values["refine_lr"]):
+    draft.fill("eval_seqlen", values["seqlen"])
+
+
+def _fill_budget(draft: _Draft, defaults: TrainingDefaults) -> None:
+    """How the sparsity is distributed; a pattern leaves nothing to distribute."""
+    if draft.settings.pattern is not None:
+        return
+    draft.fill("alpha", defaults.alpha if draft.is_lamp else 1.0)
+    draft.fill("beta", defaults.beta if draft.is_lamp else 0.0)
+    draft.fill("budget", "uniform")
+    if draft.values["budget"] == "outliers":
+        draft.fill("budget_spread", 0.05)
+
+
+def _fill_training(draft: _Draft, defaults: TrainingDefaults) -> None:
+    """How LAMP trains; other methods do not."""
+    if not draft.is_lamp:
+        for field in LAMP_FIELDS:
+            draft.drop(field, "only --method lamp uses it", is_reported=LAMP not in draft.baselines)
+        return
+    values = draft.values
+    if values["refine"] is None and (values["refine_epochs"] or values["refine_lr"]):
         values["refine"] = True
-    if is_lamp and values["bits"] is not None:
+    if values["bits"] is not None:
         joint = PRUNERS.get(defaults.pruner).quantizes_jointly
-        fill("pruner", defaults.pruner if joint else PAPER_PRUNER)
+        draft.fill("pruner", defaults.pruner if joint else PAPER_PRUNER)
     for field in LAMP_FIELDS:
-        if is_lamp:
-            fill(field, getattr(defaults, field))
-        else:
-            _drop(field, gathered, values, [] if "lamp" in baselines else notices, "only --method lamp uses it")
-    if is_lamp and gathered.preset == "paper":
+        draft.fill(field, getattr(defaults, field))
+    if draft.gathered.preset == "paper":
         fixed = ("alpha", "beta", *(field for field in LAMP_FIELDS if field != "effort"))
         others = [
-            flag_of(field) for field in fixed if gathered.given(field) and values[field] != getattr(defaults, field)
+            flag_of(field)
+            for field in fixed
+            if draft.gathered.given(field) and values[field] != getattr(defaults, field)
         ]
         if others:
-            notices.append(f"{', '.join(others)}: this departs from the paper's settings (--preset paper)")
-    if is_lamp and not values["refine"]:
+            draft.notices.append(f"{', '.join(others)}: this departs from the paper's settings (--preset paper)")
+    if not values["refine"]:
         values["refine_epochs"] = values["refine_lr"] = None
         if not values["epochs"]:
             raise ConfigError(f"--epochs 0 without --refine trains nothing: that is --method {values['pruner']}")
-    if uses_calibration:
-        fill("calibration", task.default_calibration)
-        if values["calibration"] is None:
-            raise ConfigError(task.missing_calibration)
-        fill("num_samples", 128)
-        fill("calibration_sampling", task.default_sampling(values["calibration"]))
-    else:
+
+
+def _fill_calibration(draft: _Draft, task: Task) -> None:
+    """The calibration set, for methods that read data."""
+    values, method = draft.values, draft.settings.method
+    if not reads_data(method):
         for field in CALIBRATION_FIELDS:
-            reason = f"{method_title(settings.method)} pruning reads no data"
-            _drop(field, gathered, values, [] if baselines else notices, reason)
+            draft.drop(field, f"{method_title(method)} pruning reads no data", is_reported=not draft.baselines)
         values["calibration_skip"] = 0
+        return
+    draft.fill("calibration", task.default_calibration)
+    if values["calibration"] is None:
+        raise ConfigError(task.missing_calibration)
+    draft.fill("num_samples", 128)
+    draft.fill("calibration_sampling", task.default_sampling(values["calibration"]))
+
+
+def _fill_evaluation(draft: _Draft, task: Task) -> None:
+    """What the pruned model is measured on."""
+    values = draft.values
     if values["evaluate"] is None and task.missing_evaluation is not None:
-        notices.append(task.missing_evaluation)
-    fill("evaluate", task.default_evaluation)
-    fill("tasks", usual_tasks(values["task_data"], values["task_limit"]))
-    for field in values:
-        origins.setdefault(field, "default")
-    config = RunConfig.of(values, origins)
-    check_evaluation(config, max_positions)
-    return config, origins, notices
+        draft.notices.append(task.missing_evaluation)
+    draft.fill("evaluate", task.default_evaluation)
+    draft.fill("tasks", usual_tasks(values["task_data"], values["task_limit"]))
 
 
 def usual_tasks(task_data: str | None, task_limit: int | None) -> tuple[str, ...]:
-    """The tasks where nobody named any: none, unless something was said about their rows."""
+    """The zero-shot tasks if --tasks is not given: the usual seven with --task-data or --task-limit, else none."""
     return () if task_data is None and task_limit is None else tuple(LAYOUT)
 
 
@@ -165,9 +226,3 @@ def check_evaluation(config: RunConfig, max_positions: int | None) -> None:
 def _any_of(names: Sequence[str]) -> str:
     """ "a, b or c"."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def _drop(field: str, gathered: Gathered, values: dict[str, Any], notices: list[str], reason: str) -> None:
-    if gathered.given(field):
-        notices.append(f"--{field.replace('_', '-')} has no effect: {reason}")
-    values[field] = None

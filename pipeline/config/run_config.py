@@ -16,7 +16,6 @@ from annotated_types import Ge
 from pipeline.config.settings import Settings, names_where, with_current_names
 from stages.pruners.base import PruneOptions
 from stages.pruners.registry import LAMP, PAPER_PRUNER
-from stages.sparsity.nm_pattern import Pattern
 from stages.tasks.base import EvaluationProtocol
 
 FREE_FIELDS = names_where(scope="runtime")
@@ -39,20 +38,6 @@ class RunConfig(Settings):
     evaluate: tuple[str, ...] = ()
     eval_seqlen: Annotated[int, Ge(2)]
     tasks: tuple[str, ...] = ()
-
-    @property
-    def n_of_m(self) -> Pattern | None:
-        """The N:M pattern, if that is what is asked for."""
-        return Pattern.parse(self.pattern) if self.pattern is not None else None
-
-    @property
-    def target_sparsity(self) -> float:
-        """The share of the prunable weights that is to be masked."""
-        pattern = self.n_of_m
-        if pattern is not None:
-            return pattern.sparsity
-        assert self.sparsity is not None
-        return self.sparsity
 
     @property
     def is_lamp(self) -> bool:

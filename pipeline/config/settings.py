@@ -15,6 +15,7 @@ from pipeline.config.job_settings import JobSettings
 from pipeline.config.option import Option
 from pipeline.config.pruning_settings import PruningSettings
 from pipeline.errors import ConfigError
+from stages.sparsity.nm_pattern import Pattern
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -25,6 +26,20 @@ class Settings(JobSettings, PruningSettings):
     """What a user may set. None means: the default, which may depend on the model and the sparsity."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    @property
+    def n_of_m(self) -> Pattern | None:
+        """The N:M pattern, if --pattern is given."""
+        return Pattern.parse(self.pattern) if self.pattern is not None else None
+
+    @property
+    def target_sparsity(self) -> float:
+        """The share of the prunable weights that is to be masked."""
+        pattern = self.n_of_m
+        if pattern is not None:
+            return pattern.sparsity
+        assert self.sparsity is not None
+        return self.sparsity
 
     @classmethod
     def of(cls, values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Self:

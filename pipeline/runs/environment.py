@@ -1,15 +1,29 @@
-"""The machine and the versions that a run is done with: what differs here, and whether that is allowed."""
+"""The environment of a run: versions and device choices that decide the last bits, and whether they may change."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.job import Listener
 from pipeline.errors import ConfigMismatch
 from pipeline.rundir.run_directory import RunDirectory
-from pipeline.runs.prepare import environment_record
 from pipeline.steps.run_facts import EnvironmentRecord, environment_of
+from stages.version import VERSION
+
+
+def environment_record(device: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and device choices that decide the last bits, ready for JSON.
+
+    Args:
+        device: The fields of `stages.machine.device.DeviceChoices`.
+    """
+    others = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "zarr")}
+    return {"python": platform.python_version(), "packages": {"lampctl": VERSION, **others}, "device": dict(device)}
 
 
 def settle_environment(run: RunDirectory, config: RunConfig, listener: Listener) -> None:

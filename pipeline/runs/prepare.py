@@ -1,28 +1,29 @@
-"""From settings to a run that could begin: model, configuration, budget and plan, all checked, nothing written."""
+"""Prepare a run: model, configuration, budget and plan, all of them checked. Writes nothing."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.completion import BASELINE, check_combinations, complete
+from pipeline.config.adjust import adjusted_to, with_absolute_paths
+from pipeline.config.completion import check_combinations, complete
 from pipeline.config.gather import Gathered
-from pipeline.config.run_config import LAMP_FIELDS, RunConfig
-from pipeline.config.settings import flag_of
+from pipeline.config.run_config import RunConfig
 from pipeline.engine.plan import Step
-from pipeline.errors import ConfigError
+from pipeline.runs.budget import PrunableLayers, allocate_budget, feasible_defaults
+from pipeline.runs.environment import environment_record
+from pipeline.runs.sources import check_sources, check_zero_shot
 from pipeline.steps.lamp_plan import chain_of
-from pipeline.steps.stage_settings import drawing_of, fit_memory, fixed_sparsities, prunable_layers, task_data_of
-from stages.pruners.registry import LAMP, method_names
-from stages.version import VERSION
+from pipeline.steps.stage_settings import fit_memory
+from stages.pruners.registry import LAMP
 
 if TYPE_CHECKING:
+    from stages.machine.device import DeviceChoices
     from stages.models.base import BlockModel
-    from stages.tasks.base import Task
+    from stages.sparsity.budget import BlockBudget
+    from stages.training.presets import TrainingDefaults
 
 RUNS = Path("runs")
 
@@ -37,31 +38,31 @@ class Prepared:
     model: dict[str, Any]
     data: dict[str, Any]
     environment: dict[str, Any]
-    budget: tuple[Any, ...]  # stages.sparsity.budget.BlockBudget, one a block
+    budget: tuple[BlockBudget, ...]
     steps: tuple[Step, ...]
 
     @property
     def default_run_dir(self) -> Path:
-        """``runs/<model>-s<percent>-<method>``; a pattern (2of4) in place of the percentage, -int<bits> behind."""
+        """``runs/<model>-s<percent>-<method>``; ``<n>of<m>`` for a pattern, ``-int<bits>`` after either."""
         name = Path(self.config.model).name.removesuffix(".gguf") if "/" in self.config.model else self.config.model
         return RUNS / f"{name.lower()}-{self.config.slug}-{self.config.method}"
 
 
 def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
-    """Find the model, fill in the defaults, compute the budget, check the sources. Writes nothing to the run.
+    """Resolve the model, complete the configuration, compute the budget, check the data sources.
 
-    baselines: methods that are run beside it with the same settings.
+    Args:
+        gathered: What the user gave.
+        baselines: Methods that run beside this one with the same settings.
 
-    Raises what the stages raise for an unknown model, a hub out of reach, an infeasible budget, a text that is
-    not there.
+    Raises:
+        ConfigError: The settings exclude each other, or do not fit the model.
+        StageError: The model is unknown, the hub does not answer, no budget fits, a data source cannot be read, or the
+            memory limit is too low.
     """
-    from stages.machine.device import choose, micro_batches, require_compiler
-    from stages.metrics.zero_shot import check_tasks
+    from stages.machine.device import choose, require_compiler
     from stages.models.resolve import resolve
-    from stages.sparsity.budget import feasible_alpha, feasible_beta
-    from stages.sparsity.nm_pattern import Pattern
     from stages.tasks.registry import open_model, task_named
-    from stages.training.presets import measured, published
 
     check_combinations(gathered)
     gathered = with_absolute_paths(gathered)
@@ -69,152 +70,56 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     choices = choose(settings.device, settings.dtype, settings.threads)
     if settings.compile:
         require_compiler(choices.torch_device)
-    folder = resolve(settings.model, settings.revision, trusts_code=settings.trust_remote_code)
-    model = open_model(folder)
+    model = open_model(resolve(settings.model, settings.revision, trusts_code=settings.trust_remote_code))
     task = task_named(model.task)
-    gathered = _without_foreign_data(_with_fixed_samples(gathered, model), model)
-    settings = gathered.values
-    shapes = prunable_layers(model, settings.ignore)
-    widest = max(layer.cols for block in shapes for layer in block)
-    if settings.group_size is not None and settings.group_size > widest:
-        raise ConfigError(f"--group-size {settings.group_size}: no layer has more than {widest} columns; leave it out")
-    fixed = fixed_sparsities(shapes, settings.layer_sparsity)
-
-    pattern = Pattern.parse(settings.pattern) if settings.pattern is not None else None
-    sparsity = pattern.sparsity if pattern is not None else settings.sparsity
-    assert sparsity is not None
-    if gathered.preset == "paper":
-        defaults = published(model.name, sparsity)
-    else:
-        defaults = measured(model.name, sparsity, model.num_blocks, settings.effort or "medium")
-    notices = []
-    if settings.method == LAMP and pattern is None:
-        free_shapes = [[layer for layer in block if layer.name not in fixed] for block in shapes]
-        beta = settings.beta if settings.beta is not None else defaults.beta
-        if settings.beta is None:
-            wanted_alpha = settings.alpha if settings.alpha is not None else 1.0
-            beta = feasible_beta(free_shapes, sparsity, wanted_alpha, defaults.beta)
-        alpha = settings.alpha if settings.alpha is not None else defaults.alpha
-        if settings.alpha is None:
-            alpha = feasible_alpha(free_shapes, sparsity, defaults.alpha, beta)
-        for name, value, default in (("alpha", alpha, defaults.alpha), ("beta", beta, defaults.beta)):
-            if getattr(settings, name) is None and value != default:
-                notices.append(f"{name} is {value:.4g} instead of {default:.4g}: no layer can be pruned above 100%")
-        defaults = replace(defaults, alpha=alpha, beta=beta)
-    config, origins, more_notices = complete(gathered, model.max_positions, defaults, task, baselines)
-    if config.tasks and model.task != "language":
-        raise ConfigError(f"--tasks: {folder.name} is a {model.task} model, and zero-shot tasks are text")
-    check_tasks(config.tasks, task_data_of(config))
-    at_once = micro_batches(choices.torch_device, config.seqlen, config.micro_batch)
-    fitting = fit_memory(model, config, choices, at_once)
-    choices = replace(choices, batch_tokens=fitting.samples_at_once * config.seqlen, compiles=bool(config.compile))
-    budget = _allocate(shapes, config, fixed)
+    gathered = adjusted_to(gathered, model)
+    layers = PrunableLayers.of(model, gathered.values)
+    defaults, notices = _defaults_for(gathered, model, layers)
+    completed = complete(gathered, model.max_positions, defaults, task, baselines)
+    config = completed.config
+    check_zero_shot(config, model)
+    choices = _fit_to_memory(config, model, choices)
+    budget = allocate_budget(layers, config)
     return Prepared(
         config=config,
-        origins=origins,
-        notices=(*notices, *more_notices),
-        model=_model_record(model, folder),
-        data=_check_sources(config, model, task),
+        origins=completed.origins,
+        notices=(*notices, *completed.notices),
+        model=_model_record(model),
+        data=check_sources(config, model, task),
         environment=environment_record(asdict(choices)),
         budget=budget,
         steps=chain_of(config, model.num_blocks),
     )
 
 
-def sibling(gathered: Gathered, method: str) -> Gathered:
-    """The same settings for another method, to be compared with: what only the first method has is dropped."""
-    dropped = {"alpha", "beta"} if method == LAMP else {"alpha", "beta", *LAMP_FIELDS}
-    changes: dict[str, Any] = dict.fromkeys(dropped)
-    if method not in method_names():
-        raise ConfigError(f"--baseline {method}: choose one of {', '.join(method_names())}")
-    values = gathered.values.changed(**{**changes, "method": method, "evaluate_dense": False})
-    origins = {name: origin for name, origin in gathered.origins.items() if name not in dropped}
-    origins["method"] = BASELINE
-    return Gathered(values, origins, gathered.preset)
-
-
-def with_absolute_paths(gathered: Gathered) -> Gathered:
-    """The settings with local paths made absolute: a run can be resumed from another folder."""
-    from stages.formats.file_digest import local_path
-    from stages.tasks.registry import parse_source
+def _defaults_for(
+    gathered: Gathered, model: BlockModel, layers: PrunableLayers
+) -> tuple[TrainingDefaults, tuple[str, ...]]:
+    """The defaults of LAMP for this model and sparsity, and notices where a default does not fit the layers."""
+    from stages.training.presets import measured, published
 
     settings = gathered.values
-    changes: dict[str, Any] = {}
-    path = local_path(settings.model)
-    if path.exists():
-        changes["model"] = str(path.resolve())
-    if settings.calibration is not None:
-        changes["calibration"] = parse_source(settings.calibration).name
-    if settings.evaluate is not None:
-        changes["evaluate"] = tuple(parse_source(source).name for source in settings.evaluate)
-    return Gathered(settings.changed(**changes), gathered.origins, gathered.preset)
+    if gathered.preset == "paper":
+        defaults = published(model.name, settings.target_sparsity)
+    else:
+        defaults = measured(model.name, settings.target_sparsity, model.num_blocks, settings.effort or "medium")
+    if settings.method != LAMP or settings.pattern is not None:
+        return defaults, ()
+    return feasible_defaults(layers, settings, defaults)
 
 
-def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
-    """The settings with the number of tokens that every sample of this model has, if it leaves no choice."""
-    from stages.tasks.registry import task_named
+def _fit_to_memory(config: RunConfig, model: BlockModel, choices: DeviceChoices) -> DeviceChoices:
+    """The device choices with the largest micro-batch that fits. Raises ResourceError if none fits."""
+    from stages.machine.device import micro_batches
 
-    if model.fixed_tokens is None:
-        return gathered
-    for field in ("seqlen", "eval_seqlen", "eval_max_tokens"):
-        if gathered.given(field):
-            raise ConfigError(
-                f"{flag_of(field)}: every sample of {model.source.name} has {model.fixed_tokens} patches; leave it out"
-            )
-    fixed = {"seqlen": model.fixed_tokens, "eval_seqlen": model.fixed_tokens, "eval_max_tokens": None}
-    points = gathered.values.eval_points or task_named(model.task).default_points
-    values = gathered.values.changed(**fixed, eval_points=points)
-    return Gathered(values, gathered.origins, gathered.preset)
+    at_once = micro_batches(choices.torch_device, config.seqlen, config.micro_batch)
+    fitting = fit_memory(model, config, choices, at_once)
+    return replace(choices, batch_tokens=fitting.samples_at_once * config.seqlen, compiles=bool(config.compile))
 
 
-def _without_foreign_data(gathered: Gathered, model: BlockModel) -> Gathered:
-    """The settings without the data that a preset names for another kind of model."""
-    from stages.tasks.registry import parse_source
-
-    settings = gathered.values
-    named = {"calibration": (settings.calibration,), "evaluate": settings.evaluate}
-    foreign = [
-        field
-        for field, names in named.items()
-        if not gathered.given(field) and any(parse_source(name).task != model.task for name in names or () if name)
-    ]
-    changes = dict.fromkeys(foreign)
-    return Gathered(settings.changed(**changes), gathered.origins, gathered.preset)
-
-
-def _allocate(blocks: Sequence[Sequence[Any]], config: RunConfig, fixed: Mapping[str, float]) -> tuple[Any, ...]:
-    from stages.sparsity.budget import allocate, follow_pattern
-
-    pattern = config.n_of_m
-    if pattern is not None:
-        return follow_pattern(blocks, pattern)
-    assert config.alpha is not None
-    assert config.beta is not None
-    return allocate(blocks, config.target_sparsity, config.alpha, config.beta, fixed)
-
-
-def _check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str, Any]:
-    """The digest of each local source, after making sure that each can be read and is large enough."""
-    from stages.tasks.base import require_task
-    from stages.tasks.registry import parse_source
-
-    digests: dict[str, Any] = {}
-    if config.calibration is not None:
-        source = parse_source(config.calibration)
-        require_task(source, model)
-        source.check()
-        task.require_samples(model, source, drawing_of(config))
-        digests[config.calibration] = source.digest()
-    for name in config.evaluate:
-        source = parse_source(name)
-        require_task(source, model)
-        source.check()
-        task.require_measurable(model, source, config.evaluation_protocol)
-        digests[name] = source.digest()
-    return digests
-
-
-def _model_record(model: Any, folder: Any) -> dict[str, Any]:
+def _model_record(model: BlockModel) -> dict[str, Any]:
+    """What run.json keeps about the model."""
+    folder = model.source
     return {
         "name": folder.name,
         "source": folder.source,
@@ -226,9 +131,3 @@ def _model_record(model: Any, folder: Any) -> dict[str, Any]:
         "hidden_size": model.hidden_size,
         "max_positions": model.max_positions,
     }
-
-
-def environment_record(device: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions and device choices that decide the last bits."""
-    others = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "zarr")}
-    return {"python": platform.python_version(), "packages": {"lampctl": VERSION, **others}, "device": dict(device)}

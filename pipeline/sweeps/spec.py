@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.config.adjust import sibling, with_absolute_paths
 from pipeline.config.gather import Gathered
 from pipeline.config.run_config import FREE_FIELDS
 from pipeline.config.settings import Settings, flag_of, options
 from pipeline.errors import ConfigError
-from pipeline.runs.prepare import sibling, with_absolute_paths
 from stages.pruners.registry import LAMP
 
 # (low, high, logarithmic scale): the ranges that the paper varies (its Figs. 3-8).

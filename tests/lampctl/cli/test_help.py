@@ -69,7 +69,7 @@ def test_version_prints_name_and_number(lampctl):
 
 def test_no_distribution_of_the_name_lampctl_is_asked_for(monkeypatch):
     """On the package index that name belongs to another project."""
-    from pipeline.runs.prepare import environment_record
+    from pipeline.runs.environment import environment_record
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["name"] == "lampctl-prune"

@@ -1,0 +1,47 @@
+"""Check the data sources of a run before it begins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.run_config import RunConfig
+from pipeline.errors import ConfigError
+from pipeline.steps.stage_settings import drawing_of, task_data_of
+
+if TYPE_CHECKING:
+    from stages.models.base import BlockModel
+    from stages.tasks.base import Task
+
+
+def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str, Any]:
+    """Digest of each local data source by name, after a check that each can be read and is large enough.
+
+    Raises:
+        UsageError: A source cannot be read, is too small, or is for another kind of model.
+    """
+    from stages.tasks.base import require_task
+    from stages.tasks.registry import parse_source
+
+    digests: dict[str, Any] = {}
+    if config.calibration is not None:
+        source = parse_source(config.calibration)
+        require_task(source, model)
+        source.check()
+        task.require_samples(model, source, drawing_of(config))
+        digests[config.calibration] = source.digest()
+    for name in config.evaluate:
+        source = parse_source(name)
+        require_task(source, model)
+        source.check()
+        task.require_measurable(model, source, config.evaluation_protocol)
+        digests[name] = source.digest()
+    return digests
+
+
+def check_zero_shot(config: RunConfig, model: BlockModel) -> None:
+    """Raise ConfigError or UsageError where the zero-shot tasks do not exist or do not fit the model."""
+    from stages.metrics.zero_shot import check_tasks
+
+    if config.tasks and model.task != "language":
+        raise ConfigError(f"--tasks: {model.source.name} is a {model.task} model, and zero-shot tasks are text")
+    check_tasks(config.tasks, task_data_of(config))
