@@ -1,4 +1,4 @@
-"""The command line: registers the commands and turns errors into one line and an exit code."""
+"""The command line: registers the commands, and turns an error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -63,18 +63,18 @@ def lampctl(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Prune a large transformer block by block, as a job that survives its machine.
+    """Prune a large transformer block by block, as a job that can be interrupted and resumed.
 
     \b
     lampctl run smollm2-135m --sparsity 0.6 --preset quick    a first result in minutes
-    lampctl run opt-2.7b --sparsity 0.8                       the real thing
-    lampctl resume                                            go on after a crash
-    lampctl status                                            how far is it?
+    lampctl run opt-2.7b --sparsity 0.8                       a full run
+    lampctl resume                                            continue after a crash
+    lampctl status                                            show the progress
     """
 
 
 class _Stderr(logging.Handler):
-    """Prints to whatever stderr is now: a live display takes its place for a while."""
+    """Writes to the current sys.stderr, which a live display replaces while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
@@ -84,12 +84,12 @@ class _Stderr(logging.Handler):
 def _stop(number: int, frame: FrameType | None) -> None:
     from pipeline.errors import Preempted
 
-    raise Preempted(f"stopped by {signal.Signals(number).name}; the same command goes on where it was")
+    raise Preempted(f"stopped by {signal.Signals(number).name}; the same command continues where it stopped")
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # Read when these libraries are imported, which is later, if at all.
+    # These libraries read them when they are imported, which happens later.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lampctl", "pipeline", "stages"):
@@ -97,7 +97,7 @@ def main() -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
         logger.addHandler(_Stderr())
-    # A command that is in the middle of a run installs a gentler one.
+    # A command that runs steps replaces it by a handler that stops at the next batch.
     signal.signal(signal.SIGTERM, _stop)
     try:
         app(prog_name="lampctl")

@@ -1,4 +1,4 @@
-"""Which error becomes which exit code: the one place that knows."""
+"""The exit code of each error. This is the only table of exit codes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 
-# What the system may refuse wherever a file of the user's is touched.
+# Errors of the operating system at a file that the user named.
 _OS_ERRORS = {
     errno.ENOSPC: RESOURCE,
     errno.EDQUOT: RESOURCE,
@@ -55,24 +55,24 @@ _OS_ERRORS = {
 
 
 def exit_code(error: BaseException) -> int:
-    """The code for an error; 1, a bug of ours, for one that nobody raised on purpose."""
+    """The exit code of an error; 1, a bug of ours, for an error that is not in the tables."""
     for kind, code in EXIT_CODES:
         if isinstance(error, kind):
             return code
     if isinstance(error, OSError) and error.errno in _OS_ERRORS:
         return _OS_ERRORS[error.errno]
-    # By name: torch is not imported only to be asked about its errors.
+    # Compared by name, because importing torch only for this would take seconds.
     return RESOURCE if type(error).__name__ == "OutOfMemoryError" else BUG
 
 
 def message(error: BaseException) -> str:
-    """What the user reads after ``lampctl: ``, without any secret."""
+    """The error message for the user, after ``lampctl: ``, without secrets."""
     return scrub(_message(error))
 
 
 def _message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command goes on where it was"
+        return "interrupted; the same command continues where it stopped"
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU has not enough memory for one block: use a smaller --seqlen, or --device cpu"
     if isinstance(error, MemoryError):
@@ -84,6 +84,6 @@ def _message(error: BaseException) -> str:
 
 
 def end_now(error: BaseException) -> None:
-    """End this process where it is, whatever its threads are doing. Only for errors after which nothing is lost."""
+    """End this process at once, whatever its threads are doing. Only for errors after which no work is lost."""
     print(f"lampctl: {message(error)}", file=sys.stderr, flush=True)
     os._exit(exit_code(error))

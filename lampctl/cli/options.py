@@ -1,20 +1,21 @@
-"""The flags that set up a run, made from the declarations in `pipeline.config`.
+"""The flags of the settings, made from the declarations in `pipeline.config`.
 
-Every default is None: only then can a flag that was given be told from one that was not.
+Every default is None, so that a command can see which flags the user gave.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from pipeline.config.option import Option
-from pipeline.config.settings import flag_of, former_names, options, type_of
+from pipeline.config.settings import flag_of, former_names, options, type_of, variable_of
 from stages.pruners.registry import method_names
 
 if TYPE_CHECKING:
@@ -30,33 +31,60 @@ Preset = Annotated[
 
 
 class Chosen:
-    """What was given on the command line to set up a run."""
+    """The settings that the user gave on the command line."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.config_file: Path | None = values.pop("config")
         self.preset: str | None = values.pop("preset")
-        given = {name.rstrip("_"): value for name, value in values.items() if value not in (None, [])}
-        named = {former_names().get(name, name): value for name, value in given.items()}
-        self.flags = {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
+        given = _by_setting(values)
+        self.flags = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
     def gather(self) -> Gathered:
-        """The settings with those of the environment, the file and the preset. Raises ConfigError."""
+        """Merge with the environment, the configuration file and the preset. Raises ConfigError."""
         from pipeline.config.gather import gather
 
         return gather(self.flags, self.config_file, self.preset)
 
 
 def with_settings(command: Callable[..., None] | None = None, *, without: Collection[str] = ()) -> Callable[..., Any]:
-    """Give a command, whose first parameter is a `Chosen`, the flags of all settings but those named."""
+    """Decorate a command whose first parameter is a `Chosen`: add the flags of all settings except `without`."""
     if command is None:
         return functools.partial(with_settings, without=without)
     declared = [parameter for name in options() if name not in without for parameter in parameters_of(name)]
     declared += [_parameter("config", ConfigFile), _parameter("preset", Preset)]
+    return _with_parameters(command, declared, Chosen)
+
+
+def with_changes(*names: str, environment: Collection[str] = ()) -> Callable[..., Any]:
+    """Decorate a command whose first parameter is a dict of runtime settings: add the flags of these settings.
+
+    The dict has the settings that the user gave, by name. The run keeps its value of every other one.
+
+    Args:
+        names: Settings of scope "runtime".
+        environment: Those among them that an environment variable may give, too.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., Any]:
+        declared = [
+            parameter
+            for name in names
+            for parameter in parameters_of(name, "as last used in this run", reads_environment=name in environment)
+        ]
+        return _with_parameters(command, declared, _by_setting)
+
+    return decorate
+
+
+def _with_parameters(
+    command: Callable[..., None], declared: Sequence[inspect.Parameter], collect: Callable[[dict[str, Any]], Any]
+) -> Callable[..., Any]:
+    """The command with more parameters. It receives their values, collected, as its first argument."""
     own = list(inspect.signature(command).parameters.values())[1:]
 
     @functools.wraps(command)
     def wrapper(**arguments: Any) -> None:
-        command(Chosen({found.name: arguments.pop(found.name) for found in declared}), **arguments)
+        command(collect({found.name: arguments.pop(found.name) for found in declared}), **arguments)
 
     hints = get_type_hints(command, include_extras=True)
     parameters = [
@@ -69,22 +97,39 @@ def with_settings(command: Callable[..., None] | None = None, *, without: Collec
     return wrapper
 
 
-def parameters_of(name: str) -> Iterator[inspect.Parameter]:
-    """The command line's parameters for a setting: its flag, and hidden ones for its former names."""
+def _by_setting(values: dict[str, Any]) -> dict[str, Any]:
+    """The values that were given, under the current names of the settings."""
+    given = {name.rstrip("_"): value for name, value in values.items() if value not in (None, [])}
+    return {former_names().get(name, name): value for name, value in given.items()}
+
+
+def parameters_of(
+    name: str, default: str | None = None, *, reads_environment: bool = False
+) -> Iterator[inspect.Parameter]:
+    """Parameters of a command for one setting: its flag, and hidden flags for its former names.
+
+    Args:
+        name: The setting.
+        default: Text of the default. None: as declared.
+        reads_environment: Whether the command line itself reads the environment variable.
+    """
     option = options()[name]
+    if default is not None:
+        option = replace(option, default=default)
     if option.form == "file only":
         return
     if name == "model":
         argument = typer.Argument(metavar=option.metavar, help=option.help, show_default=False)
         yield _parameter(name, Annotated[str | None, argument])
         return
-    yield _parameter(name, Annotated[_type_of(name, option), _flag(name, option, flag_of(name), hidden=False)])
+    envvar = variable_of(name) if reads_environment else None
+    yield _parameter(name, Annotated[_type_of(name, option), _flag(name, option, flag_of(name), envvar=envvar)])
     for alias in option.aliases:
         flag = flag_of(alias)
-        yield _parameter(alias, Annotated[_type_of(name, option), _flag(name, option, flag, hidden=True)])
+        yield _parameter(alias, Annotated[_type_of(name, option), _flag(name, option, flag, is_hidden=True)])
 
 
-def _flag(name: str, option: Option, flag: str, *, hidden: bool) -> Any:
+def _flag(name: str, option: Option, flag: str, *, is_hidden: bool = False, envvar: str | None = None) -> Any:
     is_switch = type_of(name) is bool
     declaration = f"{flag}/{option.off or f'--no-{flag[2:]}'}" if is_switch else flag
     return typer.Option(
@@ -92,13 +137,15 @@ def _flag(name: str, option: Option, flag: str, *, hidden: bool) -> Any:
         metavar=option.metavar,
         help=option.full_help.format(methods=_listed(method_names()[1:])),
         rich_help_panel=option.panel,
-        hidden=hidden,
+        hidden=is_hidden,
+        envvar=envvar,
+        show_envvar=False,
         show_default=False,
     )
 
 
 def _type_of(name: str, option: Option) -> Any:
-    """What the command line parses: lists between commas stay text, which the settings split."""
+    """The type that the command line parses. A list separated by commas stays text; the settings split it."""
     if option.form == "repeated":
         return list[str] | None
     if option.form == "path":

@@ -1,4 +1,4 @@
-"""Everything that may ask a command to stop: signals, the cloud, the time that is allowed."""
+"""What may stop a command: signals, the cloud's announcement, the time limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def stopping(config: Settings) -> Iterator[StopRequest]:
-    """A request to stop that comes from wherever the settings say. Raises ConfigError for a time that is none."""
+    """A stop request that these sources set, as the settings say. Raises ConfigError for a wrong time limit."""
     from lampctl.cli.exit_codes import end_now
     from pipeline.config.quantities import parse_duration
     from pipeline.engine.preemption import PreemptionWatcher, RunTimer

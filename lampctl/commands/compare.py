@@ -1,4 +1,4 @@
-"""`lampctl compare`: what came of several runs, or models, in one table."""
+"""`lampctl compare`: the results of several runs or models in one table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="RUN_OR_MODEL...",
-            help="Run directories, and folders of models that no run made. Differences are from the first.",
+            help="Run directories, and folders of other models. Differences are relative to the first.",
         ),
     ],
     sources: Annotated[
@@ -20,11 +20,12 @@ def compare(
         typer.Option(
             "--evaluate",
             metavar="SRC,...",
-            help="Measure the perplexity of the model folders on these; of runs it is known. [default: nothing]",
+            help="Measure the perplexity of model folders on these data sources; runs have theirs. [default: none]",
         ),
     ] = None,
     eval_seqlen: Annotated[
-        int | None, typer.Option(metavar="T", min=2, help="With --evaluate: tokens per window. [default: as the runs]")
+        int | None,
+        typer.Option(metavar="T", min=2, help="With --evaluate: tokens per window. [default: as in the runs]"),
     ] = None,
     eval_max_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=2, help="With --evaluate: stop after N tokens. [default: all]")
@@ -37,7 +38,7 @@ def compare(
 
     \b
     lampctl compare runs/opt-2.7b-s70-lamp runs/opt-2.7b-s70-sparsegpt
-    lampctl compare runs/mine somebody-elses-model --evaluate wikitext2
+    lampctl compare runs/mine other-model --evaluate wikitext2
     lampctl compare runs/* --markdown
     """
     from lampctl.output import tables
@@ -50,7 +51,7 @@ def compare(
         raise ConfigError("--json, --csv and --markdown exclude each other: choose one")
     names = tuple(name.strip() for name in (sources or "").split(",") if name.strip())
     if not names and (eval_seqlen or eval_max_tokens):
-        raise ConfigError("--eval-seqlen and --eval-max-tokens are about --evaluate, which is missing")
+        raise ConfigError("--eval-seqlen and --eval-max-tokens require --evaluate")
     with showing_files("looking through models") as callbacks:
         table = comparison.compare(standings(places, Measure(names, eval_seqlen, eval_max_tokens), callbacks))
     if as_json:

@@ -1,4 +1,4 @@
-"""`lampctl evaluate`: perplexity and zero-shot accuracy, of a run's model or of any other."""
+"""`lampctl evaluate`: perplexity, zero-shot accuracy or IoU of a run or of any model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL_OR_RUN",
-            help="A run directory (a folder, or an address in a bucket); or a model: folder, GGUF file, alias, name on "
-            "the Hugging Face hub.",
+            help="A run directory (a folder, or an address in a bucket), or a model: folder, GGUF file, alias, or name "
+            "on the Hugging Face hub.",
         ),
     ],
     data: Annotated[
@@ -22,9 +22,9 @@ def evaluate(
             "--data",
             "--evaluate",
             metavar="SRC,...",
-            help="Perplexity on these: wikitext2, ptb, c4 (from the hub, or a local copy as in wikitext2:PATH), "
-            "pydocs, text:PATH; of Segment Anything IoU on coco:DIR, sa1b:DIR; '' for none. "
-            "[default: wikitext2, unless tasks are named; of a run: as last used]",
+            help="Measure perplexity on these data sources: wikitext2, ptb, c4 (from the hub, or a local copy as in "
+            "wikitext2:PATH), pydocs, text:PATH; Segment Anything: IoU on coco:DIR, sa1b:DIR; '' for none. "
+            "[default: wikitext2, or none with --tasks; for a run: as last used in it]",
         ),
     ] = None,
     tasks: Annotated[
@@ -32,18 +32,22 @@ def evaluate(
         typer.Option(
             metavar="TASK,...",
             help="Zero-shot accuracy on these tasks of lm-evaluation-harness (extra `eval`); zero-shot: boolq, rte, "
-            "hellaswag, winogrande, arc_easy, arc_challenge, openbookqa. [default: those, with --task-data or --limit; "
-            "else none; of a run: as last used in it]",
+            "hellaswag, winogrande, arc_easy, arc_challenge, openbookqa. [default: zero-shot with --task-data or "
+            "--limit, else none; for a run: as last used in it]",
         ),
     ] = None,
     task_data: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="The tasks' rows lie here (docs/evaluation.md). [default: the hub]"),
+        typer.Option(metavar="DIR", help="Folder with the tasks' rows (docs/evaluation.md). [default: the hub]"),
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
-            "--limit", "--task-limit", metavar="N", min=1, help="Only the first N rows of each task: partial."
+            "--limit",
+            "--task-limit",
+            metavar="N",
+            min=1,
+            help="Only the first N rows of each task: a quick look, marked as partial.",
         ),
     ] = None,
     seqlen: Annotated[
@@ -53,13 +57,17 @@ def evaluate(
             "--eval-seqlen",
             metavar="T",
             min=2,
-            help="Tokens per window. [default: 2048, or what the model can; of a run: as last used in it]",
+            help="Tokens per window. [default: 2048, at most the model's limit; for a run: as last used in it]",
         ),
     ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-tokens", "--eval-max-tokens", metavar="N", min=2, help="Stop after N tokens: a quick look, partial."
+            "--max-tokens",
+            "--eval-max-tokens",
+            metavar="N",
+            min=2,
+            help="Stop after N tokens: a quick look, marked as partial.",
         ),
     ] = None,
     points: Annotated[
@@ -68,36 +76,42 @@ def evaluate(
             "--points",
             "--eval-points",
             metavar="WHERE",
-            help="Segment Anything: auto, annotation, interior, random or box-center, as lampctl run. [default: auto; "
-            "of a run: as last used in it]",
+            help="Segment Anything: auto, annotation, interior, random or box-center, as in lampctl run. [default: "
+            "auto; for a run: as last used in it]",
         ),
     ] = None,
     max_images: Annotated[
         int | None,
-        typer.Option("--max-images", "--eval-max-images", metavar="N", min=1, help="Stop after N images: partial."),
+        typer.Option(
+            "--max-images",
+            "--eval-max-images",
+            metavar="N",
+            min=1,
+            help="Stop after N images: a quick look, marked as partial.",
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="DEV", help="Of a model: auto, cpu, cuda or cuda:N. [default: auto]")
+        str | None, typer.Option(metavar="DEV", help="For a model: auto, cpu, cuda or cuda:N. [default: auto]")
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="Of a model: arithmetic of perplexity, as in lampctl run. [default: auto]"),
+        typer.Option(metavar="DTYPE", help="For a model: dtype of the computation, as in lampctl run. [default: auto]"),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Of a model on the hub: branch, tag or commit.")
+        str | None, typer.Option(metavar="REV", help="For a model on the hub: branch, tag or commit.")
     ] = None,
     trust_remote_code: Annotated[
         bool | None,
         typer.Option(
-            "--trust-remote-code/--no-trust-remote-code", help="Of a model: run the Python code that it comes with."
+            "--trust-remote-code/--no-trust-remote-code", help="For a model: run the Python code that it comes with."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure perplexity, zero-shot accuracy or single-point IoU, of a run or of any model.
 
-    A run keeps its figures, of the exported model and of the original (lampctl status has them all), and what is given
-    here for the next time. Of a model they are only printed.
+    A run records the metrics of its pruned and its original model (lampctl status shows them) and remembers the options
+    given here. Metrics of a model are only printed.
 
     \b
     lampctl evaluate runs/mine
@@ -126,7 +140,7 @@ def evaluate(
         return
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ConfigError(f"{flags}: {place} is a run, which says this itself; evaluate {place}/model to choose")
+        raise ConfigError(f"{flags}: {place} is a run, whose settings fix this; evaluate {place}/model to choose")
     _evaluate_run(place, data, changes, as_json)
 
 

@@ -1,4 +1,4 @@
-"""`lampctl export`: a run's model as a folder, as one small packed file, and that as a folder again."""
+"""`lampctl export`: a run's model as a folder or as one packed file, and a packed file as a folder."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from lampctl.commands.steps import do_step
 
 def export(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="A run directory; to be packed, also an exported model folder.")
+        str | None,
+        typer.Argument(metavar="RUN", help="A run directory; with --format packed, also an exported model folder."),
     ] = None,
     model_format: Annotated[
         str | None,
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="folder: the step of the run, a folder for transformers. packed: one file, without the masked "
-            "weights, and with --bits with so many bits a weight. [default: folder]",
+            help="folder: the export step of the run, a folder for transformers. packed: one file without the masked "
+            "weights; with --bits, B bits per weight. [default: folder]",
         ),
     ] = None,
     unpack: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Make the model folder of a packed file again, bit for bit.")
+        Path | None, typer.Option(metavar="FILE", help="Unpack a packed file into its model folder, bit for bit.")
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Where the packed file, or the unpacked folder, goes. [default: RUN/<run>.packed.safetensors]",
+            help="Path of the packed file or the unpacked folder. [default: RUN/<run>.packed.safetensors]",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a packed file of something else.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a packed file of another model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the sizes as JSON.")] = False,
 ) -> None:
-    """Put the pruned blocks together to a model that transformers can open, or pack it into one small file.
+    """Write the pruned model as a folder that transformers opens, or as one small packed file.
 
     \b
     lampctl export runs/mine
@@ -50,24 +51,24 @@ def export(
         raise ConfigError(f"--format {model_format}: choose one of folder, packed")
     if unpack is not None:
         if run is not None or model_format is not None or force:
-            raise ConfigError("--unpack takes a packed file and --out, and neither RUN, --format nor --force")
+            raise ConfigError("--unpack FILE excludes RUN, --format and --force")
         if out is None:
-            raise ConfigError("--unpack needs --out FOLDER: where the model goes")
+            raise ConfigError("--unpack requires --out FOLDER")
         _unpack(unpack, out, as_json)
         return
     if run is None:
-        raise ConfigError("name a run directory: lampctl export RUN; or a packed file: lampctl export --unpack FILE")
+        raise ConfigError("name a run directory (lampctl export RUN) or a packed file (lampctl export --unpack FILE)")
     if model_format == "packed":
         _pack(run, out, force, as_json)
         return
     if out is not None or force or as_json:
-        raise ConfigError("--out, --force and --json belong to --format packed; RUN/model is where the folder goes")
+        raise ConfigError("--out, --force and --json belong to --format packed; the folder is always RUN/model")
     if not _show_again(run):
         do_step(run, "export")
 
 
 def _show_again(place: str) -> bool:
-    """Make RUN/model again, if the run is exported and somebody has moved the folder away."""
+    """Write RUN/model again if the run is exported and the folder is gone. Returns whether it did."""
     from lampctl.output import tables
     from pipeline.runs.lifecycle import reopen
     from pipeline.runs.model_card import ModelView

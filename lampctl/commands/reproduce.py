@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.config.gather import Gathered
     from pipeline.paper.tables import Table
 
-# What the table itself says.
+# Settings that the table fixes.
 _TABLES_OWN = ("model", "sparsity", "pattern", "bits", "group_size", "method", "budget", "budget_spread", "revision")
 
 
@@ -34,17 +34,18 @@ def reproduce(
         str | None, typer.Option(metavar="METHOD,...", help="Some of the methods. [default: all of the table's]")
     ] = None,
     out: Annotated[
-        str, typer.Option(metavar="DIR", help="Where the runs are kept; tables 1 and 2, 4 and 5 share theirs.")
+        str, typer.Option(metavar="DIR", help="Folder of the runs. Tables 1 and 2 share runs, as do 4 and 5.")
     ] = "reproductions",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it takes: runs, hours, disk, downloads.")
+        bool, typer.Option("--dry-run", help="Only print the cost: runs, hours, disk, downloads.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
 ) -> None:
-    """Do what a table of the paper needs, and print it beside the published figures.
+    """Do the runs of a table of the paper, and print its cells beside the published ones.
 
-    Every cell is a run with the paper's settings (--preset paper), unless flags say otherwise. The same call goes on
-    where it was stopped; a run that fails does not end it. SAM's tables need images: --calibration and --evaluate.
+    Every cell is a run with the paper's settings (--preset paper) and the flags given here. The same command continues
+    where it stopped. A failed run is reported and the others continue (exit 7). Tables about SAM need images:
+    --calibration and --evaluate.
 
     \b
     lampctl reproduce table1 --dry-run

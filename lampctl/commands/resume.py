@@ -1,15 +1,27 @@
-"""`lampctl resume`: go on with a run that was interrupted."""
+"""`lampctl resume`: continue an interrupted run."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lampctl.cli.options import with_changes
 
+
+@with_changes(
+    "scratch_dir",
+    "max_runtime",
+    "checkpoint_minutes",
+    "watch_preemption",
+    "preemption_url",
+    "allow_environment_change",
+    environment=("allow_environment_change",),
+)
 def resume(
+    changes: dict[str, Any],
     run: Annotated[
         str | None,
         typer.Argument(
@@ -19,43 +31,16 @@ def resume(
     ] = None,
     check_all: Annotated[
         bool,
-        typer.Option("--check-all", help="Compare every file of a finished run, too, and make damaged ones again."),
+        typer.Option("--check-all", help="Check every file of a finished run too, and recompute damaged ones."),
     ] = False,
-    scratch_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep activations there from now on. [default: as last used in this run]"),
-    ] = None,
-    max_runtime: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="Stop after so long, e.g. 3h30m; none: never. [default: as last used]"),
-    ] = None,
-    checkpoint_minutes: Annotated[
-        float | None,
-        typer.Option(metavar="M", help="How often a long step keeps how far it is. [default: as last used]"),
-    ] = None,
-    watch_preemption: Annotated[
-        str | None, typer.Option(metavar="CLOUD", help="aws, gcp or none. [default: as last used]")
-    ] = None,
-    preemption_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Where to ask for that. [default: as last used]")
-    ] = None,
-    allow_environment_change: Annotated[
-        bool | None,
-        typer.Option(
-            "--allow-environment-change/--refuse-environment-change",
-            envvar="LAMPCTL_ALLOW_ENVIRONMENT_CHANGE",
-            show_envvar=False,
-            help="Go on, too, on another device or with other library versions. [default: as last used]",
-        ),
-    ] = None,
     takeover: Annotated[
-        bool, typer.Option("--takeover", help="Even if somebody else is working on it: the other one stops.")
+        bool, typer.Option("--takeover", help="Take over a run that another process works on: that process stops.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Go on with an unfinished run, after its last completed step.
+    """Continue an unfinished run after its last completed step.
 
-    What it needs is checked first; what is damaged or missing is made again, bit for bit.
+    Checks the data that the next steps need first. Damaged or missing data is recomputed, bit for bit.
 
     \b
     lampctl resume
@@ -74,15 +59,7 @@ def resume(
     if place is None:
         print(f"nothing left to do: every run under {RUNS}/ is finished", file=sys.stderr)
         return
-    free = {
-        "scratch_dir": scratch_dir,
-        "max_runtime": max_runtime,
-        "checkpoint_minutes": checkpoint_minutes,
-        "watch_preemption": watch_preemption,
-        "preemption_url": preemption_url,
-        "allow_environment_change": allow_environment_change,
-    }
-    directory, config = reopen(place, is_resuming=True, free=free)
+    directory, config = reopen(place, is_resuming=True, free=changes)
     with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
         options = ResumeOptions(checks="all" if check_all else "as needed", takeover=takeover)

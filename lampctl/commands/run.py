@@ -1,4 +1,4 @@
-"""`lampctl run` does all of a run, and of its baselines; `lampctl init` only begins it."""
+"""`lampctl run` does a whole run and its baselines; `lampctl init` only begins one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RunDir = Annotated[
         "--run-dir",
         metavar="DIR",
         rich_help_panel="Storage",
-        help="Where the run is kept: a folder, or s3://, gs:// or az://BUCKET/PREFIX. "
+        help="Run directory: a folder, or s3://, gs:// or az://BUCKET/PREFIX. "
         "[default: runs/<model>-s<percent>-<method>]",
     ),
 ]
@@ -46,9 +46,9 @@ def run(
     run_dir: RunDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Prune MODEL and measure what it cost.
+    """Prune MODEL, and measure the pruned and the original model.
 
-    The same call again goes on with an unfinished run, and does nothing on a finished one.
+    The same command continues an unfinished run, and does nothing for a finished one.
 
     \b
     lampctl run smollm2-135m --sparsity 0.6 --preset quick --baseline sparsegpt
@@ -68,7 +68,7 @@ def run(
     others: list[Prepared] = []
     for method in baseline or ():
         if method in (prepared.config.method, *(other.config.method for other in others)):
-            raise ConfigError(f"--baseline {method}: this method runs already")
+            raise ConfigError(f"--baseline {method}: this method runs already; leave it out")
         others.append(prepare(sibling(gathered, method)))
     place = run_dir or prepared.default_run_dir
     beside = [
@@ -85,13 +85,15 @@ def run(
 
 
 def _sibling_of(run_dir: str, method: str) -> str | Path:
-    """Where a baseline's run lies: beside the run, with the method's name added."""
+    """The run directory of a baseline: beside the run's, with the method's name added."""
     from pipeline.errors import ConfigError
     from pipeline.rundir.storage.locate import beside
 
     place = beside(run_dir, method)
     if place is None:
-        raise ConfigError(f"--run-dir {run_dir}: a baseline's run lies beside it, and there is nothing beside it")
+        raise ConfigError(
+            f"--run-dir {run_dir} has no name, so --baseline cannot put a run beside it; use a folder below it"
+        )
     return place
 
 
@@ -115,17 +117,17 @@ def _do(
 
 @with_settings
 def init(chosen: Chosen, run_dir: RunDir = None) -> None:
-    """Begin a run: write its settings, budget and plan, and stop.
+    """Begin a run: write its settings, budget and plan.
 
-    Then do it step by step (calibrate, capture, prune-block, ...) or all at once (resume).
+    Then do its steps one by one (calibrate, capture, prune-block, ...) or all of them (resume).
 
     \b
     lampctl init smollm2-135m --sparsity 0.6 --preset quick --run-dir runs/mine
     lampctl calibrate runs/mine
     lampctl capture runs/mine
     lampctl prune-block runs/mine
-    lampctl compensate-block runs/mine     and so on, in turns, to the last block;
-    lampctl resume runs/mine               or all that is left at once
+    lampctl compensate-block runs/mine     and so on for each block
+    lampctl resume runs/mine               or all remaining steps
     """
     from lampctl.output import tables
     from pipeline.runs.lifecycle import start

@@ -1,4 +1,4 @@
-"""`lampctl status`: how far a run is, and what came of it so far."""
+"""`lampctl status`: the progress and the results of a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def status(
         ),
     ] = None,
     settings: Annotated[
-        bool, typer.Option("--settings", help="Show every setting, and where its value came from.")
+        bool, typer.Option("--settings", help="Show every setting and where its value came from.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Show a run's steps, its budget and losses by block, its figures, and how long the rest will take.
+    """Show a run's steps, budget and losses per block, its metrics, and the remaining time.
 
     \b
     lampctl status
@@ -39,7 +39,7 @@ def status(
     if place is None:
         found = find_runs(RUNS)
         if not found:
-            raise RunNotFound(f"there are no runs under {RUNS}/; begin one with lampctl run, or name one")
+            raise RunNotFound(f"there are no runs under {RUNS}/; begin one with lampctl run, or name a run directory")
         place = found[0]
     directory, config = reopen(place)
     tables.status(status_of(directory, config), directory.manifest.provenance if settings else None, as_json)

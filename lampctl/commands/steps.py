@@ -1,4 +1,4 @@
-"""The steps of a run, one command each: the same code as `lampctl run`, one step at a time."""
+"""One command per kind of step. They run the same code as `lampctl run`, one step at a time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import typer
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory made by lampctl init or run.")]
 Block = Annotated[
-    int | None, typer.Option(metavar="I", min=0, help="Which block, from 0. [default: the one whose turn it is]")
+    int | None, typer.Option(metavar="I", min=0, help="Number of the block, from 0. [default: the next one]")
 ]
 
 
 def calibrate(run: RunPath) -> None:
-    """Draw the calibration set.
+    """Sample the calibration set.
 
     \b
     lampctl calibrate runs/mine
@@ -31,7 +31,7 @@ def capture(run: RunPath) -> None:
 
 
 def allocate(run: RunPath) -> None:
-    """Find the budget by a first pass of the original model, in runs with --budget outliers.
+    """Compute the budget from a pass of the original model, in runs with --budget outliers.
 
     \b
     lampctl allocate runs/mine
@@ -40,7 +40,7 @@ def allocate(run: RunPath) -> None:
 
 
 def prune_block(run: RunPath, block: Block = None) -> None:
-    """Prune one block and run the biased stream through it.
+    """Prune one block, and compute its output from the biased input.
 
     \b
     lampctl prune-block runs/mine
@@ -50,7 +50,7 @@ def prune_block(run: RunPath, block: Block = None) -> None:
 
 
 def refine_block(run: RunPath, block: Block = None) -> None:
-    """Train a pruned block's kept weights, in runs with --refine.
+    """Train the weights that a pruned block kept, in runs with --refine.
 
     \b
     lampctl refine-block runs/mine
@@ -59,7 +59,7 @@ def refine_block(run: RunPath, block: Block = None) -> None:
 
 
 def compensate_block(run: RunPath, block: Block = None) -> None:
-    """Train one block, still dense, to make up for the error of those before it.
+    """Train one block before it is pruned, to compensate the error of the blocks before it.
 
     \b
     lampctl compensate-block runs/mine
@@ -69,7 +69,7 @@ def compensate_block(run: RunPath, block: Block = None) -> None:
 
 
 def do_step(place: str, kind: str, block: int | None = None) -> None:
-    """Do the next step of that kind, or of that block, and say what comes then."""
+    """Do the next step of this kind, or the step of this block, and print the step after it."""
     from lampctl.cli.stop_sources import stopping
     from lampctl.output import tables
     from lampctl.output.progress import listening
@@ -93,7 +93,7 @@ def do_step(place: str, kind: str, block: int | None = None) -> None:
 
 
 def _first(steps: Any, todo: Any, kind: str) -> Any:
-    """The step of that kind whose turn comes first; a done one, or one that never comes, if there is none."""
+    """The next step of this kind. If none is left: a done one, or one outside the plan, which is then refused."""
     from pipeline.engine.plan import Step
 
     for candidates in (todo, tuple(reversed(steps))):

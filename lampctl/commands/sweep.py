@@ -1,4 +1,4 @@
-"""`lampctl sweep`: many runs that differ in some settings, as one resumable job."""
+"""`lampctl sweep`: many runs with different settings, as one resumable job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _RunByDefault(TyperGroup):
     """`lampctl sweep MODEL ...` is `lampctl sweep run MODEL ...`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """The arguments, with the command that is meant where none is named."""
+        """The arguments, with `run` before them if they name no command."""
         asks_for_help = bool(args) and args[0] in ("-h", "--help")
         if args and args[0] not in _COMMANDS and not asks_for_help:
             args = ["run", *args]
@@ -36,7 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the trials as JSON."
 
 @app.callback()
 def sweep() -> None:
-    """Run one model with many settings, compare, and go on after a crash.
+    """Run one model with many settings, and compare the results. A sweep can be resumed.
 
     \b
     lampctl sweep smollm2-135m --grid sparsity=0.5,0.6,0.7 --grid method=lamp,sparsegpt --preset quick
@@ -56,32 +56,33 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="SETTING=VALUES",
-            help="Values between commas, or START:STOP:STEP. May be repeated: every combination is a trial.",
+            help="Values separated by commas, or START:STOP:STEP. May be repeated: every combination is a trial.",
         ),
     ] = None,
     search: Annotated[
         str | None,
         typer.Option(
             metavar="SETTING,...",
-            help="Look for the best values instead: alpha, beta, lr, refine_lr, lr_decay where the paper looks, or "
+            help="Search for the best values instead: alpha, beta, lr, refine_lr, lr_decay in the paper's ranges, or "
             "SETTING=LOW:HIGH, SETTING=LOW:HIGH:log.",
         ),
     ] = None,
-    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="With --search: how many trials.")] = None,
+    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="With --search: number of trials.")] = None,
     storage: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="With --search: the database (SQLAlchemy). [default: SWEEP/search.db]"),
+        typer.Option(metavar="URL", help="With --search: URL of the database (SQLAlchemy). [default: SWEEP/search.db]"),
     ] = None,
     sweep_dir: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Where the sweep is kept. [default: sweeps/<model>-<settings>]"),
+        typer.Option(metavar="DIR", help="Folder of the sweep. [default: sweeps/<model>-<settings>]"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Do every trial of a sweep. The same call again goes on where it was stopped.
+    """Do every trial of a sweep. The same command continues where it stopped.
 
-    Trials share calibration and first activations. One that fails is told and does not end the sweep; the next call
-    tries it again. Any setting of lampctl run can be given, and varied where it changes the result.
+    Trials share the calibration set and the first activations. A failed trial is reported and the sweep continues;
+    lampctl then exits with 7, and the next call repeats the trial. Every setting of lampctl run can be given; those
+    that change the result can be varied.
 
     \b
     lampctl sweep smollm2-135m --grid sparsity=0.5,0.6,0.7 --grid method=lamp,sparsegpt --preset quick
@@ -98,7 +99,7 @@ def run(
 
 @app.command()
 def resume(sweep: SweepPath, as_json: AsJson = False) -> None:
-    """Go on with a sweep that was interrupted, failed trials included.
+    """Continue an interrupted sweep, and repeat its failed trials.
 
     \b
     lampctl sweep resume sweeps/alpha
@@ -110,7 +111,7 @@ def resume(sweep: SweepPath, as_json: AsJson = False) -> None:
 
 @app.command()
 def status(sweep: SweepPath, as_json: AsJson = False) -> None:
-    """Show the trials of a sweep: how far each is, and what it gave.
+    """Show the trials of a sweep: progress and result of each.
 
     \b
     lampctl sweep status sweeps/alpha
@@ -125,9 +126,9 @@ def status(sweep: SweepPath, as_json: AsJson = False) -> None:
 @app.command()
 def report(
     sweep: SweepPath,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the page and the pictures go.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the page and its plots.")],
 ) -> None:
-    """Draw how the figures respond to the settings that were varied: PNGs, and a CSV of every trial.
+    """Plot the metrics over the settings that were varied: PNG files, and a CSV file of every trial.
 
     \b
     lampctl sweep report sweeps/alpha --out report

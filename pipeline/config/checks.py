@@ -1,4 +1,4 @@
-"""How values of settings are read and checked, one function each. ValueError says what is wrong."""
+"""Conversions and checks of single settings. Each raises ValueError with what is wrong."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from stages.metrics.harness_tasks import LAYOUT
 from stages.pruners.registry import lamp_pruners, method_names
 from stages.sparsity.nm_pattern import Pattern
 
-ZERO_SHOT = "zero-shot"  # in --tasks: the seven tasks that the field reports the mean of
+ZERO_SHOT = "zero-shot"  # in --tasks: the seven tasks whose mean papers report
 _LONGEST_NAME = 255  # bytes, in every file system in use
 
 
 def split_commas(value: Any) -> Any:
-    """A list written between commas, as a tuple."""
+    """A list separated by commas, as a tuple."""
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 def one_or_many(value: Any) -> Any:
-    """A single string as a tuple of one. Not split at commas: a regular expression may hold some."""
+    """A single string as a tuple of one. Not split at commas: a regular expression may contain them."""
     return (value,) if isinstance(value, str) else value
 
 
 def split_tasks(tasks: str) -> tuple[str, ...]:
-    """Names of zero-shot tasks between commas, each once; "zero-shot" stands for the usual seven."""
+    """Names of zero-shot tasks separated by commas, without duplicates. "zero-shot" stands for the usual seven."""
     named = [task.strip() for task in tasks.split(",") if task.strip()]
     return tuple(dict.fromkeys(name for task in named for name in (LAYOUT if task == ZERO_SHOT else (task,))))
 
 
 def expand_tasks(tasks: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """The same with the usual seven by their names."""
+    """The names of zero-shot tasks with "zero-shot" replaced by the usual seven."""
     return None if tasks is None else split_tasks(",".join(tasks))
 
 
 def known_method(method: str) -> str:
-    """A method: LAMP or a pruner of the registry."""
+    """Check a method: LAMP or a pruner of the registry."""
     if method not in method_names():
         raise ValueError(f"choose one of {', '.join(method_names())}")
     return method
 
 
 def known_pruner(pruner: str | None) -> str | None:
-    """A pruner that LAMP can use."""
+    """Check a pruner that LAMP can use."""
     if pruner is not None and pruner not in lamp_pruners():
         raise ValueError(f"choose one of {', '.join(lamp_pruners())}")
     return pruner
 
 
 def quoted_pattern(value: Any) -> Any:
-    """YAML reads 2:4 as a number in base 60: refused, with the mend."""
+    """Refuse a pattern that YAML has read as a number: without quotes, 2:4 is a number in base 60."""
     if isinstance(value, int):
         raise ValueError('a pattern in a file needs quotes, as in "2:4" (without, YAML reads a number)')
     return value
 
 
 def valid_pattern(pattern: str | None) -> str | None:
-    """N:M, as `stages.sparsity.nm_pattern` reads it."""
+    """Check an N:M pattern, as `stages.sparsity.nm_pattern` reads it."""
     if pattern is None:
         return None
     try:
@@ -70,18 +70,18 @@ def valid_pattern(pattern: str | None) -> str | None:
 
 
 def valid_regexes(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Regular expressions that compile."""
+    """Check that regular expressions compile."""
     for pattern in patterns:
         _require_regex(pattern)
     return patterns
 
 
 def valid_overrides(overrides: dict[str, float]) -> dict[str, float]:
-    """Sparsities in [0, 1] by regular expression."""
+    """Check sparsities in [0, 1] by regular expression."""
     for pattern, sparsity in overrides.items():
         _require_regex(pattern)
         if not 0 <= sparsity <= 1:
-            raise ValueError(f"the sparsity of {pattern} is {sparsity}; it must lie in [0, 1]")
+            raise ValueError(f"the sparsity of {pattern} is {sparsity}; it must be in [0, 1]")
     return overrides
 
 
@@ -93,16 +93,16 @@ def _require_regex(pattern: str) -> None:
 
 
 def absolute_folder(value: Any) -> Any:
-    """A folder as an absolute path, since a run can be resumed from anywhere; None for an empty name."""
+    """A folder as an absolute path, since a run can be resumed from another folder. None for an empty name."""
     if not isinstance(value, str | Path) or not str(value):
         return None
     if "\0" in str(value) or any(len(part.encode()) > _LONGEST_NAME for part in Path(value).parts):
-        raise ValueError("no file system has such a folder")
+        raise ValueError("no file system accepts this name")
     return str(Path(value).expanduser().absolute())
 
 
 def duration_or_none(value: Any) -> Any:
-    """A time such as 3h30m, as text; "none" or nothing for no limit."""
+    """Check a duration such as 3h30m; it stays text. None for "none" or an empty text: no limit."""
     if value is None or str(value).strip().lower() in ("", "none"):
         return None
     try:
@@ -113,7 +113,7 @@ def duration_or_none(value: Any) -> Any:
 
 
 def size_or_none(value: Any) -> Any:
-    """A size such as 8GB, as text; "none" or nothing for no limit."""
+    """Check a size such as 8GB; it stays text. None for "none" or an empty text: no limit."""
     if value is None or str(value).strip().lower() in ("", "none"):
         return None
     parse_size(str(value))
@@ -121,7 +121,9 @@ def size_or_none(value: Any) -> Any:
 
 
 def without_credentials(url: str | None) -> str | None:
-    """An address without a name or password in it."""
+    """Refuse an address with a user name or password in it."""
     if url is not None and "@" in url.partition("://")[2].partition("/")[0]:
-        raise ValueError("an address with a name or password would be written into the run directory")
+        raise ValueError(
+            "this address contains a user name or password, which the run directory would record; leave them out"
+        )
     return url

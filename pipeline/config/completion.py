@@ -1,4 +1,4 @@
-"""Fill in the settings that were not given, knowing the model, and refuse combinations that exclude each other."""
+"""Fill in the settings that the user left out, for the given model. Refuse settings that exclude each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BASELINE = "baseline"  # the origin of a baseline's method
 
 
 def check_combinations(gathered: Gathered) -> None:
-    """Raise ConfigError for settings that exclude each other, with both of their names."""
+    """Raise ConfigError, with both names, for settings that exclude each other."""
     settings = gathered.values
 
     def origin(field: str) -> str:

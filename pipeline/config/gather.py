@@ -1,19 +1,17 @@
-"""Merge what a user gave: flag > environment > configuration file > preset, and remember where each value came from."""
+"""Merge the settings that a user gave: flag > environment > configuration file > preset. Keeps each value's origin."""
 
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import Settings, former_names, with_current_names
+from pipeline.config.settings import ENVIRONMENT_PREFIX, Settings, former_names, variable_of, with_current_names
 from pipeline.errors import ConfigError
 
-ENVIRONMENT_PREFIX = "LAMPCTL_"
-# LAMPCTL_CACHE places the cache; it is no setting of a run.
+# LAMPCTL_CACHE is the folder of the cache, not a setting of a run.
 _OTHER_VARIABLES = {"LAMPCTL_CACHE"}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -35,14 +33,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Gathered:
-    """The settings that were given, and where from: "flag", "environment LAMPCTL_X", "file PATH" or "preset NAME"."""
+    """The settings that the user gave.
+
+    Attributes:
+        values: The settings; None where nothing was given.
+        origins: Where each given value came from: "flag", "environment LAMPCTL_X", "file PATH" or "preset NAME".
+        preset: Name of the preset, if any.
+    """
 
     values: Settings
     origins: dict[str, str]
     preset: str | None
 
     def given(self, field: str) -> bool:
-        """Whether the user, rather than a preset or a default, gave this setting."""
+        """Whether the user gave this setting; False for one from a preset or a default."""
         return not self.origins.get(field, "preset").startswith("preset")
 
 
@@ -55,13 +59,13 @@ def gather(
     """Merge flag > environment > file > preset.
 
     Args:
-        flags: Values by name; None: not given.
-        config_file: YAML or TOML.
-        preset: Name of a preset; the environment and the file may name one, too.
+        flags: Values by name. None: not given.
+        config_file: YAML or TOML file.
+        preset: Name of a preset. None: the one that the environment or the file names, if any.
         environ: Environment variables.
 
     Raises:
-        ConfigError: Every wrong value, its origin and what would be right.
+        ConfigError: Values are wrong. The message names each one, its origin and what would be right.
     """
     from_file = _read_config_file(config_file) if config_file else {}
     from_environment = {
@@ -76,7 +80,7 @@ def gather(
     layers = (
         (PRESETS[preset] if preset else {}, lambda _: f"preset {preset}"),
         (from_file, lambda _: f"file {config_file}"),
-        (from_environment, lambda field: f"environment {ENVIRONMENT_PREFIX}{field.upper()}"),
+        (from_environment, lambda field: f"environment {variable_of(field)}"),
         ({field: value for field, value in flags.items() if value is not None}, lambda _: "flag"),
     )
     values: dict[str, Any] = {}
@@ -89,6 +93,8 @@ def gather(
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
+    import tomllib
+
     import yaml
 
     try:
@@ -105,5 +111,5 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: expected settings, one `name: value` a line")
+        raise ConfigError(f"--config {path}: expected one setting per line, as `name: value`")
     return {str(key).replace("-", "_"): value for key, value in content.items()}

@@ -1,4 +1,4 @@
-"""The settings of evaluation, machine, stopping and storage. Most may change at any resume."""
+"""Settings of evaluation, machine, stopping and storage. Most are runtime settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Folder = Annotated[str | None, Before(checks.absolute_folder)]
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
-    """Settings around the pruning. None means: the default."""
+    """Settings that do not change how the model is pruned. None: the default."""
 
     evaluate: Annotated[
         Names,
@@ -98,30 +98,30 @@ class JobSettings:
     ] = "auto"
     threads: Annotated[
         Count | None,
-        Option("Threads of the processor.", "Machine", "N", "OMP_NUM_THREADS, else what is fastest"),
+        Option("CPU threads.", "Machine", "N", "OMP_NUM_THREADS, else the fastest number"),
     ] = None
     micro_batch: Annotated[
         Count | None,
         Option(
-            "Samples that share a forward pass where nothing is trained.",
+            "Samples per forward pass outside training.",
             "Machine",
             "N",
-            "what fills the device",
+            "as many as the device runs fastest",
         ),
     ] = None
     compile: Annotated[
         bool | None,
         Option(
-            "LAMP only: training steps by torch.compile, which needs a C++ compiler.",
+            "LAMP only: compile training steps with torch.compile. Needs a C++ compiler.",
             "Machine",
-            default="no; gains are in docs/performance.md",
+            default="no; docs/performance.md has the gains",
         ),
     ] = None
     memory_limit: Annotated[
         Annotated[str | None, Before(checks.size_or_none)],
         Option(
-            "Use no more memory than this (8GB, 7.5GiB; of the GPU if there is one): smaller micro-batches, best "
-            "weights on disk. Refused if that is not enough.",
+            "Use at most this much memory (8GB, 7.5GiB; GPU memory on a GPU): smaller micro-batches, best weights on "
+            "disk. lampctl refuses a run that still does not fit.",
             "Machine",
             "SIZE",
             "none",
@@ -152,7 +152,7 @@ class JobSettings:
     max_runtime: Annotated[
         Annotated[str | None, Before(checks.duration_or_none)],
         Option(
-            "Stop after this time (3h30m, 45m) with exit code 75, for schedulers with a time limit.",
+            "Stop after this time (3h30m, 45m; none: no limit) with exit code 75, for schedulers with a time limit.",
             "Stopping",
             "TIME",
             "never",
@@ -162,7 +162,7 @@ class JobSettings:
     watch_preemption: Annotated[
         Literal["none", "aws", "gcp"],
         Option(
-            "aws or gcp: stop when the cloud announces that it takes the machine.",
+            "aws or gcp: stop when the cloud announces that it will reclaim this machine. none: do not watch.",
             "Stopping",
             "CLOUD",
             "none",
@@ -171,15 +171,15 @@ class JobSettings:
     ] = "none"
     preemption_url: Annotated[
         Annotated[str | None, After(checks.without_credentials)],
-        Option("Address that --watch-preemption asks.", "Stopping", "URL", "the cloud's own address", scope="runtime"),
+        Option("Address that --watch-preemption polls.", "Stopping", "URL", "the cloud's own address", scope="runtime"),
     ] = None
 
     keep_activations: Annotated[
         bool,
         Option(
-            "Keep the activations of every block, for study. Needs much disk.",
+            "Keep the activations of every block, to study them. Needs much disk space.",
             "Storage",
-            default="delete what no later step reads",
+            default="delete them when no later step needs them",
             scope="runtime",
             off="--release-activations",
         ),
@@ -187,7 +187,7 @@ class JobSettings:
     scratch_dir: Annotated[
         Folder,
         Option(
-            "Keep activations on this disk, which may be lost at any time: they are computed again.",
+            "Keep activations in this folder. Its disk may be lost at any time: lampctl recomputes them.",
             "Storage",
             "DIR",
             "with the run",

@@ -1,6 +1,6 @@
-"""What a setting says about itself, beside its type: help, panel, scope, and where it applies.
+"""The declaration of a setting beside its type: help, panel, scope, and the methods that use it.
 
-Imports neither pydantic nor torch: the command line is built from these at every call.
+Imports neither pydantic nor torch, because every call of lampctl builds its command line from the declarations.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Panel = Literal["What to prune", "Calibration", "Method", "Training", "Evaluation", "Machine", "Stopping", "Storage"]
-# Identity settings decide the weights: another value in the same run directory is refused. Runtime settings may change
-# at any resume.
+# Identity settings change the weights: lampctl refuses another value in the same run directory. Runtime settings may
+# change at any resume.
 Scope = Literal["identity", "runtime"]
-# Which methods a setting applies to: every method, LAMP only, or the methods that read a calibration set.
+# The methods that use a setting: every method, LAMP only, or the methods that read a calibration set.
 AppliesTo = Literal["every method", "lamp", "methods with data"]
-# How a value is written on the command line, where its type does not say it.
+# How the command line takes the value: as its type says, as a repeated flag, as a list separated by commas, as a path,
+# or not at all.
 Form = Literal["value", "repeated", "list", "path", "file only"]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One setting, declared once. The command line, the configuration file's schema and the docs are made from it."""
+    """One setting. The command line, the configuration file's schema and the docs are generated from it."""
 
     help: str  # a sentence or two
     panel: Panel
@@ -30,13 +31,13 @@ class Option:
     scope: Scope = "identity"
     applies_to: AppliesTo = "every method"
     form: Form = "value"
-    off: str | None = None  # of a switch: the flag that turns it off; default: --no-<name>
-    aliases: tuple[str, ...] = ()  # former names, accepted everywhere and shown nowhere
-    draws_samples: bool = False  # it decides which samples the calibration set holds
+    off: str | None = None  # for a switch: the flag that turns it off; default: --no-<name>
+    aliases: tuple[str, ...] = ()  # former names: accepted everywhere, not in the help
+    draws_samples: bool = False  # whether it selects the calibration samples
 
     @property
     def full_help(self) -> str:
-        """The help with the default behind it."""
+        """The help, followed by the default."""
         return f"{self.help} [default: {self.default}]" if self.default is not None else self.help
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> Any:
@@ -47,12 +48,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Before:
-    """Converts what a user wrote, before the type is checked. A ValueError becomes a message about the setting."""
+    """Converts the user's text before pydantic checks the type. A ValueError becomes a message about the setting."""
 
     function: Callable[[Any], Any]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """What pydantic asks for, when a command validates its settings."""
+        """Called by pydantic when it builds the validator."""
         from pydantic_core import core_schema
 
         return core_schema.no_info_before_validator_function(self.function, handler(source))
@@ -65,7 +66,7 @@ class After:
     function: Callable[[Any], Any]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """What pydantic asks for, when a command validates its settings."""
+        """Called by pydantic when it builds the validator."""
         from pydantic_core import core_schema
 
         return core_schema.no_info_after_validator_function(self.function, handler(source))

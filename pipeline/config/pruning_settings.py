@@ -1,4 +1,4 @@
-"""The settings that decide the weights: what is pruned, on which samples, by which method, how blocks are trained."""
+"""Identity settings: what is pruned, on which samples, by which method, and how blocks are trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NofM = Annotated[str | None, Before(checks.quoted_pattern), After(checks.valid_p
 
 @dataclass(frozen=True, kw_only=True)
 class PruningSettings:
-    """Identity settings. None means: the default, which may depend on the model and the sparsity."""
+    """Settings that change the weights. None: the default, which may depend on the model and the sparsity."""
 
     model: Annotated[
         Annotated[str, MinLen(1)],
@@ -42,7 +42,7 @@ class PruningSettings:
     bits: Annotated[
         Annotated[int, Interval(ge=2, le=8)] | None,
         Option(
-            "Quantize the weights that are kept to 2^B values per row, in the same sweep (2 to 8).",
+            "Also quantize the remaining weights to 2^B values per row (2 to 8).",
             "What to prune",
             "B",
             "no quantization",
@@ -55,42 +55,43 @@ class PruningSettings:
     alpha: Annotated[
         Annotated[float, Gt(0), Le(1)] | None,
         Option(
-            "The last block loses A times its share; the other blocks make up for it.",
+            "The last block loses A times its share of weights; the other blocks lose more instead (LAMP Eqs. 1-2).",
             "What to prune",
             "A",
-            "1; LAMP: 0.7 above 55%, else 0.85, nearer to 1 for few blocks",
+            "1; LAMP: 0.7 above 55% sparsity, else 0.85; nearer to 1 for few blocks",
         ),
     ] = None
     beta: Annotated[
         Annotated[float, Interval(ge=0, le=1)] | None,
         Option(
-            "q, k and v lose 1 - B times their share; fc2 makes up for it.",
+            "q, k and v lose 1 - B times their share of weights; fc2 loses more instead (LAMP Eqs. 3-4).",
             "What to prune",
             "B",
-            "0; LAMP on OPT: 0.7 times the share that is kept",
+            "0; LAMP on OPT: 0.7 (1 - sparsity)",
         ),
     ] = None
     budget: Annotated[
         Literal["uniform", "outliers"] | None,
         Option(
-            "uniform, or outliers: a first pass of the original model finds the blocks with more outlying weights, "
-            "which then lose less (OWL).",
+            "uniform, or outliers: a pass of the original model finds the blocks with more outlier weights, which then "
+            "lose less (OWL).",
             "What to prune",
             "HOW",
             "uniform",
         ),
     ] = None
     budget_spread: Annotated[
-        Share | None, Option("With --budget outliers: sparsities differ by up to 2 L.", "What to prune", "L", "0.05")
+        Share | None,
+        Option("With --budget outliers: sparsities of blocks differ by up to 2 L.", "What to prune", "L", "0.05"),
     ] = None
     ignore: Annotated[
         Patterns,
-        Option("Leave layers dense whose name matches. May be repeated.", "What to prune", "REGEX", form="repeated"),
+        Option("Do not prune layers whose name matches. May be repeated.", "What to prune", "REGEX", form="repeated"),
     ] = ()
     layer_sparsity: Annotated[
         Annotated[dict[str, float], After(checks.valid_overrides)],
         Option(
-            "Sparsities of single layers, by a regular expression on their names; --sparsity is then about the others.",
+            "Sparsity of single layers, by a regular expression on their names. --sparsity applies to the others.",
             "What to prune",
             form="file only",
         ),
@@ -98,37 +99,50 @@ class PruningSettings:
     revision: Annotated[str | None, Option("Branch, tag or commit on the hub.", "What to prune", "REV")] = None
     trust_remote_code: Annotated[
         bool,
-        Option("Run the Python code that MODEL comes with. It can do anything.", "What to prune", default="no"),
+        Option(
+            "Run the Python code that comes with MODEL. It can do anything on this machine.",
+            "What to prune",
+            default="no",
+        ),
     ] = False
     export_dtype: Annotated[
         Literal["original", "float32", "bfloat16", "float16"],
-        Option("Dtype of the result: original, float32, bfloat16, float16.", "What to prune", "DTYPE", "original"),
+        Option(
+            "Dtype of the exported model: original, float32, bfloat16, float16.", "What to prune", "DTYPE", "original"
+        ),
     ] = "original"
 
     calibration: Annotated[
         str | None,
         Option(
-            "c4, wikitext2, ptb (from the hub, or a local copy as in c4:PATH), pydocs or text:PATH; for Segment "
-            "Anything sa1b:DIR, coco:DIR or images:DIR.",
+            "Data source of the calibration set: c4, wikitext2, ptb (from the hub, or a local copy as in c4:PATH), "
+            "pydocs, text:PATH; for Segment Anything sa1b:DIR, coco:DIR, images:DIR.",
             "Calibration",
             "SRC",
-            "c4; images must be named",
+            "c4; none for Segment Anything",
             applies_to="methods with data",
             draws_samples=True,
         ),
     ] = None
     num_samples: Annotated[
         Count | None,
-        Option("Calibration samples.", "Calibration", "N", "128", applies_to="methods with data", draws_samples=True),
+        Option(
+            "Number of calibration samples.",
+            "Calibration",
+            "N",
+            "128",
+            applies_to="methods with data",
+            draws_samples=True,
+        ),
     ] = None
     seqlen: Annotated[
         Tokens | None,
-        Option("Tokens per sample.", "Calibration", "T", "2048, or what the model can", draws_samples=True),
+        Option("Tokens per sample.", "Calibration", "T", "2048, at most the model's limit", draws_samples=True),
     ] = None
     calibration_sampling: Annotated[
         Literal["contiguous", "random"] | None,
         Option(
-            "contiguous or random.",
+            "How samples are taken from the data source: contiguous or random.",
             "Calibration",
             "HOW",
             "random for c4 and images, else contiguous",
@@ -137,18 +151,18 @@ class PruningSettings:
         ),
     ] = None
     calibration_skip: Annotated[
-        Annotated[int, Ge(0)], Option("Leave out the first N samples.", "Calibration", "N", "0", draws_samples=True)
+        Annotated[int, Ge(0)], Option("Skip the first N samples.", "Calibration", "N", "0", draws_samples=True)
     ] = 0
     seed: Annotated[Annotated[int, Ge(0)], Option("Random seed.", "Calibration", "N", "0", draws_samples=True)] = 0
 
     method: Annotated[
         Annotated[str, After(checks.known_method)],
-        Option("lamp, or a pruner by itself: {methods}.", "Method", "METHOD", LAMP),
+        Option("lamp, or a pruner without training: {methods}.", "Method", "METHOD", LAMP),
     ] = LAMP
     pruner: Annotated[
         Annotated[str | None, After(checks.known_pruner)],
         Option(
-            "LAMP only: the pruner of its blocks. sparsegpt as in the paper, or alps.",
+            "LAMP only: the pruner of its blocks, sparsegpt (as in the paper) or alps.",
             "Method",
             "NAME",
             "alps; sparsegpt with --effort low or --bits",
@@ -157,12 +171,17 @@ class PruningSettings:
     ] = None
     damping: Annotated[
         Positive,
-        Option("Added to the Hessian's diagonal, as a share of its mean.", "Method", default="0.01", form="file only"),
+        Option(
+            "Value added to the Hessian's diagonal, as a share of the diagonal's mean.",
+            "Method",
+            default="0.01",
+            form="file only",
+        ),
     ] = 0.01
     column_block: Annotated[
         Count,
         Option(
-            "SparseGPT: columns that share one decision about the pruning mask.",
+            "SparseGPT: number of columns whose pruning mask is selected together.",
             "Method",
             default="128",
             form="file only",
@@ -172,7 +191,7 @@ class PruningSettings:
     effort: Annotated[
         Literal["low", "medium", "high"] | None,
         Option(
-            "LAMP only: how long to train, low, medium or high. The README has the results.",
+            "LAMP only: how long to train: low, medium or high. The README has the results.",
             "Training",
             "HOW",
             "medium",
@@ -188,12 +207,12 @@ class PruningSettings:
     ] = None
     lr_decay: Annotated[
         Annotated[float, Gt(0), Le(1)] | None,
-        Option("The learning rate is multiplied by F after each epoch.", "Training", "F", "0.87", applies_to="lamp"),
+        Option("Factor of the learning rate after each epoch.", "Training", "F", "0.87", applies_to="lamp"),
     ] = None
     loss: Annotated[
         Literal["mse", "token"] | None,
         Option(
-            "LAMP only: mse, as in the paper, or token: each token's error relative to its target.",
+            "LAMP only: mse (as in the paper) or token: each token's error relative to its target.",
             "Training",
             "HOW",
             "token; preset paper: mse",
@@ -203,8 +222,8 @@ class PruningSettings:
     held_out: Annotated[
         bool | None,
         Option(
-            "Judge each epoch on 1 held-out sample in 16; undo an epoch that did not help and continue at a lower "
-            "learning rate.",
+            "LAMP only: judge each epoch on 1 held-out sample in 16; undo an epoch that did not help and continue at a "
+            "lower learning rate.",
             "Training",
             default="on; preset paper: off",
             applies_to="lamp",
@@ -214,7 +233,7 @@ class PruningSettings:
     refine: Annotated[
         bool | None,
         Option(
-            "LAMP only: train the weights that a pruned block kept, before the next block compensates.",
+            "LAMP only: train the remaining weights of a pruned block before the next block is compensated.",
             "Training",
             default="on; preset paper: off",
             applies_to="lamp",

@@ -1,4 +1,4 @@
-"""Times and sizes as people write them."""
+"""Parse durations and sizes as people write them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
     """Bytes: "8GB", "7.5GiB", "800MB", or a plain number of bytes.
 
     Raises:
-        ValueError: It is no size.
+        ValueError: The text is not a size.
     """
     from pydantic import ByteSize, TypeAdapter
 

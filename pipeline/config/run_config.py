@@ -1,6 +1,6 @@
 """A run's configuration: the settings with every default filled in, as run.json keeps it.
 
-`pipeline.config.gather` merges what was given; `pipeline.config.completion` fills in what is left, knowing the model.
+`pipeline.config.gather` merges what the user gave; `pipeline.config.completion` fills in the rest for the model.
 Identity settings decide the weights: another value in the same run directory is refused. Runtime settings may change at
 any resume.
 """
@@ -21,14 +21,14 @@ from stages.tasks.base import EvaluationProtocol
 FREE_FIELDS = names_where(scope="runtime")
 LAMP_FIELDS = names_where(applies_to="lamp")
 CALIBRATION_FIELDS = names_where(applies_to="methods with data")
-DRAWING_FIELDS = names_where(draws_samples=True)  # which samples are drawn, beside the data itself
+DRAWING_FIELDS = names_where(draws_samples=True)  # select the calibration samples within a data source
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
-    """`Settings` with every default filled in: what run.json keeps.
+    """`Settings` with every default filled in.
 
-    A setting that the method does not use is None (a magnitude run has no calibration, only LAMP has epochs).
+    A setting that the method does not use is None: a magnitude run has no calibration, only LAMP has epochs.
     """
 
     # Not checked against the registry: a run stays readable after the package of its pruner has been uninstalled.
@@ -41,7 +41,7 @@ class RunConfig(Settings):
 
     @property
     def is_lamp(self) -> bool:
-        """Whether blocks are compensated, and may be refined."""
+        """Whether the method is LAMP: blocks are compensated, and may be refined."""
         return self.method == LAMP
 
     @property
@@ -51,19 +51,19 @@ class RunConfig(Settings):
 
     @property
     def prune_options(self) -> PruneOptions:
-        """The options that reach the pruner."""
+        """The options of the pruner."""
         return PruneOptions(self.damping, self.column_block, self.n_of_m, self.bits, self.group_size, self.seed)
 
     @property
     def goal(self) -> str:
-        """What is asked for, for people: "70%", "2:4, int4"."""
+        """Sparsity and quantization for people: "70%", "2:4, int4"."""
         what = self.pattern or f"{100 * self.target_sparsity:g}%"
         grouped = f" in groups of {self.group_size}" if self.group_size else ""
         return what + (f", int{self.bits}{grouped}" if self.bits else "")
 
     @property
     def slug(self) -> str:
-        """The same for file names: "s70", "2of4-int4"."""
+        """Sparsity and quantization for file names: "s70", "2of4-int4"."""
         what = self.pattern.replace(":", "of") if self.pattern else f"s{100 * self.target_sparsity:g}"
         grouped = f"g{self.group_size}" if self.group_size else ""
         return what + (f"-int{self.bits}{grouped}" if self.bits else "")
@@ -91,12 +91,13 @@ class RunConfig(Settings):
 def with_recorded_defaults(config: RunConfig, origins: Mapping[str, str], recorded: Recorded) -> RunConfig:
     """The configuration with the run's own value of every setting that was a default then and is one now.
 
-    Defaults change between versions. A run keeps those that it began with; only what the user gave can disagree.
+    Defaults change between versions. A run keeps the defaults that it began with. Only a value that the user gave can
+    differ from the run's.
 
     Args:
-        config: What is asked for now.
+        config: The configuration of the current command.
         origins: Where each of its values came from.
-        recorded: What the run began with.
+        recorded: The configuration that the run began with.
     """
     changes = {
         name: getattr(recorded.config, name)
@@ -115,6 +116,6 @@ class Recorded:
 
 
 def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings whose values differ, as {name: (value of the run, value asked for)}; former names are known."""
+    """Settings with different values, as {name: (value of the run, value given now)}. Accepts former names."""
     old = with_current_names(old)
     return {field: (old.get(field), new.get(field)) for field in {**old, **new} if old.get(field) != new.get(field)}

@@ -1,4 +1,4 @@
-"""The JSON Schema of a configuration file, for editors that complete and check YAML and TOML."""
+"""The JSON Schema of a configuration file. Editors complete and check YAML and TOML with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _or_text(entry: dict[str, Any]) -> dict[str, Any]:
-    """The same, or its values between commas (of a repeated setting, one value) as text."""
+    """The schema of a list that may also be a text: values separated by commas, or a single value."""
     about = {key: value for key, value in entry.items() if key in ("description", "default")}
     types = entry.get("anyOf", [{key: value for key, value in entry.items() if key not in about}])
     return {"anyOf": [*types, {"type": "string"}], **about}

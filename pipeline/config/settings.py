@@ -1,7 +1,7 @@
-"""All settings of a run: each is declared once, in `pruning_settings` or `job_settings`.
+"""All settings of a run. Each is declared once, in `pruning_settings` or `job_settings`.
 
-From the declarations come the command line (`lampctl.cli.options`), environment variables, the configuration file and
-its JSON Schema, the docs, and what is part of a run's identity. Validation (pydantic) happens once a command runs.
+The command line (`lampctl.cli.options`), environment variables, the configuration file and its JSON Schema, the docs,
+and a run's identity all come from the declarations. Pydantic validates the values when a command runs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from stages.sparsity.nm_pattern import Pattern
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
+
+ENVIRONMENT_PREFIX = "LAMPCTL_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +48,11 @@ class Settings(JobSettings, PruningSettings):
         """Validate values by name; former names are accepted.
 
         Args:
-            values: Of any origin: strings from an environment, numbers from a file.
+            values: Values of any origin: strings from the environment, numbers from a file.
             origins: Where each value came from, for messages.
 
         Raises:
-            ConfigError: Every wrong value, its origin and what would be right.
+            ConfigError: Values are wrong. The message names each one, its origin and what would be right.
         """
         from pydantic import ValidationError
 
@@ -61,12 +63,12 @@ class Settings(JobSettings, PruningSettings):
 
     @classmethod
     def recorded(cls, values: Mapping[str, Any]) -> Self:
-        """The same for values that lampctl wrote itself. Raises pydantic's ValidationError."""
+        """Validate values that lampctl wrote itself. Raises pydantic's ValidationError."""
         found: Self = _adapter(cls).validate_python(with_current_names(values))
         return found
 
     def changed(self, **changes: Any) -> Self:
-        """A copy with other values, which are valid already."""
+        """A copy with other values, which must be valid already."""
         return replace(self, **changes)
 
     def as_json(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Settings(JobSettings, PruningSettings):
 
 
 def _adapter(kind: type[Settings]) -> TypeAdapter[Any]:
-    """What validates and dumps this class; built once, when a command needs it."""
+    """The validator and serializer of this class. Built once, when a command needs it."""
     if kind not in _ADAPTERS:
         from pydantic import TypeAdapter
 
@@ -97,7 +99,7 @@ def hints() -> dict[str, Any]:
 
 @cache
 def options() -> dict[str, Option]:
-    """What each setting says about itself."""
+    """The `Option` of each setting."""
     return {
         name: next(part for part in get_args(hint)[1:] if isinstance(part, Option)) for name, hint in hints().items()
     }
@@ -119,12 +121,12 @@ def _plain(hint: Any) -> Any:
 
 @cache
 def former_names() -> dict[str, str]:
-    """The current name of each setting that had another one."""
+    """The current name of a setting, by its former name."""
     return {alias: name for name, option in options().items() for alias in option.aliases}
 
 
 def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values under the current names of the settings. A value under the current name wins."""
+    """The values under the current names of their settings. A value under the current name wins."""
     renamed = {former_names()[name]: value for name, value in values.items() if name in former_names()}
     return {**renamed, **{name: value for name, value in values.items() if name not in former_names()}}
 
@@ -138,13 +140,18 @@ def names_where(**wanted: Any) -> tuple[str, ...]:
     )
 
 
+def variable_of(name: str) -> str:
+    """The setting's environment variable."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
 def flag_of(name: str) -> str:
-    """The setting's name as the command line has it."""
+    """The setting's flag on the command line."""
     return "MODEL" if name == "model" else "--" + name.replace("_", "-")
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
-    """What is wrong with each setting, one a line, named as the user knows it and with its origin."""
+    """One line per wrong setting: its flag, the value, its origin and what would be right."""
     lines = []
     for problem in error.errors():
         field = str(problem["loc"][0]) if problem["loc"] else ""
@@ -153,7 +160,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
             lines.append(f"{flag} is missing (lampctl run --help has examples)")
         elif problem["type"] == "unexpected_keyword_argument":
             known = ", ".join(sorted(options()))
-            lines.append(f"{field} ({origins.get(field)}) is no setting of a run; known: preset, {known}")
+            lines.append(f"{field} ({origins.get(field)}) is not a setting of a run; known: preset, {known}")
         else:
             given = problem["input"]
             given = ", ".join(map(str, given)) if isinstance(given, tuple | list) else given
