@@ -39,7 +39,7 @@ BAD = [
     (("--sparsity", "0.95", "--alpha", "0.5"), "use a larger alpha", 2),
     (("--sparsity", "0.9", "--beta", "0.9"), "a smaller beta", 2),
     (("--sparsity", "0.5", "--config", "gone.yaml"), "cannot be read", 2),
-    (("--sparsity", "0.5", "--config", "odd.yaml"), "colour (file odd.yaml) is no setting", 2),
+    (("--sparsity", "0.5", "--config", "odd.yaml"), "colour (file odd.yaml) is not a setting", 2),
     (("--sparsity", "0.5", "--baseline", "lamp"), "runs already", 2),
     (("--sparsity", "0.5", "--baseline", "best"), "--baseline best: choose one of", 2),
     (("--sparsity", "0.5", "--revision", "main"), "only models from the hub have revisions", 2),
