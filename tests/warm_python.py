@@ -23,7 +23,7 @@ main()
 """
 
 _IMPORTED = (
-    *("lampctl.app", "lampctl.commands.run", "pipeline.steps.executor", "pipeline.runs.lifecycle"),
+    *("lampctl.app", "lampctl.commands.run", "pipeline.steps.executor", "pipeline.runs.lifecycle", "stages.lamp"),
     *("transformers.models.opt.modeling_opt", "transformers.models.llama.modeling_llama", "segment_anything"),
 )
 _SERVER = """
