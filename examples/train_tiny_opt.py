@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from stages.data.text_sources import parse_source
+from stages.data.registry import parse_source
 from stages.data.tokenization import tokenize
 from stages.metrics.perplexity import perplexity, window_loss, windows
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stages.data.text_sources import Source
+from stages.data.text_source import TextSource
 from stages.data.tokenization import calibration_tokens, load_tokenizer
 from stages.models.base import ModelFolder
 
 
 def calibrate(
-    source: Source,
+    source: TextSource,
     model: ModelFolder,
     *,
     num_samples: int,

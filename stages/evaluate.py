@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.data.text_sources import Source
+from stages.data.text_source import TextSource
 from stages.data.tokenization import evaluation_tokens, require_vocabulary
 from stages.interfaces import Callbacks, Checkpoint, Scratch, Stream
 from stages.machine.device import DeviceChoices, computing
@@ -53,7 +53,7 @@ class TextResult:
 
 def evaluate_text(
     model: BlockModel,
-    source: Source,
+    source: TextSource,
     tokenizer: Any,
     seqlen: int,
     max_tokens: int | None,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.data.text_sources import parse_source
+from stages.data.registry import parse_source
 from stages.models.resolve import resolve
 from tests.faults.test_kill_in_every_stage import lampctl as lampctl_process
 from tests.faults.test_kill_in_every_stage import weights

@@ -15,7 +15,7 @@ import time
 import torch
 from torch import Tensor
 
-from stages.data.text_sources import parse_source
+from stages.data.registry import parse_source
 from stages.data.tokenization import evaluation_tokens, load_tokenizer
 from stages.evaluate import evaluate_perplexity
 from stages.in_memory import ListScratch, NullCallbacks

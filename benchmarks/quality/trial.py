@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality.texts import EMBEDDED, SHARED, as_text_file, say_embedded
-from stages.data.text_sources import parse_source
+from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, evaluation_tokens, load_tokenizer
 from stages.evaluate import evaluate_perplexity
 from stages.in_memory import ListScratch, ListStream, NullCallbacks

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy
 
-from stages.data.text_sources import parse_source
+from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, load_tokenizer
 from stages.models.resolve import resolve
 

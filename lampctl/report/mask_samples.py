@@ -54,12 +54,13 @@ def _samples(
     originals: dict[tuple[Any, str], list[Answer]],
 ) -> tuple[MaskSample, ...]:
     from pipeline.steps.executor import original_model
-    from stages.data.image_sources import ImageSource
+    from stages.data.image_source import ImageSource
+    from stages.data.registry import parse_source
     from stages.machine.device import apply, choose
     from stages.metrics.mask_prediction import answers_to, asked_of
     from stages.models.resolve import resolve
     from stages.models.sam.encoder import SamEncoder
-    from stages.tasks.registry import open_model, parse_source
+    from stages.tasks.registry import open_model
 
     source = parse_source(name)
     assert isinstance(source, ImageSource)

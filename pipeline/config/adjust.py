@@ -32,8 +32,8 @@ def sibling(gathered: Gathered, method: str) -> Gathered:
 
 def with_absolute_paths(gathered: Gathered) -> Gathered:
     """The settings with local paths made absolute, since a run can be resumed from another folder."""
+    from stages.data.registry import parse_source
     from stages.formats.file_digest import local_path
-    from stages.tasks.registry import parse_source
 
     settings = gathered.values
     changes: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
 
 def _without_foreign_data(gathered: Gathered, model: BlockModel) -> Gathered:
     """The settings without the data that a preset names for another kind of model."""
-    from stages.tasks.registry import parse_source
+    from stages.data.registry import parse_source
 
     settings = gathered.values
     named = {"calibration": (settings.calibration,), "evaluate": settings.evaluate}

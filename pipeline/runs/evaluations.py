@@ -31,8 +31,8 @@ def change_evaluation(
 
     sources: between commas. settings: other free settings by name, None among them: as they are.
     """
+    from stages.data.registry import parse_source
     from stages.metrics.zero_shot import check_tasks
-    from stages.tasks.registry import parse_source
 
     changes = {field: value for field, value in settings.items() if value is not None}
     if sources is not None:

@@ -77,7 +77,7 @@ def wanted_of(sources: str | None, settings: Mapping[str, Any], *, device: str, 
 
     settings: those of an evaluation, as a run names them; None where nothing was said. Raises ConfigError, UsageError.
     """
-    from stages.tasks.registry import parse_source
+    from stages.data.registry import parse_source
 
     tasks, task_data, task_limit = (settings[name] for name in ("tasks", "task_data", "task_limit"))
     points = settings["eval_points"]
@@ -180,8 +180,9 @@ def _measured(
     model: BlockModel, wanted: Wanted, seqlen: int, choices: Any, showing: Showing
 ) -> tuple[dict[str, Any], ...]:
     from pipeline.rundir.activation_store import ScratchStreams
+    from stages.data.registry import parse_source
     from stages.tasks.base import require_task
-    from stages.tasks.registry import parse_source, task_named
+    from stages.tasks.registry import task_named
 
     task = task_named(model.task)
     protocol = EvaluationProtocol(seqlen, wanted.max_tokens, wanted.points, wanted.max_images)

@@ -19,8 +19,8 @@ def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str,
     Raises:
         UsageError: A source cannot be read, is too small, or is for another kind of model.
     """
+    from stages.data.registry import parse_source
     from stages.tasks.base import require_task
-    from stages.tasks.registry import parse_source
 
     digests: dict[str, Any] = {}
     if config.calibration is not None:

@@ -33,7 +33,7 @@ class Calibrate(StepKind):
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> CalibrateResult:
         from pipeline.steps.stage_settings import drawing_of
-        from stages.tasks.registry import parse_source
+        from stages.data.registry import parse_source
 
         config = context.config
         assert config.calibration is not None

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from pipeline.rundir.run_directory import RunDirectory
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
+    from stages.data.base import DataSource
     from stages.interfaces import Callbacks
-    from stages.tasks.base import DataSource, EvaluationProtocol
+    from stages.tasks.base import EvaluationProtocol
 
 # Number of tokens in the test set of WikiText-2. The length of another text is known only when it is evaluated.
 _USUAL_EVALUATION_TOKENS = 350_000
@@ -68,7 +69,8 @@ class Evaluate(StepKind):
         return evaluation_steps(config.evaluate, config.evaluation_protocol, config.evaluate_dense)
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> EvaluateResult:
-        from stages.tasks.registry import open_model, parse_source
+        from stages.data.registry import parse_source
+        from stages.tasks.registry import open_model
 
         what = step.request
         assert isinstance(what, Evaluation)

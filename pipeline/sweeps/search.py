@@ -45,7 +45,8 @@ class Search:
 
     @property
     def _direction(self) -> Literal["minimize", "maximize"]:
-        from stages.tasks.registry import parse_source, task_named
+        from stages.data.registry import parse_source
+        from stages.tasks.registry import task_named
 
         named = self._spec.settings.get("evaluate")
         task = task_named(parse_source(named[0]).task if named else "language")

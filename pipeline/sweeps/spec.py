@@ -152,7 +152,7 @@ def _axis(text: str) -> tuple[str, tuple[str, ...]]:
     field, values = _split(text, "--grid")
     found = tuple(dict.fromkeys(_values(field, values)))
     if field == "calibration":
-        from stages.tasks.registry import parse_source
+        from stages.data.registry import parse_source
 
         found = tuple(parse_source(name).name for name in found)  # with absolute paths
     if not found:

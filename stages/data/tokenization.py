@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.data.text_sources import Source, Use
+from stages.data.text_source import TextSource, Use
 from stages.errors import UsageError
 from stages.machine.hub import reason_of
 
@@ -36,7 +36,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 
 def calibration_tokens(
-    source: Source,
+    source: TextSource,
     tokenizer: Any,
     num_samples: int,
     seqlen: int,
@@ -64,12 +64,12 @@ def calibration_tokens(
     return tokens[:needed].view(-1, seqlen)[skip:].clone()
 
 
-def evaluation_tokens(source: Source, tokenizer: Any) -> Tensor:
+def evaluation_tokens(source: TextSource, tokenizer: Any) -> Tensor:
     """All token ids (n,) of the evaluation text, tokenized once."""
     return tokenize(tokenizer, source.text("evaluation"))
 
 
-def _first_tokens(source: Source, tokenizer: Any, needed: int) -> Tensor:
+def _first_tokens(source: TextSource, tokenizer: Any, needed: int) -> Tensor:
     """All tokens of the calibration text, or, of a source with very many documents, of as many as are needed."""
     if not source.has_documents:
         return tokenize(tokenizer, source.text("calibration"))
@@ -81,7 +81,7 @@ def _first_tokens(source: Source, tokenizer: Any, needed: int) -> Tensor:
         num_documents *= 2
 
 
-def _draw_from_text(source: Source, tokenizer: Any, count: int, seqlen: int, rng: random.Random) -> Tensor:
+def _draw_from_text(source: TextSource, tokenizer: Any, count: int, seqlen: int, rng: random.Random) -> Tensor:
     tokens = tokenize(tokenizer, source.text("calibration"))
     if len(tokens) <= seqlen:
         raise UsageError(f"{source.name} has {len(tokens):,} tokens, not more than one sample of --seqlen {seqlen}")
@@ -89,7 +89,7 @@ def _draw_from_text(source: Source, tokenizer: Any, count: int, seqlen: int, rng
     return torch.stack([tokens[start : start + seqlen] for start in starts])
 
 
-def _draw_from_documents(source: Source, tokenizer: Any, count: int, seqlen: int, rng: random.Random) -> Tensor:
+def _draw_from_documents(source: TextSource, tokenizer: Any, count: int, seqlen: int, rng: random.Random) -> Tensor:
     documents = source.documents("calibration")
     samples: list[Tensor] = []
     rejected = 0
@@ -108,7 +108,7 @@ def _draw_from_documents(source: Source, tokenizer: Any, count: int, seqlen: int
     return torch.stack(samples)
 
 
-def require_length(source: Source, tokenizer: Any, use: Use, num_tokens: int, vocab_size: int, remedy: str) -> None:
+def require_length(source: TextSource, tokenizer: Any, use: Use, num_tokens: int, vocab_size: int, remedy: str) -> None:
     """Raise UsageError if a local source has fewer tokens than that, or some that the model does not know.
 
     A source of the hub is not looked at.

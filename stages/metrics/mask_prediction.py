@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stages.data.image_sources import ImageSource, UnusableImageError, decode_mask, prepare, read_pixels
+from stages.data.image_decoding import decode_mask, prepare, read_pixels
+from stages.data.image_source import ImageSource, UnusableImageError
 from stages.interfaces import Watcher
 from stages.machine.device import DeviceChoices, computing
 from stages.metrics.iou import interior_point, mask_iou

@@ -15,16 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.data.image_sources import (
-    Annotation,
-    ImageRecord,
-    ImageSource,
-    Prepared,
-    UnusableImageError,
-    decode_mask,
-    prepare,
-    read_pixels,
-)
+from stages.data.image_decoding import Prepared, decode_mask, prepare, read_pixels
+from stages.data.image_source import Annotation, ImageRecord, ImageSource, UnusableImageError
 from stages.errors import NumericalError, UsageError
 from stages.interfaces import Callbacks, Checkpoint, Scratch, Stream
 from stages.machine.device import DeviceChoices, computing

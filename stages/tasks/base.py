@@ -11,34 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stages.data.base import DataSource
     from stages.interfaces import Callbacks, Samples, Scratch
     from stages.machine.device import DeviceChoices
     from stages.models.base import BlockModel
 
 # Where in a mask the one point is that asks for it; "auto": the annotation's own, else the interior one.
 Points = Literal["auto", "annotation", "interior", "random", "box-center"]
-
-
-class DataSource(Protocol):
-    """Data that a user named."""
-
-    @property
-    def name(self) -> str:
-        """Canonical: local paths are absolute."""
-        ...
-
-    @property
-    def task(self) -> str:
-        """Which task it is for."""
-        ...
-
-    def check(self) -> None:
-        """Raise UsageError or ResourceError unless it can be read. Downloads nothing."""
-        ...
-
-    def digest(self) -> Any:
-        """What tells it from another one under its name, ready for JSON; None where nobody could."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -122,8 +101,7 @@ def require_task(source: DataSource, model: BlockModel) -> None:
     from stages.errors import UsageError
 
     if source.task != model.task:
-        holds = {"language": "text", "vision": "images"}
-        raise UsageError(f"{source.name} holds {holds[source.task]}: {model.source.name} is a {model.task} model")
+        raise UsageError(f"{source.name} holds {source.contents}: {model.source.name} is a {model.task} model")
 
 
 class Listed:

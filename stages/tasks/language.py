@@ -6,13 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 from stages.calibrate import calibrate
-from stages.data.text_sources import Source
+from stages.data.base import DataSource
+from stages.data.registry import source_kind
+from stages.data.text_source import TextSource
 from stages.data.tokenization import load_tokenizer, require_length, require_vocabulary
 from stages.evaluate import evaluate_text
 from stages.interfaces import Callbacks, Scratch
 from stages.machine.device import DeviceChoices
 from stages.models.base import BlockModel, ModelFolder
-from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Listed, Points, require_task
+from stages.tasks.base import Drawing, Drawn, EvaluationProtocol, Listed, Points, require_task
 
 
 class Language:
@@ -27,7 +29,8 @@ class Language:
     missing_evaluation: str | None = None
 
     def default_sampling(self, calibration: str) -> str:
-        return "random" if calibration.partition(":")[0] == "c4" else "contiguous"
+        kind = source_kind(calibration)
+        return kind.default_sampling if kind is not None else "contiguous"
 
     def require_samples(self, model: BlockModel, source: DataSource, drawing: Drawing) -> None:
         text = _text(source, model)
@@ -71,9 +74,9 @@ class Language:
         return {"metric": "perplexity", **asdict(result)}
 
 
-def _text(source: DataSource, model: BlockModel) -> Source:
+def _text(source: DataSource, model: BlockModel) -> TextSource:
     require_task(source, model)
-    assert isinstance(source, Source)
+    assert isinstance(source, TextSource)
     return source
 
 

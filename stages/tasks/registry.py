@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 
-from stages.data.image_sources import KINDS, parse_image_source
-from stages.data.text_sources import parse_source as parse_text_source
 from stages.models.base import BlockModel, ModelFolder
-from stages.tasks.base import DataSource, Task
+from stages.tasks.base import Task
 
 
 def task_named(name: str) -> Task:
@@ -19,13 +17,6 @@ def task_named(name: str) -> Task:
     from stages.tasks.language import Language
 
     return Language()
-
-
-def parse_source(name: str) -> DataSource:
-    """The data that `name` names, text or images. Raises UsageError for a name that is none, saying which there are."""
-    if name.partition(":")[0] in KINDS and ":" in name:
-        return parse_image_source(name)
-    return parse_text_source(name)
 
 
 def open_model(folder: ModelFolder) -> BlockModel:

@@ -6,22 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.data.image_sources import (
-    ImageRecord,
-    ImageSource,
-    Skipped,
-    UnusableImageError,
-    chosen,
-    prepare,
-    read_pixels,
-)
+from stages.data.base import DataSource
+from stages.data.image_decoding import prepare, read_pixels
+from stages.data.image_source import ImageRecord, ImageSource, Skipped, UnusableImageError, chosen
 from stages.errors import UsageError
 from stages.interfaces import Callbacks, Scratch
 from stages.machine.device import DeviceChoices
 from stages.metrics.single_point_iou import evaluate_masks
 from stages.models.base import BlockModel
 from stages.models.sam.encoder import SamEncoder
-from stages.tasks.base import DataSource, Drawing, Drawn, EvaluationProtocol, Points, require_task
+from stages.tasks.base import Drawing, Drawn, EvaluationProtocol, Points, require_task
 
 
 class Vision:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.data.image_sources import decode_mask
-from stages.tasks.registry import parse_source
+from stages.data.image_decoding import decode_mask
+from stages.data.registry import parse_source
 from tests.small_sam import save
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

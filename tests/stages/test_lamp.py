@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from pipeline.steps.stage_settings import prunable_layers
 from stages.allocate import outlier_shares
 from stages.calibrate import calibrate
+from stages.data.registry import parse_source
 from stages.in_memory import ListScratch, ListStream
 from stages.lamp import LampSettings, lamp
 from stages.machine.device import DeviceChoices
@@ -16,7 +17,6 @@ from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.sparsity.budget import allocate
 from stages.sparsity.owl import budget_by_outliers
-from stages.tasks.registry import parse_source
 from stages.training.trainer import TrainingSettings
 from tests.blocks import context_of, pruner_named
 from tests.small_models import save

@@ -25,7 +25,7 @@ BAD = [
     (("--sparsity", "0.5", "--device", "tpu"), "--device tpu", 2),
     (("--sparsity", "0.5", "--device", "cuda:7"), "no such GPU", 5),
     (("--sparsity", "0.5", "--dtype", "int8"), "--dtype int8", 2),
-    (("--sparsity", "0.5", "--calibration", "wiki"), "is no text source", 2),
+    (("--sparsity", "0.5", "--calibration", "wiki"), "is not a data source", 2),
     (("--sparsity", "0.5", "--calibration", "text:gone.txt"), "no such text file", 2),
     (("--sparsity", "0.5", "--calibration", "text:short.txt"), "tokens for calibration", 2),
     (("--sparsity", "0.5", "--evaluate", "text:short.txt"), "tokens for evaluation", 2),

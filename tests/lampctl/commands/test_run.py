@@ -44,7 +44,7 @@ def masked_counts(run: Path) -> dict[str, int]:
 
 def own_perplexity(folder: Path, seqlen: int, max_tokens: int) -> float:
     """Perplexity by transformers' own loss, on the whole model at once."""
-    from stages.data.text_sources import parse_source
+    from stages.data.registry import parse_source
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(parse_source("pydocs").text("evaluation"))["input_ids"])

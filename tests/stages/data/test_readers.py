@@ -1,14 +1,14 @@
 """Local copies of WikiText-2, PTB and C4: the rows, and so the tokens, that the hub gives."""
 
-import dataclasses
 import gzip
 import json
 
 import pytest
 import torch
 
-from stages.data import text_sources
-from stages.data.text_sources import parse_source
+from stages.data.c4 import C4
+from stages.data.hub_text import HubText
+from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, evaluation_tokens
 from stages.errors import UsageError
 from tests.small_models import tokenizer
@@ -56,7 +56,7 @@ def test_a_local_copy_gives_the_tokens_that_the_hub_gives(tmp_path, monkeypatch,
     assert local.is_local
     assert local.digest()["size"] == path.stat().st_size
     local.check()
-    monkeypatch.setattr(text_sources, "_hub_rows", lambda name, use: ROWS[name])
+    monkeypatch.setattr(HubText, "hub_rows", lambda source, use: ROWS[source.kind])
     hub = parse_source(name)
     assert local.documents("evaluation") == ROWS[name]
     assert torch.equal(evaluation_tokens(local, TOKENIZER), evaluation_tokens(hub, TOKENIZER))
@@ -74,7 +74,7 @@ def test_what_datasets_reads_is_what_a_copy_gives(tmp_path, monkeypatch, form):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     path = write(tmp_path, "c4", form)
     files = {"calibration": str(path), "evaluation": str(path)}
-    monkeypatch.setitem(text_sources._HUB, "c4", dataclasses.replace(text_sources._HUB["c4"], files=files))
+    monkeypatch.setattr(C4, "files", files)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: None)
     assert parse_source("c4").text("evaluation") == parse_source(f"c4:{path}").text("evaluation")
 

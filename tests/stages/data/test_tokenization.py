@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from stages.data import text_sources
-from stages.data.text_sources import parse_source
+from stages.data.hub_text import HubText
+from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, evaluation_tokens, tokenize
 from stages.errors import ResourceError, UsageError
 from stages.metrics.perplexity import perplexity, window_loss, windows
@@ -42,7 +42,7 @@ def test_random_windows_depend_on_the_seed_alone_and_lie_in_the_text(words):
 
 def test_c4_draws_as_sparsegpts_code_does(monkeypatch):
     documents = [f"document {i} " * (i % 7) for i in range(200)]
-    monkeypatch.setattr(text_sources, "_hub_rows", lambda name, use: documents)
+    monkeypatch.setattr(HubText, "hub_rows", lambda source, use: documents)
     drawn = calibration_tokens(parse_source("c4"), TOKENIZER, 6, 40, "random", seed=0)
     rng, expected = random.Random(0), []
     while len(expected) < 6:
@@ -56,10 +56,10 @@ def test_c4_draws_as_sparsegpts_code_does(monkeypatch):
 
 
 def test_hub_texts_are_joined_as_the_field_does(monkeypatch):
-    monkeypatch.setattr(text_sources, "_hub_rows", lambda name, use: ["a\n", "", f"{name} {use}"])
+    monkeypatch.setattr(HubText, "hub_rows", lambda source, use: ["a\n", "", f"{source.kind} {use}"])
     assert parse_source("wikitext2").text("evaluation") == "a\n\n\n\n\nwikitext2 evaluation"
     assert parse_source("ptb").text("calibration") == "a\n  ptb calibration"
-    monkeypatch.setattr(text_sources, "_hub_rows", lambda name, use: [str(i) for i in range(3000)])
+    monkeypatch.setattr(HubText, "hub_rows", lambda source, use: [str(i) for i in range(3000)])
     assert parse_source("c4").text("evaluation").split() == [str(i) for i in range(1100)]
     assert parse_source("c4").max_windows == 256
 
@@ -80,7 +80,7 @@ def test_the_hub_out_of_reach_is_said_quickly(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
-    monkeypatch.setattr(text_sources, "_cached_rows", lambda name, use: None)
+    monkeypatch.setattr(HubText, "cached_rows", lambda source, use: None)
     with pytest.raises(ResourceError, match=r"wikitext2 comes from the Hugging Face hub.*no route to host.*pydocs"):
         parse_source("wikitext2").text("evaluation")
     with pytest.raises(ResourceError, match="out of reach"):

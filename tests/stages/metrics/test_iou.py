@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from segment_anything import SamPredictor
 
+from stages.data.registry import parse_source
 from stages.errors import UsageError
 from stages.in_memory import ListScratch, NullCallbacks
 from stages.machine.device import DeviceChoices
@@ -16,7 +17,7 @@ from stages.metrics import single_point_iou as evaluate_masks_module
 from stages.metrics.iou import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
 from stages.metrics.single_point_iou import evaluate_masks
 from stages.models.resolve import resolve
-from stages.tasks.registry import open_model, parse_source
+from stages.tasks.registry import open_model
 from tests.small_sam import build, coco, picture, rle, sa1b, save
 
 ONE = DeviceChoices("cpu", "float32", 1, "highest", "test", batch_tokens=64)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.data import image_sources as images
-from stages.data.image_sources import ImageRecord, UnusableImageError, chosen, decode_mask, prepare, read_pixels
+from stages.data import image_decoding as images
+from stages.data.image_decoding import decode_mask, prepare, read_pixels
+from stages.data.image_source import ImageRecord, UnusableImageError, chosen
+from stages.data.registry import parse_source
 from stages.errors import UsageError
-from stages.tasks.registry import parse_source
 from tests.small_sam import coco, picture, rle, sa1b
 
 

@@ -1,0 +1,67 @@
+"""What every data source provides: a name, a check, a digest. `TextSource` and `ImageSource` say how it is read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, Self
+
+
+class DataSource(ABC):
+    """Data that a user named, by ``KIND`` or ``KIND:PATH``.
+
+    A subclass is one kind of data source; an object is one source of that kind. Base classes of kinds:
+    `stages.data.text_source.TextSource` and `stages.data.image_source.ImageSource`.
+    """
+
+    # Name in the registry: what stands before the colon.
+    kind: ClassVar[str]
+    title: ClassVar[str]  # for people
+    help: ClassVar[str]  # one line
+    # Name of the task whose models read it (`stages.tasks.registry.TASKS`).
+    task: ClassVar[str]
+    # What it holds, in messages.
+    contents: ClassVar[str]
+    # Whether a path follows the colon.
+    path: ClassVar[Literal["none", "optional", "required"]] = "none"
+    # What the path is in help texts.
+    path_metavar: ClassVar[str] = "PATH"
+    # How calibration samples are drawn unless the user says.
+    default_sampling: ClassVar[Literal["contiguous", "random"]] = "contiguous"
+
+    name: str  # canonical: KIND, or KIND:PATH with an absolute path
+
+    @classmethod
+    def forms(cls) -> tuple[str, ...]:
+        """How a user may write it: ("c4", "c4:PATH")."""
+        with_path = f"{cls.kind}:{cls.path_metavar}"
+        return {"none": (cls.kind,), "optional": (cls.kind, with_path), "required": (with_path,)}[cls.path]
+
+    @classmethod
+    @abstractmethod
+    def named(cls, path: str | None) -> Self:
+        """The source that a user named.
+
+        Args:
+            path: What follows the colon, not empty; None where there is no colon.
+
+        Raises:
+            UsageError: Nothing is at this path.
+        """
+
+    @property
+    @abstractmethod
+    def is_local(self) -> bool:
+        """Whether it can be read without the hub."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Make sure that it can be read. Downloads nothing.
+
+        Raises:
+            UsageError: It is not there, cannot be read, or holds nothing.
+            ResourceError: The hub cannot be reached.
+        """
+
+    @abstractmethod
+    def digest(self) -> dict[str, Any] | None:
+        """What tells this source's contents from others, ready for JSON; None where the contents are not local."""

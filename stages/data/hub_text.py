@@ -1,0 +1,128 @@
+"""Data sets of text on the Hugging Face hub, or a local copy of one with the same rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from stages.data.readers import read_rows
+from stages.data.text_source import TextSource, Use, local_file
+from stages.errors import ResourceError
+from stages.formats.file_digest import digest_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HubText(TextSource):
+    """A data set of the hub. A subclass says which rows it has and how they make one text.
+
+    A local copy (``wikitext2:PATH``) gives the rows that the hub serves, joined in the same way.
+    """
+
+    path = "optional"
+    repo: ClassVar[str]
+    column: ClassVar[str]  # holds the text
+    config: ClassVar[str | None] = None
+    split: ClassVar[Mapping[Use, str]] = {"calibration": "train", "evaluation": "train"}
+    # Files of the hub, where the data set's own configuration is not used.
+    files: ClassVar[Mapping[Use, str] | None] = None
+
+    file: Path | None = None  # the local copy
+
+    @classmethod
+    def named(cls, path: str | None) -> Self:
+        if path is None:
+            return cls(cls.kind)
+        file = local_file(cls.kind, path)
+        return cls(f"{cls.kind}:{file}", file)
+
+    @classmethod
+    def from_line(cls, line: str) -> str:
+        """The hub's row for one line of the plain text that the data set is made from."""
+        return line
+
+    @property
+    def is_local(self) -> bool:
+        return self.file is not None
+
+    def check(self) -> None:
+        if self.file is not None:
+            self.documents("evaluation")
+            return
+        from huggingface_hub import HfApi
+
+        from stages.machine.hub import UNREACHABLE
+
+        try:
+            HfApi().dataset_info(self.repo, timeout=20)
+        except UNREACHABLE as error:
+            if all(self.cached_rows(use) is None for use in self.split):
+                raise self._unreachable(error) from error
+
+    def digest(self) -> dict[str, Any] | None:
+        if self.file is None:
+            return None
+        found = digest_file(self.file)
+        return {"size": found.size, "sha256": found.sha256}
+
+    def documents(self, use: Use) -> Sequence[str]:
+        if self.file is None:
+            return self.hub_rows(use)
+        return read_rows(self.file, self.name, self.column, self.from_line)
+
+    def hub_rows(self, use: Use) -> Sequence[str]:
+        """The rows from the hub, or from the local cache if the hub cannot be reached."""
+        from huggingface_hub import HfApi
+
+        from stages.machine.hub import UNREACHABLE
+
+        try:
+            # `datasets` itself tries for half a minute before it gives up.
+            HfApi().dataset_info(self.repo, timeout=20)
+            return self._load(use)
+        except UNREACHABLE as error:
+            rows = self.cached_rows(use)
+            if rows is None:
+                raise self._unreachable(error) from error
+            log.warning("the Hugging Face hub cannot be reached; using the copy of %s in the cache", self.name)
+            return rows
+
+    def cached_rows(self, use: Use) -> Sequence[str] | None:
+        """The rows from the cache of `datasets`; None if they are not there."""
+        import datasets
+
+        from stages.machine.hub import UNREACHABLE
+
+        before = datasets.config.HF_HUB_OFFLINE
+        datasets.config.HF_HUB_OFFLINE = True
+        try:
+            return self._load(use)
+        except UNREACHABLE:
+            return None
+        except ValueError:  # raised by `datasets` for a configuration that is not in its cache
+            return None
+        finally:
+            datasets.config.HF_HUB_OFFLINE = before
+
+    def _load(self, use: Use) -> Sequence[str]:
+        import datasets
+
+        if self.files is None:
+            rows: Any = datasets.load_dataset(self.repo, self.config, split=self.split[use])
+        else:
+            kind = "parquet" if self.files[use].endswith("parquet") else "json"
+            rows = datasets.load_dataset(kind, data_files=self.files[use], split=self.split[use])
+        column: Sequence[str] = rows[self.column]
+        return column
+
+    def _unreachable(self, error: BaseException) -> ResourceError:
+        from stages.machine.hub import reason_of
+
+        return ResourceError(
+            f"{self.name} comes from the Hugging Face hub, which is out of reach ({reason_of(error)}): try later, or "
+            f"use pydocs, which comes with Python, or a local copy ({self.name}:PATH) or text (text:PATH)"
+        )

@@ -1,0 +1,49 @@
+"""The data sources by name, and how a user's ``KIND`` or ``KIND:PATH`` is parsed."""
+
+from __future__ import annotations
+
+from stages.data.base import DataSource
+from stages.errors import UsageError
+from stages.formats.file_digest import local_path
+from stages.registry import Registry
+
+DATA_SOURCES: Registry[type[DataSource]] = Registry(
+    "data source",
+    {
+        "c4": "stages.data.c4:C4",
+        "wikitext2": "stages.data.wikitext2:WikiText2",
+        "ptb": "stages.data.ptb:PennTreebank",
+        "pydocs": "stages.data.pydocs:PythonDocs",
+        "text": "stages.data.text_file:TextFile",
+        "sa1b": "stages.data.sa1b:SA1B",
+        "coco": "stages.data.coco:COCO",
+        "images": "stages.data.image_folder:ImageFolder",
+    },
+)
+
+
+def parse_source(name: str) -> DataSource:
+    """The data source that a user named.
+
+    Raises:
+        UsageError: There is no such kind of data source, or nothing is at its path.
+    """
+    kind, colon, path = name.partition(":")
+    if kind in DATA_SOURCES:
+        entry = DATA_SOURCES.get(kind)
+        if entry.path != ("none" if colon else "required"):
+            return entry.named(path if colon else None)
+    hint = f"; for a file, text:{name}" if not colon and local_path(name).is_file() else ""
+    raise UsageError(f"{name!r} is not a data source: choose one of {', '.join(source_forms())}{hint}")
+
+
+def source_kind(name: str) -> type[DataSource] | None:
+    """The kind of data source that a name begins with, whether or not its path exists; None for an unknown kind."""
+    kind = name.partition(":")[0]
+    return DATA_SOURCES.get(kind) if kind in DATA_SOURCES else None
+
+
+def source_forms(task: str | None = None) -> tuple[str, ...]:
+    """How data sources are written: ("c4", "c4:PATH", ...), of one task or of all."""
+    entries = DATA_SOURCES.entries()
+    return tuple(form for entry in entries if task in (None, entry.task) for form in entry.forms())

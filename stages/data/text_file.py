@@ -1,0 +1,43 @@
+"""A local text file as a data source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.data.readers import read_text
+from stages.data.text_source import TextSource, Use, local_file
+from stages.formats.file_digest import digest_file
+
+
+@dataclass(frozen=True)
+class TextFile(TextSource):
+    """A UTF-8 text file, also compressed (.gz). It is one document, the same for calibration and evaluation."""
+
+    kind = "text"
+    title = "text file"
+    help = "A text file, UTF-8, also .gz."
+    path = "required"
+
+    file: Path
+
+    @classmethod
+    def named(cls, path: str | None) -> TextFile:
+        file = local_file(cls.kind, path)
+        return cls(f"{cls.kind}:{file}", file)
+
+    @property
+    def is_local(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        self.documents("evaluation")
+
+    def digest(self) -> dict[str, Any]:
+        found = digest_file(self.file)
+        return {"size": found.size, "sha256": found.sha256}
+
+    def documents(self, use: Use) -> Sequence[str]:
+        return [read_text(self.file, self.name)]

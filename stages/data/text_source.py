@@ -1,0 +1,62 @@
+"""Text as a data source: documents, and how they make one text."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from stages.data.base import DataSource
+from stages.errors import UsageError
+from stages.formats.file_digest import local_path
+
+Use = Literal["calibration", "evaluation"]
+
+
+@dataclass(frozen=True)
+class TextSource(DataSource):
+    """Documents of text. A subclass says where they come from.
+
+    Where a source is no local file, its text for calibration and its text for evaluation differ.
+    """
+
+    task = "language"
+    contents = "text"
+    # What stands between two documents when they are joined.
+    joint: ClassVar[str] = "\n\n"
+    # Whether it consists of unrelated documents (web pages): samples are then drawn from single documents.
+    has_documents: ClassVar[bool] = False
+    # As SparseGPT and its followers evaluate: the number of documents, and of windows of them. None: all.
+    max_documents: ClassVar[int | None] = None
+    max_windows: ClassVar[int | None] = None
+
+    name: str
+
+    @abstractmethod
+    def documents(self, use: Use) -> Sequence[str]:
+        """The documents, in their own order. Raises ResourceError if the hub cannot be reached."""
+
+    def text(self, use: Use, num_documents: int | None = None) -> str:
+        """The documents as one text, joined as SparseGPT's code joins them.
+
+        Args:
+            use: What the text is for.
+            num_documents: Take only the first ones; None: all, or for evaluation `max_documents`.
+        """
+        if num_documents is None and use == "evaluation":
+            num_documents = self.max_documents
+        return self.joint.join(self.documents(use)[:num_documents])
+
+
+def local_file(kind: str, path: str | None) -> Path:
+    """The file that follows ``KIND:``, with an absolute path.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    found = local_path(path or "").resolve()
+    if not path or not found.is_file():
+        raise UsageError(f"{kind}:{path or ''}: no such {'text' if kind == 'text' else 'local'} file")
+    return found

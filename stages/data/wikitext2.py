@@ -1,0 +1,25 @@
+"""WikiText-2 as a data source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stages.data.hub_text import HubText
+
+
+@dataclass(frozen=True)
+class WikiText2(HubText):
+    """WikiText-2, raw: the usual text for perplexity."""
+
+    kind = "wikitext2"
+    title = "WikiText-2"
+    help = "WikiText-2 (raw) from the hub, or a local copy of its rows."
+    repo = "Salesforce/wikitext"
+    column = "text"
+    config = "wikitext-2-raw-v1"
+    split = {"calibration": "train", "evaluation": "test"}  # noqa: RUF012
+
+    @classmethod
+    def from_line(cls, line: str) -> str:
+        """A row keeps its line end; an empty line is an empty row."""
+        return f"{line}\n" if line.strip() else ""
