@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - one parameter per flag
     place: Annotated[
         str,
         typer.Argument(

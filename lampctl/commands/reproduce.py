@@ -19,7 +19,7 @@ _TABLES_OWN = ("model", "sparsity", "pattern", "bits", "group_size", "method", "
 
 
 @with_settings(without=_TABLES_OWN)
-def reproduce(
+def reproduce(  # noqa: PLR0913 - one parameter per flag
     chosen: Chosen,
     table: Annotated[str, typer.Argument(metavar="TABLE", help="table1 to table9, or fig3 to fig8.")],
     models: Annotated[

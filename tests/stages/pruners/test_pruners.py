@@ -28,7 +28,7 @@ def hessian_of(x):
     return 2 / len(x) * x.T @ x
 
 
-def plain_sparsegpt(weight, hessian, num_masked, damping=0.01, block=128, mask=None, n_of_m=None, bits=None):
+def plain_sparsegpt(weight, hessian, num_masked, damping=0.01, block=128, n_of_m=None, bits=None):
     """Optimal Brain Surgeon, one column at a time, with an explicit inverse Hessian that shrinks after each.
 
     n_of_m: (N, M), the N smallest of each group of M are chosen when the group is reached. bits: what is kept is
@@ -61,14 +61,11 @@ def plain_sparsegpt(weight, hessian, num_masked, damping=0.01, block=128, mask=N
                         chosen[row, j + k] = True
         elif j % block == 0:
             end = min(j + block, cols)
-            if mask is None:
-                count = num_masked * end // cols - num_masked * j // cols
-                scores = (w[:, j:end] ** 2 / pivots[j:end]).flatten()
-                part = torch.zeros(scores.numel(), dtype=torch.bool)
-                part[torch.argsort(scores, stable=True)[:count]] = True
-                chosen[:, j:end] = part.view(rows, end - j)
-            else:
-                chosen[:, j:end] = mask[:, j:end]
+            count = num_masked * end // cols - num_masked * j // cols
+            scores = (w[:, j:end] ** 2 / pivots[j:end]).flatten()
+            part = torch.zeros(scores.numel(), dtype=torch.bool)
+            part[torch.argsort(scores, stable=True)[:count]] = True
+            chosen[:, j:end] = part.view(rows, end - j)
         kept = w[:, j].clone()
         if bits is not None:
             nearest = (levels - kept[:, None]).abs().argmin(1)
