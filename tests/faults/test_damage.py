@@ -191,18 +191,18 @@ def test_damaged_middle_commit_is_exit_4_and_changes_nothing(runs, tmp_path, lam
 
 def test_step_with_other_weights_is_revoked_with_all_later_steps(runs, tmp_path, lampctl, monkeypatch):
     """As on another machine: the block is pruned anew, and the chain says so."""
-    import stages.prune_block
+    import stages.pruners.alps
 
     shutil.copytree(runs / "half", "run")
     flip(Path("run") / payload_files(Path("run"))["pruned/1"])
-    alps = stages.prune_block.alps
+    alps = stages.pruners.alps.alps
 
     def elsewhere(*arguments, **more):
         """Other last bits, as another processor has."""
         weight, mask = alps(*arguments, **more)
         return weight * (1 + 1e-6), mask
 
-    monkeypatch.setattr(stages.prune_block, "alps", elsewhere)
+    monkeypatch.setattr(stages.pruners.alps, "alps", elsewhere)
     resumed = lampctl("resume", "run")
     assert resumed.code == 0, resumed.err
     assert "are done again" in resumed.err
