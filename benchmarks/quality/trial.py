@@ -1,10 +1,10 @@
-"""Try training settings quickly: LAMP in memory on the first blocks of a model, the others left as they are.
+"""Compare training settings quickly: LAMP in memory on the first blocks of a model; the other blocks stay dense.
 
     python -m benchmarks.quality.trial --blocks 12 --sparsity 0.7 --epochs 2 --refine-epochs 3 --loss token --lr 2e-3
 
-A trial costs a fraction of a run and ranks settings that act on every block alike (losses, rates, pruners);
-settings of the budget need whole runs. Calibration and evaluation are C4 where ../shared/data has it, else pydocs:
-never the text that results are reported on. Appends one line to --out; docs/experiments.md holds what came of it.
+A trial takes a fraction of the time of a run. It ranks settings that act on every block alike (losses, learning rates,
+pruners); settings of the budget need whole runs. Calibration and evaluation use C4 if ../shared/data has it, else
+pydocs, and never the text of the reported results. Appends one line to --out; docs/experiments.md has the results.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _text(named: Path | None, usual: Path, purpose: str, work: Path) -> str:
-    """lampctl's name of a text: the file that was named, else the usual one, else the embedded corpus, said loudly."""
+    """The data source: the named file, else the usual file, else the embedded corpus with a warning."""
     path = named or usual
     if named is None and not usual.exists():
         say_embedded(purpose, usual)
