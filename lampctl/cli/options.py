@@ -16,7 +16,6 @@ import typer
 
 from pipeline.config.option import Option
 from pipeline.config.settings import flag_of, former_names, options, type_of, variable_of
-from stages.pruners.registry import method_names
 
 if TYPE_CHECKING:
     from pipeline.config.gather import Gathered
@@ -135,7 +134,7 @@ def _flag(name: str, option: Option, flag: str, *, is_hidden: bool = False, envv
     return typer.Option(
         declaration,
         metavar=option.metavar,
-        help=option.full_help.format(methods=_listed(method_names()[1:])),
+        help=option.full_help,
         rich_help_panel=option.panel,
         hidden=is_hidden,
         envvar=envvar,
@@ -159,7 +158,3 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     # `compile` is a function of Python.
     name = f"{name}_" if name == "compile" else name
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -10,7 +10,6 @@ from rich.table import Table
 from lampctl.cli.panels import PANELS
 from pipeline.config.option import Option
 from pipeline.config.settings import flag_of, options, type_of
-from stages.pruners.registry import method_names
 
 _INTRODUCTION = """# Settings
 
@@ -54,7 +53,7 @@ def _row(name: str, option: Option) -> str:
         _values(name, option),
         option.default or "-",
         option.scope,
-        option.help.format(methods=", ".join(method_names()[1:])),
+        option.text,
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stages.pruners.registry import method_names
+
 Panel = Literal["What to prune", "Calibration", "Method", "Training", "Evaluation", "Machine", "Stopping", "Storage"]
 # Identity settings change the weights: lampctl refuses another value in the same run directory. Runtime settings may
 # change at any resume.
@@ -24,7 +26,7 @@ Form = Literal["value", "repeated", "list", "path", "file only"]
 class Option:
     """One setting. The command line, the configuration file's schema and the docs are generated from it."""
 
-    help: str  # a sentence or two
+    help: str  # a sentence or two; "{methods}" stands for the pruners of the registry
     panel: Panel
     metavar: str | None = None
     default: str | None = None  # for people: "128", "by effort"
@@ -36,9 +38,15 @@ class Option:
     draws_samples: bool = False  # whether it selects the calibration samples
 
     @property
+    def text(self) -> str:
+        """The help with the names of the pruners filled in."""
+        names = method_names()[1:]
+        return self.help.replace("{methods}", f"{', '.join(names[:-1])} or {names[-1]}")
+
+    @property
     def full_help(self) -> str:
-        """The help, followed by the default."""
-        return f"{self.help} [default: {self.default}]" if self.default is not None else self.help
+        """The text, followed by the default."""
+        return f"{self.text} [default: {self.default}]" if self.default is not None else self.text
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> Any:
         """The JSON Schema of the setting's type, with its help."""

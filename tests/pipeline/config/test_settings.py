@@ -78,6 +78,7 @@ def test_every_setting_is_in_the_schema_with_its_help():
     properties = json_schema()["properties"]
     for name, option in options().items():
         assert properties[name]["description"] == option.full_help, name
+        assert "{" not in option.full_help, name
         assert name.replace("_", "-") in properties
 
 
