@@ -97,8 +97,8 @@ def _do(
     from lampctl.output.paper import show_cells
     from lampctl.output.progress import listening
     from pipeline.paper.reproduce import cells_of, require_fitting, sweep_for
+    from stages.models.registry import open_model
     from stages.models.resolve import resolve
-    from stages.tasks.registry import open_model
 
     for model in models:
         # Whether all models can be had, and fit, is known before hours are spent on the first.

@@ -58,9 +58,9 @@ def _samples(
     from stages.data.registry import parse_source
     from stages.machine.device import apply, choose
     from stages.metrics.mask_prediction import answers_to, asked_of
+    from stages.models.registry import open_model
     from stages.models.resolve import resolve
     from stages.models.sam.encoder import SamEncoder
-    from stages.tasks.registry import open_model
 
     source = parse_source(name)
     assert isinstance(source, ImageSource)

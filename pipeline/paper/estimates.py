@@ -63,8 +63,8 @@ def scale_of(model: str) -> Scale | None:
         return KNOWN[model]
     from stages.errors import StageError
     from stages.models.aliases import WHEEL_ALIASES
+    from stages.models.registry import open_model
     from stages.models.resolve import resolve
-    from stages.tasks.registry import open_model
 
     try:
         opened = open_model(resolve(model))

@@ -115,8 +115,8 @@ def _packed_bytes(state: RunStatus) -> int | None:
 
 def _standing_of_folder(path: Path, measure: Measure, callbacks: Watcher) -> Standing:
     from stages.metrics.achieved_sparsity import achieved
+    from stages.models.registry import open_model
     from stages.models.resolve import resolve
-    from stages.tasks.registry import open_model
 
     path = path.absolute()
     model = open_model(resolve(str(path)))

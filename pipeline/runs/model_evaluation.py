@@ -123,7 +123,7 @@ def measure_model(folder: ModelFolder, wanted: Wanted, showing: Showing) -> Mode
     from stages.machine import device
     from stages.metrics.harness_tasks import TaskData, render
     from stages.metrics.zero_shot import check_tasks
-    from stages.tasks.registry import open_model
+    from stages.models.registry import open_model
 
     data = TaskData.at(wanted.task_data) if wanted.task_data is not None else None
     check_tasks(wanted.tasks, data)

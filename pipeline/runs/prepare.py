@@ -61,8 +61,9 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
             memory limit is too low.
     """
     from stages.machine.device import choose, require_compiler
+    from stages.models.registry import open_model
     from stages.models.resolve import resolve
-    from stages.tasks.registry import open_model, task_named
+    from stages.tasks.registry import task_named
 
     check_combinations(gathered)
     gathered = with_absolute_paths(gathered)

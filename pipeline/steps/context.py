@@ -46,8 +46,8 @@ class StepContext:
     def model(self) -> BlockModel:
         """The original model, checked to be the one that the run began with."""
         from stages.errors import ResourceError
+        from stages.models.registry import open_model
         from stages.models.resolve import resolve
-        from stages.tasks.registry import open_model
 
         recorded = facts_of(self.run).model
         if recorded.source in ("folder", "pickle", "gguf") and not Path(self.config.model).exists():

@@ -70,7 +70,7 @@ class Evaluate(StepKind):
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> EvaluateResult:
         from stages.data.registry import parse_source
-        from stages.tasks.registry import open_model
+        from stages.models.registry import open_model
 
         what = step.request
         assert isinstance(what, Evaluation)

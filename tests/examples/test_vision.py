@@ -76,8 +76,8 @@ def test_training_writes_a_model_that_opens(tmp_path, monkeypatch, capsys, torch
     written = ("--out", out, "--checkpoint", tmp_path / "c.pt")
     call(train_sam_tiny, monkeypatch, "--steps", 2, *written, "--unseen", 2)
     assert "single-point IoU on 2 unseen scenes" in capsys.readouterr().out
+    from stages.models.registry import open_model
     from stages.models.resolve import resolve
-    from stages.tasks.registry import open_model
 
     model = open_model(resolve(str(out)))
     assert model.num_blocks == json.loads((out / "config.json").read_text())["vision_config"]["num_hidden_layers"]

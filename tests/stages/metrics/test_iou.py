@@ -16,8 +16,8 @@ from stages.machine.device import DeviceChoices
 from stages.metrics import single_point_iou as evaluate_masks_module
 from stages.metrics.iou import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
 from stages.metrics.single_point_iou import evaluate_masks
+from stages.models.registry import open_model
 from stages.models.resolve import resolve
-from stages.tasks.registry import open_model
 from tests.small_sam import build, coco, picture, rle, sa1b, save
 
 ONE = DeviceChoices("cpu", "float32", 1, "highest", "test", batch_tokens=64)

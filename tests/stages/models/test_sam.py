@@ -12,12 +12,12 @@ from transformers import SamConfig, SamModel
 
 from stages.errors import ResourceError, UsageError
 from stages.models.aliases import SAM_ALIASES, MetaCheckpoint
+from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from stages.models.sam import checkpoint
 from stages.models.sam.checkpoint import sizes_of_state
 from stages.models.sam.encoder import SamEncoder
 from stages.models.sam.modules import META_SIZES, build_sam, sam_sizes
-from stages.tasks.registry import open_model
 from tests.small_sam import SIZES, build, save
 
 CPU = torch.device("cpu")
