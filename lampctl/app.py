@@ -7,48 +7,103 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 from lampctl.cli.exit_codes import BUG, exit_code, message
-from lampctl.cli.panels import PanelCommand
-from lampctl.commands import config, sweep
-from lampctl.commands.compare import compare
-from lampctl.commands.evaluate import evaluate
-from lampctl.commands.export import export
-from lampctl.commands.gc import gc
-from lampctl.commands.report import report
-from lampctl.commands.reproduce import reproduce
-from lampctl.commands.resume import resume
-from lampctl.commands.run import init, run
-from lampctl.commands.status import status
-from lampctl.commands.steps import allocate, calibrate, capture, compensate_block, prune_block, refine_block
-from lampctl.commands.verify import verify
+from lampctl.cli.lazy_group import LazyCommand, LazyGroup
 from pipeline.rundir.redact import scrub
 from stages.version import VERSION
 
 _STEPS = "Step by step"
 
+
+class _Commands(LazyGroup):
+    """Every command of lampctl, in the order of the help."""
+
+    lazy: ClassVar[Mapping[str, LazyCommand]] = {
+        "run": LazyCommand("lampctl.commands.run:run", "Prune MODEL, and measure the pruned and the original model."),
+        "resume": LazyCommand(
+            "lampctl.commands.resume:resume", "Continue an unfinished run after its last completed step."
+        ),
+        "status": LazyCommand(
+            "lampctl.commands.status:status",
+            "Show a run's steps, budget and losses per block, its metrics, and the remaining time.",
+        ),
+        "compare": LazyCommand(
+            "lampctl.commands.compare:compare",
+            "Show runs and models side by side: perplexity, achieved sparsity, size, time and peak memory.",
+        ),
+        "report": LazyCommand(
+            "lampctl.commands.report:report",
+            "Write one self-contained HTML page about runs, with its plots as PNG and CSV files beside it.",
+        ),
+        "sweep": LazyCommand(
+            "lampctl.commands.sweep:app", "Run one model with many settings, and compare the results."
+        ),
+        "reproduce": LazyCommand(
+            "lampctl.commands.reproduce:reproduce",
+            "Do the runs of a table of the paper, and print its cells beside the published ones.",
+        ),
+        "verify": LazyCommand("lampctl.commands.verify:verify", "Check every file of a run against its commits."),
+        "gc": LazyCommand(
+            "lampctl.commands.gc:gc",
+            "Delete what a run does not need: abandoned attempts, and activations that no later step reads.",
+        ),
+        "config": LazyCommand(
+            "lampctl.commands.config:app",
+            "Show settings: their values and origins, the JSON Schema of a configuration file, the reference.",
+        ),
+        "init": LazyCommand("lampctl.commands.run:init", "Begin a run: write its settings, budget and plan.", _STEPS),
+        "calibrate": LazyCommand("lampctl.commands.steps:calibrate", "Sample the calibration set.", _STEPS),
+        "capture": LazyCommand(
+            "lampctl.commands.steps:capture", "Embed the calibration set and run the first block on it.", _STEPS
+        ),
+        "allocate": LazyCommand(
+            "lampctl.commands.steps:allocate",
+            "Compute the budget from a pass of the original model, in runs with --budget outliers.",
+            _STEPS,
+        ),
+        "prune-block": LazyCommand(
+            "lampctl.commands.steps:prune_block",
+            "Prune one block, and compute its output from the biased input.",
+            _STEPS,
+        ),
+        "refine-block": LazyCommand(
+            "lampctl.commands.steps:refine_block",
+            "Train the weights that a pruned block kept, in runs with --refine.",
+            _STEPS,
+        ),
+        "compensate-block": LazyCommand(
+            "lampctl.commands.steps:compensate_block",
+            "Train one block before it is pruned, to compensate the error of the blocks before it.",
+            _STEPS,
+        ),
+        "export": LazyCommand(
+            "lampctl.commands.export:export",
+            "Write the pruned model as a folder that transformers opens, or as one small packed file.",
+            _STEPS,
+        ),
+        "evaluate": LazyCommand(
+            "lampctl.commands.evaluate:evaluate",
+            "Measure perplexity, zero-shot accuracy or single-point IoU, of a run or of any model.",
+            _STEPS,
+        ),
+    }
+
+
 app = typer.Typer(
     name="lampctl",
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-
-app.command(cls=PanelCommand)(run)
-for _command in (resume, status, compare, report, verify, gc):
-    app.command()(_command)
-app.command(rich_help_panel=_STEPS, cls=PanelCommand)(init)
-for _step in (calibrate, capture, allocate, prune_block, refine_block, compensate_block, export, evaluate):
-    app.command(rich_help_panel=_STEPS)(_step)
-app.add_typer(sweep.app, name="sweep")
-app.add_typer(config.app, name="config")
-app.command(cls=PanelCommand)(reproduce)
 
 
 def _print_version(wanted: bool) -> None:

@@ -24,7 +24,8 @@ class PanelCommand(TyperCommand):
         for name in dict.fromkeys((_ARGUMENTS, *PANELS, *panels)):
             if name in panels and name != _REST:
                 _write(formatter, name, panels[name])
-        _write(formatter, _REST, panels[_REST])
+        if _REST in panels:
+            _write(formatter, _REST, panels[_REST])
 
 
 def _write(formatter: Any, name: str, records: list[tuple[str, str]]) -> None:

@@ -5,7 +5,6 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from stages import registry as module
 from stages.errors import UsageError
 from stages.registry import Registry
 
@@ -18,7 +17,7 @@ def fruits(monkeypatch) -> Registry:
         EntryPoint("broken", "no_such_package_at_all:Thing", "lampctl.fruits"),
         EntryPoint("path", "fractions:Fraction", "lampctl.fruits"),
     ]
-    monkeypatch.setattr(module, "entry_points", lambda group: points if group == "lampctl.fruits" else [])
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == "lampctl.fruits" else [])
     return Registry("fruit", {"path": "pathlib:Path", "colour": "colorsys:rgb_to_hls"})
 
 

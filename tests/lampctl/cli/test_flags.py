@@ -1,5 +1,8 @@
 """The flags of `lampctl run`, panel by panel, and the flags of release 0.1.0."""
 
+import subprocess
+import sys
+
 import typer.main
 
 from lampctl.app import app
@@ -53,7 +56,7 @@ def panels_of(text: str) -> dict[str, str]:
 
 def flags_of(command: str) -> set[str]:
     """All flags that a command accepts, hidden ones included."""
-    parameters = typer.main.get_command(app).commands[command].params
+    parameters = typer.main.get_command(app).get_command(None, command).params
     return {flag for p in parameters for flag in (*p.opts, *p.secondary_opts) if flag.startswith("--")}
 
 
@@ -78,7 +81,7 @@ def test_every_flag_of_the_release_still_works():
 
 
 def test_former_names_are_hidden_flags():
-    hidden = {flag for p in typer.main.get_command(app).commands["run"].params if p.hidden for flag in p.opts}
+    hidden = {flag for p in typer.main.get_command(app).get_command(None, "run").params if p.hidden for flag in p.opts}
     assert hidden == {flag_of(former) for former in former_names()}
 
 
@@ -116,3 +119,30 @@ def test_a_setting_for_files_only_has_no_flag():
     assert file_only == ["layer_sparsity", "damping", "column_block"]
     assert [parameter for name in file_only for parameter in parameters_of(name)] == []
     assert Option("x.", "Machine").full_help == "x."
+
+
+def test_the_command_table_repeats_the_first_sentence_of_each_command():
+    group = typer.main.get_command(app)
+    for name, lazy in group.lazy.items():
+        text = " ".join(group.get_command(None, name).help.split())
+        assert text.startswith(lazy.help), name
+        assert lazy.help.endswith("."), name
+
+
+def test_help_imports_no_command_and_no_pydantic(lampctl):
+    code = (
+        "import sys; sys.argv = ['lampctl', '--help']\n"
+        "from lampctl.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "loaded = {name for name in sys.modules if name.startswith('lampctl.commands')}\n"
+        "assert not loaded, loaded\n"
+        "assert not {'pydantic', 'pipeline.config.settings', 'importlib.metadata'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_wrong_command_is_refused_with_the_nearest_name(lampctl):
+    answer = lampctl("stats")
+    assert answer.code == 2
+    assert "'status'" in answer.err
