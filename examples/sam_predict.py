@@ -19,7 +19,7 @@ from drawn_scenes import UNSEEN, draw
 from PIL import Image, ImageDraw, ImageFont
 from transformers import SamModel, SamProcessor
 
-from stages.metrics.iou import interior_point, mask_iou
+from stages.metrics.mask_geometry import interior_point, mask_iou
 
 SHOWN = 384  # pixels on the longest side of a panel
 TINT = np.array([30, 144, 255])

@@ -19,7 +19,7 @@ from stages.formats.checkpoint_files import StateFile, serialized
 from stages.formats.pruning_masks import FOLDER, PrunedWeight
 from stages.formats.safetensors_io import Bytes
 from stages.machine.device import DTYPES
-from stages.metrics.registry import METRICS, figure_text
+from stages.metrics.registry import figure_text, metric_of
 from stages.models.base import BlockModel
 from stages.pruners.registry import method_title
 from stages.sparsity.nm_pattern import Pattern
@@ -178,7 +178,9 @@ def model_card(facts: CardFacts) -> bytes:
         lines += ["| | original | pruned | |", "|---|---|---|---|"]
         for figure in facts.figures:
             cells = (figure_text(figure.metric, value) for value in (figure.dense, figure.pruned))
-            lines.append(f"| {METRICS[figure.metric].title} on {figure.source} | {' | '.join(cells)} | {figure.note} |")
+            lines.append(
+                f"| {metric_of(figure.metric).title} on {figure.source} | {' | '.join(cells)} | {figure.note} |"
+            )
         lines.append("")
     if facts.accuracies:
         lines += ["| zero-shot accuracy on | original | pruned | |", "|---|---|---|---|"]

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from stages.in_memory import NullCallbacks
+from stages.data.registry import parse_source
+from stages.in_memory import ListScratch, NullCallbacks
 from stages.interfaces import Callbacks, Samples, Stream
 from stages.machine.device import DeviceChoices
+from stages.metrics.base import EvaluationProtocol, MetricContext
+from stages.metrics.perplexity import PerplexityScore, perplexity
+from stages.metrics.streaming import window_values
 from stages.models.base import BlockModel
 from stages.pruners.base import PruneOptions, Pruner
 from stages.pruners.registry import PRUNERS
@@ -43,3 +48,14 @@ def shapes_of(model: BlockModel) -> list[list[LayerShape]]:
 def budget_of(model: BlockModel, goal: float | Pattern, alpha: float = 1.0, beta: float = 0.0) -> Sequence[BlockBudget]:
     shapes = shapes_of(model)
     return follow_pattern(shapes, goal) if isinstance(goal, Pattern) else allocate(shapes, goal, alpha, beta)
+
+
+def perplexity_of(
+    model: BlockModel, windows: Tensor, device: DeviceChoices = FP32, callbacks: Callbacks | None = None
+) -> float:
+    """Perplexity over windows of token ids (n, T), in memory."""
+    source = parse_source("pydocs")
+    protocol = EvaluationProtocol(windows.shape[1])
+    told = callbacks if callbacks is not None else NullCallbacks()
+    context = MetricContext(model, model, source, protocol, ListScratch(), device, told)
+    return perplexity(window_values(context, windows, PerplexityScore()))

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from stages.data.registry import parse_source
-from stages.data.tokenization import evaluation_tokens, load_tokenizer
-from stages.evaluate import evaluate_perplexity
+from stages.evaluate import evaluate
 from stages.in_memory import ListScratch, NullCallbacks
 from stages.machine.device import PeakMemory, apply, choose
-from stages.metrics.perplexity import windows
+from stages.metrics.base import EvaluationProtocol, MetricContext
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
@@ -40,15 +39,13 @@ def main() -> None:
     started = time.monotonic()
     model = open_model(resolve(args.model))
     report = count(model, args.pattern)
-    tokenizer = load_tokenizer(model.source.path)
     report["evaluations"] = []
     for name in filter(None, args.evaluate.split(",")):
         source = parse_source(name)
-        cut = windows(evaluation_tokens(source, tokenizer), args.eval_seqlen, args.eval_max_tokens, source.max_windows)
-        result = evaluate_perplexity(model, cut, ListScratch(), choices, NullCallbacks())
-        report["evaluations"].append(
-            {"source": source.name, "perplexity": result.perplexity, "num_tokens": result.num_tokens}
-        )
+        protocol = EvaluationProtocol(args.eval_seqlen, args.eval_max_tokens)
+        found = evaluate(MetricContext(model, model, source, protocol, ListScratch(), choices, NullCallbacks()))
+        num_tokens = found.details["num_tokens"]
+        report["evaluations"].append({"source": source.name, "perplexity": found.value, "num_tokens": num_tokens})
     report["elapsed_s"] = time.monotonic() - started
     report["peak_memory_bytes"] = peak.device_bytes() or peak.process_bytes()
     print(json.dumps(report))

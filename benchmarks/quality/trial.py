@@ -1,10 +1,10 @@
-"""Compare training settings quickly: LAMP in memory on the first blocks of a model; the other blocks stay dense.
+"""Try training settings quickly: LAMP in memory on the first blocks of a model, the others left as they are.
 
     python -m benchmarks.quality.trial --blocks 12 --sparsity 0.7 --epochs 2 --refine-epochs 3 --loss token --lr 2e-3
 
-A trial takes a fraction of the time of a run. It ranks settings that act on every block alike (losses, learning rates,
-pruners); settings of the budget need whole runs. Calibration and evaluation use C4 if ../shared/data has it, else
-pydocs, and never the text of the reported results. Appends one line to --out; docs/experiments.md has the results.
+A trial costs a fraction of a run and ranks settings that act on every block alike (losses, rates, pruners);
+settings of the budget need whole runs. Calibration and evaluation are C4 where ../shared/data has it, else pydocs:
+never the text that results are reported on. Appends one line to --out; docs/experiments.md holds what came of it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 
 from benchmarks.quality.texts import EMBEDDED, SHARED, as_text_file, say_embedded
 from stages.data.registry import parse_source
-from stages.data.tokenization import calibration_tokens, evaluation_tokens, load_tokenizer
-from stages.evaluate import evaluate_perplexity
+from stages.data.tokenization import calibration_tokens, load_tokenizer
+from stages.evaluate import evaluate
 from stages.in_memory import ListScratch, ListStream, NullCallbacks
 from stages.lamp import LampSettings, lamp
 from stages.machine.device import DeviceChoices, apply, choose
-from stages.metrics.perplexity import windows
+from stages.metrics.base import EvaluationProtocol, MetricContext
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
@@ -52,19 +52,20 @@ def main() -> None:
     started = time.monotonic()
     states = prune_first_blocks(model, inputs, args, choices)
     seconds = time.monotonic() - started
-    cut = windows(evaluation_tokens(parse_source(evaluation), tokenizer), args.seqlen, args.eval_max_tokens, None)
     load = model.load_block
     model.load_block = lambda i, *rest, **more: load(i, *rest, **more, state=states.get(i))  # type: ignore[method-assign]
     exact = dataclasses.replace(choices, dtype="float32")
-    perplexity = evaluate_perplexity(model, cut, ListScratch(), exact, NullCallbacks()).perplexity
-    line = {"command": " ".join(sys.argv[1:]), "perplexity": round(perplexity, 2), "seconds": round(seconds)}
+    protocol = EvaluationProtocol(args.seqlen, args.eval_max_tokens)
+    source = parse_source(evaluation)
+    found = evaluate(MetricContext(model, model, source, protocol, ListScratch(), exact, NullCallbacks()))
+    line = {"command": " ".join(sys.argv[1:]), "perplexity": round(found.value, 2), "seconds": round(seconds)}
     print(json.dumps(line))
     with args.out.open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def _text(named: Path | None, usual: Path, purpose: str, work: Path) -> str:
-    """The data source: the named file, else the usual file, else the embedded corpus with a warning."""
+    """lampctl's name of a text: the file that was named, else the usual one, else the embedded corpus, said loudly."""
     path = named or usual
     if named is None and not usual.exists():
         say_embedded(purpose, usual)

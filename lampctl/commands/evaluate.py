@@ -50,6 +50,14 @@ def evaluate(  # noqa: PLR0913 - one parameter per flag
             help="Only the first N rows of each task: a quick look, marked as partial.",
         ),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="More metrics on the same data sources: those of installed packages. [default: none; of a run: as "
+            "last used in it]",
+        ),
+    ] = None,
     seqlen: Annotated[
         int | None,
         typer.Option(
@@ -121,10 +129,12 @@ def evaluate(  # noqa: PLR0913 - one parameter per flag
     lampctl evaluate sam-vit-b --data coco:val2017 --max-images 100
     lampctl evaluate ./my-model --tasks arc_easy,boolq --task-data rows --limit 100 --json
     """
+    from pipeline.config.checks import split_commas
     from pipeline.errors import ConfigError
     from pipeline.runs.model_evaluation import names_run
 
     changes = {
+        "metrics": split_commas(metrics) if metrics is not None else None,
         "eval_seqlen": seqlen,
         "eval_max_tokens": max_tokens,
         "eval_points": points,

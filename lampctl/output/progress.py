@@ -21,7 +21,7 @@ from pipeline.steps.results import (
     budget_of_run,
 )
 from pipeline.steps.run_facts import facts_of
-from stages.metrics.registry import METRICS, figure_text
+from stages.metrics.registry import figure_text, metric_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +104,7 @@ class ProgressListener:
             measured = commit.result_as(EvaluateResult)
             partial = " (partial)" if measured.is_partial else ""
             shown = "infinite" if measured.value is None else figure_text(measured.metric, measured.value)
-            return f"{METRICS[measured.metric].title} {shown}{partial}"
+            return f"{metric_of(measured.metric).title} {shown}{partial}"
         if step.kind == "zero-shot":
             found = commit.result_as(ZeroShotResult)
             accuracies = [

@@ -27,7 +27,7 @@ from pipeline.runs.status import (
     side_by_side,
 )
 from pipeline.runs.status import status as status_of
-from stages.metrics.registry import METRICS, figure_text
+from stages.metrics.registry import figure_text, metric_of
 from stages.pruners.registry import method_title
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
     table = Table(title=f"{Path(main.config.model).name} at {main.config.goal}", title_justify="left")
     table.add_column("method")
     for metric, source in measured:
-        table.add_column(f"{METRICS[metric].title}\n{source_label(source)}", justify="right")
+        table.add_column(f"{metric_of(metric).title}\n{source_label(source)}", justify="right")
     for title in ("sparsity", "pruning time", "peak memory"):
         table.add_column(title, justify="right")
     if any(which == "dense" for _, which, _ in found):
@@ -293,7 +293,7 @@ def _evaluations_table(state: RunStatus) -> Table:
     for pair in side_by_side(state.evaluations):
         either = next(iter(pair.values()))
         values = (_value(pair.get(which)) for which in ("dense", "pruned"))
-        table.add_row(METRICS[either.metric].title, source_label(either.source), described(either), *values)
+        table.add_row(metric_of(either.metric).title, source_label(either.source), described(either), *values)
     return table
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from lampctl.output.labels import source_label
 from lampctl.output.units import duration
 from pipeline.runs.status import described
-from stages.metrics.registry import METRICS, figure_text
+from stages.metrics.registry import figure_text, metric_of
 
 if TYPE_CHECKING:
     from pipeline.sweeps.sweep import Sweep
@@ -52,7 +52,7 @@ def show_trials(sweep: Sweep, states: Sequence[TrialState], as_json: bool) -> No
         )
     )
     for metric, source in measured:
-        table.add_column(f"{METRICS[metric].title}\n{source_label(source)}", justify="right")
+        table.add_column(f"{metric_of(metric).title}\n{source_label(source)}", justify="right")
     for title in ("achieved", "pruning time"):
         table.add_column(title, justify="right")
     for state in states:
@@ -65,7 +65,7 @@ def show_trials(sweep: Sweep, states: Sequence[TrialState], as_json: bool) -> No
         console.print(note)
     dense = [r for state in states if state.run for r in state.run.evaluations if r.which == "dense"]
     for result in dense:
-        console.print(f"dense: {METRICS[result.metric].title} {figure_text(result.metric, result.value)}")
+        console.print(f"dense: {metric_of(result.metric).title} {figure_text(result.metric, result.value)}")
     for state in states:
         if state.error is not None:
             console.print(f"{state.trial.name} failed: {state.error}", soft_wrap=True)
@@ -112,7 +112,7 @@ def _best(states: Sequence[TrialState]) -> TrialState | None:
     if not done:
         return None
     assert done[0].run is not None
-    metric = METRICS[done[0].run.evaluations[0].metric]
+    metric = metric_of(done[0].run.evaluations[0].metric)
     sign = -1 if metric.higher_is_better else 1
     return min(done, key=lambda state: sign * (state.value or 0.0))
 

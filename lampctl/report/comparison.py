@@ -15,7 +15,7 @@ from lampctl.output.labels import source_label
 from lampctl.output.units import duration, size
 from pipeline.runs.comparison import Standing
 from pipeline.runs.status import EvaluationResult
-from stages.metrics.registry import METRICS
+from stages.metrics.registry import metric_of
 from stages.pruners.registry import method_title
 
 Unit = Literal["perplexity", "iou", "share", "bytes", "seconds"]
@@ -151,7 +151,7 @@ def _measured_columns(results: Sequence[EvaluationResult]) -> dict[_What, Column
     for metric, source, how, amount, is_partial in found:
         is_alone = names.count((metric, source, how)) == 1
         unit = "masks" if metric == "iou" else "tokens"
-        key, title = f"{metric}/{source}@{how}", f"{METRICS[metric].title}\n{source_label(source)} @{how}"
+        key, title = f"{metric}/{source}@{how}", f"{metric_of(metric).title}\n{source_label(source)} @{how}"
         if is_partial:
             title += f"\nfirst {amount:,}"
         elif not is_alone:

@@ -20,7 +20,7 @@ from lampctl.report.page import Paragraph, Part, Picture, Section, Table, Texts,
 from pipeline.rundir.redact import scrub, scrub_values
 from pipeline.runs.continuations import Continuation
 from pipeline.runs.status import EvaluationResult, RunStatus, described, side_by_side
-from stages.metrics.registry import METRICS
+from stages.metrics.registry import metric_of
 from stages.pruners.registry import method_title
 
 
@@ -114,7 +114,7 @@ def _tiles(state: RunStatus) -> Tiles:
             found = pair["pruned"]
             remark = f"dense {_value_of(pair['dense'])}" if "dense" in pair else described(found)
             partial = ", part of it" if found.is_partial else ""
-            title = f"{METRICS[found.metric].title}, {source_label(found.source)}{partial}"
+            title = f"{metric_of(found.metric).title}, {source_label(found.source)}{partial}"
             tiles.append((title, _value_of(found), remark))
     if state.sparsity is not None:
         count = f"{state.num_masked:,} of {state.num_prunable:,} weights"
@@ -130,14 +130,14 @@ def _tiles(state: RunStatus) -> Tiles:
 def _value_of(result: EvaluationResult) -> str:
     if result.value is None:
         return "infinite"
-    return f"{result.value:,.{METRICS[result.metric].digits}f}"
+    return f"{result.value:,.{metric_of(result.metric).digits}f}"
 
 
 def _measured(states: Sequence[RunStatus]) -> list[Section]:
     table = data.measured_by_sparsity(states)
     if not any(math.isfinite(row) for row in table.numbers("value")):
         return []
-    metrics = [METRICS[str(name)] for name in table.distinct("metric")]
+    metrics = [metric_of(str(name)) for name in table.distinct("metric")]
     titles = " and ".join(metric.title for metric in metrics)
     better = ", ".join(
         f"{metric.title}: {'higher is better' if metric.higher_is_better else 'lower is better, log scale'}"

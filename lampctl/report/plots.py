@@ -21,7 +21,7 @@ from lampctl.report.style import (
     log_axis,
     png,
 )
-from stages.metrics.registry import METRICS
+from stages.metrics.registry import metric_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def measured_by_sparsity(data: Dataset) -> bytes:
 def _measured_panel(axes: Axes, data: Dataset, series: list[Cell], metric: str, title: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    kind = METRICS[metric]
+    kind = metric_of(metric)
     dense = [value for value in data.where("series", "dense").numbers("value") if math.isfinite(value)]
     if dense:
         axes.axhline(dense[0], color=INK, linestyle=(0, (4, 3)), linewidth=1.4)

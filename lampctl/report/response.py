@@ -15,7 +15,7 @@ from lampctl.report.page import Paragraph, Part, Picture, Section, Table, page
 from lampctl.report.style import INK, MARKERS, SERIES, log_axis, png, require_matplotlib
 from lampctl.report.write import PAGE, require_ours
 from pipeline.rundir.redact import scrub
-from stages.metrics.registry import METRICS, figure_text
+from stages.metrics.registry import figure_text, metric_of
 from stages.pruners.registry import method_title
 from stages.version import VERSION
 
@@ -43,7 +43,7 @@ def write_response(sweep: Sweep, states: Sequence[TrialState], out: Path) -> lis
         part = table.where("metric", metric).where("data", data)
         if not any(math.isfinite(value) for value in part.where("which", "pruned").numbers("value")):
             continue
-        title = f"{METRICS[str(metric)].title} on {data}"
+        title = f"{metric_of(str(metric)).title} on {data}"
         caption = "Every point is a run. Dashed: the model before pruning." if _dense(part) is not None else ""
         name = "".join(c if c.isalnum() else "-" for c in f"{metric}-{data}").strip("-")
         image = draw(part, sweep.spec.fields, is_search=bool(sweep.spec.search))
@@ -178,7 +178,7 @@ def _trials(sweep: Sweep, states: Sequence[TrialState]) -> Section:
     measured_on = list(
         dict.fromkeys((r.metric, r.source) for state in states if state.run for r in state.run.evaluations)
     )
-    titles = [f"{METRICS[metric].title}, {source_label(source)}" for metric, source in measured_on]
+    titles = [f"{metric_of(metric).title}, {source_label(source)}" for metric, source in measured_on]
     rows = []
     for state in states:
         values = [trial_value(state, what) for what in measured_on]
@@ -201,7 +201,7 @@ def _trials(sweep: Sweep, states: Sequence[TrialState]) -> Section:
 
 
 def _metric(data: Dataset) -> Any:
-    return METRICS[str(data.column("metric")[0])]
+    return metric_of(str(data.column("metric")[0]))
 
 
 def _dense(data: Dataset) -> float | None:

@@ -10,6 +10,7 @@ from pipeline.config.quantities import parse_duration, parse_size
 from pipeline.errors import ConfigError
 from stages.errors import UsageError
 from stages.metrics.harness_tasks import LAYOUT
+from stages.metrics.registry import METRICS
 from stages.pruners.registry import lamp_pruners, method_names
 from stages.sparsity.nm_pattern import Pattern
 
@@ -50,6 +51,14 @@ def known_pruner(pruner: str | None) -> str | None:
     if pruner is not None and pruner not in lamp_pruners():
         raise ValueError(f"choose one of {', '.join(lamp_pruners())}")
     return pruner
+
+
+def known_metrics(metrics: tuple[str, ...]) -> tuple[str, ...]:
+    """Metrics of the registry, each once."""
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"{name}: choose from {', '.join(METRICS.names)}")
+    return tuple(dict.fromkeys(metrics))
 
 
 def quoted_pattern(value: Any) -> Any:

@@ -10,10 +10,11 @@ from annotated_types import Ge
 from pipeline.config import checks
 from pipeline.config.option import After, Before, Option
 from pipeline.config.pruning_settings import Count, Tokens
-from stages.tasks.base import Points
+from stages.metrics.base import Points
 
 Names = Annotated[tuple[str, ...] | None, Before(checks.split_commas)]
 Tasks = Annotated[tuple[str, ...] | None, Before(checks.split_commas), After(checks.expand_tasks)]
+MetricNames = Annotated[tuple[str, ...], Before(checks.split_commas), After(checks.known_metrics)]
 Folder = Annotated[str | None, Before(checks.absolute_folder)]
 
 
@@ -32,6 +33,17 @@ class JobSettings:
             form="list",
         ),
     ] = None
+    metrics: Annotated[
+        MetricNames,
+        Option(
+            "More metrics on the same data sources, beside perplexity or IoU: those of installed packages.",
+            "Evaluation",
+            "NAME,...",
+            "none",
+            scope="runtime",
+            form="list",
+        ),
+    ] = ()
     evaluate_dense: Annotated[
         bool, Option("Measure the original model too.", "Evaluation", default="on", scope="runtime")
     ] = True

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from pipeline.config.settings import Settings, names_where, with_current_names
+from stages.metrics.base import EvaluationProtocol
 from stages.pruners.base import PruneOptions
 from stages.pruners.registry import LAMP, PAPER_PRUNER
-from stages.tasks.base import EvaluationProtocol
 
 FREE_FIELDS = names_where(scope="runtime")
 LAMP_FIELDS = names_where(applies_to="lamp")

@@ -145,7 +145,4 @@ def _measured(model: BlockModel, measure: Measure, callbacks: Watcher) -> tuple[
     seqlen = measure.seqlen if model.fixed_tokens is None else None  # a run's may have been what is compared with
     wanted = Wanted(measure.sources, (), seqlen, measure.max_tokens)
     found = measure_model(model.source, wanted, lambda _: nullcontext(callbacks)).measured
-    return tuple(
-        evaluation_of(f"evaluate/pruned/{one['source']}", evaluate_result("pruned", one["source"], None, one))
-        for one in found
-    )
+    return tuple(evaluation_of(f"evaluate/pruned/{one.source}", evaluate_result("pruned", None, one)) for one in found)

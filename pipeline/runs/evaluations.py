@@ -32,6 +32,7 @@ def change_evaluation(
     sources: between commas. settings: other free settings by name, None among them: as they are.
     """
     from stages.data.registry import parse_source
+    from stages.evaluate import metric_for
     from stages.metrics.zero_shot import check_tasks
 
     changes = {field: value for field, value in settings.items() if value is not None}
@@ -51,6 +52,8 @@ def change_evaluation(
         source = parse_source(name)
         if source.task != task:
             raise ConfigError(f"{name} is no data for {model}, a {task} model")
+        for metric in changed.metrics:
+            metric_for(task, metric)
         source.check()
         require_same_data(run, name, source.digest())
     if changed.tasks:

@@ -5,7 +5,6 @@ Nothing is kept but the figures that come back; `pipeline.steps.executor` does t
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -20,10 +19,11 @@ from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.locate import is_address, locate
 from pipeline.runs.prepare import RUNS
 from stages.formats.file_digest import local_path
-from stages.tasks.base import EvaluationProtocol, Points
+from stages.metrics.base import EvaluationProtocol, Points
 
 if TYPE_CHECKING:
     from stages.interfaces import Checkpoint, Watcher
+    from stages.metrics.base import Measurement
     from stages.metrics.harness_tasks import TaskData
     from stages.metrics.zero_shot import TaskResult
     from stages.models.base import BlockModel, ModelFolder
@@ -47,6 +47,7 @@ class Wanted:
     task_limit: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    metrics: tuple[str, ...] = ()  # beside the usual one of the kind of model
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,14 @@ class ModelFigures:
     source: str  # "hub", "folder", "pickle", "gguf", "wheel"
     revision: str | None
     device: str
-    measured: tuple[dict[str, Any], ...]  # a record a source: its "metric", that figure, how it was measured
+    measured: tuple[Measurement, ...]
     accuracies: tuple[TaskResult, ...]
     task_files: str | None  # for the harness's own command line: its --include_path
 
     def record(self) -> dict[str, Any]:
         """The same, ready for JSON, with what the results only work out when they are asked."""
         accuracies = [{**asdict(found), "is_partial": found.is_partial} for found in self.accuracies]
-        return {**asdict(self), "measured": [_finite(found) for found in self.measured], "accuracies": accuracies}
-
-
-def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """With null for what overflowed: JSON has no infinity."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+        return {**asdict(self), "measured": [found.record() for found in self.measured], "accuracies": accuracies}
 
 
 def wanted_of(sources: str | None, settings: Mapping[str, Any], *, device: str, dtype: str) -> Wanted:
@@ -100,6 +96,7 @@ def wanted_of(sources: str | None, settings: Mapping[str, Any], *, device: str, 
         task_limit,
         device,
         dtype,
+        tuple(dict.fromkeys(settings["metrics"] or ())),
     )
 
 
@@ -129,7 +126,7 @@ def measure_model(folder: ModelFolder, wanted: Wanted, showing: Showing) -> Mode
     check_tasks(wanted.tasks, data)
     choices = device.choose(wanted.device, wanted.dtype)
     device.apply(choices)
-    measured: tuple[dict[str, Any], ...] = ()
+    measured: tuple[Measurement, ...] = ()
     if wanted.sources or wanted.tasks:
         model = open_model(folder)
         _require_fitting(model, wanted)
@@ -178,28 +175,26 @@ def _seqlen(wanted: Wanted, model: BlockModel) -> int:
 
 def _measured(
     model: BlockModel, wanted: Wanted, seqlen: int, choices: Any, showing: Showing
-) -> tuple[dict[str, Any], ...]:
+) -> tuple[Measurement, ...]:
     from pipeline.rundir.activation_store import ScratchStreams
     from stages.data.registry import parse_source
-    from stages.tasks.base import require_task
-    from stages.tasks.registry import task_named
+    from stages.evaluate import evaluate, require_measurable
+    from stages.metrics.base import MetricContext
 
-    task = task_named(model.task)
     protocol = EvaluationProtocol(seqlen, wanted.max_tokens, wanted.points, wanted.max_images)
     sources = [parse_source(name) for name in wanted.sources]
-    for source in sources:
-        require_task(source, model)
-        source.check()
-        task.require_measurable(model, source, protocol)
+    asked = [(source, metric) for source in sources for metric in (None, *wanted.metrics)]
+    for source, metric in asked:
+        require_measurable(model, source, protocol, metric)
     found = []
-    for source in sources:
+    for source, metric in asked:
         with (
             tempfile.TemporaryDirectory(prefix="lampctl-") as place,
             showing(f"measuring on {source.name.partition(':')[0]}") as watcher,
         ):
             scratch, callbacks = ScratchStreams(Path(place)), _Unkept(watcher)
-            figures = task.evaluate(model, model, source, protocol, scratch, choices, callbacks)
-            found.append({"source": source.name, **figures})
+            context = MetricContext(model, model, source, protocol, scratch, choices, callbacks)
+            found.append(evaluate(context, metric))
     return tuple(found)
 
 

@@ -20,6 +20,7 @@ def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str,
         UsageError: A source cannot be read, is too small, or is for another kind of model.
     """
     from stages.data.registry import parse_source
+    from stages.evaluate import require_measurable
     from stages.tasks.base import require_task
 
     digests: dict[str, Any] = {}
@@ -31,9 +32,8 @@ def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str,
         digests[config.calibration] = source.digest()
     for name in config.evaluate:
         source = parse_source(name)
-        require_task(source, model)
-        source.check()
-        task.require_measurable(model, source, config.evaluation_protocol)
+        for metric in (None, *config.metrics):
+            require_measurable(model, source, config.evaluation_protocol, metric)
         digests[name] = source.digest()
     return digests
 

@@ -113,8 +113,7 @@ class EvaluationResult:
     @property
     def amount(self) -> int:
         """Number of tokens, or masks, that it was measured on."""
-        found: int = self.details["num_masks" if self.metric == "iou" else "num_tokens"]
-        return found
+        return int(self.details.get("num_masks") or self.details.get("num_tokens") or 0)
 
     @property
     def measured_on(self) -> tuple[str, str, Any, int, bool]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.errors import ConfigMismatch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.steps.context import StepContext
     from stages.data.base import DataSource
     from stages.interfaces import Callbacks
-    from stages.tasks.base import EvaluationProtocol
+    from stages.metrics.base import EvaluationProtocol, Measurement
 
 # Number of tokens in the test set of WikiText-2. The length of another text is known only when it is evaluated.
 _USUAL_EVALUATION_TOKENS = 350_000
@@ -36,16 +36,19 @@ class Evaluation:
         which: "dense" (the original model) or "pruned".
         source: Name of the data source.
         protocol: How to measure.
+        metric: Name of the metric; None: the usual one of this kind of model.
     """
 
     which: Which
     source: str
     protocol: EvaluationProtocol
+    metric: str | None = None
 
     @property
     def subject(self) -> str:
         """The part of the step's name after ``evaluate/``. Two evaluations with the same subject are the same."""
-        return f"{self.which}/{self.source}@{self.protocol.label}"
+        metric = f":{self.metric}" if self.metric is not None else ""
+        return f"{self.which}/{self.source}@{self.protocol.label}{metric}"
 
 
 class Evaluate(StepKind):
@@ -66,10 +69,12 @@ class Evaluate(StepKind):
     @classmethod
     def after_export(cls, config: RunConfig) -> Iterable[Step]:
         """One step for each data set; of the pruned model first, because that is what the user waits for."""
-        return evaluation_steps(config.evaluate, config.evaluation_protocol, config.evaluate_dense)
+        return evaluation_steps(config.evaluate, config.evaluation_protocol, config.evaluate_dense, config.metrics)
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> EvaluateResult:
         from stages.data.registry import parse_source
+        from stages.evaluate import evaluate
+        from stages.metrics.base import MetricContext
         from stages.models.registry import open_model
 
         what = step.request
@@ -77,10 +82,10 @@ class Evaluate(StepKind):
         model = context.model if what.which == "dense" else open_model(context.exported_folder())
         source = parse_source(what.source)
         _require_same_data(context, source)
-        figures = context.task.evaluate(
+        measuring = MetricContext(
             model, context.model, source, what.protocol, attempt.scratch(), context.choices, callbacks
         )
-        return evaluate_result(what.which, what.source, source.digest(), figures)
+        return evaluate_result(what.which, source.digest(), evaluate(measuring, what.metric))
 
     def scratch_bytes(self, context: StepContext, step: Step) -> int:
         what = step.request
@@ -88,25 +93,30 @@ class Evaluate(StepKind):
         return context.activation_bytes(what.protocol.max_tokens or _USUAL_EVALUATION_TOKENS)
 
 
-def evaluation_steps(sources: Iterable[str], protocol: EvaluationProtocol, with_dense: bool) -> tuple[Step, ...]:
-    """The evaluate steps of these data sources, none twice."""
+def evaluation_steps(
+    sources: Iterable[str], protocol: EvaluationProtocol, with_dense: bool, metrics: Sequence[str] = ()
+) -> tuple[Step, ...]:
+    """The evaluate steps of these data sources, none twice. metrics: beside the usual one."""
     kinds: tuple[Which, ...] = ("pruned", "dense") if with_dense else ("pruned",)
-    evaluations = [Evaluation(which, source, protocol) for source in sources for which in kinds]
+    evaluations = [
+        Evaluation(which, source, protocol, metric)
+        for source in sources
+        for metric in (None, *metrics)
+        for which in kinds
+    ]
     return tuple(Evaluate.step(evaluation) for evaluation in dict.fromkeys(evaluations))
 
 
-def evaluate_result(which: Which, source: str, digest: JsonValue, figures: Mapping[str, Any]) -> EvaluateResult:
-    """The record of a measurement. figures: as the task gives them; "metric" names the value that counts."""
-    metric = figures["metric"]
-    rest = {name: value for name, value in figures.items() if name not in ("source", "metric", metric, "is_partial")}
+def evaluate_result(which: Which, digest: JsonValue, measured: Measurement) -> EvaluateResult:
+    """The record of a measurement."""
     return EvaluateResult(
         which=which,
-        source=source,
+        source=measured.source,
         source_digest=digest,
-        metric=metric,
-        value=figures[metric],
-        is_partial=figures["is_partial"],
-        details=rest,
+        metric=measured.metric,
+        value=measured.value,
+        is_partial=measured.is_partial,
+        details=dict(measured.details),
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ConfigError
 from pipeline.sweeps.spec import SweepSpec
-from stages.metrics.registry import METRICS
+from stages.metrics.registry import metric_of
 
 if TYPE_CHECKING:
     from pipeline.sweeps.trial import Trial
@@ -50,7 +50,7 @@ class Search:
 
         named = self._spec.settings.get("evaluate")
         task = task_named(parse_source(named[0]).task if named else "language")
-        return "maximize" if METRICS[task.metric].higher_is_better else "minimize"
+        return "maximize" if metric_of(task.metric).higher_is_better else "minimize"
 
     def drawn(self) -> list[Trial]:
         """All trials so far, in order."""

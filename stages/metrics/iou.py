@@ -1,70 +1,55 @@
-"""Single-point IoU: how well the mask that one point asks for covers the annotated one.
-
-Source: Kirillov et al. 2023 (single-point evaluation); LAMP section 4. Sizes of objects are COCO's.
-"""
+"""Single-point IoU: how well the segmentation mask that one point asks for covers the annotated one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from stages.metrics.base import EvaluationProtocol, Measurement, Metric, MetricContext
 
-# Of an object's area in pixels of the image: below the first small, below the second medium.
-_SMALL, _MEDIUM = 32**2, 96**2
-_RESAMPLES = 2000
-
-
-def mask_iou(found: np.ndarray, annotated: np.ndarray) -> float:
-    """Intersection over union of two masks (H, W) bool; 1 for two empty ones."""
-    union = int(np.count_nonzero(found | annotated))
-    return int(np.count_nonzero(found & annotated)) / union if union else 1.0
+if TYPE_CHECKING:
+    from stages.data.base import DataSource
+    from stages.data.image_source import ImageSource
+    from stages.models.base import BlockModel
 
 
-def interior_point(mask: np.ndarray) -> tuple[float, float]:
-    """x and y of the pixel inside `mask` (H, W) that lies farthest from its edge; the image's border is an edge.
+class SinglePointIoU(Metric):
+    """Mean IoU over all annotated masks: one point each, the best of three masks (LAMP section 4)."""
 
-    Raises ValueError for an empty mask.
-    """
-    from scipy.ndimage import distance_transform_edt
+    name = "iou"
+    title = "IoU"
+    help = "Mean intersection over union of the masks that one point in each annotated mask asks for."
+    task = "vision"
+    digits = 4
+    higher_is_better = True
 
-    if not mask.any():
-        raise ValueError("an empty mask has no point inside")
-    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
-    return float(x), float(y)
+    def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
+        from stages.errors import UsageError
 
+        if not _images(source, model).has_masks:
+            raise UsageError(f"{source.name} has no masks to measure by: evaluate on coco:DIR or sa1b:DIR")
 
-def random_point(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """x and y of a pixel of `mask`, each as likely as another."""
-    ys, xs = np.nonzero(mask)
-    if not len(ys):
-        raise ValueError("an empty mask has no point inside")
-    place = int(rng.integers(len(ys)))
-    return float(xs[place]), float(ys[place])
+    def measure(self, context: MetricContext) -> Measurement:
+        from stages.metrics.single_point_iou import evaluate_masks
+        from stages.models.sam.encoder import SamEncoder
 
+        model, protocol = context.model, context.protocol
+        assert isinstance(model, SamEncoder)
+        images = _images(context.source, model)
+        points, limit = protocol.points or "auto", protocol.max_images
+        found = evaluate_masks(model, images, points, limit, context.scratch, context.device, context.callbacks)
+        details = {name: value for name, value in found.items() if name not in ("metric", "iou", "is_partial")}
+        return Measurement(self.name, found["iou"], context.source.name, found["is_partial"], details)
 
-def box_center(mask: np.ndarray) -> tuple[float, float]:
-    """x and y of the middle of the mask's bounding box, which may lie outside of the mask."""
-    ys, xs = np.nonzero(mask)
-    if not len(ys):
-        raise ValueError("an empty mask has no point inside")
-    return (float(xs.min()) + float(xs.max())) / 2, (float(ys.min()) + float(ys.max())) / 2
-
-
-def size_of(area: int) -> str:
-    """ "small", "medium" or "large", as COCO has it."""
-    return "small" if area < _SMALL else "medium" if area < _MEDIUM else "large"
+    @classmethod
+    def how_measured(cls, details: Mapping[str, Any], *, is_partial: bool) -> str:
+        return f"{details['num_masks']} masks, {details['points']} points" + (", partial" if is_partial else "")
 
 
-def bootstrap_interval(values: Sequence[float], groups: Sequence[int], seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of the mean: images, not masks, are drawn anew, since the masks of one are alike.
+def _images(source: DataSource, model: BlockModel) -> ImageSource:
+    from stages.data.image_source import ImageSource
+    from stages.tasks.base import require_task
 
-    groups: the image that each value belongs to.
-    """
-    _, number = np.unique(np.asarray(groups), return_inverse=True)
-    sums, counts = np.bincount(number, weights=np.asarray(values)), np.bincount(number)
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(sums), size=(_RESAMPLES, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    require_task(source, model)
+    assert isinstance(source, ImageSource)
+    return source

@@ -11,7 +11,7 @@ from stages.data.image_decoding import decode_mask, prepare, read_pixels
 from stages.data.image_source import ImageSource, UnusableImageError
 from stages.interfaces import Watcher
 from stages.machine.device import DeviceChoices, computing
-from stages.metrics.iou import interior_point, mask_iou
+from stages.metrics.mask_geometry import interior_point, mask_iou
 from stages.models.sam.encoder import SamEncoder
 
 

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING
 
 from stages.errors import UsageError
+from stages.metrics.base import Measurement, MetricContext
+from stages.metrics.language import LanguageMetric
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Perplexity(LanguageMetric):
+    """exp of the mean over windows of the mean next-token cross-entropy."""
+
+    name = "perplexity"
+    title = "perplexity"
+    help = "Perplexity over windows of text that do not overlap, as SparseGPT, Wanda and LAMP report it."
+    digits = 2
+    higher_is_better = False
+
+    def measure(self, context: MetricContext) -> Measurement:
+        from stages.metrics.streaming import read_windows, window_values
+
+        text = read_windows(context)
+        value = perplexity(window_values(context, text.windows, PerplexityScore()))
+        return Measurement(self.name, value, context.source.name, text.is_partial, text.details)
+
+
+class PerplexityScore:
+    """A window's mean cross-entropy (`stages.metrics.streaming.WindowScore`)."""
+
+    name = "perplexity"
+
+    def value(self, logits: Tensor, window: Tensor) -> float:
+        return window_loss(logits, window)
+
+    def mean(self, values: Sequence[float]) -> float:
+        return perplexity(values)
 
 
 def windows(tokens: Tensor, seqlen: int, max_tokens: int | None = None, max_windows: int | None = None) -> Tensor:
@@ -30,10 +62,12 @@ def windows(tokens: Tensor, seqlen: int, max_tokens: int | None = None, max_wind
 
 def window_loss(logits: Tensor, window: Tensor) -> float:
     """Mean cross-entropy, in nats, of each next token. logits: (1, T, V); window: token ids (1, T)."""
+    from torch.nn import functional
+
     return functional.cross_entropy(logits[0, :-1].float(), window[0, 1:]).item()
 
 
 def perplexity(losses: Sequence[float]) -> float:
     """exp of the mean over windows; infinity where that overflows."""
     mean = math.fsum(losses) / len(losses)
-    return math.exp(mean) if mean < math.log(torch.finfo(torch.float64).max) else math.inf
+    return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf

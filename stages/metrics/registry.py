@@ -1,38 +1,36 @@
-"""What the figures that a model is judged by are called, and how they are written."""
+"""The metrics by name."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from stages.errors import UsageError
+from stages.metrics.base import Metric, UnknownMetric
+from stages.registry import Registry
 
-@dataclass(frozen=True)
-class Metric:
-    """A figure of merit."""
+METRICS: Registry[type[Metric]] = Registry(
+    "metric",
+    {
+        "perplexity": "stages.metrics.perplexity:Perplexity",
+        "iou": "stages.metrics.iou:SinglePointIoU",
+    },
+)
 
-    title: str
-    digits: int
-    higher_is_better: bool
 
-
-METRICS = {
-    "perplexity": Metric("perplexity", 2, False),
-    "iou": Metric("IoU", 4, True),
-}
+def metric_of(name: str) -> type[Metric]:
+    """The metric of a recorded result; one whose package is gone keeps its plain name."""
+    try:
+        return METRICS.get(name)
+    except UsageError:
+        return type("UnknownMetric", (UnknownMetric,), {"name": name, "title": name})
 
 
 def figure_text(metric: str, value: float | None) -> str:
-    """A value as tables have it; "-" where there is none, "infinite" where it overflowed."""
-    if value is None:
-        return "-"
-    return f"{value:.{METRICS[metric].digits}f}" if math.isfinite(value) else "infinite"
+    """A value as tables show it; "-" where there is none, "infinite" where it overflowed."""
+    return metric_of(metric).text(value)
 
 
-def how_measured(metric: str, figures: Mapping[str, Any], *, is_partial: bool) -> str:
-    """On what, in a few words. figures: the record that an evaluation left."""
-    if metric == "iou":
-        return f"{figures['num_masks']} masks, {figures['points']} points" + (", partial" if is_partial else "")
-    partial = f", partial: first {figures['num_tokens']} tokens" if is_partial else ""
-    return f"{figures['seqlen']} tokens a window{partial}"
+def how_measured(metric: str, details: Mapping[str, Any], *, is_partial: bool) -> str:
+    """On what a metric was measured, in a few words."""
+    return metric_of(metric).how_measured(details, is_partial=is_partial)

@@ -20,7 +20,7 @@ from stages.data.image_source import Annotation, ImageRecord, ImageSource, Unusa
 from stages.errors import NumericalError, UsageError
 from stages.interfaces import Callbacks, Checkpoint, Scratch, Stream
 from stages.machine.device import DeviceChoices, computing
-from stages.metrics.iou import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
+from stages.metrics.mask_geometry import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
 from stages.models.sam.encoder import SamEncoder, SamEnds
 from stages.runtime.block_runner import BlockRunner, micro_batches
 from stages.runtime.prefetch import Reading, Writing

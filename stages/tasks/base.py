@@ -6,18 +6,15 @@ A model says by its `task` ("language", "vision") which of these is its own; who
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.data.base import DataSource
-    from stages.interfaces import Callbacks, Samples, Scratch
-    from stages.machine.device import DeviceChoices
+    from stages.interfaces import Samples
+    from stages.metrics.base import Points
     from stages.models.base import BlockModel
-
-# Where in a mask the one point is that asks for it; "auto": the annotation's own, else the interior one.
-Points = Literal["auto", "annotation", "interior", "random", "box-center"]
 
 
 @dataclass(frozen=True)
@@ -32,22 +29,6 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class EvaluationProtocol:
-    """How a model is measured: a free choice, which changes no weight."""
-
-    seqlen: int  # language: tokens of a window
-    max_tokens: int | None = None
-    points: Points | None = None  # vision: where in each mask the point is
-    max_images: int | None = None
-
-    @property
-    def label(self) -> str:
-        """As short as names of steps want it: two protocols with one label are the same."""
-        limit = self.max_images if self.points is not None else self.max_tokens
-        return f"{self.points or self.seqlen}{f':{limit}' if limit is not None else ''}"
-
-
-@dataclass(frozen=True)
 class Drawn:
     """A calibration set, sample by sample, and what is to be said of it in the commit."""
 
@@ -59,7 +40,7 @@ class Task(Protocol):
     """A kind of model."""
 
     name: str
-    metric: str  # of its usual evaluation, in `stages.metrics.registry.METRICS`
+    metric: str  # of its usual evaluation, a name of `stages.metrics.registry.METRICS`
     default_calibration: str | None  # None: the user must name one
     default_evaluation: tuple[str, ...]
     default_points: Points | None  # None: there are none
@@ -74,25 +55,8 @@ class Task(Protocol):
         """Raise UsageError, with the numbers, where a local source is too small or no use for this model."""
         ...
 
-    def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
-        """Raise UsageError where the model cannot be measured on a local source."""
-        ...
-
     def draw(self, model: BlockModel, source: DataSource, drawing: Drawing) -> Drawn:
         """The calibration set."""
-        ...
-
-    def evaluate(
-        self,
-        model: BlockModel,
-        original: BlockModel,
-        source: DataSource,
-        protocol: EvaluationProtocol,
-        scratch: Scratch,
-        choices: DeviceChoices,
-        callbacks: Callbacks,
-    ) -> dict[str, Any]:
-        """Figures of `model`, ready for JSON; "metric" names the one that counts. original: has the tokenizer."""
         ...
 
 

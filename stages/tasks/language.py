@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from stages.calibrate import calibrate
@@ -10,11 +9,9 @@ from stages.data.base import DataSource
 from stages.data.registry import source_kind
 from stages.data.text_source import TextSource
 from stages.data.tokenization import load_tokenizer, require_length, require_vocabulary
-from stages.evaluate import evaluate_text
-from stages.interfaces import Callbacks, Scratch
-from stages.machine.device import DeviceChoices
+from stages.metrics.base import Points
 from stages.models.base import BlockModel, ModelFolder
-from stages.tasks.base import Drawing, Drawn, EvaluationProtocol, Listed, Points, require_task
+from stages.tasks.base import Drawing, Drawn, Listed, require_task
 
 
 class Language:
@@ -40,11 +37,6 @@ class Language:
         needed = num_windows * drawing.tokens + is_random
         require_length(text, _tokenizer(model.source), "calibration", needed, model.vocab_size, remedy)
 
-    def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
-        remedy = "lower --eval-seqlen or use more text"
-        tokenizer = _tokenizer(model.source)
-        require_length(_text(source, model), tokenizer, "evaluation", protocol.seqlen, model.vocab_size, remedy)
-
     def draw(self, model: BlockModel, source: DataSource, drawing: Drawing) -> Drawn:
         tokens = calibrate(
             _text(source, model),
@@ -57,21 +49,6 @@ class Language:
         )
         require_vocabulary(tokens, model.vocab_size, model.source.name)
         return Drawn(Listed(tokens), {"num_tokens": tokens.numel()})
-
-    def evaluate(
-        self,
-        model: BlockModel,
-        original: BlockModel,
-        source: DataSource,
-        protocol: EvaluationProtocol,
-        scratch: Scratch,
-        choices: DeviceChoices,
-        callbacks: Callbacks,
-    ) -> dict[str, Any]:
-        tokenizer = _tokenizer(original.source)
-        text, seqlen = _text(source, model), protocol.seqlen
-        result = evaluate_text(model, text, tokenizer, seqlen, protocol.max_tokens, scratch, choices, callbacks)
-        return {"metric": "perplexity", **asdict(result)}
 
 
 def _text(source: DataSource, model: BlockModel) -> TextSource:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from stages.data.base import DataSource
 from stages.data.image_decoding import prepare, read_pixels
 from stages.data.image_source import ImageRecord, ImageSource, Skipped, UnusableImageError, chosen
 from stages.errors import UsageError
-from stages.interfaces import Callbacks, Scratch
-from stages.machine.device import DeviceChoices
-from stages.metrics.single_point_iou import evaluate_masks
+from stages.metrics.base import Points
 from stages.models.base import BlockModel
 from stages.models.sam.encoder import SamEncoder
-from stages.tasks.base import Drawing, Drawn, EvaluationProtocol, Points, require_task
+from stages.tasks.base import Drawing, Drawn, require_task
 
 
 class Vision:
@@ -43,10 +39,6 @@ class Vision:
                 + (" or --calibration-skip" if drawing.skip else "")
             )
 
-    def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
-        if not _images(source, model).has_masks:
-            raise UsageError(f"{source.name} has no masks to measure by: evaluate on coco:DIR or sa1b:DIR")
-
     def draw(self, model: BlockModel, source: DataSource, drawing: Drawing) -> Drawn:
         images = _images(source, model)
         assert isinstance(model, SamEncoder)
@@ -62,22 +54,6 @@ class Vision:
         drawn = usable[drawing.skip :]
         figures = {"num_images": len(drawn), "skipped": dict(skipped.reasons)}
         return Drawn(_Pictures(drawn, model.sizes.image_size), figures)
-
-    def evaluate(
-        self,
-        model: BlockModel,
-        original: BlockModel,
-        source: DataSource,
-        protocol: EvaluationProtocol,
-        scratch: Scratch,
-        choices: DeviceChoices,
-        callbacks: Callbacks,
-    ) -> dict[str, Any]:
-        assert isinstance(model, SamEncoder)
-        images = _images(source, model)
-        return evaluate_masks(
-            model, images, protocol.points or "auto", protocol.max_images, scratch, choices, callbacks
-        )
 
 
 class _Pictures:

@@ -8,8 +8,7 @@ import torch
 from pipeline.rundir.step_checkpoints import _decode, _encode
 from stages.capture import capture
 from stages.compensate_block import compensate_block
-from stages.evaluate import evaluate_perplexity
-from stages.in_memory import ListScratch, ListStream, NullCallbacks
+from stages.in_memory import ListStream, NullCallbacks
 from stages.interfaces import Checkpoint
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
@@ -19,7 +18,7 @@ from stages.refine_block import refine_block
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.loss import block_loss
 from stages.training.trainer import TrainingSettings
-from tests.blocks import budget_of, context_of, output_of, pruner_named
+from tests.blocks import budget_of, context_of, output_of, perplexity_of, pruner_named
 from tests.small_models import VOCAB, save
 
 pytestmark = pytest.mark.long
@@ -181,11 +180,11 @@ def test_pruning_goes_on_with_its_sums(model, inputs, streams, pruner):
 
 
 def test_evaluation_goes_on_after_the_last_group_of_windows(model, monkeypatch):
-    monkeypatch.setattr("stages.evaluate._TOKENS_AT_ONCE", 2 * T)
+    monkeypatch.setattr("stages.metrics.streaming._TOKENS_AT_ONCE", 2 * T)
     windows = torch.randint(4, VOCAB, (5, T), generator=torch.Generator().manual_seed(0))
 
     def run(callbacks):
-        return evaluate_perplexity(model, windows, ListScratch(), FP32, callbacks)
+        return perplexity_of(model, windows, FP32, callbacks)
 
     passes = 2 * (model.num_blocks + 2)
     for at, expected, found, callbacks, uninterrupted in every_stop(run):
@@ -196,20 +195,20 @@ def test_evaluation_goes_on_after_the_last_group_of_windows(model, monkeypatch):
 
 def test_groups_of_windows_do_not_change_the_perplexity(model, monkeypatch):
     windows = torch.randint(4, VOCAB, (5, T), generator=torch.Generator().manual_seed(0))
-    at_once = evaluate_perplexity(model, windows, ListScratch(), FP32, NullCallbacks())
-    monkeypatch.setattr("stages.evaluate._TOKENS_AT_ONCE", 1)
-    assert evaluate_perplexity(model, windows, ListScratch(), FP32, NullCallbacks()) == at_once
+    at_once = perplexity_of(model, windows, FP32)
+    monkeypatch.setattr("stages.metrics.streaming._TOKENS_AT_ONCE", 1)
+    assert perplexity_of(model, windows, FP32) == at_once
 
 
 def test_the_losses_of_another_text_are_not_gone_on_with(model, monkeypatch):
-    monkeypatch.setattr("stages.evaluate._TOKENS_AT_ONCE", 2 * T)
+    monkeypatch.setattr("stages.metrics.streaming._TOKENS_AT_ONCE", 2 * T)
     one, other = (torch.randint(4, VOCAB, (4, T), generator=torch.Generator().manual_seed(i)) for i in range(2))
     callbacks = StoppingCallbacks(at=2 * (model.num_blocks + 2))
     with pytest.raises(Stopped):
-        evaluate_perplexity(model, one, ListScratch(), FP32, callbacks)
+        perplexity_of(model, one, FP32, callbacks)
     assert len(callbacks.kept.figures["losses"]) == 2
-    again = evaluate_perplexity(model, other, ListScratch(), FP32, StoppingCallbacks(None, callbacks.kept))
-    assert again == evaluate_perplexity(model, other, ListScratch(), FP32, NullCallbacks())
+    again = perplexity_of(model, other, FP32, StoppingCallbacks(None, callbacks.kept))
+    assert again == perplexity_of(model, other, FP32)
 
 
 def test_backtracking_takes_back_an_epoch_that_made_it_worse_and_goes_on_at_a_lower_rate(model, inputs, streams):

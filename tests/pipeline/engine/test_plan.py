@@ -7,7 +7,7 @@ from pipeline.engine.runner import require_next
 from pipeline.errors import StepOrderError
 from pipeline.steps.evaluate import evaluation_steps
 from pipeline.steps.lamp_plan import chain
-from stages.tasks.base import EvaluationProtocol
+from stages.metrics.base import EvaluationProtocol
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 7])

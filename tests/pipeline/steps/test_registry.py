@@ -9,7 +9,7 @@ from pipeline.steps.evaluate import evaluation_steps
 from pipeline.steps.lamp_plan import chain
 from pipeline.steps.registry import STEP_KINDS
 from pipeline.testing.steps import check_plan, check_step_kind
-from stages.tasks.base import EvaluationProtocol
+from stages.metrics.base import EvaluationProtocol
 
 
 @pytest.mark.parametrize("name", STEP_KINDS.names)

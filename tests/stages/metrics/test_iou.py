@@ -14,7 +14,7 @@ from stages.errors import UsageError
 from stages.in_memory import ListScratch, NullCallbacks
 from stages.machine.device import DeviceChoices
 from stages.metrics import single_point_iou as evaluate_masks_module
-from stages.metrics.iou import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
+from stages.metrics.mask_geometry import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
 from stages.metrics.single_point_iou import evaluate_masks
 from stages.models.registry import open_model
 from stages.models.resolve import resolve

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from stages.capture import capture
-from stages.evaluate import evaluate_perplexity
-from stages.in_memory import ListScratch, ListStream, NullCallbacks
+from stages.in_memory import ListStream, NullCallbacks
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.prune_block import prune_block
 from stages.runtime.block_runner import BlockRunner, Counter, micro_batches, samples_at_once
 from stages.training.trainer import BlockTrainer, Purpose, TrainingSettings
-from tests.blocks import budget_of, context_of, output_of, pruner_named
+from tests.blocks import budget_of, context_of, output_of, perplexity_of, pruner_named
 from tests.small_models import FAMILIES, VOCAB, save
 
 ONE = DeviceChoices("cpu", "float32", 1, "highest", "here")
@@ -105,10 +104,7 @@ def test_pruning_and_losses_do_not_depend_on_it_either(models):
 
 def test_perplexity_does_not_depend_on_it(models):
     windows = torch.randint(4, VOCAB, (7, T), generator=torch.Generator().manual_seed(0))
-    found = [
-        evaluate_perplexity(models["opt"], windows, ListScratch(), choices, NullCallbacks()).perplexity
-        for choices in (ONE, together(3))
-    ]
+    found = [perplexity_of(models["opt"], windows, choices) for choices in (ONE, together(3))]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 

@@ -1,0 +1,122 @@
+"""What a metric is: one class that measures a model on a data source, and says how its value is written.
+
+To add one, write a subclass of `Metric` in one file and name it in `stages.metrics.registry`, or in an entry point of
+the group ``lampctl.metrics`` of another package. `stages.testing.metrics.check_metric` tests it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from stages.data.base import DataSource
+    from stages.interfaces import Callbacks, Scratch
+    from stages.machine.device import DeviceChoices
+    from stages.models.base import BlockModel
+
+# Where in a segmentation mask the one point is that asks for it; "auto": the annotation's own, else the interior one.
+Points = Literal["auto", "annotation", "interior", "random", "box-center"]
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """How a model is measured: a runtime choice, which changes no weight."""
+
+    seqlen: int  # language: tokens of a window
+    max_tokens: int | None = None
+    points: Points | None = None  # vision: where in each segmentation mask the point is
+    max_images: int | None = None
+
+    @property
+    def label(self) -> str:
+        """As short as names of steps want it: two protocols with one label are the same."""
+        limit = self.max_images if self.points is not None else self.max_tokens
+        return f"{self.points or self.seqlen}{f':{limit}' if limit is not None else ''}"
+
+
+@dataclass(frozen=True)
+class MetricContext:
+    """A model to measure, and what the work needs."""
+
+    model: BlockModel
+    original: BlockModel  # has the tokenizer
+    source: DataSource
+    protocol: EvaluationProtocol
+    scratch: Scratch
+    device: DeviceChoices
+    callbacks: Callbacks
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The value of a metric on a data source."""
+
+    metric: str  # its name in the registry
+    value: float  # infinite where it overflowed
+    source: str  # name of the data source
+    is_partial: bool  # a limit left data out that the field would measure on
+    details: Mapping[str, Any] = field(default_factory=dict)  # JSON values that the metric's own texts show
+
+    def record(self) -> dict[str, Any]:
+        """All of it in one dictionary, the value under the metric's name, for printed JSON. Infinity is null."""
+        value = self.value if math.isfinite(self.value) else None
+        return {
+            "source": self.source,
+            "metric": self.metric,
+            self.metric: value,
+            **self.details,
+            "is_partial": self.is_partial,
+        }
+
+
+class Metric(ABC):
+    """Base of all metrics. Class attributes describe it."""
+
+    name: ClassVar[str]  # in `--metrics`, commits and JSON
+    title: ClassVar[str]  # in tables and reports
+    help: ClassVar[str]  # one line
+    task: ClassVar[str]  # the kind of model that it measures: a name of `stages.tasks.registry`
+    digits: ClassVar[int]  # after the point
+    higher_is_better: ClassVar[bool]
+
+    def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
+        """Check beforehand what can be checked without computing.
+
+        Raises:
+            UsageError: A local source cannot be measured on, with the remedy.
+        """
+        return
+
+    @abstractmethod
+    def measure(self, context: MetricContext) -> Measurement:
+        """Measure a model, with one block in memory at a time. Stopped, it resumes from its last checkpoint."""
+
+    @classmethod
+    def text(cls, value: float | None) -> str:
+        """A value as tables show it; "-" where there is none, "infinite" where it overflowed."""
+        if value is None:
+            return "-"
+        return f"{value:.{cls.digits}f}" if math.isfinite(value) else "infinite"
+
+    @classmethod
+    @abstractmethod
+    def how_measured(cls, details: Mapping[str, Any], *, is_partial: bool) -> str:
+        """On what it was measured, in a few words. details: of the `Measurement`."""
+
+
+class UnknownMetric(Metric):
+    """Stands for a metric whose package is gone, so that its runs can still be shown."""
+
+    title, help, task = "?", "A metric of a package that is not installed.", "language"
+    digits, higher_is_better = 4, True
+
+    def measure(self, context: MetricContext) -> Measurement:
+        raise NotImplementedError(self.help)
+
+    @classmethod
+    def how_measured(cls, details: Mapping[str, Any], *, is_partial: bool) -> str:
+        return "partial" if is_partial else ""

@@ -1,0 +1,35 @@
+"""What metrics on text have in common: windows of tokens that do not overlap, each read by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from stages.metrics.base import EvaluationProtocol, Metric
+
+if TYPE_CHECKING:
+    from stages.data.base import DataSource
+    from stages.models.base import BlockModel
+
+
+class LanguageMetric(Metric):
+    """Base of metrics on windows of text. `stages.metrics.streaming` reads the windows and runs the model on them."""
+
+    task: ClassVar[str] = "language"
+
+    def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
+        """One window at least, in the tokens of this model."""
+        from stages.data.text_source import TextSource
+        from stages.data.tokenization import load_tokenizer, require_length
+        from stages.tasks.base import require_task
+
+        require_task(source, model)
+        assert isinstance(source, TextSource)
+        tokenizer = load_tokenizer(model.source.path, trusts_code=model.source.trusts_code)
+        remedy = "lower --eval-seqlen or use more text"
+        require_length(source, tokenizer, "evaluation", protocol.seqlen, model.vocab_size, remedy)
+
+    @classmethod
+    def how_measured(cls, details: Mapping[str, Any], *, is_partial: bool) -> str:
+        partial = f", partial: first {details['num_tokens']} tokens" if is_partial else ""
+        return f"{details['seqlen']} tokens a window{partial}"

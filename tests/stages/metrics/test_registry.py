@@ -1,0 +1,102 @@
+"""Every metric passes the conformance kit; a metric of another package is a line of tables like the built-in ones."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stages.data.registry import parse_source
+from stages.errors import UsageError
+from stages.evaluate import evaluate, metric_for, require_measurable
+from stages.in_memory import ListScratch, NullCallbacks
+from stages.metrics.base import EvaluationProtocol, Measurement, MetricContext
+from stages.metrics.perplexity import Perplexity
+from stages.metrics.registry import METRICS, figure_text, how_measured, metric_of
+from stages.models.registry import open_model
+from stages.models.resolve import resolve
+from stages.testing.metrics import check_metric
+from tests.blocks import FP32
+from tests.small_models import save
+from tests.small_sam import coco
+from tests.small_sam import save as save_sam
+
+
+@pytest.fixture(scope="module")
+def contexts(tmp_path_factory):
+    """A small model and data source for each kind of model."""
+    root = tmp_path_factory.mktemp("metrics")
+    language = open_model(resolve(str(save(root / "m", "llama"))))
+    vision = open_model(resolve(str(save_sam(root / "sam"))))
+    coco(root / "images")
+    fixed = EvaluationProtocol(vision.fixed_tokens, points="auto")
+    return {
+        "language": MetricContext(
+            *(language, language, parse_source("pydocs"), EvaluationProtocol(16, 64)),
+            *(ListScratch(), FP32, NullCallbacks()),
+        ),
+        "vision": MetricContext(
+            *(vision, vision, parse_source(f"coco:{root / 'images'}"), fixed),
+            *(ListScratch(), FP32, NullCallbacks()),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", METRICS.names)
+def test_every_metric_conforms(name, contexts):
+    metric = METRICS.get(name)
+    assert metric.name == name
+    measured = check_metric(metric, contexts[metric.task])
+    assert evaluate(contexts[metric.task], name) == measured
+    assert evaluate(contexts[metric.task]) == measured  # the usual one of its kind of model
+
+
+class _Restless(Perplexity):
+    calls = 0.0
+
+    def measure(self, context):
+        type(self).calls += 1
+        return Measurement(self.name, self.calls, context.source.name, False, {"seqlen": 1, "num_tokens": 1})
+
+
+class _Silent(Perplexity):
+    @classmethod
+    def how_measured(cls, details, *, is_partial):
+        return "windows"
+
+
+@pytest.mark.parametrize(("metric", "message"), [(_Restless, "and then"), (_Silent, "partial")])
+def test_the_kit_names_the_broken_promise(metric, message, contexts):
+    with pytest.raises(AssertionError, match=message):
+        check_metric(metric, contexts["language"])
+
+
+def test_a_metric_for_another_kind_of_model_is_refused(contexts):
+    with pytest.raises(UsageError, match="the metric iou measures vision models"):
+        metric_for("language", "iou")
+    with pytest.raises(UsageError, match="no metric is called perplxity"):
+        metric_for("language", "perplxity")
+    language = contexts["language"]
+    with pytest.raises(UsageError, match="lower --eval-seqlen"):
+        require_measurable(language.model, language.source, EvaluationProtocol(10**6))
+
+
+def test_a_result_of_a_package_that_is_gone_can_still_be_shown():
+    assert metric_of("gone").title == "gone"
+    assert figure_text("gone", 0.25) == "0.2500"
+    assert how_measured("gone", {}, is_partial=True) == "partial"
+
+
+def test_a_value_that_overflowed_is_null_in_json():
+    record = Measurement("perplexity", float("inf"), "s", False, {"seqlen": 8}).record()
+    assert record == {"source": "s", "metric": "perplexity", "perplexity": None, "seqlen": 8, "is_partial": False}
+
+
+def test_titles_need_no_torch():
+    code = (
+        "import sys; from stages.metrics.registry import METRICS;"
+        "print([(entry.title, entry.help) for entry in METRICS.entries()]); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=sys.path[0] or None)
+    assert done.returncode == 0, done.stderr
+    assert torch is not None
