@@ -57,7 +57,7 @@ def test_run_help_lists_every_setting(lampctl):
         assert f"--{name.replace('_', '-')}" in shown, name
 
 
-def test_help_of_hold_aside_says_that_training_goes_on(lampctl):
+def test_help_of_held_out_says_that_training_continues(lampctl):
     words = " ".join(lampctl("run", "--help").out.replace("│", " ").split())
     assert "undo an epoch that did not help and continue at a lower learning rate" in words
     assert "stop early" not in words
