@@ -16,11 +16,11 @@ class RunNotFound(PipelineError):
 
 
 class NotARun(PipelineError):
-    """A folder that holds something, but no run: it is left alone."""
+    """A folder holds something that is no run. It is not changed."""
 
 
 class StepOrderError(PipelineError):
-    """A step was asked for before what it needs, or a second time."""
+    """A step was requested before the steps that it needs, or a second time."""
 
 
 class ConfigMismatch(PipelineError):
@@ -28,15 +28,15 @@ class ConfigMismatch(PipelineError):
 
 
 class DamagedData(PipelineError):
-    """Something stored is not what was committed. The message names the file."""
+    """A stored file is not what was committed. The message names it."""
 
 
 class MissingChunk(DamagedData):
-    """A sample of an activation stream is not there. It is never read as zeros or a fill value."""
+    """A sample of an activation stream is missing. It is never read as zeros or a fill value."""
 
 
 class ResourceExhausted(PipelineError):
-    """Something outside the program is used up or does not work."""
+    """A resource outside the program is used up or does not work."""
 
 
 class DiskError(ResourceExhausted):
@@ -44,7 +44,7 @@ class DiskError(ResourceExhausted):
 
 
 class FileGone(DiskError):
-    """A file or folder that was there is not there any more."""
+    """A file or folder does not exist any more."""
 
 
 class OutOfDisk(DiskError):
@@ -56,15 +56,15 @@ class BucketError(DiskError):
 
 
 class BucketRefused(BucketError):
-    """The object store will never do it: there is no such bucket, or the credentials do not allow it."""
+    """The object store refuses for good: there is no such bucket, or the credentials do not allow it."""
 
 
 class UnsupportedPlace(ConfigError):
-    """A run directory cannot lie at this kind of address, or what that needs is not installed."""
+    """A run directory cannot be stored at this kind of address, or a required package is not installed."""
 
 
 class FileExists(PipelineError):
-    """A create-only write found its name taken. Read it back: it may be the caller's own."""
+    """A create-only write found its name taken. The caller reads the file back: it may be its own."""
 
 
 class Occupied(PipelineError):
@@ -76,8 +76,8 @@ class Superseded(PipelineError):
 
 
 class Preempted(PipelineError):
-    """The machine, or the allowed run time, is about to go. The run can be resumed."""
+    """The machine is about to be taken away, or the allowed run time is over. The run can be resumed."""
 
 
 class Interrupted(PipelineError):
-    """Somebody pressed Ctrl-C. The run can be resumed."""
+    """The user pressed Ctrl-C. The run can be resumed."""

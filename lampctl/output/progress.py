@@ -1,4 +1,4 @@
-"""Progress of a run: a live display on a terminal, plain lines anywhere else. All of it goes to stderr."""
+"""Progress of a run on stderr: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _HEARTBEAT_S = 300.0
 
 
 class ProgressListener:
-    """What both displays share: the run, and how long the rest will take (`pipeline.engine.job.Listener`)."""
+    """Common part of both displays: the run, and the time that the rest will take (`pipeline.engine.job.Listener`)."""
 
     def __init__(self) -> None:
         self._run: RunDirectory | None = None
@@ -52,22 +52,22 @@ class ProgressListener:
         state = status(run, config)
         title = f"{config.method} {config.goal}: {run.label}"
         if state.is_finished:
-            title += " (is finished)"
+            title += " (finished)"
         elif state.num_done:
-            title += f" (goes on: {state.num_done} of {len(state.steps)} steps are done)"
+            title += f" (resumed: {state.num_done} of {len(state.steps)} steps are done)"
         self.begin(title)
 
     def begin(self, title: str) -> None:
-        """A run begins, or goes on."""
+        """A run begins, or is resumed."""
 
     def warn(self, message: str) -> None:
-        """Something the user should read: once, even if every block says it."""
+        """Show a warning to the user; the same text only once."""
         if message not in self._said:
             self._said.add(message)
             self.show_warning(message)
 
     def show_warning(self, message: str) -> None:
-        """Put a warning where the user sees it."""
+        """Display a warning."""
 
     def step_started(self, step: Step, position: int, total: int) -> None: ...
 
@@ -262,7 +262,7 @@ def _losses(training: TrainingRecord) -> str:
     if training.before.held_out is not None:
         before, after = training.before.held_out, training.after.held_out
     if not training.kept_epoch:
-        return f"loss {_loss(before)} (kept as it was: no epoch helped)"
+        return f"loss {_loss(before)} (no epoch improved it; kept the weights from before)"
     return f"loss {_loss(before)} -> {_loss(after)}"
 
 

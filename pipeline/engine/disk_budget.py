@@ -1,4 +1,4 @@
-"""How much room a run will need at most, step by step, before it starts: worked out from the plan alone."""
+"""Disk space that a run will need at most, computed from its plan before it starts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipeline.errors import OutOfDisk
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes at the fullest moment."""
+    """Additional bytes at the moment that needs the most."""
 
     weights: int  # blocks, masks, the exported model
-    activations: int  # streams, with those that a step keeps for itself while it runs
-    step: str  # when that is
+    activations: int  # streams, a step's own intermediate ones included
+    step: str  # the step at that moment
 
     @property
     def total(self) -> int:

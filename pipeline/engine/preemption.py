@@ -36,7 +36,7 @@ class RunTimer:
             allowed_s: The same in seconds.
             stop: Called with the reason when the time is over.
         """
-        reason = Preempted(f"the allowed run time of {allowed} is over; run the same command again to go on")
+        reason = Preempted(f"the allowed run time of {allowed} is over; run the same command again to resume")
         self._timer = threading.Timer(allowed_s, stop, [reason])
         self._timer.daemon = True
         self._timer.start()
@@ -76,7 +76,8 @@ class PreemptionWatcher:
                 if notice is not None:
                     self._stop(
                         Preempted(
-                            f"{notice}; what is committed is safe; `lampctl resume`, or the same command again, goes on"
+                            f"{notice}; what is committed is safe; `lampctl resume`, or the same command again, "
+                            "resumes the run"
                         )
                     )
                     return

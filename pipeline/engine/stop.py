@@ -103,5 +103,5 @@ class StopRequest:
         kind = Interrupted if number == signal.SIGINT else Preempted
         return kind(
             f"stopped by {signal.Signals(number).name}; what is committed is safe; `lampctl resume`, or the "
-            "same command again, goes on"
+            "same command again, resumes the run"
         )

@@ -1,4 +1,4 @@
-"""Check what a run has committed against its records: what is damaged, and what `resume` will do about it."""
+"""Verify a run: compare its files with its commits, and say what is damaged and what `resume` does about it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Damage:
     payload: str
     step: str
     reason: str
-    is_needed: bool  # a step to come reads it, or it stays for good
+    is_needed: bool  # a later step reads it, or it is never released
     remedy: str  # what `lampctl resume` does about it
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found."""
+    """Result of a verification."""
 
     num_commits: int
-    num_files: int  # that were checked
+    num_files: int  # checked
     num_bytes: int
     is_deep: bool
     damages: tuple[Damage, ...]

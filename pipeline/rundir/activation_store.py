@@ -51,7 +51,7 @@ REPAIR = "Nothing was computed with it. `lampctl resume` makes it again"
 
 
 def _nothing_to_explain() -> None:
-    """A scratch stream belongs to one process: nobody else can have moved on."""
+    """Do nothing: a scratch stream belongs to one process, so no other one can be ahead."""
 
 
 def stream_spec(num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> StreamSpec:
@@ -234,7 +234,7 @@ class ScratchStreams:
 
 @dataclass(frozen=True)
 class _Committed:
-    """A stream as a commit describes it: where it lies, its files by name, and the keys found good so far."""
+    """A stream as a commit describes it: its root, its files by name, and the keys found sound so far."""
 
     storage: Storage
     root: str

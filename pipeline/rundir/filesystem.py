@@ -140,7 +140,7 @@ def write_new(path: Path, data: bytes) -> None:
     """Make the file `path`, whole and durable, in one step that only one process can win.
 
     Raises FileExists if the name is taken; OutOfDisk or DiskError, and then no file of that name was made.
-    The name appears by a hard link to a flushed temporary, so whoever sees it sees all of it. On a file
+    The name appears by a hard link to a flushed temporary, so every reader sees the whole file. On a file
     system without hard links it is created exclusively under its final name instead: still only one process
     wins, but a crash in the middle leaves a torn file, which its reader must recognise.
     """

@@ -1,9 +1,9 @@
-"""Who is working on a run: one runner at a time saves money. Correctness never rests on it.
+"""Lease of a run: which process works on it. It avoids duplicate work; correctness never depends on it.
 
-lease.json names the holder and counts its heartbeats. Somebody else is refused as long as the count rises, and takes
-over when it has stood still for a minute of his own clock: no two machines' clocks are ever compared. A holder that
-finds another's name there (it was frozen, or somebody insisted) stops at its next batch boundary; and if it went on all
-the same, the commits, which only one process can make, would stop it.
+lease.json names the holder and counts its heartbeats. Another process is refused while the count rises. It takes the
+lease over when the count has not changed for a minute of its own clock: clocks of two machines are never compared. A
+holder that finds another name in the lease (it was frozen, or --takeover took the lease) stops at its next batch
+boundary. If it did not, the commits would stop it, because only one process can make each of them.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ STALE_S = 60.0
 
 
 class _Holder(BaseModel):
-    """What lease.json says."""
+    """Content of lease.json."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     token: str
     host: str
-    boot: str  # tells two machines of one name apart, and a machine from itself before it was started anew
+    boot: str  # distinguishes machines of one name, and a machine before and after a reboot
     pid: int
-    process: str  # when the process began, in the words of its system: pids are used again
+    process: str  # start time of the process as its system reports it: process numbers are reused
     since: str  # for people
     beat: int
 
@@ -54,18 +54,14 @@ class _Holder(BaseModel):
 
 @dataclass(frozen=True)
 class Timing:
-    """How patient a lease is; tests are less so."""
+    """Seconds between heartbeats, and seconds without one after which a lease is stale."""
 
     beat_s: float = BEAT_S
     stale_s: float = STALE_S
 
 
 class Lease:
-    """Holds a run while it is used in a `with`.
-
-    on_loss: told, from another thread, that somebody else has taken over. notify: what the user should read. Raises
-    Occupied on entering, if somebody else is at work and `takeover` is not set.
-    """
+    """Context manager that holds a run. Entering raises Occupied if another process holds it."""
 
     def __init__(
         self,
@@ -76,6 +72,15 @@ class Lease:
         takeover: bool = False,
         timing: Timing | None = None,
     ) -> None:
+        """Prepare to hold a run.
+
+        Args:
+            run: The run.
+            on_loss: Called from another thread when another process has taken the lease.
+            notify: Shows a message to the user.
+            takeover: Take the lease although another process holds it.
+            timing: Seconds between heartbeats and until a lease is stale; None: the defaults.
+        """
         self._run, self._on_loss, self._notify, self._takeover = run, on_loss, notify, takeover
         self._timing = timing or Timing()
         host, boot, pid, process = _this_process()
@@ -111,16 +116,16 @@ class Lease:
                     return
                 except FileExists:
                     if holder_of(self._run) is not None:
-                        continue  # somebody was quicker; else it is one that nobody can read, and nobody's
+                        continue  # another process was first; a lease that cannot be read has no holder
             elif not self._may_take_over(holder):
                 continue
             self._run.storage.replace(_KEY, _encode(self._own))
-            # Of two who do this at once, the later one has it.
+            # If two processes do this at once, the later one holds the lease.
             if _holds(holder_of(self._run), self._own):
                 return
 
     def _may_take_over(self, holder: _Holder) -> bool:
-        """Whether the holder is gone, or has to go; False if it is already another. Raises Occupied."""
+        """Whether the lease may be taken; False if its holder has changed meanwhile. Raises Occupied."""
         if self._takeover:
             self._notify(f"taking {self._run.label} over from {holder.shown}")
             return True
@@ -171,7 +176,7 @@ class Lease:
 
 
 def holder_of(run: RunDirectory) -> _Holder | None:
-    """Who holds the run, by its lease; None if nobody does, or the lease cannot be read."""
+    """The holder of a run, by its lease; None if there is none, or the lease cannot be read."""
     try:
         return _Holder.model_validate_json(run.storage.read(_KEY))
     except (FileGone, ValidationError, RecursionError):
@@ -182,7 +187,7 @@ def holder_of(run: RunDirectory) -> _Holder | None:
 
 
 def is_known_dead(holder: _Holder) -> bool:
-    """Whether the holder was a process of this machine that is no more. Of another machine nobody here knows."""
+    """Whether the holder was a process of this machine that has ended. False for a process of another machine."""
     host, boot, _, _ = _this_process()
     return (holder.host, holder.boot) == (host, boot) and not _is_running(holder)
 

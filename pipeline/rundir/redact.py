@@ -1,4 +1,4 @@
-"""Take secrets out of text before it is written anywhere or shown: tokens, keys, passwords in addresses."""
+"""Redact secrets in text before it is written or shown: tokens, keys, passwords in addresses."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Records of how far a step is, so that a stop or a crash inside it costs minutes, not the step.
+"""Checkpoints inside a step, so that a stop or a crash costs minutes of work, not the whole step.
 
     progress/<commit number>/<sequence number>
 
-A record saves time and nothing else: one that is torn, damaged, or of another attempt at history is passed over, and
-the one before it, or the step's beginning, serves. It begins with the sha256 of the rest, which is a safetensors file
-whose header names the record it builds on and the step.
+A checkpoint saves time and nothing else. One that is torn, damaged, or of another history is ignored; then the one
+before it is used, or the step starts from its beginning. The file begins with the sha256 of the rest, which is a
+safetensors file whose header names the step and the record before it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _NUM_KEPT = 2
 
 
 class StepProgress:
-    """The progress records of one step, which is the run's next commit."""
+    """The checkpoints of one step, which is the run's next commit."""
 
     def __init__(self, run: RunDirectory, step: str) -> None:
         self._run = run
         self._folder = run.progress_folder
         self._binding = {"format": _FORMAT, "step": step, "parent": run.newest_digest}
         self._began = time.monotonic()
-        self.elapsed_before_s = 0.0  # that attempts before this one put into what was restored
+        self.elapsed_before_s = 0.0  # seconds of earlier attempts, in what was restored
 
     def restore(self) -> Checkpoint | None:
-        """What the newest sound record of this step holds; None if there is none."""
+        """The newest sound checkpoint of this step; None if there is none."""
         for name in reversed(self._names()):
             key = f"{self._folder}/{name}"
             try:
@@ -58,7 +58,7 @@ class StepProgress:
         return None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Make a record, durably, and drop those that it makes superfluous. A disk without room loses nothing."""
+        """Write a checkpoint durably and delete older ones. A full disk loses only the checkpoint."""
         data = _encode(checkpoint, self._binding, self.elapsed_s)
         names = self._names()
         number = int(names[-1]) + 1 if names else 0
@@ -82,7 +82,7 @@ class StepProgress:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of work that have gone into the step, of attempts before this one too."""
+        """Seconds of work on the step, those of earlier attempts included."""
         return self.elapsed_before_s + time.monotonic() - self._began
 
     def _names(self) -> list[str]:

@@ -107,7 +107,7 @@ class Attempt:
         return folder._seal(payload)
 
     def scratch(self) -> ScratchStreams:
-        """Room for intermediate streams, never flushed, deleted before the step commits."""
+        """Scratch streams for intermediate results: never flushed, deleted before the step commits."""
         from pipeline.rundir.activation_store import ScratchStreams
 
         if self._scratch is None:
@@ -120,7 +120,7 @@ class Attempt:
         return self._scratch
 
     def seal(self) -> dict[str, Payload]:
-        """Its payloads, by name, all complete. Nothing can be written after that.
+        """Complete the payloads and return them by name. Nothing can be written after that.
 
         Raises MissingChunk for a stream with a sample that was never written; Superseded if the folder is
         gone because another process has committed this step.
@@ -144,7 +144,7 @@ class Attempt:
         assert not there - expected, f"{min(there - expected)} belongs to no payload of {self.step}"
 
     def _key(self, name: str) -> str:
-        """Where a payload lies: slashes in its name would nest one payload in another."""
+        """Key of a payload. Slashes in its name are replaced: they would nest one payload in another."""
         return f"data/{self.id}/{name.replace('/', '-')}"
 
     def _new_root(self, name: str, *, is_bulky: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""What the models of runs write after the same prompts, beside what their originals do."""
+"""Continuations of prompts by the pruned models of runs and by their originals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stages.interfaces import Watcher
 
 @dataclass(frozen=True)
 class Continuation:
-    """One prompt, and what the original and the pruned model write after it."""
+    """One prompt, and its continuations by the original and by the pruned model."""
 
     prompt: str
     dense: str

@@ -202,7 +202,5 @@ def newest_unfinished(root: Path = RUNS) -> Path | None:
         if not is_finished(run, config):
             return path
     if not found:
-        raise RunNotFound(
-            f"there are no runs under {root}/: begin one with lampctl run, or name one that lies elsewhere"
-        )
+        raise RunNotFound(f"there are no runs under {root}/: begin one with lampctl run, or name one in another folder")
     return None

@@ -61,7 +61,7 @@ class EpochLoss:
     """The mean losses of one epoch of training."""
 
     trained: float | None  # over the epoch's own steps
-    aside: float | None  # after it, on the samples kept aside; None: there are none
+    aside: float | None  # after it, on the held-out samples; None: there are none
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run directory needs from the place it lies in.
+"""Interface of a storage: what a run directory needs from the place where it is stored.
 
 A key is a plain relative path inside the run directory, with "/" between its parts, as the records have it.
 Payloads are always written to a local folder first (`new_folder`), hashed on the way, and then kept (`keep`): a
@@ -21,7 +21,7 @@ class Disk:
     """A disk of this machine that a run fills."""
 
     label: str
-    folder: Path  # may not be there yet
+    folder: Path  # may not exist yet
     holds_weights: bool
     holds_activations: bool
 
@@ -43,7 +43,7 @@ class Storage(Protocol):
         ...
 
     def is_free(self) -> bool:
-        """Whether a run may be begun here: there is nothing, or what a crash while beginning one left behind."""
+        """Whether a run may begin here: the place is empty, or has only leftovers of a crash while one began."""
         ...
 
     def prepare(self) -> None:
@@ -55,11 +55,11 @@ class Storage(Protocol):
         ...
 
     def names(self, key: str) -> list[str]:
-        """What lies right in a folder, sorted; nothing, if the folder is not there."""
+        """Names directly in a folder, sorted; none if the folder does not exist."""
         ...
 
     def sizes(self, key: str) -> dict[str, int]:
-        """The size of every file under a folder, at any depth, by its key; nothing, if the folder is not there."""
+        """The size of every file under a folder, at any depth, by its key; none if the folder does not exist."""
         ...
 
     def read(self, key: str) -> bytes:
@@ -124,7 +124,7 @@ class Storage(Protocol):
         ...
 
     def keep(self, key: str) -> None:
-        """Return once everything written under this key is durable, apart from what lies on a scratch disk."""
+        """Return once everything written under this key is durable, except files on a scratch disk."""
         ...
 
     def put_back(self, source: str, target: str) -> None:

@@ -2,8 +2,8 @@
 
 Payloads are written to a working folder on this machine, hashed on the way, and uploaded when their step commits; the
 commit record is then created by one conditional request. What is read comes from the working folder if a copy is there,
-and is fetched otherwise: a machine with an empty disk goes on where another one vanished. The working folder holds
-nothing that the bucket, or a replay, cannot give again.
+and is fetched otherwise: a machine with an empty disk resumes where another one vanished. The working folder
+holds nothing that the bucket, or a replay, cannot restore.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class BucketStorage:
                 filesystem.remove_file(path)
 
     def tidy(self, settled: Collection[str], attempts: Collection[str]) -> None:
-        """Nothing is ever half there, in the bucket; what a record once was, set aside, goes."""
+        """Delete damaged records that were renamed. A bucket has no partial objects."""
         wanted = {key.rpartition("/")[2] for key in settled}
         stale = []
         for name in self.objects.names("commits"):

@@ -86,7 +86,7 @@ class FolderStorage:
 
     def sizes(self, key: str) -> dict[str, int]:
         found: dict[str, int] = {}
-        for root in reversed(self._roots):  # what lies on the scratch disk wins, as it does in `load`
+        for root in reversed(self._roots):  # files on the scratch disk win, as in `load`
             found.update(filesystem.sizes_under(root, relative_path(key)))
         return found
 

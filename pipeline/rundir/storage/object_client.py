@@ -79,7 +79,7 @@ class Objects:
     def create(self, key: str, data: bytes) -> None:
         """Make an object in one request that only one process can win. Raises FileExists.
 
-        An answer may be lost after the object was made: whoever finds his own bytes there has won.
+        The answer may be lost after the object was made: a process that then finds its own bytes has won.
         """
         import obstore
 
@@ -145,7 +145,7 @@ class Objects:
 
     @_repeating
     def names(self, folder: str) -> list[str]:
-        """What lies right in a folder: objects and folders, sorted."""
+        """Names directly in a folder, of objects and folders, sorted."""
         import obstore
 
         with self._naming(folder, "list"):
@@ -220,6 +220,6 @@ def _prefix(folder: str) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line: what follows is for whoever works on obstore, and may hold what was sent."""
+    """The first line of an error. The rest is for developers of obstore, and may hold what was sent."""
     text = str(error).split("\n", 1)[0].strip()
     return re.sub(r"(?i)(signature|credential|token|key)=[^&\s]+", r"\1=...", text)[:300] or type(error).__name__

@@ -23,7 +23,7 @@ def test_progress_in_a_log_is_one_line_per_block(lampctl, tmp_path, words):
     blocks = [line for line in lines if re.match(r"\[\d+/13\] block \d of 3: \d\d\.\d\d% masked", line)]
     assert len(blocks) == 3
     assert ", loss" not in blocks[0]
-    losses = r"loss [\d.e-]+ (-> [\d.e-]+|\(kept as it was: no epoch helped\))"
+    losses = r"loss [\d.e-]+ (-> [\d.e-]+|\(no epoch improved it; kept the weights from before\))"
     assert re.search(f"masked, refined {losses}, ", blocks[0])
     assert re.search(f"masked, {losses}, refined {losses}, ", blocks[1])
     assert not any("\x1b" in line or "\r" in line for line in lines)
