@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from lampctl.commands.steps import do_step
+from stages.formats.base import ExportFormat
+from stages.formats.registry import EXPORT_FORMATS, file_formats, format_help
 
 
 def export(
@@ -20,8 +22,7 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="folder: the export step of the run, a folder for transformers. packed: one file without the masked "
-            "weights; with --bits, B bits per weight. [default: folder]",
+            help=f"{format_help()} [default: folder]",
         ),
     ] = None,
     unpack: Annotated[
@@ -47,8 +48,8 @@ def export(
     """
     from pipeline.errors import ConfigError
 
-    if model_format not in (None, "folder", "packed"):
-        raise ConfigError(f"--format {model_format}: choose one of folder, packed")
+    if model_format is not None and model_format not in EXPORT_FORMATS:
+        raise ConfigError(f"--format {model_format}: choose one of {', '.join(EXPORT_FORMATS.names)}")
     if unpack is not None:
         if run is not None or model_format is not None or force:
             raise ConfigError("--unpack FILE excludes RUN, --format and --force")
@@ -58,11 +59,13 @@ def export(
         return
     if run is None:
         raise ConfigError("name a run directory (lampctl export RUN) or a packed file (lampctl export --unpack FILE)")
-    if model_format == "packed":
-        _pack(run, out, force, as_json)
+    chosen = EXPORT_FORMATS.get(model_format or "folder")
+    if chosen.suffix is not None:
+        _pack(run, chosen, out, force, as_json)
         return
     if out is not None or force or as_json:
-        raise ConfigError("--out, --force and --json belong to --format packed; the folder is always RUN/model")
+        formats = " or ".join(file_formats())
+        raise ConfigError(f"--out, --force and --json belong to --format {formats}; the folder is always RUN/model")
     if not _show_again(run):
         do_step(run, "export")
 
@@ -81,16 +84,16 @@ def _show_again(place: str) -> bool:
     return True
 
 
-def _pack(place: str, out: Path | None, force: bool, as_json: bool) -> None:
+def _pack(place: str, model_format: type[ExportFormat], out: Path | None, force: bool, as_json: bool) -> None:
     from lampctl.output.file_progress import showing_files
     from lampctl.output.packed import show_packed
     from pipeline.runs.packing import find_packable, pack_model
 
     source = find_packable(place)
-    target = out or source.target
+    target = out or source.target(model_format)
     with showing_files(f"packing {source.folder}") as callbacks:
-        sizes = pack_model(source, target, callbacks, force)
-    show_packed("packed model", target, sizes, as_json)
+        pack_model(source, target, callbacks, model_format, force)
+    show_packed(model_format.title, target, model_format.sizes(target), as_json)
 
 
 def _unpack(packed: Path, folder: Path, as_json: bool) -> None:

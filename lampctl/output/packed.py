@@ -26,8 +26,14 @@ _PACKED_PARTS = {
 }
 
 
-def show_packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> None:
-    """Print the size of each part of a packed file, compared with the model's folder, and the path."""
+def show_packed(what: str, path: Path, sizes: PackedSizes | None, as_json: bool) -> None:
+    """Print the size of each part of a packed file, compared with the model's folder, and the path.
+
+    sizes: of the parts; None where only the size of the whole file is known.
+    """
+    if sizes is None:
+        _show_file(what, path, as_json)
+        return
     if as_json:
         print(json.dumps({"path": str(path.absolute()), **sizes.record()}, indent=2))
         return
@@ -41,3 +47,12 @@ def show_packed(what: str, path: Path, sizes: PackedSizes, as_json: bool) -> Non
     console = console_here()
     console.print(table)
     console.print(f"The {what} is {shown_path(str(path.absolute()))}", highlight=False, soft_wrap=True)
+
+
+def _show_file(what: str, path: Path, as_json: bool) -> None:
+    size_bytes = path.stat().st_size
+    if as_json:
+        print(json.dumps({"path": str(path.absolute()), "size_bytes": size_bytes}, indent=2))
+        return
+    line = f"The {what} is {shown_path(str(path.absolute()))}, {size_bytes:,} bytes"
+    console_here().print(line, highlight=False, soft_wrap=True)

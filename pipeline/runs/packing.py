@@ -13,16 +13,20 @@ from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.lifecycle import reopen
 from pipeline.steps.lamp_plan import steps_of
-from stages.formats.packed.layout import PackedSizes
+from stages.formats.base import ExportFormat
 from stages.interfaces import Watcher
 
 
 @dataclass(frozen=True)
 class Packable:
-    """A model folder that can be packed, and where the packed file belongs unless somebody says otherwise."""
+    """A model folder that can be written as one file."""
 
     folder: Path
-    target: Path
+    beside: Path  # the default path of the file, without the format's suffix
+
+    def target(self, model_format: type[ExportFormat]) -> Path:
+        """The default path of the file."""
+        return self.beside.with_name(f"{self.beside.name}{model_format.suffix}")
 
 
 def find_packable(place: str) -> Packable:
@@ -37,22 +41,32 @@ def find_packable(place: str) -> Packable:
         if run.commit_for("export") is None:
             todo = next_steps(steps_of(run, config), [commit.step for commit in run.commits])
             raise StepOrderError(f"there is no model to pack in {run.label} yet: do {todo[0].name} first")
-        name = f"{path.name}.packed.safetensors"
-        return Packable(published_model(run), Path(name).absolute() if is_remote else path / name)
+        return Packable(published_model(run), Path(path.name).absolute() if is_remote else path / path.name)
     if not (path / "config.json").exists():
         raise RunNotFound(f"{path} is no run and no model folder: it has neither run.json nor config.json")
-    return Packable(path, path.with_name(f"{path.name}.packed.safetensors"))
+    return Packable(path, path)
 
 
-def pack_model(source: Packable, target: Path, callbacks: Watcher, replace: bool = False) -> PackedSizes:
-    """Pack the model folder as the file `target`; how large it is.
+def pack_model(
+    source: Packable, target: Path, callbacks: Watcher, model_format: type[ExportFormat], replace: bool = False
+) -> None:
+    """Write the model folder as one file.
 
-    A packed file of the very same folder is left as it is. Raises ConfigError for any other file there, unless it may
-    be replaced, and for a target inside the model folder; OutOfDisk, DiskError; and what
-    `stages.formats.packed.writer.pack` raises.
+    A file of the same format and the same folder is kept.
+
+    Args:
+        source: The model folder.
+        target: The file.
+        callbacks: Asked for stops and informed of progress.
+        model_format: A format that is one file.
+        replace: Replace any other file.
+
+    Raises:
+        ConfigError: Another file is there and may not be replaced; the target is a folder or inside the model folder.
+        OutOfDisk: The disk is full.
+        DiskError: The disk cannot be written.
     """
-    from stages.formats.packed.layout import packed_sizes
-    from stages.formats.packed.writer import pack
+    from stages.models.derived_files import derived_files
 
     target = target.absolute()
     if target.resolve().is_relative_to(source.folder.resolve()):
@@ -60,19 +74,18 @@ def pack_model(source: Packable, target: Path, callbacks: Watcher, replace: bool
     if target.is_dir():
         raise ConfigError(f"--out {target} is a folder: name a file")
     if target.exists() and not replace:
-        if _is_packed_already(target, source.folder):
-            return packed_sizes(target)
+        if model_format.holds(target, source.folder):
+            return
         raise ConfigError(f"{target} is there already and holds something else: name another by --out, or use --force")
     filesystem.make_folder(target.parent)
     temporary = filesystem.temporary_folder(target)
     try:
-        sizes = pack(source.folder, temporary / target.name, callbacks, _RewritableFile)
+        model_format.write(source.folder, temporary / target.name, callbacks, _RewritableFile, derived_files)
         filesystem.flush_tree(temporary)
         filesystem.rename(temporary / target.name, target)
         filesystem.flush_folder(target.parent)
     finally:
         filesystem.remove_tree(temporary)
-    return sizes
 
 
 def unpack_model(packed: Path, folder: Path, callbacks: Watcher) -> None:
@@ -82,6 +95,7 @@ def unpack_model(packed: Path, folder: Path, callbacks: Watcher) -> None:
     """
     from stages.errors import UsageError
     from stages.formats.packed.reader import unpack
+    from stages.models.derived_files import derived_files
 
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -89,7 +103,7 @@ def unpack_model(packed: Path, folder: Path, callbacks: Watcher) -> None:
     filesystem.make_folder(folder.parent)
     temporary = filesystem.temporary_folder(folder)
     try:
-        unpack(packed, temporary, callbacks, _RewritableFile)
+        unpack(packed, temporary, callbacks, _RewritableFile, derived_files)
         filesystem.flush_tree(temporary)
         filesystem.rename(temporary, folder)
         filesystem.flush_folder(folder.parent)
@@ -103,18 +117,6 @@ def published_model(run: RunDirectory) -> Path:
     for file in payload.files:
         run.open_file("model", payload.inner(file))
     return run.publish("model")
-
-
-def _is_packed_already(target: Path, folder: Path) -> bool:
-    from stages.errors import DamagedFileError, UsageError
-    from stages.formats.packed.layout import open_packed, read_contents
-    from stages.formats.packed.writer import is_packed_from
-
-    try:
-        with open_packed(target) as file:
-            return is_packed_from(read_contents(file), folder)
-    except (UsageError, DamagedFileError):
-        return False
 
 
 class _RewritableFile(filesystem.FileWriter):

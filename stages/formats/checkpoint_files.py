@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stages.errors import DamagedFileError, ResourceError, UsageError
-from stages.formats.safetensors_io import Bytes
+from stages.formats.safetensors_io import Bytes, head_of, header_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -138,15 +137,13 @@ def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
     tensors: on the CPU. The library writes several entries of `metadata` in no fixed order: give one at most.
     """
     ordered = sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0]))
-    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    described: dict[str, Any] = {}
     end = 0
     for name, tensor in ordered:
         offsets = [end, end + tensor.nbytes]
         described[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         end += tensor.nbytes
-    header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = header.ljust((len(header) + 7) // 8 * 8)
-    yield struct.pack("<Q", len(padded)) + padded
+    yield head_of(header_of(described, metadata))
     for _, tensor in ordered:
         if tensor.nbytes:
             yield memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

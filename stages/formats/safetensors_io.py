@@ -110,6 +110,22 @@ def parse_head(head: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
     return metadata, entries
 
 
+def header_of(described: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The JSON header of a file, not padded.
+
+    Args:
+        described: For each tensor "dtype", "shape" and "data_offsets".
+        metadata: Of the file as a whole.
+    """
+    return _json({"__metadata__": dict(metadata), **described} if metadata else described)
+
+
+def head_of(header: bytes) -> bytes:
+    """How a file begins: the length of the header (8 bytes) and the header, padded to a multiple of 8 bytes."""
+    padded = header.ljust((len(header) + 7) // 8 * 8)
+    return struct.pack("<Q", len(padded)) + padded
+
+
 class Sink(Protocol):
     """Where bytes go: what a binary file of Python, or the pipeline's own, can do."""
 
@@ -159,10 +175,10 @@ class TensorWriter:
 
     def finish(self) -> int:
         """Write the header; the file's size in bytes."""
-        header = _json({"__metadata__": self._metadata, **self._described})
+        header = header_of(self._described, self._metadata)
         assert len(header) <= self._room, f"room for {self._room} bytes of header, {len(header)} are needed"
         self._sink.seek(0)
-        self._sink.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self._sink.write(head_of(header.ljust(self._room)))
         return 8 + self._room + self._end
 
 

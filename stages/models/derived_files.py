@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -11,17 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from stages.formats.base import Write
 from stages.formats.checkpoint_files import WeightFiles
-from stages.formats.file_digest import FileDigest
 from stages.models.base import ModelFolder
-
-_Write = Callable[[bytes], object]
 
 
 class Through(io.RawIOBase):
     """An open file whose bytes go to a function."""
 
-    def __init__(self, write: _Write) -> None:
+    def __init__(self, write: Write) -> None:
         self._write = write
 
     def writable(self) -> bool:
@@ -34,7 +31,7 @@ class Through(io.RawIOBase):
         return len(piece)
 
 
-def derived_files(folder: Path) -> dict[str, Callable[[_Write], None]]:
+def derived_files(folder: Path) -> dict[str, Callable[[Write], None]]:
     """For each such file that a folder of this kind may have, what writes it anew from the folder's weights."""
     try:
         settings = json.loads((folder / "config.json").read_text())
@@ -47,19 +44,6 @@ def derived_files(folder: Path) -> dict[str, Callable[[_Write], None]]:
     model = SamEncoder(ModelFolder(str(folder), folder, "folder", None))
     forms = model.other_forms(_Weights(WeightFiles(folder)))
     return {name: lambda write, form=form: form(Through(write)) for name, form in forms}  # type: ignore[misc]
-
-
-def derived_digest(write_to: Callable[[_Write], None]) -> FileDigest:
-    """What such a file would hold."""
-    sha256, size = hashlib.sha256(), 0
-
-    def take(piece: bytes) -> None:
-        nonlocal size
-        sha256.update(piece)
-        size += len(piece)
-
-    write_to(take)
-    return FileDigest(size, sha256.hexdigest())
 
 
 class _Weights(Mapping[str, Tensor]):

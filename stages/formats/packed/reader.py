@@ -11,21 +11,36 @@ import torch
 from torch import Tensor
 
 from stages.errors import DamagedFileError, StageError, UsageError
+from stages.formats.base import DerivedFiles, no_derived_files
 from stages.formats.packed.layer import FLOATS, decode, implied_mask, raw_bytes
 from stages.formats.packed.layout import AGAIN, Contents, PackedFile, PackedLayer, open_packed, read_contents
 from stages.formats.pruning_masks import pack_bits, unpack_bits
 from stages.formats.safetensors_io import Bytes, Entry, Sink, TensorFile, open_new, parse_head
 from stages.interfaces import Watcher
-from stages.models.derived_files import derived_files
 from stages.quantization.grid import Grid
 
 
-def unpack(packed: Path, target_folder: Path, callbacks: Watcher, create: Callable[[Path], Sink] = open_new) -> None:
-    """Make the folder that was packed, in `target_folder`, which is missing or empty. One layer is in memory at a time.
+def unpack(
+    packed: Path,
+    target_folder: Path,
+    callbacks: Watcher,
+    create: Callable[[Path], Sink] = open_new,
+    derived: DerivedFiles = no_derived_files,
+) -> None:
+    """Make the folder that was packed. One layer is in memory at a time.
 
-    Nothing here makes the files durable, and a failure leaves those that were made: that is for who gives the folder.
-    Raises UsageError if that holds something, and for a file that is not packed, or by a newer version;
-    DamagedFileError if what was packed does not come back to the last bit.
+    The caller makes the files durable, and removes them after a failure.
+
+    Args:
+        packed: The packed file.
+        target_folder: The folder, which is missing or empty.
+        callbacks: Asked for stops and informed of progress.
+        create: Opens a new file for writing.
+        derived: Gives the files that follow from others, by the folder as unpacked so far.
+
+    Raises:
+        UsageError: The folder is not empty; the file is not a packed one, or a newer version wrote it.
+        DamagedFileError: What was packed does not come back to the last bit.
     """
     if target_folder.exists() and (not target_folder.is_dir() or any(target_folder.iterdir())):
         raise UsageError(f"{target_folder} is there already and not an empty folder: name a new one")
@@ -45,7 +60,7 @@ def unpack(packed: Path, target_folder: Path, callbacks: Watcher, create: Callab
                     sink.write(piece)
 
                 if about.is_derived:
-                    _derive(file.path, about, target_folder)(take)
+                    _derive(file.path, about, derived, target_folder)(take)
                 else:
                     for piece in unpacking.pieces(about):
                         take(piece)
@@ -54,10 +69,12 @@ def unpack(packed: Path, target_folder: Path, callbacks: Watcher, create: Callab
             callbacks.report(number, len(contents.files), "files")
 
 
-def _derive(packed: Path, about: PackedFile, folder: Path) -> Callable[[Callable[[bytes], object]], None]:
-    """What writes a file that follows from those unpacked before. Raises DamagedFileError."""
+def _derive(
+    packed: Path, about: PackedFile, derived: DerivedFiles, folder: Path
+) -> Callable[[Callable[[bytes], object]], None]:
+    """What writes a derived file from the files unpacked before. Raises DamagedFileError."""
     try:
-        return derived_files(folder)[about.path]
+        return derived(folder)[about.path]
     except (KeyError, StageError) as error:
         raise DamagedFileError(f"{packed} is damaged: nothing gives {about.path} back. {AGAIN}") from error
 

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from stages.errors import ResourceError, UsageError
 from stages.formats import pruning_masks
-from stages.formats.file_digest import digest_file
+from stages.formats.base import DerivedFiles, Write, no_derived_files
+from stages.formats.file_digest import FileDigest, digest_file
 from stages.formats.packed.layer import FLOATS, Form, encode
 from stages.formats.packed.layout import (
     CONTENTS,
@@ -24,19 +25,35 @@ from stages.formats.packed.layout import (
 from stages.formats.pruning_masks import PrunedWeight, pack_bits, read_mask_file
 from stages.formats.safetensors_io import Bytes, Entry, Sink, TensorFile, TensorWriter, open_new
 from stages.interfaces import Watcher
-from stages.models.derived_files import derived_digest, derived_files
 
 
 def pack(
-    model_folder: Path, target: Path, callbacks: Watcher, create: Callable[[Path], Sink] = open_new
+    model_folder: Path,
+    target: Path,
+    callbacks: Watcher,
+    create: Callable[[Path], Sink] = open_new,
+    derived: DerivedFiles = no_derived_files,
 ) -> PackedSizes:
-    """Write `target`, a new file that `stages.formats.packed.reader.unpack` makes the folder of again; its sizes.
+    """Write a model folder as one file, from which `stages.formats.packed.reader.unpack` makes the folder again.
 
-    Hidden files (".git") are left out. One layer is in memory at a time. Nothing here makes the file durable, and a
-    failure leaves a part of it: that is for who gives `target`.
-    Raises UsageError for a folder that is no pruned model; ResourceError for one with a damaged weight file.
+    Hidden files (".git") are left out. One layer is in memory at a time. The caller makes the file durable, and
+    removes it after a failure.
+
+    Args:
+        model_folder: The model folder, with pruning masks.
+        target: The file, which does not exist.
+        callbacks: Asked for stops and informed of progress.
+        create: Opens a new file for writing.
+        derived: Gives the files that follow from others and need not be stored.
+
+    Returns:
+        The sizes of the file's parts.
+
+    Raises:
+        UsageError: The folder is no pruned model.
+        ResourceError: A weight file of the folder is damaged.
     """
-    packing = _Packing(model_folder, callbacks)
+    packing = _Packing(model_folder, callbacks, derived)
     tensors: list[tuple[str, tuple[int, ...]]] = [(f"{name}:", ()) for name in (*packing.files, CONTENTS)]
     for name in packing.files:
         if name.endswith(".safetensors"):
@@ -74,11 +91,11 @@ def is_packed_from(contents: Contents, folder: Path) -> bool:
 class _Packing:
     """What is known of a folder while it is packed."""
 
-    def __init__(self, folder: Path, callbacks: Watcher) -> None:
-        self._folder, self._hooks = folder, callbacks
+    def __init__(self, folder: Path, callbacks: Watcher, derived: DerivedFiles) -> None:
+        self._folder, self._callbacks = folder, callbacks
         self.files = folder_files(folder)
         self._masks_of = _masks_of(folder, [name for name in self.files if is_mask_file(name)])
-        self._derived = derived_files(folder)
+        self._derived = derived(folder)
         self._digests: list[PackedFile] = []
         self._layers: dict[str, PackedLayer] = {}  # by "F:L" of its masks
 
@@ -95,7 +112,7 @@ class _Packing:
         """Put one file of the folder into the packed one."""
         if not name.endswith(".safetensors"):
             digest = digest_file(self._folder / name)
-            if name in self._derived and derived_digest(self._derived[name]) == digest:
+            if name in self._derived and _derived_digest(self._derived[name]) == digest:
                 self._digests.append(PackedFile(path=name, size=digest.size, sha256=digest.sha256, is_derived=True))
                 return
             with (self._folder / name).open("rb") as plain:
@@ -150,7 +167,7 @@ class _Packing:
         except ValueError as error:
             raise UsageError(f"{self._folder}: {error}; its masks are not of this model") from error
         if layer.grid is not None and form.holds == "values":
-            self._hooks.warn(f"{key} is not on its grid to the last bit: its values are stored, not their codes")
+            self._callbacks.warn(f"{key} is not on its grid to the last bit: its values are stored, not their codes")
         return form, data
 
     def _add_mask_tensor(self, name: str, key: str, entry: Entry, raw: bytearray, writer: TensorWriter) -> None:
@@ -165,6 +182,19 @@ class _Packing:
                 )
             return
         writer.add(f"{name}:{key}", entry.dtype, entry.shape, [raw])
+
+
+def _derived_digest(write_to: Callable[[Write], None]) -> FileDigest:
+    """Size and digest of what a derived file would hold."""
+    sha256, size = hashlib.sha256(), 0
+
+    def take(piece: bytes) -> None:
+        nonlocal size
+        sha256.update(piece)
+        size += len(piece)
+
+    write_to(take)
+    return FileDigest(size, sha256.hexdigest())
 
 
 def _masks_of(folder: Path, names: list[str]) -> dict[str, tuple[str, str]]:

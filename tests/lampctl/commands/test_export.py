@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.rundir import filesystem
+from stages.formats.base import ExportFormat
+from stages.formats.registry import EXPORT_FORMATS
 from tests.conftest import TINY_OPT
 from tests.pruned_folders import contents_of, pruned_folder
 from tests.small_models import save
@@ -189,3 +191,31 @@ def test_a_run_whose_model_was_changed_is_not_packed(lampctl, tmp_path):
     answer = lampctl("export", "r", "--format", "packed")
     assert answer.code == 4
     assert "is damaged" in answer.err
+
+
+class TextFormat(ExportFormat):
+    """Names and sizes of the files, one a line."""
+
+    name = "text"
+    title = "listing"
+    help = "the names of the files."
+    suffix = ".txt"
+
+    @classmethod
+    def write(cls, folder, target, callbacks, create, derived):
+        with create(target) as file:
+            for path in sorted(folder.iterdir()):
+                file.write(f"{path.name}\n".encode())
+
+
+def test_a_format_of_another_package_is_written_by_its_name(lampctl, folder):
+    EXPORT_FORMATS.register("text", TextFormat)
+    try:
+        shown = lampctl("export", "m", "--format", "text")
+        assert shown.code == 0, shown.err
+        assert "The listing is m.txt" in shown.out
+        assert "config.json" in Path("m.txt").read_text().splitlines()
+        assert lampctl("export", "m", "--format", "text").code == 2  # it cannot say that this is the same model
+        assert lampctl("export", "m", "--format", "text", "--force", "--json").json["size_bytes"] > 0
+    finally:
+        EXPORT_FORMATS.unregister("text")

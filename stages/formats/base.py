@@ -1,0 +1,70 @@
+"""Export format: how a pruned model is written for its users."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from stages.formats.packed.layout import PackedSizes
+    from stages.formats.safetensors_io import Sink
+    from stages.interfaces import Watcher
+
+# Files of a model folder that follow from its other files: by name, what writes one. A function of the folder, since
+# only a model family knows them (`stages.models.derived_files`).
+Write = Callable[[bytes], object]
+DerivedFiles = Callable[[Path], Mapping[str, Callable[[Write], None]]]
+
+
+def no_derived_files(folder: Path) -> Mapping[str, Callable[[Write], None]]:
+    """For folders in which no file follows from the others."""
+    return {}
+
+
+class ExportFormat(ABC):
+    """One form of an exported model.
+
+    A format with a `suffix` is one file, made from the exported model folder by `write`. A format without one is the
+    model folder itself, which the export step of a run writes.
+    """
+
+    name: ClassVar[str]  # the value of --format
+    title: ClassVar[str]  # for people
+    help: ClassVar[str]  # one line
+    suffix: ClassVar[str | None] = None  # of the file's default name, as ".packed.safetensors"
+
+    @classmethod
+    def write(
+        cls,
+        folder: Path,
+        target: Path,
+        callbacks: Watcher,
+        create: Callable[[Path], Sink],
+        derived: DerivedFiles = no_derived_files,
+    ) -> None:
+        """Write a model folder as one file. The caller makes it durable and removes it after a failure.
+
+        Args:
+            folder: The model folder, with pruning masks.
+            target: The file, which does not exist.
+            callbacks: Asked for stops and informed of progress.
+            create: Opens a new file for writing.
+            derived: Gives the files that follow from others and need not be stored.
+
+        Raises:
+            UsageError: The folder is no pruned model, or this format cannot hold it.
+            ResourceError: A file of the folder is damaged.
+        """
+        raise NotImplementedError(f"{cls.name} is written by the export step")
+
+    @classmethod
+    def holds(cls, file: Path, folder: Path) -> bool:
+        """Whether a file of this format was written from exactly this model folder."""
+        return False
+
+    @classmethod
+    def sizes(cls, file: Path) -> PackedSizes | None:
+        """What takes how many bytes in the file; None if only its whole size is known."""
+        return None
