@@ -60,7 +60,7 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
         StageError: The model is unknown, the hub does not answer, no budget fits, a data source cannot be read, or the
             memory limit is too low.
     """
-    from stages.machine.device import choose, require_compiler
+    from stages.machine.device import require_compiler
     from stages.models.registry import open_model
     from stages.models.resolve import resolve
     from stages.tasks.registry import task_named
@@ -68,29 +68,69 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     check_combinations(gathered)
     gathered = with_absolute_paths(gathered)
     settings = gathered.values
-    choices = choose(settings.device, settings.dtype, settings.threads)
     if settings.compile:
-        require_compiler(choices.torch_device)
+        require_compiler(_device_of(gathered).torch_device)
     model = open_model(resolve(settings.model, settings.revision, trusts_code=settings.trust_remote_code))
-    task = task_named(model.task)
+    planned = plan_pruning(gathered, model, baselines)
+    config = planned.config
+    check_zero_shot(config, model)
+    return Prepared(
+        config=config,
+        origins=planned.origins,
+        notices=planned.notices,
+        model=_model_record(model),
+        data=check_sources(config, model, task_named(model.task)),
+        environment=environment_record(asdict(planned.device)),
+        budget=planned.budget,
+        steps=chain_of(config, model.num_blocks),
+    )
+
+
+@dataclass(frozen=True)
+class PlannedPruning:
+    """How a model will be pruned: every default filled in, the budget of each block, the device."""
+
+    config: RunConfig
+    origins: dict[str, str]
+    notices: tuple[str, ...]
+    budget: tuple[BlockBudget, ...]
+    device: DeviceChoices
+
+
+def plan_pruning(gathered: Gathered, model: BlockModel, baselines: Sequence[str] = ()) -> PlannedPruning:
+    """Complete the settings for a model, and compute its budget.
+
+    Args:
+        gathered: What the user gave; combinations are checked already.
+        model: From a folder or from memory.
+        baselines: Methods that run beside this one with the same settings.
+
+    Raises:
+        ConfigError: The settings do not fit the model.
+        StageError: No budget fits, or the memory limit is too low.
+    """
+    from stages.tasks.registry import task_named
+
     gathered = adjusted_to(gathered, model)
     layers = PrunableLayers.of(model, gathered.values)
     defaults, notices = _defaults_for(gathered, model, layers)
-    completed = complete(gathered, model.max_positions, defaults, task, baselines)
-    config = completed.config
-    check_zero_shot(config, model)
-    choices = _fit_to_memory(config, model, choices)
-    budget = allocate_budget(layers, config)
-    return Prepared(
-        config=config,
-        origins=completed.origins,
-        notices=(*notices, *completed.notices),
-        model=_model_record(model),
-        data=check_sources(config, model, task),
-        environment=environment_record(asdict(choices)),
-        budget=budget,
-        steps=chain_of(config, model.num_blocks),
+    completed = complete(gathered, model.max_positions, defaults, task_named(model.task), baselines)
+    device = _fit_to_memory(completed.config, model, _device_of(gathered))
+    return PlannedPruning(
+        completed.config,
+        completed.origins,
+        (*notices, *completed.notices),
+        allocate_budget(layers, completed.config),
+        device,
     )
+
+
+def _device_of(gathered: Gathered) -> DeviceChoices:
+    """The device, its arithmetic and threads, as the settings have them. Raises StageError for one that is missing."""
+    from stages.machine.device import choose
+
+    settings = gathered.values
+    return choose(settings.device, settings.dtype, settings.threads)
 
 
 def _defaults_for(

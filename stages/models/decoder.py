@@ -106,6 +106,11 @@ class Decoder:
 
     # -- what is in it
 
+    @property
+    def blocks_path(self) -> str:
+        """Where the list of blocks is in the model: "model.layers"."""
+        return self._list_name
+
     def hidden_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*input_shape, self.hidden_size)
 

@@ -1,0 +1,261 @@
+"""`lampctl.prune`: LAMP, or one of the pruners, on a model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from pipeline.config.gather import Gathered
+    from pipeline.runs.prepare import PlannedPruning
+    from stages.interfaces import Callbacks
+    from stages.lamp import LampBlock, LampSettings
+    from stages.machine.device import DeviceChoices
+    from stages.models.decoder import Decoder
+    from stages.sparsity.outcome import PrunedLayer
+    from stages.training.trainer import Training
+
+# A data source by name, texts, or token ids (N, T).
+Calibration = "str | Sequence[str] | Tensor | Sequence[Tensor]"
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """How a block was pruned and trained."""
+
+    index: int  # from 0
+    layers: tuple[PrunedLayer, ...]  # counts of each layer, and the error of its output
+    compensation: Training | None  # losses before and after; None: the block was not compensated
+    refinement: Training | None
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did."""
+
+    method: str
+    settings: dict[str, Any]  # every setting that decides the weights
+    num_masked: int
+    num_prunable: int
+    blocks: tuple[BlockReport, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the prunable weights that are masked, and so zero."""
+        return self.num_masked / self.num_prunable
+
+
+class Pruned(NamedTuple):
+    """A pruned model, and how it was made."""
+
+    model: Any
+    report: PruneReport
+
+
+def prune(
+    model: PreTrainedModel,
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    inplace: bool = False,
+    preset: str | None = None,
+    callbacks: Callbacks | None = None,
+    **settings: Any,
+) -> Pruned:
+    """Prune a decoder-only language model of transformers that is in memory (Algorithm 1 of LAMP).
+
+    Nothing is written to disk, and nothing can be resumed: for large models use `lampctl.run`.
+
+    Args:
+        model: The model, on any device. Its mode and dtype stay.
+        calibration: What it is calibrated on: a data source by name ("c4", "pydocs", "text:PATH"; needs a tokenizer),
+            texts (likewise), or token ids, (N, T). None: for methods that need no data.
+        tokenizer: The model's tokenizer.
+        inplace: Change `model` itself; otherwise a copy.
+        preset: "quick" or "paper".
+        callbacks: Receives progress and warnings, and may stop the work; None: warnings are Python warnings.
+        **settings: Settings of `lampctl run` that decide the weights: ``sparsity=0.7``, ``pattern="2:4"``,
+            ``method="wanda"``, ``effort="high"`` (docs/settings.md).
+
+    Returns:
+        The pruned model and a report.
+
+    Raises:
+        ConfigError, UsageError: A setting is wrong, or the model cannot be pruned; the message says what to change.
+        NumericalError: A weight or a loss is not finite.
+    """
+    from stages.in_memory import NullCallbacks
+    from stages.lamp import lamp
+    from stages.models.in_memory import open_in_memory
+    from stages.runtime.block_context import StageContext
+
+    decoder = open_in_memory(model)
+    gathered = _gathered({**settings, "model": decoder.source.name}, preset, calibration)
+    planned = _planned(gathered, decoder)
+    for notice in planned.notices:
+        warnings.warn(notice, stacklevel=2)
+    inputs = _samples(calibration, tokenizer, planned, decoder)
+    told = callbacks if callbacks is not None else NullCallbacks()
+    context = StageContext(decoder, inputs, planned.device, told)
+    target = model if inplace else copy.deepcopy(model)
+    with _applied(planned.device):
+        blocks = tuple(
+            _kept(block, target, decoder) for block in lamp(context, _budget(planned, context), _settings(planned))
+        )
+    for message in getattr(told, "warnings", ()) if callbacks is None else ():
+        warnings.warn(message, stacklevel=2)
+    layers = [layer for block in blocks for layer in block.layers]
+    config = planned.config
+    return Pruned(
+        target,
+        PruneReport(
+            method=config.method,
+            settings=config.identity,
+            num_masked=sum(layer.num_masked for layer in layers),
+            num_prunable=sum(layer.size for block in planned.budget for layer in block.layers),
+            blocks=blocks,
+        ),
+    )
+
+
+def _gathered(settings: dict[str, Any], preset: str | None, calibration: Any) -> Gathered:
+    """The settings that were given, checked, without the environment's: a library call depends on its arguments."""
+    from pipeline.config.completion import check_combinations
+    from pipeline.config.gather import gather
+    from pipeline.config.run_config import FREE_FIELDS
+
+    for name in settings:
+        if name in FREE_FIELDS or name in ("export_dtype", "calibration", "revision", "trust_remote_code"):
+            raise ConfigError(f"{name} is a setting of runs (lampctl.run), not of a model in memory")
+    values = dict(settings)
+    if isinstance(calibration, str):
+        values["calibration"] = calibration
+    elif calibration is not None and not _is_text(calibration):
+        values |= {"num_samples": len(calibration), "seqlen": len(calibration[0])}
+    if calibration is not None and not isinstance(calibration, str):
+        values.setdefault("calibration_sampling", "contiguous")
+    gathered = gather(values, None, preset, environ={})
+    check_combinations(gathered)
+    return gathered
+
+
+def _planned(gathered: Gathered, decoder: Decoder) -> PlannedPruning:
+    from pipeline.runs.prepare import plan_pruning
+
+    return plan_pruning(gathered, decoder)
+
+
+def _is_text(calibration: Any) -> bool:
+    return isinstance(calibration, Sequence) and len(calibration) > 0 and isinstance(calibration[0], str)
+
+
+def _samples(calibration: Any, tokenizer: Any, planned: PlannedPruning, decoder: Decoder) -> Sequence[Tensor]:
+    """The token ids of each sample, (T,)."""
+    from stages.data.tokenization import calibration_tokens, require_vocabulary
+    from stages.pruners.registry import method_title, reads_data
+
+    config = planned.config
+    if not reads_data(config.method):
+        return ()
+    if calibration is None or len(calibration) == 0:
+        title = method_title(config.method)
+        raise ConfigError(f"{title} needs calibration data: a data source, texts, or token ids (samples, tokens)")
+    if not isinstance(calibration, str) and not _is_text(calibration):
+        return _checked(calibration, decoder)
+    from stages.data.in_memory import source_of
+
+    source = source_of(calibration)
+    if tokenizer is None:
+        raise ConfigError("text needs a tokenizer: prune(model, ..., tokenizer=AutoTokenizer.from_pretrained(...))")
+    assert config.num_samples is not None
+    drawing = (config.num_samples, config.seqlen, config.calibration_sampling, config.calibration_skip, config.seed)
+    tokens = calibration_tokens(source, tokenizer, *drawing)
+    require_vocabulary(tokens, decoder.vocab_size, decoder.source.name)
+    return list(tokens)
+
+
+def _checked(calibration: Any, decoder: Decoder) -> list[Tensor]:
+    """Token ids that were given, one sample each."""
+    import torch
+
+    from stages.data.tokenization import require_vocabulary
+
+    samples = [torch.as_tensor(sample, dtype=torch.long).cpu() for sample in calibration]
+    if any(sample.ndim != 1 or len(sample) != len(samples[0]) for sample in samples):
+        shapes = sorted({tuple(sample.shape) for sample in samples})
+        raise ConfigError(f"calibration samples must be token ids (tokens,) of one length; these are {shapes}")
+    require_vocabulary(torch.stack(samples), decoder.vocab_size, decoder.source.name)
+    return samples
+
+
+def _settings(planned: PlannedPruning) -> LampSettings:
+    from pipeline.steps.stage_settings import pruner_of, training_settings
+    from stages.lamp import LampSettings
+
+    config = planned.config
+    if not config.is_lamp:
+        return LampSettings(pruner_of(config))
+    compensation = training_settings(config, config.epochs, config.lr)
+    refinement = training_settings(config, config.refine_epochs, config.refine_lr) if config.refine else None
+    return LampSettings(pruner_of(config), compensation, refinement)
+
+
+def _budget(planned: PlannedPruning, context: Any) -> Any:
+    """The budget of each block, or how it follows from the data."""
+    config = planned.config
+    if config.budget != "outliers":
+        return planned.budget
+    from pipeline.steps.stage_settings import fixed_sparsities, prunable_layers
+    from stages.allocate import outlier_shares
+    from stages.in_memory import ListScratch
+    from stages.sparsity.owl import budget_by_outliers
+
+    layers = prunable_layers(context.model, config.ignore)
+    fixed = fixed_sparsities(layers, config.layer_sparsity)
+    names = {layer.name for block in layers for layer in block}
+    spread, alpha, beta = config.budget_spread, config.alpha, config.beta
+    assert spread is not None
+    assert alpha is not None
+    assert beta is not None
+
+    def follow(hidden: Any) -> Any:
+        shares = outlier_shares(context, hidden, names, ListScratch())
+        return budget_by_outliers(layers, shares, spread, config.target_sparsity, alpha, beta, fixed)[0]
+
+    return follow
+
+
+def _kept(block: LampBlock, target: Any, decoder: Decoder) -> BlockReport:
+    """Write a finished block into the model, and report it."""
+    import torch
+
+    entries = target.get_submodule(decoder.blocks_path)[block.index].state_dict()
+    with torch.no_grad():
+        for name, tensor in block.finished.state.items():
+            entries[name].copy_(tensor)
+    return BlockReport(block.index, block.finished.layers, block.compensation, block.refinement)
+
+
+@contextlib.contextmanager
+def _applied(device: DeviceChoices) -> Iterator[None]:
+    """Inside, torch computes as the device choices say; afterwards as before."""
+    import torch
+
+    from stages.machine.device import apply
+
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    apply(device)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,157 @@
+"""The Python API: models in memory, runs on disk, and the documentation's own examples."""
+
+import doctest
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import lampctl
+from pipeline.errors import ConfigError, RunNotFound
+from stages.errors import UsageError
+from tests.small_models import VOCAB, build, save, tokenizer
+
+ROOT = Path(__file__).parents[2]
+TOKENS = torch.randint(4, VOCAB, (6, 16), generator=torch.Generator().manual_seed(0))
+QUICK = {"sparsity": 0.6, "pruner": "sparsegpt", "epochs": 1, "refine_epochs": 1, "threads": 1, "micro_batch": 1}
+
+
+def states(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_importing_it_imports_nothing_heavy():
+    code = (
+        "import sys, lampctl; assert lampctl.__version__; assert 'prune' in dir(lampctl);"
+        "assert not {'torch', 'transformers', 'typer', 'pydantic'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="no attribute 'prone'"):
+        _ = lampctl.prone
+
+
+def test_the_examples_of_the_documentation_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed, tried = doctest.testfile(str(ROOT / "docs" / "api.md"), module_relative=False)
+    assert tried > 15
+    assert failed == 0
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama-gqa"])
+def test_pruning_in_memory_gives_the_bits_of_a_run(family, tmp_path, words):
+    from transformers import AutoModelForCausalLM
+
+    folder = save(tmp_path / "m", family)
+    data = {"num_samples": 4, "seqlen": 16}
+    run = lampctl.run(folder, calibration=f"text:{words}", evaluate=(), run_dir=tmp_path / "r", **QUICK, **data)
+    expected = AutoModelForCausalLM.from_pretrained(run.model_path).state_dict()
+    model = build(family)
+    before = states(model)
+    pruned, report = lampctl.prune(model, f"text:{words}", tokenizer=tokenizer(), **QUICK, **data)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pruned.state_dict().items())
+    assert report.num_masked == run.status.num_masked
+    assert report.num_prunable == run.status.num_prunable
+    assert [len(block.layers) for block in report.blocks] == [len(block.layers) for block in run.budget]
+
+
+def test_in_place_the_model_itself_changes_to_the_same_bits():
+    model, other = build("llama"), build("llama")
+    copied = lampctl.prune(other, TOKENS, **QUICK).model
+    found, report = lampctl.prune(model, TOKENS, inplace=True, **QUICK)
+    assert found is model
+    assert all(torch.equal(tensor, copied.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert report.sparsity == pytest.approx(0.6, abs=1e-4)
+
+
+def test_half_precision_stays_half_precision_and_dtype_and_mode_stay():
+    model = build("llama").to(torch.bfloat16).train()
+    pruned, _ = lampctl.prune(model, TOKENS, sparsity=0.5, method="wanda")
+    assert {tensor.dtype for tensor in pruned.parameters()} == {torch.bfloat16}
+    assert pruned.training
+
+
+def test_a_budget_that_follows_the_data_and_quantization_in_memory():
+    pruned, report = lampctl.prune(
+        build("llama"), TOKENS, sparsity=0.6, method="sparsegpt", budget="outliers", budget_spread=0.2, bits=4
+    )
+    assert report.num_masked == round(0.6 * report.num_prunable)
+    row = pruned.model.layers[0].mlp.up_proj.weight[0]
+    assert len(row.unique()) <= 16
+    shares = [sum(x.num_masked for x in block.layers) for block in report.blocks]
+    assert len(set(shares)) > 1
+
+
+def test_texts_are_a_calibration_set_and_threads_are_as_before(words):
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    texts = [words.read_text(), words.read_text()[::-1]]
+    _, report = lampctl.prune(
+        build("llama"), texts, tokenizer=tokenizer(), sparsity=0.5, method="wanda", num_samples=4, seqlen=16, threads=1
+    )
+    assert report.sparsity == 0.5
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (threads, precision)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "message"),
+    [
+        ((), {"sparsity": 0.5}, ConfigError, "LAMP needs calibration data"),
+        (("pydocs",), {"sparsity": 0.5}, ConfigError, "needs a tokenizer"),
+        ((TOKENS,), {}, ConfigError, "--sparsity is missing"),
+        ((TOKENS,), {"sparsity": 0.5, "sparsty": 1}, ConfigError, "sparsty"),
+        ((TOKENS,), {"sparsity": 0.5, "evaluate": ("c4",)}, ConfigError, "evaluate is a setting of runs"),
+        ((TOKENS,), {"sparsity": 0.5, "method": "wanda", "bits": 4}, ConfigError, "cannot quantize"),
+        (([TOKENS[0], TOKENS[0][:3]],), {"sparsity": 0.5}, ConfigError, "of one length"),
+        ((TOKENS + 1000,), {"sparsity": 0.5}, UsageError, "embeddings"),
+        (("coco:nowhere",), {"sparsity": 0.5}, UsageError, "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(arguments, settings, error, message):
+    with pytest.raises(error, match=message):
+        lampctl.prune(build("llama"), *arguments, **settings)
+
+
+def test_warnings_of_the_work_are_python_warnings():
+    with pytest.warns(UserWarning, match="only one calibration sample"):
+        lampctl.prune(build("llama"), TOKENS[:1], **QUICK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lampctl.prune(build("llama"), TOKENS, **QUICK)
+
+
+def test_a_run_from_python_can_be_opened_resumed_and_measured_again(tmp_path, words):
+    folder, settings = (
+        save(tmp_path / "m", "llama"),
+        {"sparsity": 0.5, "method": "wanda", "num_samples": 2, "seqlen": 16},
+    )
+    place = tmp_path / "r"
+    run = lampctl.run(folder, calibration=f"text:{words}", evaluate=(), run_dir=place, **settings)
+    assert run.is_finished
+    assert run.metrics == ()
+    opened = lampctl.open_run(place)
+    assert not opened.resume(evaluate=(f"text:{words}",), eval_max_tokens=64, evaluate_dense=False).metrics == ()
+    (measured,) = opened.metrics
+    assert (measured.metric, measured.which, measured.is_partial) == ("perplexity", "pruned", True)
+    assert sum(layer.num_masked for block in opened.budget for layer in block.layers) == opened.status.num_masked
+    assert "steps done" in repr(opened)
+    with pytest.raises(ConfigError, match="decides the weights"):
+        opened.resume(sparsity=0.6)
+    with pytest.raises(ConfigError, match="no setting"):
+        opened.resume(sparsty=0.6)
+    with pytest.raises(RunNotFound):
+        lampctl.open_run(tmp_path / "nothing")
+
+
+def test_a_run_that_was_only_begun_has_no_model_yet(tmp_path, lampctl, words):
+    import lampctl as api
+
+    folder = save(tmp_path / "m", "llama")
+    flags = ("--sparsity", 0.5, "--num-samples", 2, "--seqlen", 16, "--calibration", f"text:{words}", "--evaluate", "")
+    assert lampctl("init", folder, *flags, "--run-dir", "r").code == 0
+    run = api.open_run("r")
+    assert not run.is_finished
+    with pytest.raises(ConfigError, match="has no model yet"):
+        _ = run.model_path
