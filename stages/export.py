@@ -24,6 +24,7 @@ from stages.models.base import BlockModel
 from stages.pruners.registry import method_title
 from stages.sparsity.nm_pattern import Pattern
 from stages.sparsity.outcome import LayerOutcome, PruneOutcome, check_layer
+from stages.tasks.registry import task_named
 
 _SHARD_BYTES = 256_000_000  # a larger tensor has a file of its own: no more than one is in memory
 _METADATA = {"format": "pt"}
@@ -140,7 +141,7 @@ class CardFigure:
 class CardFacts:
     """What the model card tells."""
 
-    task: str  # "language", "vision"
+    task: str  # a name of `stages.tasks.registry.TASKS`
     base_model: str
     revision: str | None
     method: str
@@ -186,30 +187,9 @@ def model_card(facts: CardFacts) -> bytes:
         lines += ["| zero-shot accuracy on | original | pruned | |", "|---|---|---|---|"]
         lines += [f"| {f.source} | {_percent(f.dense)} | {_percent(f.pruned)} | {f.note} |" for f in facts.accuracies]
         lines.append("")
-    lines += ["```python", *_LOADING[facts.task], "```", "", "## Settings", ""]
+    lines += ["```python", *task_named(facts.task).loading, "```", "", "## Settings", ""]
     lines += [f"- {name}: {value}" for name, value in facts.settings.items() if value not in (None, (), [], {})]
     return ("\n".join(lines) + "\n").encode()
-
-
-_LOADING = {
-    "language": (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
-    ),
-    "vision": (
-        "from transformers import SamModel, SamProcessor",
-        "",
-        'model = SamModel.from_pretrained("PATH/TO/THIS/FOLDER", dtype="float32")',
-        'processor = SamProcessor.from_pretrained("PATH/TO/THIS/FOLDER")',
-        "",
-        "# or, of Meta's three sizes, by Meta's package:",
-        "from segment_anything import sam_model_registry",
-        "",
-        'sam = sam_model_registry["vit_b"](checkpoint="PATH/TO/THIS/FOLDER/sam.pth")',
-    ),
-}
 
 
 def _percent(share: float | None) -> str:

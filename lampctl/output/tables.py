@@ -29,6 +29,7 @@ from pipeline.runs.status import (
 from pipeline.runs.status import status as status_of
 from stages.metrics.registry import figure_text, metric_of
 from stages.pruners.registry import method_title
+from stages.tasks.registry import task_named
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
@@ -66,9 +67,8 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
     if main.model is not None:
         console.print("\nThe pruned model:", shown_path(main.model), soft_wrap=True, highlight=False)
         if not is_address(main.model):
-            opens = "SamModel" if main.task == "vision" else "AutoModelForCausalLM"
-            dtype = "float32" if main.task == "vision" else "auto"  # pictures come in fp32
-            load = f'{opens}.from_pretrained("{shown_path(main.model)}", dtype="{dtype}")'
+            task = task_named(main.task)
+            load = f'{task.loader}.from_pretrained("{shown_path(main.model)}", dtype="{task.loader_dtype}")'
             console.print("Load it:          " + load, soft_wrap=True, highlight=False)
 
 

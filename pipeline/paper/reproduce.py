@@ -23,6 +23,7 @@ from pipeline.sweeps.spec import SweepSpec, name_of, settings_at
 from pipeline.sweeps.sweep import Sweep
 from pipeline.sweeps.trial import TrialState
 from stages.formats.file_digest import local_path
+from stages.metrics.registry import METRICS
 from stages.tasks.registry import task_named
 from stages.training.presets import published as published_settings
 
@@ -67,7 +68,7 @@ def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence
 
 def require_fitting(table: Table, gathered: Gathered, task: str, model: str) -> None:
     """Raise ConfigError if the model or the data fits no cell of the table."""
-    wanted = "vision" if table.metric == "iou" else "language"
+    wanted = METRICS.get(table.metric).task if table.metric in METRICS else "language"  # zero-shot accuracy
     if task != wanted:
         raise ConfigError(f"{table.name} is about {wanted} models, and {model} is a {task} model")
     if table.metric not in ("perplexity", "iou"):

@@ -37,12 +37,13 @@ def continuations(
     from pipeline.steps.executor import original_model
     from stages.generate import continue_prompts
     from stages.machine.device import choose
+    from stages.tasks.registry import task_named
 
     place = choose(device).torch_device
     originals: dict[Path, tuple[str, ...]] = {}
     found: list[tuple[Continuation, ...]] = []
     for run, config in runs:
-        if run.commit_for("export") is None or facts_of(run).model.task == "vision":
+        if run.commit_for("export") is None or not task_named(facts_of(run).model.task).reads_text:
             found.append(())
             continue
         trusts = config.trust_remote_code

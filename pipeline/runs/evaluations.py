@@ -34,6 +34,7 @@ def change_evaluation(
     from stages.data.registry import parse_source
     from stages.evaluate import metric_for
     from stages.metrics.zero_shot import check_tasks
+    from stages.tasks.registry import task_named
 
     changes = {field: value for field, value in settings.items() if value is not None}
     if sources is not None:
@@ -43,11 +44,11 @@ def change_evaluation(
     changed = config.with_free(changes)
     check_evaluation(changed, facts_of(run).model.max_positions)
     model, task = facts_of(run).model.name, facts_of(run).model.task
-    if task == "vision":
+    if not task_named(task).reads_text:
         language_only = ("eval_seqlen", "eval_max_tokens", "tasks", "task_data", "task_limit")
         for field in language_only:
             if changes.get(field):
-                raise ConfigError(f"{flag_of(field)}: {model} is a vision model; that is about text")
+                raise ConfigError(f"{flag_of(field)}: {model} is a {task} model; that is about text")
     for name in changed.evaluate:
         source = parse_source(name)
         if source.task != task:

@@ -152,11 +152,13 @@ def measure_model(folder: ModelFolder, wanted: Wanted, showing: Showing) -> Mode
 
 def _require_fitting(model: BlockModel, wanted: Wanted) -> None:
     """Raise ConfigError for what says nothing about a model of this kind."""
-    if model.task != "vision":
+    from stages.tasks.registry import task_named
+
+    if task_named(model.task).reads_text:
         return
     for flag, value in (("--tasks", wanted.tasks), ("--seqlen", wanted.seqlen), ("--max-tokens", wanted.max_tokens)):
         if value:
-            raise ConfigError(f"{flag}: {model.source.name} is a vision model; that is about text")
+            raise ConfigError(f"{flag}: {model.source.name} is a {model.task} model; that is about text")
 
 
 def _seqlen(wanted: Wanted, model: BlockModel) -> int:

@@ -164,7 +164,7 @@ class RunStatus:
     """A run at a glance."""
 
     label: str  # of the run directory
-    task: str  # "language", "vision"
+    task: str  # a name of `stages.tasks.registry.TASKS`
     config: RunConfig
     is_finished: bool
     next_step: str | None

@@ -141,7 +141,7 @@ class BlockModel(Protocol):
     """A model whose weights stay on disk, except those of one block and of the ends."""
 
     name: str  # the family: transformers' `config.model_type`
-    task: str  # "language", "vision": see stages/tasks
+    task: str  # a name of `stages.tasks.registry.TASKS`
     source: ModelFolder
     num_blocks: int
     hidden_size: int

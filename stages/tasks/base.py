@@ -1,6 +1,6 @@
-"""What a run needs to know of its task: where samples come from, and how the result is measured.
+"""Task: one modality. It says where calibration samples come from, how models are measured and how they are loaded.
 
-A model says by its `task` ("language", "vision") which of these is its own; whoever runs the steps never asks further.
+A model names its task (`BlockModel.task`); pipeline and command line ask the task object and know no modality.
 """
 
 from __future__ import annotations
@@ -37,9 +37,15 @@ class Drawn:
 
 
 class Task(Protocol):
-    """A kind of model."""
+    """One modality of models."""
 
-    name: str
+    name: str  # in `stages.tasks.registry.TASKS`
+    title: str  # for people
+    help: str  # one line
+    reads_text: bool  # whether prompts, windows of tokens and zero-shot tasks apply to its models
+    loader: str  # class that opens an exported folder by `from_pretrained`
+    loader_dtype: str  # the `dtype` for it
+    loading: tuple[str, ...]  # lines of Python that open an exported folder "PATH/TO/THIS/FOLDER"
     metric: str  # of its usual evaluation, a name of `stages.metrics.registry.METRICS`
     default_calibration: str | None  # None: the user must name one
     default_evaluation: tuple[str, ...]

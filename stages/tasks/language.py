@@ -18,6 +18,17 @@ class Language:
     """A `stages.tasks.base.Task`."""
 
     name = "language"
+    title = "language"
+    help = "Decoder-only language models: windows of tokens, perplexity and zero-shot accuracy."
+    reads_text = True
+    loader = "AutoModelForCausalLM"
+    loader_dtype = "auto"
+    loading = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER", dtype="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
+    )
     metric = "perplexity"
     default_calibration: str | None = "c4"
     default_evaluation: tuple[str, ...] = ("wikitext2",)

@@ -18,6 +18,22 @@ class Vision:
     """A `stages.tasks.base.Task`."""
 
     name = "vision"
+    title = "segmentation"
+    help = "Segment Anything: images, single-point IoU."
+    reads_text = False
+    loader = "SamModel"
+    loader_dtype = "float32"  # pictures come in fp32
+    loading = (
+        "from transformers import SamModel, SamProcessor",
+        "",
+        'model = SamModel.from_pretrained("PATH/TO/THIS/FOLDER", dtype="float32")',
+        'processor = SamProcessor.from_pretrained("PATH/TO/THIS/FOLDER")',
+        "",
+        "# or, of Meta's three sizes, by Meta's package:",
+        "from segment_anything import sam_model_registry",
+        "",
+        'sam = sam_model_registry["vit_b"](checkpoint="PATH/TO/THIS/FOLDER/sam.pth")',
+    )
     metric = "iou"
     default_calibration: str | None = None
     default_evaluation: tuple[str, ...] = ()

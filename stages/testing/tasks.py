@@ -1,0 +1,78 @@
+"""Conformance kit for tasks: `check_task` raises AssertionError with the requirement that a task fails."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from stages.data.base import DataSource
+from stages.errors import UsageError
+from stages.metrics.registry import METRICS
+from stages.models.base import BlockModel
+from stages.tasks.base import Drawing, Task
+from stages.tasks.registry import TASKS
+
+_TOO_MANY = 10**9
+
+
+def check_task(task: type[Task] | str, model: BlockModel, source: DataSource, foreign: DataSource) -> None:
+    """Check a task with one of its models.
+
+    Requirements: name, title, help and loading are complete; its metric measures it; samples have the number and
+    shape asked for, are the same at every call, and are shifted by `skip`; a local source that is too small and a
+    source of another task are refused.
+
+    Args:
+        task: The class, or its name in the registry.
+        model: A small model of the task.
+        source: A local data source of the task with at least four samples.
+        foreign: A data source of another task.
+
+    Raises:
+        AssertionError: A requirement fails. The message names it.
+    """
+    if isinstance(task, str):
+        assert TASKS.get(task).name == task, f"{task} has the name {TASKS.get(task).name}"
+        task = TASKS.get(task)
+    chosen = task()
+    for attribute in ("name", "title", "help", "loader", "loader_dtype"):
+        value = getattr(chosen, attribute, None)
+        assert isinstance(value, str), f"{task.__name__}.{attribute} is missing"
+        assert value, f"{task.__name__}.{attribute} is empty"
+    assert any("PATH/TO/THIS/FOLDER" in line for line in chosen.loading), f"{task.__name__}.loading names no folder"
+    assert METRICS.get(chosen.metric).task == chosen.name, f"{chosen.metric} does not measure {chosen.name} models"
+    assert chosen.default_calibration or chosen.missing_calibration, f"{task.__name__}: no default, and no message"
+    assert model.task == source.task == chosen.name, f"the kit needs a model and data of {chosen.name}"
+    tokens = model.fixed_tokens or 8
+    for sampling in ("contiguous", "random"):
+        _check_samples(chosen, model, source, Drawing(3, tokens, sampling, 0, 0))
+    many = Drawing(_TOO_MANY, tokens, "contiguous", 0, 0)
+    assert _refuses(chosen, model, source, many), f"{source.name}: {_TOO_MANY} samples are not refused"
+    assert _refuses(chosen, model, foreign, replace(many, num_samples=1)), f"{foreign.name} is not refused"
+
+
+def _check_samples(task: Task, model: BlockModel, source: DataSource, drawing: Drawing) -> None:
+    where = f"{task.name}, {drawing}"
+    task.require_samples(model, source, drawing)
+    first, again = _samples(task, model, source, drawing), _samples(task, model, source, drawing)
+    assert len(first) == drawing.num_samples, f"{where}: {len(first)} samples"
+    assert torch.equal(first, again), f"{where}: other samples at the next call"
+    shape = model.hidden_shape(tuple(first.shape[1:]))
+    assert shape[-1] == model.hidden_size, f"{where}: the model does not take samples of {tuple(first.shape[1:])}"
+    skipped = _samples(task, model, source, replace(drawing, num_samples=drawing.num_samples - 1, skip=1))
+    assert torch.equal(skipped, first[1:]), f"{where}: skip does not leave out the first sample"
+
+
+def _samples(task: Task, model: BlockModel, source: DataSource, drawing: Drawing) -> Tensor:
+    drawn = task.draw(model, source, drawing).samples
+    return torch.stack([drawn[index] for index in range(len(drawn))])
+
+
+def _refuses(task: Task, model: BlockModel, source: DataSource, drawing: Drawing) -> bool:
+    try:
+        task.require_samples(model, source, drawing)
+    except UsageError:
+        return True
+    return False
