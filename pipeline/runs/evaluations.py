@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.config.checks import split_tasks
 from pipeline.config.completion import check_evaluation, usual_tasks
 from pipeline.config.run_config import RunConfig
 from pipeline.config.settings import flag_of
@@ -39,6 +40,8 @@ def change_evaluation(
     changes = {field: value for field, value in settings.items() if value is not None}
     if sources is not None:
         changes["evaluate"] = [parse_source(name.strip()).name for name in sources.split(",") if name.strip()]
+    if isinstance(changes.get("tasks"), str):
+        changes["tasks"] = split_tasks(changes["tasks"])
     if "tasks" not in changes and not config.tasks:
         changes["tasks"] = usual_tasks(changes.get("task_data"), changes.get("task_limit"))
     changed = config.with_free(changes)
