@@ -19,7 +19,8 @@ PANELS = {
     "Calibration": "calibration num-samples seqlen calibration-sampling calibration-skip seed",
     "Training": "effort epochs lr lr-decay loss held-out refine refine-epochs refine-lr",
     "Evaluation": (
-        "evaluate evaluate-dense eval-seqlen eval-max-tokens eval-points eval-max-images tasks task-data task-limit"
+        "evaluate metrics evaluate-dense eval-seqlen eval-max-tokens eval-points eval-max-images tasks task-data "
+        "task-limit"
     ),
     "Machine": "device dtype threads micro-batch compile memory-limit allow-environment-change",
     "Stopping": "checkpoint-minutes max-runtime watch-preemption preemption-url takeover",
