@@ -19,7 +19,8 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from stages.data.registry import parse_source
 from stages.data.tokenization import tokenize
-from stages.metrics.perplexity import perplexity, window_loss, windows
+from stages.metrics.language import windows
+from stages.metrics.perplexity import perplexity, window_loss
 
 VOCAB, SEQLEN = 1024, 256
 CONFIG = OPTConfig(

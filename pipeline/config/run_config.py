@@ -31,9 +31,10 @@ class RunConfig(Settings):
     A setting that the method does not use is None: a magnitude run has no calibration, only LAMP has epochs.
     """
 
-    # Not checked against the registry: a run stays readable after the package of its pruner has been uninstalled.
+    # Not checked against the registries: a run stays readable after the package of a pruner or metric is uninstalled.
     method: str = LAMP
     pruner: str | None = None
+    metrics: tuple[str, ...] = ()
     seqlen: Annotated[int, Ge(2)]
     evaluate: tuple[str, ...] = ()
     eval_seqlen: Annotated[int, Ge(2)]

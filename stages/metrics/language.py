@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from stages.errors import UsageError
 from stages.metrics.base import EvaluationProtocol, Metric
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stages.data.base import DataSource
     from stages.models.base import BlockModel
 
@@ -33,3 +36,19 @@ class LanguageMetric(Metric):
     def how_measured(cls, details: Mapping[str, Any], *, is_partial: bool) -> str:
         partial = f", partial: first {details['num_tokens']} tokens" if is_partial else ""
         return f"{details['seqlen']} tokens a window{partial}"
+
+
+def windows(tokens: Tensor, seqlen: int, max_tokens: int | None = None, max_windows: int | None = None) -> Tensor:
+    """`tokens` (n,) cut into pieces (windows, seqlen); the tail is dropped.
+
+    max_tokens: use only so many tokens from the start. Raises UsageError if there is not one whole window.
+    """
+    used = tokens if max_tokens is None else tokens[:max_tokens]
+    count = len(used) // seqlen
+    if max_windows is not None:
+        count = min(count, max_windows)
+    if count == 0:
+        raise UsageError(
+            f"{len(used):,} tokens do not fill one window of {seqlen}: use more text or less --eval-seqlen"
+        )
+    return used[: count * seqlen].view(count, seqlen)

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stages.errors import UsageError
 from stages.metrics.base import Measurement, MetricContext
 from stages.metrics.language import LanguageMetric
 
@@ -42,22 +41,6 @@ class PerplexityScore:
 
     def mean(self, values: Sequence[float]) -> float:
         return perplexity(values)
-
-
-def windows(tokens: Tensor, seqlen: int, max_tokens: int | None = None, max_windows: int | None = None) -> Tensor:
-    """`tokens` (n,) cut into pieces (windows, seqlen); the tail is dropped.
-
-    max_tokens: use only so many tokens from the start. Raises UsageError if there is not one whole window.
-    """
-    used = tokens if max_tokens is None else tokens[:max_tokens]
-    count = len(used) // seqlen
-    if max_windows is not None:
-        count = min(count, max_windows)
-    if count == 0:
-        raise UsageError(
-            f"{len(used):,} tokens do not fill one window of {seqlen}: use more text or less --eval-seqlen"
-        )
-    return used[: count * seqlen].view(count, seqlen)
 
 
 def window_loss(logits: Tensor, window: Tensor) -> float:

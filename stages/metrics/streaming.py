@@ -18,7 +18,7 @@ from stages.data.tokenization import evaluation_tokens, load_tokenizer, require_
 from stages.interfaces import Checkpoint, Stream
 from stages.machine.device import computing
 from stages.metrics.base import MetricContext
-from stages.metrics.perplexity import windows as cut
+from stages.metrics.language import windows as cut
 from stages.runtime.block_runner import BlockRunner, micro_batches
 from stages.runtime.prefetch import Reading, Writing
 

@@ -10,7 +10,8 @@ from stages.data.hub_text import HubText
 from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, evaluation_tokens, tokenize
 from stages.errors import ResourceError, UsageError
-from stages.metrics.perplexity import perplexity, window_loss, windows
+from stages.metrics.language import windows
+from stages.metrics.perplexity import perplexity, window_loss
 from tests.small_models import tokenizer
 
 TOKENIZER = tokenizer()
