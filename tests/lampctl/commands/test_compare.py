@@ -148,7 +148,7 @@ def test_compare_counts_the_sparsity_of_a_model_folder(lampctl, tmp_path, has_ma
     ("flags", "message"),
     [
         (("m", "--json", "--csv"), "choose one"),
-        (("m", "--eval-seqlen", "64"), "about --evaluate"),
+        (("m", "--eval-seqlen", "64"), "require --evaluate"),
         (("nothing",), "neither run.json nor config.json"),
         (("words.txt",), "unpack it first"),
     ],
