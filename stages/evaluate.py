@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from stages.data.base import DataSource
+from stages.data.base import DataSource, require_task
 from stages.metrics.base import EvaluationProtocol, Measurement, Metric, MetricContext
 from stages.metrics.registry import METRICS
 from stages.models.base import BlockModel
-from stages.tasks.base import require_task
 from stages.tasks.registry import task_named
 
 

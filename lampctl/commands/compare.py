@@ -41,9 +41,8 @@ def compare(
     lampctl compare runs/mine other-model --evaluate wikitext2
     lampctl compare runs/* --markdown
     """
-    from lampctl.output import tables
+    from lampctl.output import comparison, tables
     from lampctl.output.file_progress import showing_files
-    from lampctl.report import comparison
     from pipeline.errors import ConfigError
     from pipeline.runs.comparison import Measure, standings
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from lampctl.output.console import console_here, shown_path
 
 if TYPE_CHECKING:
-    from stages.formats.packed.layout import PackedSizes
+    from stages.formats.base import PackedSizes
 
 _PACKED_PARTS = {
     "dense": "dense: the folder's weights",

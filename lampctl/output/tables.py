@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from lampctl.output.accuracy import accuracy_table, mean_notes, means_of
+from lampctl.output.comparison import Comparison
 from lampctl.output.console import console_here, shown_path
 from lampctl.output.labels import layer_label, source_label
 from lampctl.output.units import duration, size
-from lampctl.report.comparison import Comparison
 from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.status import (
     AccuracyResult,

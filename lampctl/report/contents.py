@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lampctl.output.comparison import Comparison
 from lampctl.output.labels import source_label
 from lampctl.output.units import duration, size
 from lampctl.report import data, plots
-from lampctl.report.comparison import Comparison
 from lampctl.report.data import Dataset
 from lampctl.report.mask_samples import MaskSample
 from lampctl.report.masks import mask_gallery

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lampctl.report.comparison import compare
+from lampctl.output.comparison import compare
 from lampctl.report.contents import RunReport, contents, heading, pictures
 from lampctl.report.mask_samples import MaskSample, mask_samples
 from lampctl.report.page import GENERATOR, page

@@ -19,9 +19,9 @@ def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str,
     Raises:
         UsageError: A source cannot be read, is too small, or is for another kind of model.
     """
+    from stages.data.base import require_task
     from stages.data.registry import parse_source
     from stages.evaluate import require_measurable
-    from stages.tasks.base import require_task
 
     digests: dict[str, Any] = {}
     if config.calibration is not None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from stages.errors import UsageError
+
+if TYPE_CHECKING:
+    from stages.models.base import BlockModel
 
 
 class DataSource(ABC):
@@ -65,3 +70,9 @@ class DataSource(ABC):
     @abstractmethod
     def digest(self) -> dict[str, Any] | None:
         """What tells this source's contents from others, ready for JSON; None where the contents are not local."""
+
+
+def require_task(source: DataSource, model: BlockModel) -> None:
+    """Raise UsageError where a data source is for another kind of model."""
+    if source.task != model.task:
+        raise UsageError(f"{source.name} holds {source.contents}: {model.source.name} is a {model.task} model")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from stages.formats.packed.layout import PackedSizes
     from stages.formats.safetensors_io import Sink
     from stages.interfaces import Watcher
 
@@ -21,6 +21,30 @@ DerivedFiles = Callable[[Path], Mapping[str, Callable[[Write], None]]]
 def no_derived_files(folder: Path) -> Mapping[str, Callable[[Write], None]]:
     """For folders in which no file follows from the others."""
     return {}
+
+
+@dataclass(frozen=True)
+class PackedSizes:
+    """Bytes on disk: of the folder's weights, of the packed file, and of what is in it."""
+
+    dense_bytes: int  # the safetensors files of the folder, without masks/
+    packed_bytes: int
+    masks_bytes: int
+    scales_bytes: int  # scales and zero points of grids
+    codes_bytes: int
+    values_bytes: int  # of pruned layers that have no codes
+    untouched_bytes: int  # all other weights
+    files_bytes: int  # tokenizer, configuration and other files
+    described_bytes: int  # names, shapes, digests
+
+    @property
+    def ratio(self) -> float:
+        """Packed to dense."""
+        return self.packed_bytes / self.dense_bytes
+
+    def record(self) -> dict[str, float]:
+        """All figures by name."""
+        return {**asdict(self), "ratio": self.ratio}
 
 
 class ExportFormat(ABC):

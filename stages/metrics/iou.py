@@ -47,8 +47,8 @@ class SinglePointIoU(Metric):
 
 
 def _images(source: DataSource, model: BlockModel) -> ImageSource:
+    from stages.data.base import require_task
     from stages.data.image_source import ImageSource
-    from stages.tasks.base import require_task
 
     require_task(source, model)
     assert isinstance(source, ImageSource)

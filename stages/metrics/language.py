@@ -22,9 +22,9 @@ class LanguageMetric(Metric):
 
     def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
         """One window at least, in the tokens of this model."""
+        from stages.data.base import require_task
         from stages.data.text_source import TextSource
         from stages.data.tokenization import load_tokenizer, require_length
-        from stages.tasks.base import require_task
 
         require_task(source, model)
         assert isinstance(source, TextSource)

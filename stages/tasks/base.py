@@ -66,14 +66,6 @@ class Task(Protocol):
         ...
 
 
-def require_task(source: DataSource, model: BlockModel) -> None:
-    """Raise UsageError where data is for another kind of model."""
-    from stages.errors import UsageError
-
-    if source.task != model.task:
-        raise UsageError(f"{source.name} holds {source.contents}: {model.source.name} is a {model.task} model")
-
-
 class Listed:
     """Samples that are in memory already."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stages.formats.base import DerivedFiles, ExportFormat, no_derived_files
 
 if TYPE_CHECKING:
-    from stages.formats.packed.layout import PackedSizes
+    from stages.formats.base import PackedSizes
     from stages.formats.safetensors_io import Sink
     from stages.interfaces import Watcher
 

@@ -16,7 +16,6 @@ folder.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -24,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stages.errors import DamagedFileError, UsageError
 from stages.formats import pruning_masks
+from stages.formats.base import PackedSizes
 from stages.formats.packed.layer import Form
 from stages.formats.safetensors_io import TensorFile
 
@@ -76,30 +76,6 @@ class Contents(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     files: tuple[PackedFile, ...]
     layers: tuple[PackedLayer, ...]
-
-
-@dataclass(frozen=True)
-class PackedSizes:
-    """Bytes on disk: of the folder's weights, of the packed file, and of what is in it."""
-
-    dense_bytes: int  # the safetensors files of the folder, without masks/
-    packed_bytes: int
-    masks_bytes: int
-    scales_bytes: int  # scales and zero points of grids
-    codes_bytes: int
-    values_bytes: int  # of pruned layers that have no codes
-    untouched_bytes: int  # all other weights
-    files_bytes: int  # tokenizer, configuration and other files
-    described_bytes: int  # names, shapes, digests
-
-    @property
-    def ratio(self) -> float:
-        """Packed to dense."""
-        return self.packed_bytes / self.dense_bytes
-
-    def record(self) -> dict[str, float]:
-        """All figures by name."""
-        return {**asdict(self), "ratio": self.ratio}
 
 
 def open_packed(path: Path) -> TensorFile:

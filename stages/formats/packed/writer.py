@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from stages.errors import ResourceError, UsageError
 from stages.formats import pruning_masks
-from stages.formats.base import DerivedFiles, Write, no_derived_files
+from stages.formats.base import DerivedFiles, PackedSizes, Write, no_derived_files
 from stages.formats.file_digest import FileDigest, digest_file
 from stages.formats.packed.layer import FLOATS, Form, encode
 from stages.formats.packed.layout import (
@@ -18,7 +18,6 @@ from stages.formats.packed.layout import (
     Contents,
     PackedFile,
     PackedLayer,
-    PackedSizes,
     is_mask_file,
     packed_sizes,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lampctl.report.comparison import as_csv, as_json, as_markdown, compare
+from lampctl.output.comparison import as_csv, as_json, as_markdown, compare
 from pipeline.runs.comparison import Standing
 from pipeline.runs.status import EvaluationResult
 from tests.pruned_folders import pruned_folder, share
