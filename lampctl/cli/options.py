@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
@@ -54,21 +54,30 @@ def with_settings(command: Callable[..., None] | None = None, *, without: Collec
     return _with_parameters(command, declared, Chosen)
 
 
-def with_changes(*names: str, environment: Collection[str] = ()) -> Callable[..., Any]:
-    """Decorate a command whose first parameter is a dict of runtime settings: add the flags of these settings.
+def with_changes(
+    *names: str,
+    environment: Collection[str] = (),
+    flags: Mapping[str, str] | None = None,
+    default: str | None = "as last used in this run",
+) -> Callable[..., Any]:
+    """Decorate a command whose first parameter is a dict of settings: add the flags of these settings.
 
-    The dict has the settings that the user gave, by name. The run keeps its value of every other one.
+    The dict has the settings that the user gave, by name. A run keeps its value of every other one.
 
     Args:
-        names: Settings of scope "runtime".
+        names: Settings.
         environment: Those among them that an environment variable may give, too.
+        flags: Another flag for some of them, in front of their own: ``{"eval_seqlen": "--seqlen"}``.
+        default: Text of every default; None: as declared.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., Any]:
         declared = [
             parameter
             for name in names
-            for parameter in parameters_of(name, "as last used in this run", reads_environment=name in environment)
+            for parameter in parameters_of(
+                name, default, reads_environment=name in environment, flag=(flags or {}).get(name)
+            )
         ]
         return _with_parameters(command, declared, _by_setting)
 
@@ -103,7 +112,7 @@ def _by_setting(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameters_of(
-    name: str, default: str | None = None, *, reads_environment: bool = False
+    name: str, default: str | None = None, *, reads_environment: bool = False, flag: str | None = None
 ) -> Iterator[inspect.Parameter]:
     """Parameters of a command for one setting: its flag, and hidden flags for its former names.
 
@@ -111,6 +120,7 @@ def parameters_of(
         name: The setting.
         default: Text of the default. None: as declared.
         reads_environment: Whether the command line itself reads the environment variable.
+        flag: Another flag, in front of the setting's own.
     """
     option = options()[name]
     if default is not None:
@@ -122,17 +132,20 @@ def parameters_of(
         yield _parameter(name, Annotated[str | None, argument])
         return
     envvar = variable_of(name) if reads_environment else None
-    yield _parameter(name, Annotated[_type_of(name, option), _flag(name, option, flag_of(name), envvar=envvar)])
+    names = (flag_of(name),) if flag is None else (flag, flag_of(name))
+    yield _parameter(name, Annotated[_type_of(name, option), _flag(name, option, names, envvar=envvar)])
     for alias in option.aliases:
-        flag = flag_of(alias)
-        yield _parameter(alias, Annotated[_type_of(name, option), _flag(name, option, flag, is_hidden=True)])
+        hidden = _flag(name, option, (flag_of(alias),), is_hidden=True)
+        yield _parameter(alias, Annotated[_type_of(name, option), hidden])
 
 
-def _flag(name: str, option: Option, flag: str, *, is_hidden: bool = False, envvar: str | None = None) -> Any:
-    is_switch = type_of(name) is bool
-    declaration = f"{flag}/{option.off or f'--no-{flag[2:]}'}" if is_switch else flag
+def _flag(
+    name: str, option: Option, names: Sequence[str], *, is_hidden: bool = False, envvar: str | None = None
+) -> Any:
+    if type_of(name) is bool:
+        names = [f"{flag}/{option.off or f'--no-{flag[2:]}'}" for flag in names]
     return typer.Option(
-        declaration,
+        *names,
         metavar=option.metavar,
         help=option.full_help,
         rich_help_panel=option.panel,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lampctl.cli.options import with_changes
 
+
+@with_changes("eval_seqlen", "eval_max_tokens", "metrics", default="as in the first run")
 def compare(
+    changes: dict[str, Any],
     places: Annotated[
         list[str],
         typer.Argument(
@@ -20,15 +24,8 @@ def compare(
         typer.Option(
             "--evaluate",
             metavar="SRC,...",
-            help="Measure the perplexity of model folders on these data sources; runs have theirs. [default: none]",
+            help="Measure model folders on these data sources; runs have their own results. [default: none]",
         ),
-    ] = None,
-    eval_seqlen: Annotated[
-        int | None,
-        typer.Option(metavar="T", min=2, help="With --evaluate: tokens per window. [default: as in the runs]"),
-    ] = None,
-    eval_max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="With --evaluate: stop after N tokens. [default: all]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print it as CSV.")] = False,
@@ -44,15 +41,16 @@ def compare(
     from lampctl.output import comparison, tables
     from lampctl.output.file_progress import showing_files
     from pipeline.errors import ConfigError
-    from pipeline.runs.comparison import Measure, standings
+    from pipeline.runs.comparison import summaries
+    from pipeline.runs.model_evaluation import EvaluationRequest, request_of
 
     if as_json + as_csv + as_markdown > 1:
         raise ConfigError("--json, --csv and --markdown exclude each other: choose one")
-    names = tuple(name.strip() for name in (sources or "").split(",") if name.strip())
-    if not names and (eval_seqlen or eval_max_tokens):
-        raise ConfigError("--eval-seqlen and --eval-max-tokens require --evaluate")
+    if not sources and changes:
+        raise ConfigError("--eval-seqlen, --eval-max-tokens and --metrics require --evaluate")
+    request = request_of(sources, changes) if sources else EvaluationRequest()
     with showing_files("looking through models") as callbacks:
-        table = comparison.compare(standings(places, Measure(names, eval_seqlen, eval_max_tokens), callbacks))
+        table = comparison.compare(summaries(places, request, callbacks))
     if as_json:
         print(comparison.as_json(table))
     elif as_csv:

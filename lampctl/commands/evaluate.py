@@ -6,8 +6,26 @@ from typing import Annotated, Any
 
 import typer
 
+from lampctl.cli.options import with_changes
 
-def evaluate(  # noqa: PLR0913 - one parameter per flag
+_OF_MODEL = ("device", "dtype", "revision", "trust_remote_code")
+
+
+@with_changes(
+    *("evaluate", "tasks", "task_data", "task_limit", "metrics"),
+    *("eval_seqlen", "eval_max_tokens", "eval_points", "eval_max_images", *_OF_MODEL),
+    flags={
+        "evaluate": "--data",
+        "task_limit": "--limit",
+        "eval_seqlen": "--seqlen",
+        "eval_max_tokens": "--max-tokens",
+        "eval_points": "--points",
+        "eval_max_images": "--max-images",
+    },
+    default="for a model as in lampctl run, for a run as last used in it",
+)
+def evaluate(
+    changes: dict[str, Any],
     place: Annotated[
         str,
         typer.Argument(
@@ -16,104 +34,6 @@ def evaluate(  # noqa: PLR0913 - one parameter per flag
             "on the Hugging Face hub.",
         ),
     ],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            "--evaluate",
-            metavar="SRC,...",
-            help="Measure perplexity on these data sources: wikitext2, ptb, c4 (from the hub, or a local copy as in "
-            "wikitext2:PATH), pydocs, text:PATH; Segment Anything: IoU on coco:DIR, sa1b:DIR; '' for none. "
-            "[default: wikitext2, or none with --tasks; for a run: as last used in it]",
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK,...",
-            help="Zero-shot accuracy on these tasks of lm-evaluation-harness (extra `eval`); zero-shot: boolq, rte, "
-            "hellaswag, winogrande, arc_easy, arc_challenge, openbookqa. [default: zero-shot with --task-data or "
-            "--limit, else none; for a run: as last used in it]",
-        ),
-    ] = None,
-    task_data: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Folder with the tasks' rows (docs/evaluation.md). [default: the hub]"),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            "--task-limit",
-            metavar="N",
-            min=1,
-            help="Only the first N rows of each task: a quick look, marked as partial.",
-        ),
-    ] = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="More metrics on the same data sources: those of installed packages. [default: none; of a run: as "
-            "last used in it]",
-        ),
-    ] = None,
-    seqlen: Annotated[
-        int | None,
-        typer.Option(
-            "--seqlen",
-            "--eval-seqlen",
-            metavar="T",
-            min=2,
-            help="Tokens per window. [default: 2048, at most the model's limit; for a run: as last used in it]",
-        ),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-tokens",
-            "--eval-max-tokens",
-            metavar="N",
-            min=2,
-            help="Stop after N tokens: a quick look, marked as partial.",
-        ),
-    ] = None,
-    points: Annotated[
-        str | None,
-        typer.Option(
-            "--points",
-            "--eval-points",
-            metavar="WHERE",
-            help="Segment Anything: auto, annotation, interior, random or box-center, as in lampctl run. [default: "
-            "auto; for a run: as last used in it]",
-        ),
-    ] = None,
-    max_images: Annotated[
-        int | None,
-        typer.Option(
-            "--max-images",
-            "--eval-max-images",
-            metavar="N",
-            min=1,
-            help="Stop after N images: a quick look, marked as partial.",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEV", help="For a model: auto, cpu, cuda or cuda:N. [default: auto]")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="DTYPE", help="For a model: dtype of the computation, as in lampctl run. [default: auto]"),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="For a model on the hub: branch, tag or commit.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option(
-            "--trust-remote-code/--no-trust-remote-code", help="For a model: run the Python code that it comes with."
-        ),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure perplexity, zero-shot accuracy or single-point IoU, of a run or of any model.
@@ -129,22 +49,11 @@ def evaluate(  # noqa: PLR0913 - one parameter per flag
     lampctl evaluate sam-vit-b --data coco:val2017 --max-images 100
     lampctl evaluate ./my-model --tasks arc_easy,boolq --task-data rows --limit 100 --json
     """
-    from pipeline.config.checks import split_commas
     from pipeline.errors import ConfigError
     from pipeline.runs.model_evaluation import names_run
 
-    changes = {
-        "metrics": split_commas(metrics) if metrics is not None else None,
-        "eval_seqlen": seqlen,
-        "eval_max_tokens": max_tokens,
-        "eval_points": points,
-        "eval_max_images": max_images,
-        "tasks": tasks,
-        "task_data": task_data,
-        "task_limit": limit,
-    }
-    of_model = {"device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    given = {name: value for name, value in of_model.items() if value is not None}
+    data = changes.pop("evaluate", None)
+    given = {name: changes.pop(name) for name in _OF_MODEL if name in changes}
     if not names_run(place):
         _evaluate_model(place, data, changes, given, as_json)
         return
@@ -173,11 +82,12 @@ def _evaluate_run(place: str, sources: str | None, changes: dict[str, Any], as_j
 def _evaluate_model(
     place: str, sources: str | None, wanted: dict[str, Any], given: dict[str, Any], as_json: bool
 ) -> None:
-    from lampctl.output.accuracy import model_figures
+    from lampctl.output.accuracy import model_results
     from lampctl.output.file_progress import showing_files
-    from pipeline.runs.model_evaluation import measure_model, wanted_of
+    from pipeline.runs.model_evaluation import evaluate_model, request_of
     from stages.models.resolve import resolve
 
-    what = wanted_of(sources, wanted, device=given.get("device", "auto"), dtype=given.get("dtype", "auto"))
+    computation: dict[str, Any] = {name: given[name] for name in ("device", "dtype") if name in given}
+    request = request_of(sources, {**wanted, **computation})
     folder = resolve(place, given.get("revision"), trusts_code=given.get("trust_remote_code", False))
-    model_figures(measure_model(folder, what, showing_files), as_json)
+    model_results(evaluate_model(folder, request, showing_files), as_json)

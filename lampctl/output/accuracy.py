@@ -13,7 +13,7 @@ from lampctl.output.labels import source_label
 from stages.metrics.registry import figure_text, how_measured, metric_of
 
 if TYPE_CHECKING:
-    from pipeline.runs.model_evaluation import ModelFigures
+    from pipeline.runs.model_evaluation import ModelResults
 
 _METRICS = ("acc", "acc_norm")
 
@@ -72,7 +72,7 @@ def means_of(measured: Sequence[Measured]) -> dict[str, dict[str, float | int]]:
     return {name: {"mean": mean[0], "num_tasks": mean[1]} for name, mean in found.items() if mean is not None}
 
 
-def model_figures(figures: ModelFigures, as_json: bool) -> None:
+def model_results(figures: ModelResults, as_json: bool) -> None:
     """What was measured of a model that belongs to no run."""
     from lampctl.output.console import console_here
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from lampctl.output.labels import source_label
 from lampctl.output.units import duration, size
-from pipeline.runs.comparison import Standing
+from pipeline.runs.comparison import ModelSummary
 from pipeline.runs.status import EvaluationResult
 from stages.metrics.registry import metric_of
 from stages.pruners.registry import method_title
@@ -108,32 +108,32 @@ _FIXED = (
 )
 
 
-def compare(standings: Sequence[Standing]) -> Comparison:
+def compare(summaries: Sequence[ModelSummary]) -> Comparison:
     """Build the table. Columns without any value are left out.
 
     Perplexities share a column only if they were measured on the same number of tokens and the same windows. Those of
     two tokenizers cannot be compared and get a column each.
     """
-    measured = _measured_columns([result for standing in standings for result in standing.evaluations])
-    rows = [_row(standing, measured) for standing in standings]
+    measured = _measured_columns([result for summary in summaries for result in summary.evaluations])
+    rows = [_row(summary, measured) for summary in summaries]
     originals: dict[str, dict[str, float]] = {}
-    for standing in standings:
-        for result in standing.evaluations:
+    for summary in summaries:
+        for result in summary.evaluations:
             if result.which == "dense":
-                originals.setdefault(standing.base, {})[measured[result.measured_on].key] = _value(result)
+                originals.setdefault(summary.base, {})[measured[result.measured_on].key] = _value(result)
     rows += [Row(Path(base).name, base, None, None, True, values) for base, values in originals.items()]
     columns = (*dict.fromkeys(measured.values()), *(column for column, _ in _FIXED))
     known = {key for row in rows for key in row.values}
     return Comparison(tuple(column for column in columns if column.key in known), tuple(rows))
 
 
-def _row(standing: Standing, measured: dict[_What, Column]) -> Row:
-    values = {measured[r.measured_on].key: _value(r) for r in standing.evaluations if r.which == "pruned"}
+def _row(summary: ModelSummary, measured: dict[_What, Column]) -> Row:
+    values = {measured[r.measured_on].key: _value(r) for r in summary.evaluations if r.which == "pruned"}
     for column, figure in _FIXED:
-        value = figure(standing)
+        value = figure(summary)
         if value is not None:
             values[column.key] = value
-    return Row(standing.label, standing.base, standing.method, standing.goal, False, values)
+    return Row(summary.label, summary.base, summary.method, summary.goal, False, values)
 
 
 _What = tuple[str, str, Any, int, bool]  # EvaluationResult.measured_on

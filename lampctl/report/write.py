@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, ConfigMismatch
 from pipeline.rundir.redact import scrub
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.locate import is_address
-from pipeline.runs.comparison import standing_of
+from pipeline.runs.comparison import summary_of
 from pipeline.runs.continuations import Continuation, continuations
 from pipeline.runs.lifecycle import reopen
 from pipeline.runs.status import status
@@ -63,7 +63,7 @@ def write_report(
         _report_of(run, config, written, answered)
         for (run, config), written, answered in zip(opened, texts, masks, strict=True)
     ]
-    sections = contents(runs, compare([standing_of(run.state) for run in runs]))
+    sections = contents(runs, compare([summary_of(run.state) for run in runs]))
     title, subtitle = heading(runs)
     footer = f"Made by lampctl {VERSION} from what the run directories hold."
     figures = out / _FIGURES

@@ -36,7 +36,10 @@ class RunTimer:
             allowed_s: The same in seconds.
             stop: Called with the reason when the time is over.
         """
-        reason = Preempted(f"the allowed run time of {allowed} is over; run the same command again to resume")
+        reason = Preempted(
+            f"the allowed run time of {allowed} is over; run the same command again to resume "
+            "(the run keeps this limit until another --max-runtime is given; none: no limit)"
+        )
         self._timer = threading.Timer(allowed_s, stop, [reason])
         self._timer.daemon = True
         self._timer.start()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, RunNotFound
 from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.lifecycle import reopen
+from pipeline.runs.model_evaluation import EvaluationRequest
 from pipeline.runs.status import EvaluationResult, RunStatus, evaluation_of, status
 from pipeline.steps.evaluate import evaluate_result
 from stages.interfaces import Watcher
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Standing:
+class ModelSummary:
     """One run or one model. None: not known, or not there yet."""
 
     label: str
@@ -42,38 +43,29 @@ class Standing:
         return self.num_masked / self.num_prunable if self.num_masked is not None and self.num_prunable else None
 
 
-@dataclass(frozen=True)
-class Measure:
-    """What to measure of models that no run has figures of."""
-
-    sources: tuple[str, ...] = ()
-    seqlen: int | None = None  # None: as the first run evaluates, else 2048, or as much as the model takes
-    max_tokens: int | None = None
-
-
-def standings(places: Sequence[str], measure: Measure, callbacks: Watcher) -> tuple[Standing, ...]:
+def summaries(places: Sequence[str], request: EvaluationRequest, callbacks: Watcher) -> tuple[ModelSummary, ...]:
     """How each of these stands, in their order: runs from their commits alone, model folders looked through.
 
     Raises RunNotFound for what is neither; ConfigError for text to measure on where there is no model to measure.
     """
     found = {place: _run_of(place) for place in places}
     states = {place: status(*reopen(run)) for place, run in found.items() if run is not None}
-    if measure.sources and len(states) == len(found):
+    if request.sources and len(states) == len(found):
         raise ConfigError(
             "--evaluate is about model folders, and all of these are runs: lampctl evaluate RUN --evaluate "
-            f"{','.join(measure.sources)} adds a figure to a run"
+            f"{','.join(request.sources)} adds a figure to a run"
         )
     usual = next((state.config.eval_seqlen for state in states.values()), None)
-    wanted = Measure(measure.sources, measure.seqlen or usual, measure.max_tokens)
+    request = replace(request, seqlen=request.seqlen or usual)  # as the first run evaluates
     return tuple(
-        standing_of(states[place]) if place in states else _standing_of_folder(Path(place), wanted, callbacks)
+        summary_of(states[place]) if place in states else _summary_of_folder(Path(place), request, callbacks)
         for place in places
     )
 
 
-def standing_of(state: RunStatus) -> Standing:
+def summary_of(state: RunStatus) -> ModelSummary:
     """How a run stands."""
-    return Standing(
+    return ModelSummary(
         label=state.label,
         base=state.config.model,
         method=state.config.method,
@@ -113,7 +105,7 @@ def _packed_bytes(state: RunStatus) -> int | None:
     return packed.stat().st_size if packed.is_file() else None
 
 
-def _standing_of_folder(path: Path, measure: Measure, callbacks: Watcher) -> Standing:
+def _summary_of_folder(path: Path, request: EvaluationRequest, callbacks: Watcher) -> ModelSummary:
     from stages.metrics.achieved_sparsity import achieved
     from stages.models.registry import open_model
     from stages.models.resolve import resolve
@@ -122,12 +114,12 @@ def _standing_of_folder(path: Path, measure: Measure, callbacks: Watcher) -> Sta
     model = open_model(resolve(str(path)))
     count = achieved(model, path)
     packed = path.with_name(f"{path.name}.packed.safetensors")
-    return Standing(
+    return ModelSummary(
         label=str(path),
         base=str(path),
         method=None,
         goal=None,
-        evaluations=_measured(model, measure, callbacks) if measure.sources else (),
+        evaluations=_measured(model, request, callbacks) if request.sources else (),
         num_masked=count.num_masked,
         num_prunable=count.num_prunable,
         dense_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
@@ -138,11 +130,11 @@ def _standing_of_folder(path: Path, measure: Measure, callbacks: Watcher) -> Sta
     )
 
 
-def _measured(model: BlockModel, measure: Measure, callbacks: Watcher) -> tuple[EvaluationResult, ...]:
+def _measured(model: BlockModel, request: EvaluationRequest, callbacks: Watcher) -> tuple[EvaluationResult, ...]:
     """The figures of a model that belongs to no run."""
-    from pipeline.runs.model_evaluation import Wanted, measure_model
+    from pipeline.runs.model_evaluation import evaluate_model
 
-    seqlen = measure.seqlen if model.fixed_tokens is None else None  # a run's may have been what is compared with
-    wanted = Wanted(measure.sources, (), seqlen, measure.max_tokens)
-    found = measure_model(model.source, wanted, lambda _: nullcontext(callbacks)).measured
+    if model.fixed_tokens is not None:
+        request = replace(request, seqlen=None)  # every sample has the same
+    found = evaluate_model(model.source, request, lambda _: nullcontext(callbacks)).measured
     return tuple(evaluation_of(f"evaluate/pruned/{one.source}", evaluate_result("pruned", None, one)) for one in found)

@@ -1,6 +1,7 @@
-"""Measure a model that belongs to no run: perplexity, one block in memory at a time, and zero-shot accuracy.
+"""Measure a model that belongs to no run: its metrics, one block in memory at a time, and zero-shot accuracy.
 
-Nothing is kept but the figures that come back; `pipeline.steps.executor` does the same for a run, in committed steps.
+`lampctl evaluate MODEL` and `lampctl compare FOLDER` use it. Nothing is stored; evaluate steps of a run
+(`pipeline.steps.evaluate`) measure in the same way (`stages.evaluate`) and commit the result.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config.checks import split_tasks
 from pipeline.config.completion import usual_tasks
+from pipeline.config.settings import Settings
 from pipeline.errors import ConfigError
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.locate import is_address, locate
@@ -34,12 +35,12 @@ Showing = Callable[[str], AbstractContextManager["Watcher"]]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is to be measured of a model, and how."""
+class EvaluationRequest:
+    """What to measure of a model that belongs to no run, and how."""
 
-    sources: tuple[str, ...]
-    tasks: tuple[str, ...]
-    seqlen: int | None = None  # None: 2048, or what the model can
+    sources: tuple[str, ...] = ()  # names of data sources
+    tasks: tuple[str, ...] = ()  # zero-shot tasks
+    seqlen: int | None = None  # tokens of a window; None: 2048, or what the model can
     max_tokens: int | None = None
     points: Points | None = None
     max_images: int | None = None
@@ -51,8 +52,8 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class ModelFigures:
-    """What was measured of a model."""
+class ModelResults:
+    """What was measured of such a model."""
 
     model: str
     source: str  # "hub", "folder", "pickle", "gguf", "wheel"
@@ -68,35 +69,38 @@ class ModelFigures:
         return {**asdict(self), "measured": [found.record() for found in self.measured], "accuracies": accuracies}
 
 
-def wanted_of(sources: str | None, settings: Mapping[str, Any], *, device: str, dtype: str) -> Wanted:
-    """What was asked for on the command line; where nothing was, perplexity on WikiText-2.
+def request_of(sources: str | None, settings: Mapping[str, Any]) -> EvaluationRequest:
+    """What was asked for on the command line; without data sources and tasks, perplexity on WikiText-2.
 
-    settings: those of an evaluation, as a run names them; None where nothing was said. Raises ConfigError, UsageError.
+    Args:
+        sources: Names of data sources, between commas; None: not given.
+        settings: Settings of an evaluation that were given, by name, and of the device.
+
+    Raises:
+        ConfigError: A setting is wrong, or there is nothing to measure.
+        UsageError: There is no such data source.
     """
     from stages.data.registry import parse_source
 
-    tasks, task_data, task_limit = (settings[name] for name in ("tasks", "task_data", "task_limit"))
-    points = settings["eval_points"]
-    if points is not None and points not in get_args(Points):
-        raise ConfigError(f"--points {points}: choose one of {', '.join(get_args(Points))}")
-    named = split_tasks(tasks) if tasks is not None else usual_tasks(task_data, task_limit)
+    found = Settings.of({**settings, "model": "any"})  # its checks, and its conversion of lists
+    tasks = found.tasks if found.tasks is not None else usual_tasks(found.task_data, found.task_limit)
     if sources is None:
-        sources = "" if named else "wikitext2"
+        sources = "" if tasks else "wikitext2"
     parsed = [parse_source(name.strip()).name for name in sources.split(",") if name.strip()]
-    if not parsed and not named:
+    if not parsed and not tasks:
         raise ConfigError("nothing to measure: name texts (--data wikitext2) or tasks (--tasks zero-shot)")
-    return Wanted(
-        tuple(dict.fromkeys(parsed)),
-        named,
-        settings["eval_seqlen"],
-        settings["eval_max_tokens"],
-        points,
-        settings["eval_max_images"],
-        task_data,
-        task_limit,
-        device,
-        dtype,
-        tuple(dict.fromkeys(settings["metrics"] or ())),
+    return EvaluationRequest(
+        sources=tuple(dict.fromkeys(parsed)),
+        tasks=tasks,
+        seqlen=found.eval_seqlen,
+        max_tokens=found.eval_max_tokens,
+        points=found.eval_points,
+        max_images=found.eval_max_images,
+        task_data=found.task_data,
+        task_limit=found.task_limit,
+        device=found.device,
+        dtype=found.dtype,
+        metrics=found.metrics,
     )
 
 
@@ -112,7 +116,7 @@ def names_run(place: str) -> bool:
     return False
 
 
-def measure_model(folder: ModelFolder, wanted: Wanted, showing: Showing) -> ModelFigures:
+def evaluate_model(folder: ModelFolder, request: EvaluationRequest, showing: Showing) -> ModelResults:
     """The figures of one model. All that is asked for is checked before anything is computed.
 
     Raises ConfigError, UsageError for what cannot be measured; ResourceError where the hub is out of reach.
@@ -122,70 +126,70 @@ def measure_model(folder: ModelFolder, wanted: Wanted, showing: Showing) -> Mode
     from stages.metrics.zero_shot import check_tasks
     from stages.models.registry import open_model
 
-    data = TaskData.at(wanted.task_data) if wanted.task_data is not None else None
-    check_tasks(wanted.tasks, data)
-    choices = device.choose(wanted.device, wanted.dtype)
+    data = TaskData.at(request.task_data) if request.task_data is not None else None
+    check_tasks(request.tasks, data)
+    choices = device.choose(request.device, request.dtype)
     device.apply(choices)
     measured: tuple[Measurement, ...] = ()
-    if wanted.sources or wanted.tasks:
+    if request.sources or request.tasks:
         model = open_model(folder)
-        _require_fitting(model, wanted)
-    if wanted.sources:
-        seqlen = _seqlen(wanted, model)
+        _require_fitting(model, request)
+    if request.sources:
+        seqlen = _seqlen(request, model)
         at_once = device.micro_batches(choices.torch_device, seqlen)[-1]
         choices = replace(choices, batch_tokens=at_once * seqlen)
-        measured = _measured(model, wanted, seqlen, choices, showing)
+        measured = _measured(model, request, seqlen, choices, showing)
         del model
     accuracies: tuple[TaskResult, ...] = ()
-    if wanted.tasks:
-        accuracies = _accuracies(folder, wanted, data, choices.device, showing)
-    return ModelFigures(
+    if request.tasks:
+        accuracies = _accuracies(folder, request, data, choices.device, showing)
+    return ModelResults(
         model=folder.name,
         source=folder.source,
         revision=folder.revision,
         device=choices.device,
         measured=measured,
         accuracies=accuracies,
-        task_files=str(render(data)) if data is not None and wanted.tasks else None,
+        task_files=str(render(data)) if data is not None and request.tasks else None,
     )
 
 
-def _require_fitting(model: BlockModel, wanted: Wanted) -> None:
+def _require_fitting(model: BlockModel, request: EvaluationRequest) -> None:
     """Raise ConfigError for what says nothing about a model of this kind."""
     from stages.tasks.registry import task_named
 
     if task_named(model.task).reads_text:
         return
-    for flag, value in (("--tasks", wanted.tasks), ("--seqlen", wanted.seqlen), ("--max-tokens", wanted.max_tokens)):
+    for flag, value in (("--tasks", request.tasks), ("--seqlen", request.seqlen), ("--max-tokens", request.max_tokens)):
         if value:
             raise ConfigError(f"{flag}: {model.source.name} is a {model.task} model; that is about text")
 
 
-def _seqlen(wanted: Wanted, model: BlockModel) -> int:
+def _seqlen(request: EvaluationRequest, model: BlockModel) -> int:
     if model.fixed_tokens is not None:
         return model.fixed_tokens
     most = model.max_positions
-    seqlen = wanted.seqlen
+    seqlen = request.seqlen
     if seqlen is None:
         seqlen = _USUAL_SEQLEN if most is None else min(_USUAL_SEQLEN, most)
     if most is not None and seqlen > most:
         raise ConfigError(f"--seqlen {seqlen}: the model has {most} positions; use --seqlen {most} or less")
-    if wanted.max_tokens is not None and wanted.max_tokens < seqlen:
-        raise ConfigError(f"--max-tokens {wanted.max_tokens} is less than one window of {seqlen} tokens")
+    if request.max_tokens is not None and request.max_tokens < seqlen:
+        raise ConfigError(f"--max-tokens {request.max_tokens} is less than one window of {seqlen} tokens")
     return seqlen
 
 
 def _measured(
-    model: BlockModel, wanted: Wanted, seqlen: int, choices: Any, showing: Showing
+    model: BlockModel, request: EvaluationRequest, seqlen: int, choices: Any, showing: Showing
 ) -> tuple[Measurement, ...]:
     from pipeline.rundir.activation_store import ScratchStreams
     from stages.data.registry import parse_source
     from stages.evaluate import evaluate, require_measurable
     from stages.metrics.base import MetricContext
 
-    protocol = EvaluationProtocol(seqlen, wanted.max_tokens, wanted.points, wanted.max_images)
-    sources = [parse_source(name) for name in wanted.sources]
-    asked = [(source, metric) for source in sources for metric in (None, *wanted.metrics)]
+    protocol = EvaluationProtocol(seqlen, request.max_tokens, request.points, request.max_images)
+    sources = [parse_source(name) for name in request.sources]
+    asked = [(source, metric) for source in sources for metric in (None, *request.metrics)]
     for source, metric in asked:
         require_measurable(model, source, protocol, metric)
     found = []
@@ -201,14 +205,14 @@ def _measured(
 
 
 def _accuracies(
-    folder: ModelFolder, wanted: Wanted, data: TaskData | None, device: str, showing: Showing
+    folder: ModelFolder, request: EvaluationRequest, data: TaskData | None, device: str, showing: Showing
 ) -> tuple[TaskResult, ...]:
     from stages.metrics.zero_shot import ZeroShot
 
     model, found = ZeroShot(folder, device), []
-    for task in wanted.tasks:
+    for task in request.tasks:
         with showing(task) as watcher:
-            found.append(model.measure(task, data, wanted.task_limit, watcher))
+            found.append(model.measure(task, data, request.task_limit, watcher))
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lampctl.output.comparison import as_csv, as_json, as_markdown, compare
-from pipeline.runs.comparison import Standing
+from pipeline.runs.comparison import ModelSummary
 from pipeline.runs.status import EvaluationResult
 from tests.pruned_folders import pruned_folder, share
 from tests.small_models import save
@@ -25,7 +25,7 @@ def result(which: str = "pruned", perplexity: float | None = 20.0, source: str =
     return EvaluationResult("evaluate/x", which, source, "perplexity", perplexity, False, details)
 
 
-def standing(label: str, *results: EvaluationResult, **changes) -> Standing:
+def standing(label: str, *results: EvaluationResult, **changes) -> ModelSummary:
     fields = {
         "base": "m",
         "method": "lamp",
@@ -38,7 +38,7 @@ def standing(label: str, *results: EvaluationResult, **changes) -> Standing:
         "peak_memory_bytes": 100,
         "peak_device_bytes": None,
     }
-    return Standing(label=label, evaluations=results, **{**fields, **changes})
+    return ModelSummary(label=label, evaluations=results, **{**fields, **changes})
 
 
 def test_compare_shows_differences_from_the_first_row():

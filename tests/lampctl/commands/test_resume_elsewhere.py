@@ -28,10 +28,10 @@ def records():
 
 
 def pretend(monkeypatch, name, version):
-    from pipeline.runs import prepare
+    from pipeline.runs import environment
 
-    real = prepare.importlib.metadata.version
-    monkeypatch.setattr(prepare.importlib.metadata, "version", lambda p: version if p == name else real(p))
+    real = environment.importlib.metadata.version
+    monkeypatch.setattr(environment.importlib.metadata, "version", lambda p: version if p == name else real(p))
 
 
 def test_other_versions_are_refused_unless_allowed_and_then_written_into_the_chain(lampctl, begun, monkeypatch):
