@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import ConfigError
+from stages.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,16 +99,17 @@ def prune(
     from stages.models.in_memory import open_in_memory
     from stages.runtime.block_context import StageContext
 
-    decoder = open_in_memory(model)
-    gathered = _gathered({**settings, "model": decoder.source.name}, preset, calibration)
-    planned = _planned(gathered, decoder)
-    for notice in planned.notices:
-        warnings.warn(notice, stacklevel=2)
-    inputs = _samples(calibration, tokenizer, planned, decoder)
     told = callbacks if callbacks is not None else NullCallbacks()
-    context = StageContext(decoder, inputs, planned.device, told)
-    target = model if inplace else copy.deepcopy(model)
-    with _applied(planned.device):
+    with _usual_modes():
+        decoder = open_in_memory(model)
+        gathered = _gathered({**settings, "model": decoder.source.name}, preset, calibration)
+        planned = _planned(gathered, decoder)
+        for notice in planned.notices:
+            warnings.warn(notice, stacklevel=2)
+        inputs = _samples(calibration, tokenizer, planned, decoder)
+        context = StageContext(decoder, inputs, planned.device, told)
+        target = model if inplace else copy.deepcopy(model)
+    with _usual_modes(), _applied(planned.device):
         blocks = tuple(
             _kept(block, target, decoder) for block in lamp(context, _budget(planned, context), _settings(planned))
         )
@@ -140,12 +142,29 @@ def _gathered(settings: dict[str, Any], preset: str | None, calibration: Any) ->
     if isinstance(calibration, str):
         values["calibration"] = calibration
     elif calibration is not None and not _is_text(calibration):
-        values |= {"num_samples": len(calibration), "seqlen": len(calibration[0])}
+        values |= _size_of(calibration)
     if calibration is not None and not isinstance(calibration, str):
         values.setdefault("calibration_sampling", "contiguous")
     gathered = gather(values, None, preset, environ={})
     check_combinations(gathered)
     return gathered
+
+
+def _size_of(calibration: Any) -> dict[str, int]:
+    """Number and length of samples that are given as token ids. Raises ConfigError for what is none."""
+    try:
+        num_samples, seqlen = len(calibration), len(calibration[0])
+    except (TypeError, IndexError, KeyError) as error:
+        raise ConfigError(
+            "calibration must be the name of a data source, texts, or token ids (samples, tokens); "
+            f"this is {_described(calibration)}"
+        ) from error
+    return {"num_samples": num_samples, "seqlen": seqlen}
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")
 
 
 def _planned(gathered: Gathered, decoder: Decoder) -> PlannedPruning:
@@ -187,13 +206,23 @@ def _checked(calibration: Any, decoder: Decoder) -> list[Tensor]:
     """Token ids that were given, one sample each."""
     import torch
 
-    from stages.data.tokenization import require_vocabulary
-
-    samples = [torch.as_tensor(sample, dtype=torch.long).cpu() for sample in calibration]
+    try:
+        given = [torch.as_tensor(sample) for sample in calibration]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"calibration samples must be texts, or token ids: {error}") from error
+    kinds = {sample.dtype for sample in given}
+    if any(kind.is_floating_point or kind.is_complex or kind == torch.bool for kind in kinds):
+        raise ConfigError(f"calibration samples must be token ids, integers; these are {', '.join(map(str, kinds))}")
+    samples = [sample.long().cpu() for sample in given]
     if any(sample.ndim != 1 or len(sample) != len(samples[0]) for sample in samples):
         shapes = sorted({tuple(sample.shape) for sample in samples})
         raise ConfigError(f"calibration samples must be token ids (tokens,) of one length; these are {shapes}")
-    require_vocabulary(torch.stack(samples), decoder.vocab_size, decoder.source.name)
+    stacked = torch.stack(samples)
+    if int(stacked.min()) < 0 or int(stacked.max()) >= decoder.vocab_size:
+        raise UsageError(
+            f"calibration samples hold token ids from {int(stacked.min())} to {int(stacked.max())}; the model has "
+            f"embeddings for 0 to {decoder.vocab_size - 1}: use the model's own tokenizer"
+        )
     return samples
 
 
@@ -253,9 +282,48 @@ def _applied(device: DeviceChoices) -> Iterator[None]:
     from stages.machine.device import apply
 
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    apply(device)
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    switches = [(place, name, getattr(place, name)) for place, name in _switches()]
+    efficient_attention = torch.backends.cuda.mem_efficient_sdp_enabled()
     try:
+        apply(device)
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)
+        torch.backends.cuda.enable_mem_efficient_sdp(efficient_attention)
+        for place, name, value in switches:
+            setattr(place, name, value)
+
+
+@contextlib.contextmanager
+def _usual_modes() -> Iterator[None]:
+    """Inside, torch keeps gradients, casts nothing by itself and makes fp32 tensors, whatever the caller set."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _switches() -> list[tuple[Any, str]]:
+    """Settings of torch that `stages.machine.device.apply` changes by assignment: where each is, its name."""
+    import torch
+
+    return [
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cudnn, "benchmark"),
+        (torch.utils.deterministic, "fill_uninitialized_memory"),
+    ]

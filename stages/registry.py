@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -24,27 +25,41 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Registry(Generic[T]):
     """Named entries of one kind: pruners, tasks, metrics, ...
 
-    Built-in names come first, in the order given; then those of entry points, in alphabetical order. A built-in name
-    cannot be replaced by an entry point.
+    Built-in names come first, in the order given; then those of entry points, in alphabetical order. A built-in or
+    reserved name cannot be replaced by an entry point. A package whose entry is broken takes away that entry only.
     """
 
-    def __init__(self, kind: str, builtin: Mapping[str, str], *, group: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        builtin: Mapping[str, str],
+        *,
+        group: str | None = None,
+        base: type | None = None,
+        reserved: tuple[str, ...] = (),
+    ) -> None:
         """Declare a registry.
 
         Args:
             kind: What one entry is called in messages, in the singular: "pruner".
             builtin: ``"module:object"`` by name.
             group: Entry point group; default: ``lampctl.<kind>s`` with spaces as underscores.
+            base: Every entry is a subclass of it; None: not checked.
+            reserved: Names that no entry may have, because they mean something else where a name is chosen.
         """
         self.kind = kind
         self.group = group or f"lampctl.{kind.replace(' ', '_')}s"
+        self._base = base
+        self._reserved = reserved
         self._builtin = dict(builtin)
         self._loaded: dict[str, T] = {}
+        self._broken: set[str] = set()
 
     def __repr__(self) -> str:
         return f"Registry({self.kind!r}, {list(self.names)})"
@@ -65,7 +80,7 @@ class Registry(Generic[T]):
         """Import the entry of this name, once.
 
         Raises:
-            UsageError: No entry has this name, with the nearest name; or the entry's package cannot be imported.
+            UsageError: No entry has this name, with the nearest name; or the entry of a package is broken.
         """
         if name not in self._loaded:
             if name in self._builtin:
@@ -77,8 +92,21 @@ class Registry(Generic[T]):
         return self._loaded[name]
 
     def entries(self) -> tuple[T, ...]:
-        """Every entry, imported, in the order of `names`."""
-        return tuple(self.get(name) for name in self.names)
+        """Every entry that works, imported, in the order of `names`. A broken one of a package is logged, once."""
+        return tuple(entry for _, entry in self.items())
+
+    def items(self) -> tuple[tuple[str, T], ...]:
+        """Name and entry of every entry that works, as `entries`."""
+        found = []
+        for name in self.names:
+            if name in self._broken:
+                continue
+            try:
+                found.append((name, self.get(name)))
+            except UsageError as error:
+                self._broken.add(name)
+                log.warning("%s", error)
+        return tuple(found)
 
     def register(self, name: str, entry: T) -> None:
         """Add an entry by hand, for this process: in a notebook or a test.
@@ -86,7 +114,7 @@ class Registry(Generic[T]):
         Raises:
             ValueError: The name is taken.
         """
-        if name in self:
+        if name in self or name in self._reserved:
             raise ValueError(f"{self.kind} {name!r} exists already")
         self._loaded[name] = entry
 
@@ -101,23 +129,40 @@ class Registry(Generic[T]):
         from importlib.metadata import entry_points  # takes 20 ms, which `lampctl --help` can do without
 
         found = sorted(entry_points(group=self.group), key=lambda point: point.name)
-        return {point.name: point for point in found if point.name not in self._builtin}
+        taken = {*self._builtin, *self._reserved}
+        for point in found:
+            if point.name in taken:
+                log.warning(
+                    "%s %s of the package %s is ignored: the name is taken", self.kind, point.name, _owner(point)
+                )
+        return {point.name: point for point in found if point.name not in taken}
 
     def _load_plugin(self, name: str) -> T:
         point = self._plugins[name]
+        package = _owner(point)
         try:
-            return cast(T, point.load())
-        except (ImportError, AttributeError) as error:
-            package = point.dist.name if point.dist is not None else point.module
+            entry = point.load()
+        except Exception as error:  # a package that is not ours may raise anything
             raise UsageError(
-                f"{self.kind} {name} of the package {package} cannot be imported ({error}): update or uninstall "
-                f"{package}"
+                f"{self.kind} {name} of the package {package} cannot be imported ({type(error).__name__}: {error}): "
+                f"update or uninstall {package}"
             ) from error
+        if self._base is not None and not (isinstance(entry, type) and issubclass(entry, self._base)):
+            raise UsageError(
+                f"{self.kind} {name} of the package {package} is no subclass of {self._base.__module__}."
+                f"{self._base.__name__}: update or uninstall {package}"
+            )
+        return cast(T, entry)
 
     def _unknown(self, name: str) -> str:
         near = difflib.get_close_matches(name, self.names, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         return f"no {self.kind} is called {name}{meant}: choose one of {', '.join(self.names)}"
+
+
+def _owner(point: EntryPoint) -> str:
+    """The package that an entry point belongs to."""
+    return point.dist.name if point.dist is not None else point.module
 
 
 def _load(reference: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from pipeline.config import checks
 from pipeline.config.option import After, Before, Option
@@ -109,7 +109,7 @@ class JobSettings:
         ),
     ] = "auto"
     threads: Annotated[
-        Count | None,
+        Annotated[int, Ge(1), Le(4096)] | None,
         Option("CPU threads.", "Machine", "N", "OMP_NUM_THREADS, else the fastest number"),
     ] = None
     micro_batch: Annotated[

@@ -6,6 +6,7 @@ from stages.errors import UsageError
 from stages.pruners.base import Pruner
 from stages.registry import Registry
 
+LAMP = "lamp"  # prunes with one of the pruners and compensates, block by block
 PRUNERS: Registry[type[Pruner]] = Registry(
     "pruner",
     {
@@ -14,8 +15,9 @@ PRUNERS: Registry[type[Pruner]] = Registry(
         "wanda": "stages.pruners.wanda:Wanda",
         "magnitude": "stages.pruners.magnitude:Magnitude",
     },
+    base=Pruner,
+    reserved=(LAMP,),
 )
-LAMP = "lamp"  # prunes with one of the pruners and compensates, block by block
 PAPER_PRUNER = "sparsegpt"  # LAMP's pruner in the paper
 
 
@@ -26,12 +28,12 @@ def method_names() -> tuple[str, ...]:
 
 def lamp_pruners() -> tuple[str, ...]:
     """Every pruner that LAMP may use: the values of `--pruner`."""
-    return tuple(name for name in PRUNERS.names if PRUNERS.get(name).serves_lamp)
+    return tuple(name for name, pruner in PRUNERS.items() if pruner.serves_lamp)
 
 
 def bit_methods() -> tuple[str, ...]:
     """Every method that can quantize the kept weights."""
-    return (LAMP, *(name for name in PRUNERS.names if PRUNERS.get(name).supports_bits))
+    return (LAMP, *(name for name, pruner in PRUNERS.items() if pruner.supports_bits))
 
 
 def method_title(name: str) -> str:

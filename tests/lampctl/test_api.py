@@ -114,6 +114,57 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments, settings, error, mes
         lampctl.prune(build("llama"), *arguments, **settings)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_the_callers_modes_of_torch_change_no_bit(mode):
+    model = build("opt")
+    expected = states(lampctl.prune(model, TOKENS, **QUICK).model)
+    with mode():
+        found = lampctl.prune(model, TOKENS, **QUICK).model
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_the_callers_settings_of_torch_stay():
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    for deterministic, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        model = build("opt")
+        try:
+            torch.use_deterministic_algorithms(deterministic)
+            torch.set_default_dtype(dtype)
+            lampctl.prune(model, TOKENS, sparsity=0.5, method="wanda", threads=1, micro_batch=1)
+            assert torch.are_deterministic_algorithms_enabled() is deterministic
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            assert torch.get_default_dtype() is dtype
+            assert torch.utils.deterministic.fill_uninitialized_memory is filling
+        finally:
+            torch.use_deterministic_algorithms(before[0])
+            torch.set_default_dtype(before[1])
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "token ids"),
+        (TOKENS[:0], "token ids"),
+        (TOKENS[0], "token ids"),
+        ([1, 2, 3], "token ids"),
+        (5, "this is a int"),
+        ({"input_ids": TOKENS}, "this is a dict"),
+        (TOKENS.float(), "integers"),
+        (TOKENS - 100, "token ids from -"),
+        (TOKENS + 10**6, "the model's own tokenizer"),
+    ],
+)
+def test_a_calibration_set_that_is_none_is_said_to_be(calibration, message):
+    with pytest.raises((ConfigError, UsageError), match=message):
+        lampctl.prune(build("opt"), calibration, **QUICK)
+
+
 def test_warnings_of_the_work_are_python_warnings():
     with pytest.warns(UserWarning, match="only one calibration sample"):
         lampctl.prune(build("llama"), TOKENS[:1], **QUICK)

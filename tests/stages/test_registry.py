@@ -2,6 +2,7 @@
 
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,40 @@ def test_an_unknown_name_is_a_usage_error_that_names_the_nearest_and_all(fruits)
 def test_a_plugin_that_cannot_be_imported_names_its_package(fruits):
     with pytest.raises(UsageError, match=r"fruit broken of the package no_such_package_at_all cannot be imported"):
         fruits.get("broken")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("def (", "SyntaxError"),
+        ("Thing = 3", "no subclass of"),
+        ("class Thing: pass", "no subclass of"),
+    ],
+)
+def test_a_broken_plugin_takes_away_its_own_entry_only(monkeypatch, tmp_path, caplog, text, said):
+    (tmp_path / "broken_fruit.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "broken_fruit", raising=False)
+    point = EntryPoint("broken", "broken_fruit:Thing", "lampctl.fruits")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point])
+    fruits = Registry("fruit", {"path": "pathlib:Path"}, base=Path)
+    with pytest.raises(UsageError, match=said):
+        fruits.get("broken")
+    assert fruits.items() == (("path", Path),)
+    assert fruits.entries() == (Path,)
+    assert caplog.text.count(said) == 1
+
+
+def test_a_reserved_name_and_a_built_in_one_are_not_for_plugins(monkeypatch, caplog):
+    points = [EntryPoint(name, "fractions:Fraction", "lampctl.fruits") for name in ("path", "any")]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
+    fruits = Registry("fruit", {"path": "pathlib:Path"}, reserved=("any",))
+    assert fruits.names == ("path",)
+    assert "fruit path of the package fractions is ignored" in caplog.text
+    assert "fruit any of the package fractions is ignored" in caplog.text
+    with pytest.raises(ValueError, match="any"):
+        fruits.register("any", 1)
 
 
 def test_entries_can_be_added_by_hand_once_and_removed(fruits):
