@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lampctl.output.labels import source_label
 from lampctl.output.units import duration, size
@@ -18,7 +18,7 @@ from pipeline.runs.status import EvaluationResult
 from stages.metrics.registry import metric_of
 from stages.pruners.registry import method_title
 
-Unit = Literal["perplexity", "iou", "share", "bytes", "seconds"]
+Unit = Literal["share", "bytes", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Column:
 
     key: str  # name in JSON and CSV
     title: str
-    unit: Unit
+    unit: Unit | str  # a unit, or the name of the metric
 
     def shown(self, value: float | None) -> str:
         """A value as text."""
@@ -35,23 +35,21 @@ class Column:
             return "-"
         if math.isinf(value):
             return "infinite"
-        show: dict[Unit, Callable[[float], str]] = {
-            "perplexity": lambda v: f"{v:,.2f}",
-            "iou": lambda v: f"{v:.4f}",
+        show: dict[str, Callable[[float], str]] = {
             "share": lambda v: f"{100 * v:.4f}%",
             "bytes": size,
             "seconds": duration,
         }
-        return show[self.unit](value)
+        return show[self.unit](value) if self.unit in show else f"{value:,.{metric_of(self.unit).digits}f}"
 
     def shown_delta(self, value: float | None, first: float | None) -> str:
         """Difference from the first row as text; empty if one of them is unknown."""
         if value is None or first is None or math.isinf(value) or math.isinf(first):
             return ""
-        if self.unit == "iou":
-            return f"{value - first:+.4f}"
         if self.unit == "share":
             return f"{100 * (value - first):+.2f} pp"
+        if self.unit not in get_args(Unit) and metric_of(self.unit).higher_is_better:  # a share, such as IoU
+            return f"{value - first:+.{metric_of(self.unit).digits}f}"
         return f"{100 * (value / first - 1):+.1f}%" if first else ""
 
 
@@ -156,9 +154,7 @@ def _measured_columns(results: Sequence[EvaluationResult]) -> dict[_What, Column
             title += f"\nfirst {amount:,}"
         elif not is_alone:
             title += f"\n{amount:,} {unit}"
-        columns[metric, source, how, amount, is_partial] = Column(
-            key if is_alone else f"{key}:{amount}", title, "iou" if metric == "iou" else "perplexity"
-        )
+        columns[metric, source, how, amount, is_partial] = Column(key if is_alone else f"{key}:{amount}", title, metric)
     return columns
 
 

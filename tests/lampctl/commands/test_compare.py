@@ -167,3 +167,23 @@ def test_compare_evaluate_is_refused_where_only_runs_are_given(lampctl, words, t
     answer = lampctl("compare", "r", "--evaluate", "text:words.txt")
     assert answer.code == 2
     assert "lampctl evaluate RUN" in answer.err
+
+
+def test_another_metric_is_shown_with_its_own_digits_and_differences(monkeypatch):
+    from stages.metrics.iou import SinglePointIoU
+    from stages.metrics.registry import METRICS
+
+    class Accuracy(SinglePointIoU):
+        name, title, task, digits = "accuracy", "accuracy", "language", 3
+
+    METRICS.register("accuracy", Accuracy)
+    try:
+        rows = [
+            standing(label, EvaluationResult("e", "pruned", "pydocs", "accuracy", value, False, {"num_tokens": 8}))
+            for label, value in (("a", 0.1252), ("b", 0.2819))
+        ]
+        markdown = as_markdown(compare(rows))
+    finally:
+        METRICS.unregister("accuracy")
+    assert "0.125" in markdown
+    assert "0.282 (+0.157)" in markdown
