@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from pipeline.errors import DamagedData
 from pipeline.rundir.records import Result
@@ -166,7 +166,7 @@ class EvaluateResult(Result):
         metric: Name of the metric.
         value: Its value; None: it overflowed.
         is_partial: Only a part of the data was used.
-        details: What the metric was measured on, for example the number of tokens.
+        details: What the metric was measured on. ``seqlen`` and ``num_...`` are counts, ``points`` is text.
     """
 
     which: Which
@@ -176,6 +176,18 @@ class EvaluateResult(Result):
     value: float | None
     is_partial: bool
     details: dict[str, JsonValue]
+
+    @field_validator("details")
+    @classmethod
+    def _require_kinds(cls, details: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        """Results are compared and shown by these, whatever the metric."""
+        for name, value in details.items():
+            is_count = name == "seqlen" or name.startswith("num_")
+            if is_count and (type(value) is not int or value < 0):
+                raise ValueError(f"{name} must be a count, not {value!r}")
+            if name == "points" and not isinstance(value, str):
+                raise ValueError(f"points must be text, not {value!r}")
+        return details
 
 
 class ZeroShotResult(Result):
