@@ -109,10 +109,10 @@ def prune(
         inputs = _samples(calibration, tokenizer, planned, decoder)
         context = StageContext(decoder, inputs, planned.device, told)
         target = model if inplace else copy.deepcopy(model)
-    with _usual_modes(), _applied(planned.device):
-        blocks = tuple(
-            _kept(block, target, decoder) for block in lamp(context, _budget(planned, context), _settings(planned))
-        )
+        with _applied(planned.device):
+            blocks = tuple(
+                _kept(block, target, decoder) for block in lamp(context, _budget(planned, context), _settings(planned))
+            )
     for message in getattr(told, "warnings", ()) if callbacks is None else ():
         warnings.warn(message, stacklevel=2)
     layers = [layer for block in blocks for layer in block.layers]

@@ -1,6 +1,6 @@
 """Single-point IoU of sam-tiny, dense and pruned, by every method: the table of README's vision section.
 
-    python -m benchmarks.vision            # an hour on a busy core; goes on where it was stopped
+    python -m benchmarks.vision            # an hour on a busy core; resumes where it was stopped
     python -m benchmarks.vision --scenes 40 --num-samples 16 --work /tmp/vision   # a quick look
 
 Calibration: training scenes. Evaluation: scenes that neither training nor calibration has seen. Every cell is a run of

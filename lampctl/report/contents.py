@@ -225,7 +225,7 @@ def _setting(value: Any) -> str:
 def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Part, ...]]]:
     """(anchor, title, parts) of each figure for which the run's commits have data."""
     relative = state.config.loss == "token"
-    kept = "" if state.config.held_out else " Nothing was kept aside: all samples were trained on."
+    kept = "" if state.config.held_out else " No samples were held out: all were trained on."
     plan: list[tuple[str, str, Dataset, Callable[[Dataset], bytes], str]] = [
         (
             "error",

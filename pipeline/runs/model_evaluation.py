@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stages.models.base import BlockModel, ModelFolder
 
 _USUAL_SEQLEN = 2048
-# Shows how far a piece of work is, which it is told the name of.
+# Shows the progress of one piece of work, given its name.
 Showing = Callable[[str], AbstractContextManager["Watcher"]]
 
 

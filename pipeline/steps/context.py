@@ -128,5 +128,5 @@ class StepContext:
         return self.activation_bytes(self.num_tokens)
 
     def activation_bytes(self, num_tokens: int) -> int:
-        """Size of the activations of so many tokens at one place in the model."""
+        """Size in bytes of the activations of this number of tokens at one place in the model."""
         return num_tokens * self.model.hidden_size * self.choices.torch_dtype.itemsize

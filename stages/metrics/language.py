@@ -41,7 +41,7 @@ class LanguageMetric(Metric):
 def windows(tokens: Tensor, seqlen: int, max_tokens: int | None = None, max_windows: int | None = None) -> Tensor:
     """`tokens` (n,) cut into pieces (windows, seqlen); the tail is dropped.
 
-    max_tokens: use only so many tokens from the start. Raises UsageError if there is not one whole window.
+    max_tokens: use only this number of tokens, from the start. Raises UsageError if there is not one whole window.
     """
     used = tokens if max_tokens is None else tokens[:max_tokens]
     count = len(used) // seqlen

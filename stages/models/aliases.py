@@ -27,7 +27,7 @@ class MetaCheckpoint:
 
     @property
     def url(self) -> str:
-        """Where it can be had."""
+        """Where the model can be downloaded."""
         return f"https://dl.fbaipublicfiles.com/segment_anything/{self.file}"
 
 

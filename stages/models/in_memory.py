@@ -39,8 +39,16 @@ def open_in_memory(model: PreTrainedModel) -> Decoder:
     weights = MemoryWeights(model)
     with without_weights():
         empty = type(model)(config)
+    unknown = sorted(set(weights.keys) - set(empty.state_dict()))
+    if unknown:
+        raise UsageError(
+            f"the model has weights that its config knows nothing of ({unknown[0]}; {len(unknown)} in all): set the "
+            "config to what the model is, or save and load it"
+        )
     name = getattr(config, "_name_or_path", "") or type(model).__name__
-    return Decoder(ModelFolder(name, Path(name), _SOURCE, None), empty.float(), weights)
+    decoder = Decoder(ModelFolder(name, Path(name), _SOURCE, None), empty.float(), weights)
+    weights.require_own_blocks(decoder.blocks_path)
+    return decoder
 
 
 class MemoryWeights:
@@ -51,6 +59,16 @@ class MemoryWeights:
         absent = next((name for name, tensor in self._tensors.items() if tensor.is_meta), None)
         if absent is not None:
             raise UsageError(f"the model's weights are not in memory ({absent} is on the meta device)")
+
+    def require_own_blocks(self, blocks_path: str) -> None:
+        """Raise UsageError if two blocks share a tensor: pruning the one would change the other."""
+        first: dict[int, str] = {}
+        for name, tensor in self._tensors.items():
+            if not name.startswith(f"{blocks_path}.") or tensor.numel() == 0:
+                continue
+            other = first.setdefault(tensor.data_ptr(), name)
+            if other != name:
+                raise UsageError(f"{other} and {name} are one tensor; copy it: blocks are pruned one after the other")
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors

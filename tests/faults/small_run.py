@@ -41,7 +41,7 @@ class Read(Result):
 
 
 class Silent:
-    """A `pipeline.engine.job.Listener` that keeps what it is told."""
+    """A `pipeline.engine.job.Listener` that records its calls."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []

@@ -128,6 +128,34 @@ def test_the_callers_modes_of_torch_change_no_bit(mode):
         assert torch.equal(tensor, expected[name]), name
 
 
+def _with_a_bias(model):
+    old = model.model.layers[1].mlp.up_proj
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(old.in_features, old.out_features, bias=True)
+
+
+def _with_fewer_blocks_in_the_config(model):
+    model.config.num_hidden_layers -= 1
+
+
+def _with_a_shared_block(model):
+    model.model.layers[1] = model.model.layers[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_with_a_bias, "layers.1.mlp.up_proj.bias"),
+        (_with_fewer_blocks_in_the_config, "its config knows nothing of"),
+        (_with_a_shared_block, "are one tensor"),
+    ],
+)
+def test_a_model_that_is_not_what_its_config_says_is_refused(change, message):
+    model = build("llama")
+    change(model)
+    with pytest.raises(UsageError, match=message):
+        lampctl.prune(model, TOKENS, **QUICK)
+
+
 def test_the_callers_settings_of_torch_stay():
     before = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
     filling = torch.utils.deterministic.fill_uninitialized_memory
