@@ -57,7 +57,7 @@ class _Commands(LazyGroup):
             "lampctl.commands.config:app",
             "Show settings: their values and origins, the JSON Schema of a configuration file, the reference.",
         ),
-        "init": LazyCommand("lampctl.commands.run:init", "Begin a run: write its settings, budget and plan.", _STEPS),
+        "init": LazyCommand("lampctl.commands.init:init", "Begin a run: write its settings, budget and plan.", _STEPS),
         "calibrate": LazyCommand("lampctl.commands.steps:calibrate", "Sample the calibration set.", _STEPS),
         "capture": LazyCommand(
             "lampctl.commands.steps:capture", "Embed the calibration set and run the first block on it.", _STEPS

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from stages.entry_points import entry_points_of
 from stages.errors import UsageError
 
 if TYPE_CHECKING:
@@ -126,9 +127,7 @@ class Registry(Generic[T]):
 
     @cached_property
     def _plugins(self) -> dict[str, EntryPoint]:
-        from importlib.metadata import entry_points  # takes 20 ms, which `lampctl --help` can do without
-
-        found = sorted(entry_points(group=self.group), key=lambda point: point.name)
+        found = entry_points_of(self.group)
         taken = {*self._builtin, *self._reserved}
         for point in found:
             if point.name in taken:

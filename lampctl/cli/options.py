@@ -27,6 +27,16 @@ Preset = Annotated[
         metavar="NAME", help="quick: pydocs, 32 x 256 tokens, low effort, nothing from the hub; paper: as published."
     ),
 ]
+RunDir = Annotated[
+    str | None,
+    typer.Option(
+        "--run-dir",
+        metavar="DIR",
+        rich_help_panel="Storage",
+        help="Run directory: a folder, or s3://, gs:// or az://BUCKET/PREFIX. "
+        "[default: runs/<model>-s<percent>-<method>]",
+    ),
+]
 
 
 class Chosen:

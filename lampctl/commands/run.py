@@ -1,4 +1,4 @@
-"""`lampctl run` does a whole run and its baselines; `lampctl init` only begins one."""
+"""`lampctl run`: a whole run and its baselines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lampctl.cli.options import Chosen, with_settings
+from lampctl.cli.options import Chosen, RunDir, with_settings
 
 if TYPE_CHECKING:
     from lampctl.output.progress import ProgressListener
@@ -15,17 +15,6 @@ if TYPE_CHECKING:
     from pipeline.engine.stop import StopRequest
     from pipeline.rundir.run_directory import RunDirectory
     from pipeline.runs.prepare import Prepared
-
-RunDir = Annotated[
-    str | None,
-    typer.Option(
-        "--run-dir",
-        metavar="DIR",
-        rich_help_panel="Storage",
-        help="Run directory: a folder, or s3://, gs:// or az://BUCKET/PREFIX. "
-        "[default: runs/<model>-s<percent>-<method>]",
-    ),
-]
 
 
 @with_settings
@@ -113,27 +102,3 @@ def _do(
     listener.attach(run, config)
     resume(run, config, listener, stop, ResumeOptions(shared_with=shared_with, takeover=takeover))
     return run, config
-
-
-@with_settings
-def init(chosen: Chosen, run_dir: RunDir = None) -> None:
-    """Begin a run: write its settings, budget and plan.
-
-    Then do its steps one by one (calibrate, capture, prune-block, ...) or all of them (resume).
-
-    \b
-    lampctl init smollm2-135m --sparsity 0.6 --preset quick --run-dir runs/mine
-    lampctl calibrate runs/mine
-    lampctl capture runs/mine
-    lampctl prune-block runs/mine
-    lampctl compensate-block runs/mine     and so on for each block
-    lampctl resume runs/mine               or all remaining steps
-    """
-    from lampctl.output import tables
-    from pipeline.runs.lifecycle import start
-    from pipeline.runs.prepare import prepare
-    from pipeline.steps.lamp_plan import steps_of
-
-    prepared = prepare(chosen.gather())
-    run, config = start(prepared, run_dir or prepared.default_run_dir)
-    tables.begun(run, config, prepared.origins, prepared.notices, steps_of(run, config))

@@ -9,7 +9,6 @@ from typing import Any
 from pipeline.config.quantities import parse_duration, parse_size
 from pipeline.errors import ConfigError
 from stages.errors import UsageError
-from stages.metrics.harness_tasks import LAYOUT
 from stages.metrics.registry import METRICS
 from stages.pruners.registry import lamp_pruners, method_names
 from stages.sparsity.nm_pattern import Pattern
@@ -30,6 +29,8 @@ def one_or_many(value: Any) -> Any:
 
 def split_tasks(tasks: str) -> tuple[str, ...]:
     """Names of zero-shot tasks separated by commas, without duplicates. "zero-shot" stands for the usual seven."""
+    from stages.metrics.harness_tasks import LAYOUT
+
     named = [task.strip() for task in tasks.split(",") if task.strip()]
     return tuple(dict.fromkeys(name for task in named for name in (LAYOUT if task == ZERO_SHOT else (task,))))
 

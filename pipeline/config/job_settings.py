@@ -1,14 +1,10 @@
 """Settings of evaluation, machine, stopping and storage. Most are runtime settings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
-
 from pipeline.config import checks
-from pipeline.config.option import After, Before, Option
+from pipeline.config.option import After, Before, Limits, Option
 from pipeline.config.pruning_settings import Count, Tokens
 from stages.metrics.base import Points
 
@@ -18,7 +14,7 @@ MetricNames = Annotated[tuple[str, ...], Before(checks.split_commas), After(chec
 Folder = Annotated[str | None, Before(checks.absolute_folder)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)  # `Settings` has these methods
 class JobSettings:
     """Settings that do not change how the model is pruned. None: the default."""
 
@@ -109,7 +105,7 @@ class JobSettings:
         ),
     ] = "auto"
     threads: Annotated[
-        Annotated[int, Ge(1), Le(4096)] | None,
+        Annotated[int, Limits(ge=1, le=4096)] | None,
         Option("CPU threads.", "Machine", "N", "OMP_NUM_THREADS, else the fastest number"),
     ] = None
     micro_batch: Annotated[
@@ -152,7 +148,7 @@ class JobSettings:
     ] = False
 
     checkpoint_minutes: Annotated[
-        Annotated[float, Ge(0)],
+        Annotated[float, Limits(ge=0)],
         Option(
             "Minutes between checkpoints inside a long step. 0 = checkpoint only on SIGTERM.",
             "Stopping",

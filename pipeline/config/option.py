@@ -78,3 +78,21 @@ class After:
         from pydantic_core import core_schema
 
         return core_schema.no_info_after_validator_function(self.function, handler(source))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a number, or the shortest length of a text. pydantic checks them and writes them into the JSON Schema.
+
+    annotated_types has the same, but takes 9 ms to import: a tenth of `lampctl run --help`.
+    """
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    min_length: int | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Called by pydantic when it builds the validator."""
+        return {**handler(source), **{name: bound for name, bound in vars(self).items() if bound is not None}}

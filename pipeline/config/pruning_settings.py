@@ -1,30 +1,27 @@
 """Identity settings: what is pruned, on which samples, by which method, and how blocks are trained."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
-
 from pipeline.config import checks
-from pipeline.config.option import After, Before, Option
+from pipeline.config.option import After, Before, Limits, Option
 from stages.pruners.registry import LAMP
 
-Share = Annotated[float, Gt(0), Lt(1)]
-Positive = Annotated[float, Gt(0)]
-Count = Annotated[int, Ge(1)]
-Tokens = Annotated[int, Ge(2)]
+Share = Annotated[float, Limits(gt=0, lt=1)]
+Positive = Annotated[float, Limits(gt=0)]
+Count = Annotated[int, Limits(ge=1)]
+Tokens = Annotated[int, Limits(ge=2)]
 Patterns = Annotated[tuple[str, ...], Before(checks.one_or_many), After(checks.valid_regexes)]
 NofM = Annotated[str | None, Before(checks.quoted_pattern), After(checks.valid_pattern)]
 
 
-@dataclass(frozen=True, kw_only=True)
+# No `from __future__ import annotations` here and in `job_settings`: text would have to be evaluated at every start.
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)  # `Settings` has these methods
 class PruningSettings:
     """Settings that change the weights. None: the default, which may depend on the model and the sparsity."""
 
     model: Annotated[
-        Annotated[str, MinLen(1)],
+        Annotated[str, Limits(min_length=1)],
         Option(
             "Alias (opt-125m, opt-1.3b, opt-2.7b, opt-6.7b, llama-2-7b, smollm2-135m, sam-vit-b, sam-vit-l, "
             "sam-vit-h), name on the Hugging Face hub, folder, GGUF file, or Segment Anything checkpoint (.pth).",
@@ -40,7 +37,7 @@ class PruningSettings:
         Option("N of every M weights of a row become zero, e.g. 2:4. Excludes --sparsity.", "What to prune", "N:M"),
     ] = None
     bits: Annotated[
-        Annotated[int, Interval(ge=2, le=8)] | None,
+        Annotated[int, Limits(ge=2, le=8)] | None,
         Option(
             "Also quantize the remaining weights to 2^B values per row (2 to 8).",
             "What to prune",
@@ -53,7 +50,7 @@ class PruningSettings:
         Option("With --bits: one quantization grid for every N columns.", "What to prune", "N", "one per row"),
     ] = None
     alpha: Annotated[
-        Annotated[float, Gt(0), Le(1)] | None,
+        Annotated[float, Limits(gt=0, le=1)] | None,
         Option(
             "The last block loses A times its share of weights; the other blocks lose more instead (LAMP Eqs. 1-2).",
             "What to prune",
@@ -62,7 +59,7 @@ class PruningSettings:
         ),
     ] = None
     beta: Annotated[
-        Annotated[float, Interval(ge=0, le=1)] | None,
+        Annotated[float, Limits(ge=0, le=1)] | None,
         Option(
             "q, k and v lose 1 - B times their share of weights; fc2 loses more instead (LAMP Eqs. 3-4).",
             "What to prune",
@@ -151,9 +148,11 @@ class PruningSettings:
         ),
     ] = None
     calibration_skip: Annotated[
-        Annotated[int, Ge(0)], Option("Skip the first N samples.", "Calibration", "N", "0", draws_samples=True)
+        Annotated[int, Limits(ge=0)], Option("Skip the first N samples.", "Calibration", "N", "0", draws_samples=True)
     ] = 0
-    seed: Annotated[Annotated[int, Ge(0)], Option("Random seed.", "Calibration", "N", "0", draws_samples=True)] = 0
+    seed: Annotated[
+        Annotated[int, Limits(ge=0)], Option("Random seed.", "Calibration", "N", "0", draws_samples=True)
+    ] = 0
 
     method: Annotated[
         Annotated[str, After(checks.known_method)],
@@ -199,14 +198,14 @@ class PruningSettings:
         ),
     ] = None
     epochs: Annotated[
-        Annotated[int, Ge(0)] | None,
+        Annotated[int, Limits(ge=0)] | None,
         Option("LAMP only: epochs of compensation per block.", "Training", "N", "by effort", applies_to="lamp"),
     ] = None
     lr: Annotated[
         Positive | None, Option("Learning rate of Adam.", "Training", "RATE", "by sparsity", applies_to="lamp")
     ] = None
     lr_decay: Annotated[
-        Annotated[float, Gt(0), Le(1)] | None,
+        Annotated[float, Limits(gt=0, le=1)] | None,
         Option("Factor of the learning rate after each epoch.", "Training", "F", "0.87", applies_to="lamp"),
     ] = None
     loss: Annotated[

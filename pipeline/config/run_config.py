@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from annotated_types import Ge
-
+from pipeline.config.option import Limits
 from pipeline.config.settings import Settings, names_where, with_current_names
 from stages.metrics.base import EvaluationProtocol
 from stages.pruners.base import PruneOptions
@@ -35,9 +34,9 @@ class RunConfig(Settings):
     method: str = LAMP
     pruner: str | None = None
     metrics: tuple[str, ...] = ()
-    seqlen: Annotated[int, Ge(2)]
+    seqlen: Annotated[int, Limits(ge=2)]
     evaluate: tuple[str, ...] = ()
-    eval_seqlen: Annotated[int, Ge(2)]
+    eval_seqlen: Annotated[int, Limits(ge=2)]
     tasks: tuple[str, ...] = ()
 
     @property

@@ -1,7 +1,6 @@
 """The registry: built-in names, entry points, and what is said of names that are none."""
 
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,24 @@ from stages.registry import Registry
 
 
 @pytest.fixture
-def fruits(monkeypatch) -> Registry:
+def install(tmp_path, monkeypatch):
+    """Installs a package "stall" with these entry points in the group lampctl.fruits, by name."""
+
+    def installed(**points: str) -> None:
+        metadata = tmp_path / "site" / "stall-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stall\nVersion: 1.0\n")
+        lines = [f"{name} = {reference}" for name, reference in points.items()]
+        (metadata / "entry_points.txt").write_text("\n".join(["[lampctl.fruits]", *lines, ""]))
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+    return installed
+
+
+@pytest.fixture
+def fruits(install) -> Registry:
     """Two built-in entries, one entry point that works, one whose package is broken, one that hides a built-in."""
-    points = [
-        EntryPoint("zebra", "fractions:Fraction", "lampctl.fruits"),
-        EntryPoint("broken", "no_such_package_at_all:Thing", "lampctl.fruits"),
-        EntryPoint("path", "fractions:Fraction", "lampctl.fruits"),
-    ]
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == "lampctl.fruits" else [])
+    install(zebra="fractions:Fraction", broken="no_such_package_at_all:Thing", path="fractions:Fraction")
     return Registry("fruit", {"path": "pathlib:Path", "colour": "colorsys:rgb_to_hls"})
 
 
@@ -47,7 +56,7 @@ def test_an_unknown_name_is_a_usage_error_that_names_the_nearest_and_all(fruits)
 
 
 def test_a_plugin_that_cannot_be_imported_names_its_package(fruits):
-    with pytest.raises(UsageError, match=r"fruit broken of the package no_such_package_at_all cannot be imported"):
+    with pytest.raises(UsageError, match=r"fruit broken of the package stall cannot be imported"):
         fruits.get("broken")
 
 
@@ -60,12 +69,11 @@ def test_a_plugin_that_cannot_be_imported_names_its_package(fruits):
         ("class Thing: pass", "no subclass of"),
     ],
 )
-def test_a_broken_plugin_takes_away_its_own_entry_only(monkeypatch, tmp_path, caplog, text, said):
+def test_a_broken_plugin_takes_away_its_own_entry_only(install, monkeypatch, tmp_path, caplog, text, said):
     (tmp_path / "broken_fruit.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "broken_fruit", raising=False)
-    point = EntryPoint("broken", "broken_fruit:Thing", "lampctl.fruits")
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [point])
+    install(broken="broken_fruit:Thing")
     fruits = Registry("fruit", {"path": "pathlib:Path"}, base=Path)
     with pytest.raises(UsageError, match=said):
         fruits.get("broken")
@@ -74,13 +82,12 @@ def test_a_broken_plugin_takes_away_its_own_entry_only(monkeypatch, tmp_path, ca
     assert caplog.text.count(said) == 1
 
 
-def test_a_reserved_name_and_a_built_in_one_are_not_for_plugins(monkeypatch, caplog):
-    points = [EntryPoint(name, "fractions:Fraction", "lampctl.fruits") for name in ("path", "any")]
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
+def test_a_reserved_name_and_a_built_in_one_are_not_for_plugins(install, caplog):
+    install(path="fractions:Fraction", any="fractions:Fraction")
     fruits = Registry("fruit", {"path": "pathlib:Path"}, reserved=("any",))
     assert fruits.names == ("path",)
-    assert "fruit path of the package fractions is ignored" in caplog.text
-    assert "fruit any of the package fractions is ignored" in caplog.text
+    assert "fruit path of the package stall is ignored" in caplog.text
+    assert "fruit any of the package stall is ignored" in caplog.text
     with pytest.raises(ValueError, match="any"):
         fruits.register("any", 1)
 

@@ -143,6 +143,20 @@ def test_help_imports_no_command_and_no_pydantic(lampctl):
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_help_of_a_command_imports_that_command_and_what_its_flags_need():
+    code = (
+        "import sys; sys.argv = ['lampctl', 'run', '--help']\n"
+        "from lampctl.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "loaded = {name for name in sys.modules if name.startswith('lampctl.commands.')}\n"
+        "assert loaded == {'lampctl.commands.run'}, loaded\n"
+        "slow = {'pydantic', 'annotated_types', 'importlib.metadata', 'email', 'hashlib', 'json'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_a_wrong_command_is_refused_with_the_nearest_name(lampctl):
     answer = lampctl("stats")
     assert answer.code == 2
