@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stages.data.pieces import Ends, Progress, token_pieces
 from stages.data.text_source import TextSource, Use
 from stages.errors import UsageError
 from stages.machine.hub import reason_of
@@ -30,9 +32,30 @@ def load_tokenizer(folder: Path, *, trusts_code: bool = False) -> Any:
         raise UsageError(f"{folder} holds no tokenizer that transformers can read ({reason_of(error)})") from error
 
 
-def tokenize(tokenizer: Any, text: str) -> Tensor:
+def tokenize(tokenizer: Any, text: str, progress: Progress | None = None) -> Tensor:
     """Token ids (n,) of one text, with what the tokenizer puts at its head (BOS), once."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    ends = Ends.of(tokenizer)
+    pieces = token_pieces(tokenizer, text, progress)
+    return torch.cat([_ids(ends.head), *pieces, _ids(ends.tail)])
+
+
+def first_tokens(tokenizer: Any, text: str, needed: int) -> Tensor:
+    """The first token ids of a text, at least `needed` if it has so many. The rest may be left out.
+
+    Takes as long for a long text as for a short one.
+    """
+    ends = Ends.of(tokenizer)
+    found, num_found = [_ids(ends.head)], len(ends.head)
+    for piece in token_pieces(tokenizer, text):
+        found.append(piece)
+        num_found += len(piece)
+        if num_found >= needed:
+            return torch.cat(found)
+    return torch.cat([*found, _ids(ends.tail)])
+
+
+def _ids(ids: Sequence[int]) -> Tensor:
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def calibration_tokens(
@@ -64,18 +87,18 @@ def calibration_tokens(
     return tokens[:needed].view(-1, seqlen)[skip:].clone()
 
 
-def evaluation_tokens(source: TextSource, tokenizer: Any) -> Tensor:
+def evaluation_tokens(source: TextSource, tokenizer: Any, progress: Progress | None = None) -> Tensor:
     """All token ids (n,) of the evaluation text, tokenized once."""
-    return tokenize(tokenizer, source.text("evaluation"))
+    return tokenize(tokenizer, source.text("evaluation"), progress)
 
 
 def _first_tokens(source: TextSource, tokenizer: Any, needed: int) -> Tensor:
-    """All tokens of the calibration text, or, of a source with very many documents, of as many as are needed."""
+    """The first tokens of the calibration text; all of them if it has fewer than are needed."""
     if not source.has_documents:
-        return tokenize(tokenizer, source.text("calibration"))
+        return first_tokens(tokenizer, source.text("calibration"), needed)
     num_documents = 256
     while True:
-        tokens = tokenize(tokenizer, source.text("calibration", num_documents))
+        tokens = first_tokens(tokenizer, source.text("calibration", num_documents), needed)
         if len(tokens) >= needed or num_documents >= len(source.documents("calibration")):
             return tokens
         num_documents *= 2
@@ -114,7 +137,7 @@ def require_length(source: TextSource, tokenizer: Any, use: Use, num_tokens: int
     A source of the hub is not looked at.
     """
     if source.is_local:
-        tokens = tokenize(tokenizer, source.text(use))
+        tokens = first_tokens(tokenizer, source.text(use), num_tokens)
         if len(tokens) < num_tokens:
             raise UsageError(f"{source.name} has {len(tokens):,} tokens for {use}, {num_tokens:,} are needed: {remedy}")
         require_vocabulary(tokens, vocab_size, "the model")

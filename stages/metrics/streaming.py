@@ -74,7 +74,12 @@ def read_windows(context: MetricContext) -> TextWindows:
     """
     source, protocol, folder = context.source, context.protocol, context.original.source
     assert isinstance(source, TextSource)
-    tokens = evaluation_tokens(source, load_tokenizer(folder.path, trusts_code=folder.trusts_code))
+
+    def progress(done: int, total: int) -> None:
+        context.callbacks.check_stop()
+        context.callbacks.report(done, total, "characters")
+
+    tokens = evaluation_tokens(source, load_tokenizer(folder.path, trusts_code=folder.trusts_code), progress)
     require_vocabulary(tokens, context.model.vocab_size, context.model.source.name)
     num_available = len(cut(tokens, protocol.seqlen, None, source.max_windows))
     read = cut(tokens, protocol.seqlen, protocol.max_tokens, source.max_windows)
