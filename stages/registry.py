@@ -42,7 +42,7 @@ class Registry(Generic[T]):
         builtin: Mapping[str, str],
         *,
         group: str | None = None,
-        base: type | None = None,
+        base: str | None = None,
         reserved: tuple[str, ...] = (),
     ) -> None:
         """Declare a registry.
@@ -51,7 +51,7 @@ class Registry(Generic[T]):
             kind: What one entry is called in messages, in the singular: "pruner".
             builtin: ``"module:object"`` by name.
             group: Entry point group; default: ``lampctl.<kind>s`` with spaces as underscores.
-            base: Every entry is a subclass of it; None: not checked.
+            base: ``"module:object"`` of the class that every entry of a package is a subclass of; None: not checked.
             reserved: Names that no entry may have, because they mean something else where a name is chosen.
         """
         self.kind = kind
@@ -76,6 +76,16 @@ class Registry(Generic[T]):
         """Every name. Imports no entry."""
         registered = (name for name in self._loaded if name not in self._builtin and name not in self._plugins)
         return (*self._builtin, *self._plugins, *registered)
+
+    @property
+    def builtin_names(self) -> tuple[str, ...]:
+        """The names of built-in entries."""
+        return tuple(self._builtin)
+
+    @property
+    def added_names(self) -> tuple[str, ...]:
+        """The names of other packages' entries, and of those that `register` added. Imports no entry."""
+        return self.names[len(self._builtin) :]
 
     def get(self, name: str) -> T:
         """Import the entry of this name, once.
@@ -146,10 +156,10 @@ class Registry(Generic[T]):
                 f"{self.kind} {name} of the package {package} cannot be imported ({type(error).__name__}: {error}): "
                 f"update or uninstall {package}"
             ) from error
-        if self._base is not None and not (isinstance(entry, type) and issubclass(entry, self._base)):
+        if self._base is not None and not (isinstance(entry, type) and issubclass(entry, _load(self._base))):
             raise UsageError(
-                f"{self.kind} {name} of the package {package} is no subclass of {self._base.__module__}."
-                f"{self._base.__name__}: update or uninstall {package}"
+                f"{self.kind} {name} of the package {package} is no subclass of {self._base.replace(':', '.')}: update "
+                f"or uninstall {package}"
             )
         return cast(T, entry)
 

@@ -138,7 +138,7 @@ def parameters_of(
     if option.form == "file only":
         return
     if name == "model":
-        argument = typer.Argument(metavar=option.metavar, help=option.help, show_default=False)
+        argument = typer.Argument(metavar=option.metavar, help=option.text, show_default=False)
         yield _parameter(name, Annotated[str | None, argument])
         return
     envvar = variable_of(name) if reads_environment else None

@@ -53,7 +53,7 @@ def _row(name: str, option: Option) -> str:
         _values(name, option),
         option.default or "-",
         option.scope,
-        option.text,
+        option.builtin_text,
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from pipeline.config.choices import any_of
 from pipeline.config.gather import Gathered
 from pipeline.config.run_config import CALIBRATION_FIELDS, LAMP_FIELDS, RunConfig
 from pipeline.config.settings import flag_of
@@ -47,7 +48,7 @@ def check_combinations(gathered: Gathered) -> None:
         raise ConfigError(f"--group-size {settings.group_size}{origin('group_size')} requires --bits")
     if settings.bits is not None and settings.method not in bit_methods():
         is_baseline = gathered.origins.get("method") == BASELINE
-        remedy = f"leave out --baseline {settings.method}" if is_baseline else f"use --method {_any_of(bit_methods())}"
+        remedy = f"leave out --baseline {settings.method}" if is_baseline else f"use --method {any_of(bit_methods())}"
         title = method_title(settings.method)
         raise ConfigError(f"--bits {settings.bits}{origin('bits')}: {title} pruning cannot quantize; {remedy}")
     flag, name = ("--pruner", settings.pruner) if settings.method == LAMP else ("--method", settings.method)
@@ -221,8 +222,3 @@ def check_evaluation(config: RunConfig, max_positions: int | None) -> None:
         raise ConfigError(
             f"--eval-max-tokens {config.eval_max_tokens} is less than one window of {config.eval_seqlen} tokens"
         )
-
-
-def _any_of(names: Sequence[str]) -> str:
-    """ "a, b or c"."""
-    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pipeline.config import checks
 from pipeline.config.option import After, Before, Limits, Option
 from pipeline.config.pruning_settings import Count, Tokens
-from stages.metrics.base import Points
+from stages.metrics.points import Points
 
 Names = Annotated[tuple[str, ...] | None, Before(checks.split_commas)]
 Tasks = Annotated[tuple[str, ...] | None, Before(checks.split_commas), After(checks.expand_tasks)]
@@ -21,7 +21,8 @@ class JobSettings:
     evaluate: Annotated[
         Names,
         Option(
-            "Measure on these data sources: perplexity, or (coco:DIR, sa1b:DIR) single-point IoU; '' for none.",
+            "Measure on these data sources: perplexity, or (coco:DIR, sa1b:DIR) single-point IoU{more_sources}; '' for "
+            "none.",
             "Evaluation",
             "SRC,...",
             "wikitext2; no images",
@@ -32,7 +33,8 @@ class JobSettings:
     metrics: Annotated[
         MetricNames,
         Option(
-            "More metrics on the same data sources, beside perplexity or IoU: those of installed packages.",
+            "More metrics on the same data sources, beside perplexity or IoU: those of installed "
+            "packages{more_metrics}.",
             "Evaluation",
             "NAME,...",
             "none",

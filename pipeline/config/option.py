@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stages.pruners.registry import method_names
+from pipeline.config.choices import filled
 
 Panel = Literal["What to prune", "Calibration", "Method", "Training", "Evaluation", "Machine", "Stopping", "Storage"]
 # Identity settings change the weights: lampctl refuses another value in the same run directory. Runtime settings may
@@ -26,7 +26,7 @@ Form = Literal["value", "repeated", "list", "path", "file only"]
 class Option:
     """One setting. The command line, the configuration file's schema and the docs are generated from it."""
 
-    help: str  # a sentence or two; "{methods}" stands for the pruners of the registry
+    help: str  # a sentence or two; `pipeline.config.choices` fills in the names of registries, as in "{methods}"
     panel: Panel
     metavar: str | None = None
     default: str | None = None  # for people: "128", "by effort"
@@ -39,9 +39,13 @@ class Option:
 
     @property
     def text(self) -> str:
-        """The help with the names of the pruners filled in."""
-        names = method_names()[1:]
-        return self.help.replace("{methods}", f"{', '.join(names[:-1])} or {names[-1]}")
+        """The help with the names that can be chosen."""
+        return filled(self.help, builtin_only=False)
+
+    @property
+    def builtin_text(self) -> str:
+        """The help with the names of built-in entries, whatever packages are installed."""
+        return filled(self.help, builtin_only=True)
 
     @property
     def full_help(self) -> str:

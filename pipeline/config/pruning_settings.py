@@ -112,8 +112,7 @@ class PruningSettings:
     calibration: Annotated[
         str | None,
         Option(
-            "Data source of the calibration set: c4, wikitext2, ptb (from the hub, or a local copy as in c4:PATH), "
-            "pydocs, text:PATH; for Segment Anything sa1b:DIR, coco:DIR, images:DIR.",
+            "Data source of the calibration set: {data_sources}.",
             "Calibration",
             "SRC",
             "c4; none for Segment Anything",
@@ -161,7 +160,7 @@ class PruningSettings:
     pruner: Annotated[
         Annotated[str | None, After(checks.known_pruner)],
         Option(
-            "LAMP only: the pruner of its blocks, sparsegpt (as in the paper) or alps.",
+            "LAMP only: the pruner of its blocks, {lamp_pruners}.",
             "Method",
             "NAME",
             "alps; sparsegpt with --effort low or --bits",

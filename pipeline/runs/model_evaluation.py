@@ -20,7 +20,8 @@ from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.locate import is_address, locate
 from pipeline.runs.prepare import RUNS
 from stages.formats.file_digest import local_path
-from stages.metrics.base import EvaluationProtocol, Points
+from stages.metrics.base import EvaluationProtocol
+from stages.metrics.points import Points
 
 if TYPE_CHECKING:
     from stages.interfaces import Checkpoint, Watcher

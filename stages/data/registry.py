@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from stages.data.base import DataSource
+from typing import TYPE_CHECKING
+
 from stages.errors import UsageError
-from stages.formats.file_digest import local_path
 from stages.registry import Registry
+
+# Help lists the names; importing the classes takes 30 ms.
+if TYPE_CHECKING:
+    from stages.data.base import DataSource
 
 DATA_SOURCES: Registry[type[DataSource]] = Registry(
     "data source",
@@ -28,6 +32,8 @@ def parse_source(name: str) -> DataSource:
     Raises:
         UsageError: There is no such kind of data source, or nothing is at its path.
     """
+    from stages.formats.file_digest import local_path
+
     kind, colon, path = name.partition(":")
     if kind in DATA_SOURCES:
         entry = DATA_SOURCES.get(kind)

@@ -10,16 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from stages.data.base import DataSource
     from stages.interfaces import Callbacks, Scratch
     from stages.machine.device import DeviceChoices
+    from stages.metrics.points import Points
     from stages.models.base import BlockModel
-
-# Where in a segmentation mask the one point is that asks for it; "auto": the annotation's own, else the interior one.
-Points = Literal["auto", "annotation", "interior", "random", "box-center"]
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.errors import UsageError
-from stages.metrics.base import Metric, UnknownMetric
 from stages.registry import Registry
+
+if TYPE_CHECKING:
+    from stages.metrics.base import Metric
 
 METRICS: Registry[type[Metric]] = Registry(
     "metric",
@@ -23,6 +25,8 @@ def metric_of(name: str) -> type[Metric]:
     try:
         return METRICS.get(name)
     except UsageError:
+        from stages.metrics.base import UnknownMetric
+
         return type("UnknownMetric", (UnknownMetric,), {"name": name, "title": name})
 
 

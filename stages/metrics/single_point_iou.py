@@ -53,7 +53,7 @@ def evaluate_masks(
 ) -> dict[str, Any]:
     """Mean IoU over all annotated masks of the images, one point each; figures ready for JSON.
 
-    points: where the point is (`stages.tasks.base.Points`); "auto" takes the annotation's own where it has one and
+    points: where the point is (`stages.metrics.points.Points`); "auto" takes the annotation's own where it has one and
     the interior point otherwise. Images that cannot be used are passed over and counted. Stopped, it resumes after
     the last group of images. Raises UsageError where no mask is left to measure.
     """

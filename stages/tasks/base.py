@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from stages.data.base import DataSource
     from stages.interfaces import Samples
-    from stages.metrics.base import Points
+    from stages.metrics.points import Points
     from stages.models.base import BlockModel
 
 

@@ -9,7 +9,7 @@ from stages.data.base import DataSource, require_task
 from stages.data.registry import source_kind
 from stages.data.text_source import TextSource
 from stages.data.tokenization import load_tokenizer, require_length, require_vocabulary
-from stages.metrics.base import Points
+from stages.metrics.points import Points
 from stages.models.base import BlockModel, ModelFolder
 from stages.tasks.base import Drawing, Drawn, Listed
 

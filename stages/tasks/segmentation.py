@@ -8,7 +8,7 @@ from stages.data.base import DataSource, require_task
 from stages.data.image_decoding import prepare, read_pixels
 from stages.data.image_source import ImageRecord, ImageSource, Skipped, UnusableImageError, chosen
 from stages.errors import UsageError
-from stages.metrics.base import Points
+from stages.metrics.points import Points
 from stages.models.base import BlockModel
 from stages.models.sam.encoder import SamEncoder
 from stages.tasks.base import Drawing, Drawn

@@ -74,7 +74,7 @@ def test_a_broken_plugin_takes_away_its_own_entry_only(install, monkeypatch, tmp
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "broken_fruit", raising=False)
     install(broken="broken_fruit:Thing")
-    fruits = Registry("fruit", {"path": "pathlib:Path"}, base=Path)
+    fruits = Registry("fruit", {"path": "pathlib:Path"}, base="pathlib:Path")
     with pytest.raises(UsageError, match=said):
         fruits.get("broken")
     assert fruits.items() == (("path", Path),)
