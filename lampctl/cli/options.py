@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 import typer
 
 from pipeline.config.option import Option
-from pipeline.config.settings import flag_of, former_names, options, type_of, variable_of
+from pipeline.config.settings import flag_of, options, type_of, variable_of
 
 if TYPE_CHECKING:
     from pipeline.config.gather import Gathered
@@ -89,7 +90,7 @@ def with_changes(
                 name, default, reads_environment=name in environment, flag=(flags or {}).get(name)
             )
         ]
-        return _with_parameters(command, declared, _by_setting)
+        return _with_parameters(command, declared, _changes)
 
     return decorate
 
@@ -115,10 +116,21 @@ def _with_parameters(
     return wrapper
 
 
+def _changes(values: dict[str, Any]) -> dict[str, Any]:
+    """The values that were given. Environment variables that are no setting are refused, as `lampctl run` does."""
+    from pipeline.config.names import require_known_variables
+
+    require_known_variables(os.environ)
+    return _by_setting(values)
+
+
 def _by_setting(values: dict[str, Any]) -> dict[str, Any]:
-    """The values that were given, under the current names of the settings."""
-    given = {name.rstrip("_"): value for name, value in values.items() if value not in (None, [])}
-    return {former_names().get(name, name): value for name, value in given.items()}
+    """The values that were given, under the current names of the settings. Raises ConfigError for one given twice."""
+    from pipeline.config.names import written_names
+
+    by_flag = {flag_of(name.rstrip("_")): name for name, value in values.items() if value not in (None, [])}
+    flags = written_names(by_flag, lambda flag: by_flag[flag].rstrip("_"))
+    return {setting: values[by_flag[flag]] for setting, flag in flags.items()}
 
 
 def parameters_of(

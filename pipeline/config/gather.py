@@ -6,13 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.config.settings import ENVIRONMENT_PREFIX, Settings, former_names, variable_of, with_current_names
+from pipeline.config.config_file import read_config_file
+from pipeline.config.names import given_variables, written_names
+from pipeline.config.settings import Settings
 from pipeline.errors import ConfigError
-
-# LAMPCTL_CACHE is the folder of the cache, not a setting of a run.
-_OTHER_VARIABLES = {"LAMPCTL_CACHE"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
@@ -67,49 +66,39 @@ def gather(
     Raises:
         ConfigError: Values are wrong. The message names each one, its origin and what would be right.
     """
-    from_file = _read_config_file(config_file) if config_file else {}
+    from_file = _of_file(config_file) if config_file else {}
     from_environment = {
-        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
-        for name, value in environ.items()
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in _OTHER_VARIABLES and value
+        setting: _Given(environ[name], f"environment {name}") for setting, name in given_variables(environ).items()
     }
-    presets = (preset, from_environment.pop("preset", None), from_file.pop("preset", None))
-    preset = next((name for name in presets if name is not None), None)
+    presets = [layer.pop("preset").value for layer in (from_environment, from_file) if "preset" in layer]
+    preset = next((name for name in (preset, *presets) if name is not None), None)
     if preset is not None and preset not in [*PRESETS]:
         raise ConfigError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    from_preset = PRESETS[preset] if preset else {}
+    from_flags = {name: value for name, value in flags.items() if value is not None}
     layers = (
-        (PRESETS[preset] if preset else {}, lambda _: f"preset {preset}"),
-        (from_file, lambda _: f"file {config_file}"),
-        (from_environment, lambda field: f"environment {variable_of(field)}"),
-        ({field: value for field, value in flags.items() if value is not None}, lambda _: "flag"),
+        {setting: _Given(value, f"preset {preset}") for setting, value in from_preset.items()},
+        from_file,
+        from_environment,
+        {setting: _Given(from_flags[name], "flag") for setting, name in written_names(from_flags).items()},
     )
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for layer, origin in layers:
-        named = {former_names().get(field, field): origin(field) for field in layer}
-        values |= with_current_names(layer)
-        origins |= named
-    return Gathered(Settings.of(values, origins), origins, preset)
+    given = {setting: found for layer in layers for setting, found in layer.items()}
+    origins = {setting: found.origin for setting, found in given.items()}
+    return Gathered(Settings.of({setting: found.value for setting, found in given.items()}, origins), origins, preset)
 
 
-def _read_config_file(path: Path) -> dict[str, Any]:
-    import tomllib
+class _Given(NamedTuple):
+    """A value that the user gave."""
 
-    import yaml
+    value: Any
+    origin: str
 
+
+def _of_file(path: Path) -> dict[str, _Given]:
+    """The settings of a configuration file, which may be written with - or _."""
+    content = read_config_file(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error})") from error
-    try:
-        if path.suffix == ".toml":
-            content: Any = tomllib.loads(text)
-        elif path.suffix in {".yaml", ".yml"}:
-            content = yaml.safe_load(text)
-        else:
-            raise ConfigError(f"--config {path}: the name must end in .toml, .yaml or .yml")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        names = written_names(content, lambda name: name.replace("-", "_"))
+    except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: expected one setting per line, as `name: value`")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    return {setting: _Given(content[name], f"file {path}") for setting, name in names.items()}

@@ -6,7 +6,8 @@ and a run's identity all come from the declarations. Pydantic validates the valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args, get_origin, get_type_hints
@@ -125,6 +126,28 @@ def former_names() -> dict[str, str]:
     return {alias: name for name, option in options().items() for alias in option.aliases}
 
 
+def current_name(name: str) -> str:
+    """The setting's current name, for a current or a former one."""
+    return former_names().get(name, name)
+
+
+def known_names() -> tuple[str, ...]:
+    """What a file or the environment may give: the settings, and the preset."""
+    return ("preset", *sorted(options()))
+
+
+def no_setting(name: str, origin: str | None) -> str:
+    """The message about a name that is no setting."""
+    where = f" ({origin})" if origin is not None else ""
+    return f"{name}{where} is not a setting of a run{suggestion(name, known_names())}"
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """What may be meant by an unknown name: the nearest one that is known, or any of them."""
+    near = difflib.get_close_matches(name, [*known, *former_names()], n=1)
+    return f": did you mean {current_name(near[0])}?" if near else f"; known: {', '.join(known)}"
+
+
 def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values under the current names of their settings. A value under the current name wins."""
     renamed = {former_names()[name]: value for name, value in values.items() if name in former_names()}
@@ -159,8 +182,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
         if problem["type"] == "missing":
             lines.append(f"{flag} is missing (lampctl run --help has examples)")
         elif problem["type"] == "unexpected_keyword_argument":
-            known = ", ".join(sorted(options()))
-            lines.append(f"{field} ({origins.get(field)}) is not a setting of a run; known: preset, {known}")
+            lines.append(no_setting(field, origins.get(field)))
         else:
             given = problem["input"]
             given = ", ".join(map(str, given)) if isinstance(given, tuple | list) else given

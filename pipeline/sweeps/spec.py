@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.config.adjust import sibling, with_absolute_paths
 from pipeline.config.gather import Gathered
 from pipeline.config.run_config import FREE_FIELDS
-from pipeline.config.settings import Settings, flag_of, options
+from pipeline.config.settings import Settings, current_name, flag_of, options, suggestion
 from pipeline.errors import ConfigError
 from stages.pruners.registry import LAMP
 
@@ -208,8 +208,10 @@ def _split(text: str, flag: str) -> tuple[str, str]:
 
 
 def _known(field: str, flag: str) -> str:
-    name = field.strip().lstrip("-").replace("-", "_")
+    name = current_name(field.strip().lstrip("-").replace("-", "_"))
     varied = sorted(set(options()) - set(_NEVER))
+    if name not in options():
+        raise ConfigError(f"{flag} {field} is not a setting{suggestion(name, varied)}")
     if name not in varied:
         known = ", ".join(flag_of(found).removeprefix("--") for found in varied)
         raise ConfigError(f"{flag} {field}: a sweep cannot vary it; choose from {known}")
