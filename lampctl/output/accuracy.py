@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from rich.table import Table
 
 from lampctl.output.labels import source_label
-from stages.metrics.registry import figure_text, how_measured, metric_of
+from stages.metrics.registry import figure_text, metric_of
 
 if TYPE_CHECKING:
     from pipeline.runs.model_evaluation import ModelResults
@@ -86,7 +86,7 @@ def model_results(figures: ModelResults, as_json: bool) -> None:
         table = Table("measured", "on", "how")
         table.add_column("value", justify="right")
         for found in figures.measured:
-            how = how_measured(found.metric, found.details, is_partial=found.is_partial)
+            how = found.details.described(is_partial=found.is_partial)
             title, value = metric_of(found.metric).title, figure_text(found.metric, found.value)
             table.add_row(title, source_label(found.source), how, value)
         console.print(table)

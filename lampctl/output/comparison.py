@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lampctl.output.labels import source_label
+from lampctl.output.labels import measured_label
 from lampctl.output.units import duration, size
 from pipeline.runs.comparison import ModelSummary
-from pipeline.runs.status import EvaluationResult
+from pipeline.runs.status import EvaluationResult, MeasuredOn
 from stages.metrics.registry import metric_of
 from stages.pruners.registry import method_title
 
@@ -125,7 +125,7 @@ def compare(summaries: Sequence[ModelSummary]) -> Comparison:
     return Comparison(tuple(column for column in columns if column.key in known), tuple(rows))
 
 
-def _row(summary: ModelSummary, measured: dict[_What, Column]) -> Row:
+def _row(summary: ModelSummary, measured: dict[MeasuredOn, Column]) -> Row:
     values = {measured[r.measured_on].key: _value(r) for r in summary.evaluations if r.which == "pruned"}
     for column, figure in _FIXED:
         value = figure(summary)
@@ -134,27 +134,26 @@ def _row(summary: ModelSummary, measured: dict[_What, Column]) -> Row:
     return Row(summary.label, summary.base, summary.method, summary.goal, False, values)
 
 
-_What = tuple[str, str, Any, int, bool]  # EvaluationResult.measured_on
-
-
 def _value(result: EvaluationResult) -> float:
     return math.inf if result.value is None else result.value
 
 
-def _measured_columns(results: Sequence[EvaluationResult]) -> dict[_What, Column]:
+def _measured_columns(results: Sequence[EvaluationResult]) -> dict[MeasuredOn, Column]:
     """One column per evaluation set. Its key holds the amount of data if the name alone is not unique."""
     found = list(dict.fromkeys(result.measured_on for result in results))
     names = [what[:3] for what in found]
     columns = {}
-    for metric, source, how, amount, is_partial in found:
-        is_alone = names.count((metric, source, how)) == 1
-        unit = "masks" if metric == "iou" else "tokens"
-        key, title = f"{metric}/{source}@{how}", f"{metric_of(metric).title}\n{source_label(source)} @{how}"
+    for metric, source, protocol, amount, is_partial in found:
+        is_alone = names.count((metric, source, protocol)) == 1
+        unit, how = metric_of(metric).details.unit, f"@{protocol}" if protocol else ""
+        key, title = f"{metric}/{source}{how}", f"{metric_of(metric).title}\n{measured_label(source, protocol)}"
         if is_partial:
             title += f"\nfirst {amount:,}"
         elif not is_alone:
             title += f"\n{amount:,} {unit}"
-        columns[metric, source, how, amount, is_partial] = Column(key if is_alone else f"{key}:{amount}", title, metric)
+        columns[metric, source, protocol, amount, is_partial] = Column(
+            key if is_alone else f"{key}:{amount}", title, metric
+        )
     return columns
 
 

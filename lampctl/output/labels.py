@@ -17,3 +17,8 @@ def layer_label(name: str, block: int) -> str:
     """Name of a layer inside its block: "q_proj", or "attn.c_proj" where the last part is not unique."""
     inside = name.partition(f".{block}.")[2] or name
     return inside.rpartition(".")[2] if "c_proj" not in inside and "dense" not in inside else inside
+
+
+def measured_label(source: str, protocol: str) -> str:
+    """A data source with the protocol that it was measured by: ``wikitext2 @2048``."""
+    return f"{source_label(source)} @{protocol}" if protocol else source_label(source)

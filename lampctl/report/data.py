@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lampctl.output.labels import layer_label, source_label
+from lampctl.output.labels import layer_label, measured_label
 from pipeline.rundir.redact import scrub
 from pipeline.runs.status import BlockState, EpochLoss, RunStatus, side_by_side
 from stages.pruners.registry import method_title
@@ -61,8 +61,8 @@ def measured_by_sparsity(states: Sequence[RunStatus]) -> Dataset:
     originals: set[tuple[Cell, ...]] = set()
     for state in states:
         for pair in side_by_side(state.evaluations):
-            metric, source, how, amount, _ = next(iter(pair.values())).measured_on
-            about = (scrub(state.config.model), metric, f"{source_label(source)} @{how}", amount)
+            metric, source, protocol, amount, _ = next(iter(pair.values())).measured_on
+            about = (scrub(state.config.model), metric, measured_label(source, protocol), amount)
             if "dense" in pair and about not in originals:
                 originals.add(about)
                 rows.append((*about, "dense", None, 0.0, pair["dense"].value))

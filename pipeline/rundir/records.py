@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     field_validator,
     model_validator,
@@ -31,6 +32,8 @@ from pipeline.rundir.migrations import migrate
 # Steps of records that are no work: commits that are no longer valid; another machine or other versions from here on.
 INVALIDATE = "invalidate"
 ENVIRONMENT = "environment"
+
+JsonObject = dict[str, JsonValue]
 
 StreamDtype = Literal["float32", "float16", "bfloat16", "int64", "int32"]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.plan import Step
 from pipeline.rundir.lease import holder_of, is_known_dead
-from pipeline.rundir.records import ENVIRONMENT, EnvironmentChange, StepCommit
+from pipeline.rundir.records import ENVIRONMENT, EnvironmentChange, JsonObject, StepCommit
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.steps.evaluate import evaluations_of
 from pipeline.steps.lamp_plan import steps_of
@@ -27,7 +26,10 @@ from pipeline.steps.results import (
 )
 from pipeline.steps.run_facts import BlockBudgetRecord, facts_of
 from pipeline.steps.zero_shot import accuracies_of
-from stages.metrics.registry import how_measured
+from stages.metrics.details import Details
+
+# Metric, source, protocol (tokens of a window, place of the points), amount of data, whether it is partial.
+MeasuredOn = tuple[str, str, str, int, bool]
 
 
 @dataclass(frozen=True)
@@ -108,28 +110,22 @@ class EvaluationResult:
     metric: str
     value: float | None
     is_partial: bool
-    details: Mapping[str, Any]
+    details: Details
 
     @property
     def amount(self) -> int:
-        """Number of tokens, or masks, that it was measured on."""
-        return int(self.details.get("num_masks") or self.details.get("num_tokens") or 0)
+        """Number of tokens, masks or the like that it was measured on."""
+        return self.details.amount
 
     @property
-    def measured_on(self) -> tuple[str, str, Any, int, bool]:
-        """What two results must share to be compared: metric, source, window or points, amount, whether partial."""
-        return (
-            self.metric,
-            self.source,
-            self.details.get("points", self.details.get("seqlen")),
-            self.amount,
-            self.is_partial,
-        )
+    def measured_on(self) -> MeasuredOn:
+        """What two results must share to be compared."""
+        return (self.metric, self.source, self.details.protocol, self.amount, self.is_partial)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """The same as one JSON object."""
         about = {"step": self.step, "which": self.which, "source": self.source, "metric": self.metric}
-        return {**about, self.metric: self.value, **self.details, "is_partial": self.is_partial}
+        return {**about, self.metric: self.value, **self.details.as_json(), "is_partial": self.is_partial}
 
 
 @dataclass(frozen=True)
@@ -264,7 +260,7 @@ def side_by_side(
     evaluations: Sequence[EvaluationResult],
 ) -> list[dict[str, EvaluationResult]]:
     """Dense and pruned results together where both were measured on the very same data, and only there."""
-    rows: dict[tuple[Any, ...], dict[str, EvaluationResult]] = {}
+    rows: dict[MeasuredOn, dict[str, EvaluationResult]] = {}
     for result in evaluations:
         rows.setdefault(result.measured_on, {})[result.which] = result
     return list(rows.values())
@@ -272,7 +268,7 @@ def side_by_side(
 
 def described(result: EvaluationResult) -> str:
     """How a metric was measured, in a few words."""
-    return how_measured(result.metric, result.details, is_partial=result.is_partial)
+    return result.details.described(is_partial=result.is_partial)
 
 
 def _holder(run: RunDirectory) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.errors import ConfigMismatch
@@ -50,9 +50,9 @@ class Calibrate(StepKind):
             callbacks.check_stop()
             stream.write(index, samples[index])
             callbacks.report(index + 1, len(samples), "samples")
-        unit: Literal["tokens", "images"] = "images" if "num_images" in drawn.figures else "tokens"
-        amount, skipped = drawn.figures[f"num_{unit}"], drawn.figures.get("skipped", {})
-        return CalibrateResult(source=config.calibration, unit=unit, amount=amount, skipped=skipped)
+        return CalibrateResult(
+            source=config.calibration, unit=drawn.unit, amount=drawn.amount, skipped=dict(drawn.skipped)
+        )
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         return context.num_tokens * context.model.input_bytes_per_token

@@ -116,7 +116,7 @@ def evaluate_result(which: Which, digest: JsonValue, measured: Measurement) -> E
         metric=measured.metric,
         value=measured.value,
         is_partial=measured.is_partial,
-        details=dict(measured.details),
+        details=measured.details,
     )
 
 

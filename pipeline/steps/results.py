@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_serializer, field_validator
 
 from pipeline.errors import DamagedData
-from pipeline.rundir.records import Result
+from pipeline.rundir.records import JsonObject, Result
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.steps.run_facts import BlockBudgetRecord, facts_of
+from stages.metrics.details import Details
+from stages.metrics.registry import metric_of
+from stages.metrics.zero_shot import require_possible
 
 if TYPE_CHECKING:
     from stages.finish_block import FinishedBlock
     from stages.training.trainer import Losses, Training
 
 Which = Literal["dense", "pruned"]
+Amount = Annotated[int, Field(ge=0, le=2**53)]
+MetricName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 
 
 class _Part(BaseModel):
@@ -97,9 +102,9 @@ class CalibrateResult(Result):
     """What the calibration set consists of."""
 
     source: str
-    unit: Literal["tokens", "images"]
-    amount: int = Field(ge=0)
-    skipped: dict[str, int] = Field(default_factory=dict)  # samples that could not be used, by reason
+    unit: str = Field(pattern=r"^[a-z]{1,40}$")  # of the task: "tokens", "images"
+    amount: Amount
+    skipped: dict[str, Amount] = Field(default_factory=dict)  # samples that could not be used, by reason
     shared_with: str | None = None  # digest of run.json of the run whose result was used
 
 
@@ -166,28 +171,36 @@ class EvaluateResult(Result):
         metric: Name of the metric.
         value: Its value; None: it overflowed.
         is_partial: Only a part of the data was used.
-        details: What the metric was measured on. ``seqlen`` and ``num_...`` are counts, ``points`` is text.
+        details: On what it was measured, of the class that the metric names.
     """
 
     which: Which
     source: str
     source_digest: JsonValue
-    metric: str
+    metric: MetricName
     value: float | None
     is_partial: bool
-    details: dict[str, JsonValue]
+    details: Details
 
-    @field_validator("details")
+    @field_validator("value")
     @classmethod
-    def _require_kinds(cls, details: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        """Results are compared and shown by these, whatever the metric."""
-        for name, value in details.items():
-            is_count = name == "seqlen" or name.startswith("num_")
-            if is_count and (type(value) is not int or value < 0):
-                raise ValueError(f"{name} must be a count, not {value!r}")
-            if name == "points" and not isinstance(value, str):
-                raise ValueError(f"points must be text, not {value!r}")
-        return details
+    def _require_possible(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if "metric" in info.data:
+            metric_of(info.data["metric"]).require_possible(value)
+        return value
+
+    @field_validator("details", mode="plain")
+    @classmethod
+    def _details_of_the_metric(cls, details: Details | JsonObject, info: ValidationInfo) -> Details:
+        if isinstance(details, Details):
+            return details
+        if not isinstance(details, dict) or "metric" not in info.data:
+            raise ValueError("these are not the details of a metric")
+        return metric_of(info.data["metric"]).details.from_json(details)
+
+    @field_serializer("details")
+    def _as_json(self, details: Details) -> JsonObject:
+        return details.as_json()
 
 
 class ZeroShotResult(Result):
@@ -216,6 +229,12 @@ class ZeroShotResult(Result):
     is_partial: bool
     task_data: str | None
     task_data_digest: JsonValue = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _require_possible(cls, metrics: dict[str, float | None]) -> dict[str, float | None]:
+        require_possible(metrics)
+        return metrics
 
 
 def budget_of_run(run: RunDirectory) -> tuple[BlockBudgetRecord, ...]:

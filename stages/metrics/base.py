@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+from stages.metrics.details import Details, OpenDetails
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from stages.data.base import DataSource
     from stages.interfaces import Callbacks, Scratch
     from stages.machine.device import DeviceChoices
@@ -57,16 +60,16 @@ class Measurement:
     value: float  # infinite where it overflowed
     source: str  # name of the data source
     is_partial: bool  # a limit left data out that the field would measure on
-    details: Mapping[str, Any] = field(default_factory=dict)  # JSON values that the metric's own texts show
+    details: Details = field(default_factory=OpenDetails)  # of the class that the metric names
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """All of it in one dictionary, the value under the metric's name, for printed JSON. Infinity is null."""
         value = self.value if math.isfinite(self.value) else None
         return {
             "source": self.source,
             "metric": self.metric,
             self.metric: value,
-            **self.details,
+            **self.details.as_json(),
             "is_partial": self.is_partial,
         }
 
@@ -80,6 +83,9 @@ class Metric(ABC):
     task: ClassVar[str]  # the kind of model that it measures: a name of `stages.tasks.registry`
     digits: ClassVar[int]  # after the point
     higher_is_better: ClassVar[bool]
+    least: ClassVar[float] = -math.inf  # the smallest and the largest value that it can have
+    most: ClassVar[float] = math.inf
+    details: ClassVar[type[Details]] = OpenDetails  # what its measurements say beside the value
 
     def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
         """Check beforehand what can be checked without computing.
@@ -101,9 +107,10 @@ class Metric(ABC):
         return f"{value:.{cls.digits}f}" if math.isfinite(value) else "infinite"
 
     @classmethod
-    @abstractmethod
-    def how_measured(cls, details: Mapping[str, Any], *, is_partial: bool) -> str:
-        """On what it was measured, in a few words. details: of the `Measurement`."""
+    def require_possible(cls, value: float | None) -> None:
+        """Raise ValueError for a value that the metric cannot have. None: it overflowed."""
+        if value is not None and not cls.least <= value <= cls.most:
+            raise ValueError(f"{cls.name} is {value}; it must lie in [{cls.least:g}, {cls.most:g}]")
 
 
 class UnknownMetric(Metric):
@@ -114,7 +121,3 @@ class UnknownMetric(Metric):
 
     def measure(self, context: MetricContext) -> Measurement:
         raise NotImplementedError(self.help)
-
-    @classmethod
-    def how_measured(cls, details: Mapping[str, Any], *, is_partial: bool) -> str:
-        return "partial" if is_partial else ""

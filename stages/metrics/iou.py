@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.metrics.base import EvaluationProtocol, Measurement, Metric, MetricContext
+from stages.metrics.mask_details import MaskDetails
 
 if TYPE_CHECKING:
     from stages.data.base import DataSource
@@ -22,6 +22,8 @@ class SinglePointIoU(Metric):
     task = "vision"
     digits = 4
     higher_is_better = True
+    least, most = 0.0, 1.0
+    details = MaskDetails
 
     def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
         from stages.errors import UsageError
@@ -38,12 +40,7 @@ class SinglePointIoU(Metric):
         images = _images(context.source, model)
         points, limit = protocol.points or "auto", protocol.max_images
         found = evaluate_masks(model, images, points, limit, context.scratch, context.device, context.callbacks)
-        details = {name: value for name, value in found.items() if name not in ("metric", "iou", "is_partial")}
-        return Measurement(self.name, found["iou"], context.source.name, found["is_partial"], details)
-
-    @classmethod
-    def how_measured(cls, details: Mapping[str, Any], *, is_partial: bool) -> str:
-        return f"{details['num_masks']} masks, {details['points']} points" + (", partial" if is_partial else "")
+        return Measurement(self.name, found.iou, context.source.name, found.is_partial, found.details)
 
 
 def _images(source: DataSource, model: BlockModel) -> ImageSource:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Interval
 
 from stages.errors import UsageError
 from stages.metrics.base import EvaluationProtocol, Metric
+from stages.metrics.details import Count, Details
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,10 +18,35 @@ if TYPE_CHECKING:
     from stages.models.base import BlockModel
 
 
+@dataclass(frozen=True)
+class TextDetails(Details):
+    """The windows of text that were read."""
+
+    num_windows: Count
+    num_tokens: Count  # in those windows
+    num_tokens_available: Count  # in the whole text
+    seqlen: Annotated[int, Interval(ge=1, le=2**31)]  # tokens of a window
+
+    unit: ClassVar[str] = "tokens"
+
+    @property
+    def amount(self) -> int:
+        return self.num_tokens
+
+    @property
+    def protocol(self) -> str:
+        return str(self.seqlen)
+
+    def described(self, *, is_partial: bool) -> str:
+        partial = f", partial: first {self.num_tokens} tokens" if is_partial else ""
+        return f"{self.seqlen} tokens a window{partial}"
+
+
 class LanguageMetric(Metric):
     """Base of metrics on windows of text. `stages.metrics.streaming` reads the windows and runs the model on them."""
 
     task: ClassVar[str] = "language"
+    details: ClassVar[type[Details]] = TextDetails
 
     def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
         """One window at least, in the tokens of this model."""
@@ -31,11 +59,6 @@ class LanguageMetric(Metric):
         tokenizer = load_tokenizer(model.source.path, trusts_code=model.source.trusts_code)
         remedy = "lower --eval-seqlen or use more text"
         require_length(source, tokenizer, "evaluation", protocol.seqlen, model.vocab_size, remedy)
-
-    @classmethod
-    def how_measured(cls, details: Mapping[str, Any], *, is_partial: bool) -> str:
-        partial = f", partial: first {details['num_tokens']} tokens" if is_partial else ""
-        return f"{details['seqlen']} tokens a window{partial}"
 
 
 def windows(tokens: Tensor, seqlen: int, max_tokens: int | None = None, max_windows: int | None = None) -> Tensor:

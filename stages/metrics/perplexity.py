@@ -22,6 +22,7 @@ class Perplexity(LanguageMetric):
     help = "Perplexity over windows of text that do not overlap, as SparseGPT, Wanda and LAMP report it."
     digits = 2
     higher_is_better = False
+    least = 1.0  # a cross-entropy is not negative
 
     def measure(self, context: MetricContext) -> Measurement:
         from stages.metrics.streaming import read_windows, window_values

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.errors import UsageError
 from stages.registry import Registry
@@ -33,8 +32,3 @@ def metric_of(name: str) -> type[Metric]:
 def figure_text(metric: str, value: float | None) -> str:
     """A value as tables show it; "-" where there is none, "infinite" where it overflowed."""
     return metric_of(metric).text(value)
-
-
-def how_measured(metric: str, details: Mapping[str, Any], *, is_partial: bool) -> str:
-    """On what a metric was measured, in a few words."""
-    return metric_of(metric).how_measured(details, is_partial=is_partial)

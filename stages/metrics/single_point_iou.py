@@ -9,7 +9,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,9 @@ from stages.data.image_source import Annotation, ImageRecord, ImageSource, Unusa
 from stages.errors import NumericalError, UsageError
 from stages.interfaces import Callbacks, Checkpoint, Scratch, Stream
 from stages.machine.device import DeviceChoices, computing
+from stages.metrics.mask_details import MaskDetails
 from stages.metrics.mask_geometry import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
+from stages.metrics.points import Points
 from stages.models.sam.encoder import SamEncoder, SamEnds
 from stages.runtime.block_runner import BlockRunner, micro_batches
 from stages.runtime.prefetch import Reading, Writing
@@ -41,17 +42,26 @@ class MaskScore:
     quality: float  # as the model predicts it
 
 
+@dataclass(frozen=True)
+class MaskMeasurement:
+    """The mean IoU, and of what."""
+
+    iou: float
+    is_partial: bool  # a limit left images out
+    details: MaskDetails
+
+
 @torch.no_grad()
 def evaluate_masks(
     model: SamEncoder,
     source: ImageSource,
-    points: str,
+    points: Points,
     max_images: int | None,
     scratch: Scratch,
     choices: DeviceChoices,
     callbacks: Callbacks,
-) -> dict[str, Any]:
-    """Mean IoU over all annotated masks of the images, one point each; figures ready for JSON.
+) -> MaskMeasurement:
+    """Mean IoU over all annotated masks of the images, one point each.
 
     points: where the point is (`stages.metrics.points.Points`); "auto" takes the annotation's own where it has one and
     the interior point otherwise. Images that cannot be used are passed over and counted. Stopped, it resumes after
@@ -70,28 +80,31 @@ def evaluate_masks(
     if not scores:
         raise UsageError(f"{source.name}: none of {len(records)} images has a mask that can be measured")
     skipped.reasons.update(measuring.skipped)
-    return _figures(scores, points, num_available > len(records), dict(skipped.reasons))
+    mean = float(np.mean([score.iou for score in scores]))
+    return MaskMeasurement(mean, num_available > len(records), _details(scores, points, dict(skipped.reasons)))
 
 
-def _figures(scores: Sequence[MaskScore], points: str, is_partial: bool, skipped: dict[str, int]) -> dict[str, Any]:
+def _details(scores: Sequence[MaskScore], points: Points, skipped: dict[str, int]) -> MaskDetails:
     values, images = [score.iou for score in scores], [score.image for score in scores]
     low, high = bootstrap_interval(values, images)
     by_size: dict[str, list[float]] = {"small": [], "medium": [], "large": []}
     for score in scores:
         by_size[size_of(score.area)].append(score.iou)
-    return {
-        "metric": "iou",
-        "iou": float(np.mean(values)),
-        "iou_low": low,
-        "iou_high": high,
-        **{f"iou_{size}": float(np.mean(found)) if found else None for size, found in by_size.items()},
-        **{f"num_{size}": len(found) for size, found in by_size.items()},
-        "num_images": len(set(images)),
-        "num_masks": len(scores),
-        "points": points,
-        "is_partial": is_partial,
-        "skipped": skipped,
-    }
+    means = {size: float(np.mean(found)) if found else None for size, found in by_size.items()}
+    return MaskDetails(
+        iou_low=low,
+        iou_high=high,
+        iou_small=means["small"],
+        iou_medium=means["medium"],
+        iou_large=means["large"],
+        num_small=len(by_size["small"]),
+        num_medium=len(by_size["medium"]),
+        num_large=len(by_size["large"]),
+        num_images=len(set(images)),
+        num_masks=len(scores),
+        points=points,
+        skipped=skipped,
+    )
 
 
 class _Pictures:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from stages.data.tokenization import evaluation_tokens, load_tokenizer, require_
 from stages.interfaces import Checkpoint, Stream
 from stages.machine.device import computing
 from stages.metrics.base import MetricContext
+from stages.metrics.language import TextDetails
 from stages.metrics.language import windows as cut
 from stages.runtime.block_runner import BlockRunner, micro_batches
 from stages.runtime.prefetch import Reading, Writing
@@ -54,15 +55,10 @@ class TextWindows:
         return len(self.windows) < self.num_available
 
     @property
-    def details(self) -> dict[str, Any]:
+    def details(self) -> TextDetails:
         """What a `Measurement` says of them."""
         num_windows, seqlen = self.windows.shape
-        return {
-            "num_windows": num_windows,
-            "num_tokens": num_windows * seqlen,
-            "num_tokens_available": self.num_tokens_available,
-            "seqlen": seqlen,
-        }
+        return TextDetails(num_windows, num_windows * seqlen, self.num_tokens_available, seqlen)
 
 
 def read_windows(context: MetricContext) -> TextWindows:

@@ -51,6 +51,19 @@ def mean_of(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[float, i
     return (fmean(values), len(values)) if values else None
 
 
+def require_possible(metrics: Mapping[str, float | None]) -> None:
+    """Raise ValueError for an accuracy outside of [0, 1], or a negative standard error. None: it is not known."""
+    for name, value in metrics.items():
+        kind = name.partition(",")[0]  # without how the harness filters answers
+        if value is None:
+            continue
+        if kind.endswith("_stderr"):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; a standard error is not negative")
+        elif kind in ("acc", "acc_norm") and not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; it must lie in [0, 1]")
+
+
 def check_tasks(tasks: Sequence[str], data: TaskData | None) -> None:
     """Raise UsageError unless the harness is installed, knows every task, and `data` has its rows."""
     if not tasks:

@@ -5,8 +5,9 @@ A model names its task (`BlockModel.task`); pipeline and command line ask the ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,9 @@ class Drawn:
     """A calibration set, sample by sample, and what is to be said of it in the commit."""
 
     samples: Samples
-    figures: dict[str, Any]
+    amount: int  # of data, in `unit`
+    unit: str  # "tokens", "images"
+    skipped: Mapping[str, int] = field(default_factory=dict)  # samples that could not be used, by reason
 
 
 class Task(Protocol):

@@ -59,7 +59,7 @@ class Language:
             seed=drawing.seed,
         )
         require_vocabulary(tokens, model.vocab_size, model.source.name)
-        return Drawn(Listed(tokens), {"num_tokens": tokens.numel()})
+        return Drawn(Listed(tokens), tokens.numel(), "tokens")
 
 
 def _text(source: DataSource, model: BlockModel) -> TextSource:

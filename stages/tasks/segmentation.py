@@ -68,8 +68,7 @@ class Vision:
                 + ("lower --num-samples" if usable else "name a folder of pictures")
             )
         drawn = usable[drawing.skip :]
-        figures = {"num_images": len(drawn), "skipped": dict(skipped.reasons)}
-        return Drawn(_Pictures(drawn, model.sizes.image_size), figures)
+        return Drawn(_Pictures(drawn, model.sizes.image_size), len(drawn), "images", dict(skipped.reasons))
 
 
 class _Pictures:

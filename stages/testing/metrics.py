@@ -11,7 +11,8 @@ from stages.metrics.base import Measurement, Metric, MetricContext
 def check_metric(metric: type[Metric], context: MetricContext) -> Measurement:
     """Check a metric on a small model and data source, and return what it measured.
 
-    It must describe itself, measure the same at every call, return JSON values, and say how it measured.
+    It must describe itself, measure the same at every call, return a possible value and details of the class that it
+    names, and say of a partial result that it is one.
 
     Args:
         metric: The metric.
@@ -34,9 +35,11 @@ def check_metric(metric: type[Metric], context: MetricContext) -> Measurement:
     assert first.metric == metric.name, f"{metric.name} calls its value {first.metric}"
     assert first.source == context.source.name, f"{metric.name} names the source {first.source}"
     assert isinstance(first.value, float), f"{metric.name} gives {first.value!r}, not a float"
-    json.dumps(dict(first.details), allow_nan=False)
-    assert metric.how_measured(first.details, is_partial=first.is_partial), f"{metric.name} does not say how"
-    partial = metric.how_measured(first.details, is_partial=True)
+    metric.require_possible(first.value)
+    assert type(first.details) is metric.details, f"{metric.name} has details of another class than it names"
+    stored = json.loads(json.dumps(first.details.as_json(), allow_nan=False))
+    assert metric.details.from_json(stored) == first.details, f"{metric.name} reads other details than it wrote"
+    partial = first.details.described(is_partial=True)
     assert "partial" in partial, f"{metric.name} does not say that a result is partial: {partial!r}"
     assert metric.text(None) == "-", f"{metric.name} has no text for a missing value"
     assert metric.text(math.inf) == "infinite", f"{metric.name} has no text for infinity"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
@@ -66,8 +67,10 @@ def _check_samples(task: Task, model: BlockModel, source: DataSource, drawing: D
 
 
 def _samples(task: Task, model: BlockModel, source: DataSource, drawing: Drawing) -> Tensor:
-    drawn = task.draw(model, source, drawing).samples
-    return torch.stack([drawn[index] for index in range(len(drawn))])
+    drawn = task.draw(model, source, drawing)
+    assert drawn.amount > 0, f"{task.name}: draws samples of no data"
+    assert re.fullmatch("[a-z]{1,40}", drawn.unit), f"{task.name}: {drawn.unit!r} is no unit of data"
+    return torch.stack([drawn.samples[index] for index in range(len(drawn.samples))])
 
 
 def _refuses(task: Task, model: BlockModel, source: DataSource, drawing: Drawing) -> bool:

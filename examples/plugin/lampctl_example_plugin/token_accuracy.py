@@ -20,6 +20,7 @@ class TokenAccuracy(LanguageMetric):
     help = "Share of next tokens that the model ranks first."
     digits = 4
     higher_is_better = True
+    least, most = 0.0, 1.0
 
     def measure(self, context: MetricContext) -> Measurement:
         from stages.metrics.streaming import read_windows, window_values

@@ -11,6 +11,8 @@ import pytest
 from lampctl.output.comparison import as_csv, as_json, as_markdown, compare
 from pipeline.runs.comparison import ModelSummary
 from pipeline.runs.status import EvaluationResult
+from stages.metrics.details import OpenDetails
+from stages.metrics.language import TextDetails
 from tests.pruned_folders import pruned_folder, share
 from tests.small_models import save
 
@@ -21,7 +23,7 @@ DATA = (
 
 
 def result(which: str = "pruned", perplexity: float | None = 20.0, source: str = "c4", num_tokens: int = 640):
-    details = {"num_tokens": num_tokens, "seqlen": 64}
+    details = TextDetails(num_tokens // 64, num_tokens, 10**6, 64)
     return EvaluationResult("evaluate/x", which, source, "perplexity", perplexity, False, details)
 
 
@@ -179,7 +181,7 @@ def test_another_metric_is_shown_with_its_own_digits_and_differences(monkeypatch
     METRICS.register("accuracy", Accuracy)
     try:
         rows = [
-            standing(label, EvaluationResult("e", "pruned", "pydocs", "accuracy", value, False, {"num_tokens": 8}))
+            standing(label, EvaluationResult("e", "pruned", "pydocs", "accuracy", value, False, OpenDetails()))
             for label, value in (("a", 0.1252), ("b", 0.2819))
         ]
         markdown = as_markdown(compare(rows))

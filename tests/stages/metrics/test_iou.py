@@ -96,11 +96,11 @@ def test_it_is_what_metas_predictor_gives(tmp_path, choices):
     model, source = open_model(resolve(str(save(tmp_path / "sam", 2)))), parse_source(f"coco:{folder}")
     figures = evaluate_masks(model, source, "auto", None, ListScratch(), choices, NullCallbacks())
     expected = by_predictor(folder, 2, interior_point)
-    assert figures["iou"] == pytest.approx(np.mean(expected), abs=1e-6)
-    assert 0 < figures["iou"] < 1
-    assert figures["num_masks"] == figures["num_images"] == 5
-    assert figures["num_small"] + figures["num_medium"] + figures["num_large"] == 5
-    assert not figures["is_partial"]
+    assert figures.iou == pytest.approx(np.mean(expected), abs=1e-6)
+    assert 0 < figures.iou < 1
+    assert figures.details.num_masks == figures.details.num_images == 5
+    assert figures.details.num_small + figures.details.num_medium + figures.details.num_large == 5
+    assert not figures.is_partial
 
 
 @pytest.mark.long
@@ -109,7 +109,7 @@ def test_the_annotations_own_point_is_taken(tmp_path):
     source = parse_source(f"sa1b:{sa1b(tmp_path / 's', 3)}")
     kinds = ("auto", "annotation", "interior", "random", "box-center")
     results = {kind: evaluate_masks(model, source, kind, None, ListScratch(), ONE, NullCallbacks()) for kind in kinds}
-    assert results["auto"]["iou"] == results["annotation"]["iou"]
+    assert results["auto"].iou == results["annotation"].iou
     again = evaluate_masks(model, source, "random", None, ListScratch(), ONE, NullCallbacks())
     assert again == results["random"]
     plain = parse_source(f"coco:{coco(tmp_path / 'c', 2)}")
@@ -129,8 +129,8 @@ def test_what_cannot_be_used_is_counted(tmp_path):
     (folder / "images" / "004.png").unlink()
     model = open_model(resolve(str(save(tmp_path / "sam"))))
     figures = evaluate_masks(model, parse_source(f"coco:{folder}"), "auto", None, ListScratch(), ONE, NullCallbacks())
-    assert figures["num_masks"] == figures["num_images"] == 1
-    assert figures["skipped"] == {
+    assert figures.details.num_masks == figures.details.num_images == 1
+    assert figures.details.skipped == {
         "broken": 1,
         "masks that cannot be read": 1,
         "masks that are empty": 1,
@@ -140,8 +140,8 @@ def test_what_cannot_be_used_is_counted(tmp_path):
     few = evaluate_masks(
         model, parse_source(f"coco:{coco(tmp_path / 'd', 4)}"), "auto", 2, ListScratch(), ONE, NullCallbacks()
     )
-    assert few["is_partial"]
-    assert few["num_images"] == 2
+    assert few.is_partial
+    assert few.details.num_images == 2
 
 
 def test_no_mask_at_all_is_an_error(tmp_path):
@@ -185,7 +185,7 @@ def test_stopped_anywhere_it_ends_with_the_same_figures_and_counts(tmp_path, mon
     (folder / "instances.json").write_text(json.dumps(content))
     model, source = open_model(resolve(str(save(tmp_path / "sam")))), parse_source(f"coco:{folder}")
     quiet = evaluate_masks(model, source, "auto", None, ListScratch(), ONE, NullCallbacks())
-    assert quiet["skipped"] == {"masks that cannot be read": 1, "without masks": 1}
+    assert quiet.details.skipped == {"masks that cannot be read": 1, "without masks": 1}
     kept, stops, after = None, 0, 1
     while True:
         callbacks = _Stopping(kept, after)
@@ -206,5 +206,5 @@ def test_a_point_that_lies_nowhere_is_counted_not_measured(tmp_path, point):
     (folder / "sa_1.json").write_text(json.dumps(content))
     model = open_model(resolve(str(save(tmp_path / "sam"))))
     figures = evaluate_masks(model, parse_source(f"sa1b:{folder}"), "auto", None, ListScratch(), ONE, NullCallbacks())
-    assert figures["num_masks"] == 2
-    assert figures["skipped"] == {"masks whose point lies outside of the image": 1}
+    assert figures.details.num_masks == 2
+    assert figures.details.skipped == {"masks whose point lies outside of the image": 1}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from stages.errors import UsageError
 from stages.evaluate import evaluate, metric_for, require_measurable
 from stages.in_memory import ListScratch, NullCallbacks
 from stages.metrics.base import EvaluationProtocol, Measurement, MetricContext
+from stages.metrics.details import Details, OpenDetails
+from stages.metrics.language import TextDetails
 from stages.metrics.perplexity import Perplexity
-from stages.metrics.registry import METRICS, figure_text, how_measured, metric_of
+from stages.metrics.registry import METRICS, figure_text, metric_of
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from stages.testing.metrics import check_metric
@@ -56,19 +59,41 @@ class _Restless(Perplexity):
 
     def measure(self, context):
         type(self).calls += 1
-        return Measurement(self.name, self.calls, context.source.name, False, {"seqlen": 1, "num_tokens": 1})
+        return Measurement(self.name, self.calls, context.source.name, False, TextDetails(1, 1, 1, 1))
 
 
-class _Silent(Perplexity):
-    @classmethod
-    def how_measured(cls, details, *, is_partial):
+@dataclass(frozen=True)
+class _Silence(Details):
+    def described(self, *, is_partial):
         return "windows"
 
 
-@pytest.mark.parametrize(("metric", "message"), [(_Restless, "and then"), (_Silent, "partial")])
+class _Silent(Perplexity):
+    details = _Silence
+
+    def measure(self, context):
+        return Measurement(self.name, 1.0, context.source.name, True, _Silence())
+
+
+class _OfAnotherClass(Perplexity):
+    details = OpenDetails
+
+
+class _Impossible(Perplexity):
+    most = 1.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"), [(_Restless, "and then"), (_Silent, "partial"), (_OfAnotherClass, "another class")]
+)
 def test_the_kit_names_the_broken_promise(metric, message, contexts):
     with pytest.raises(AssertionError, match=message):
         check_metric(metric, contexts["language"])
+
+
+def test_the_kit_refuses_a_value_that_the_metric_excludes(contexts):
+    with pytest.raises(ValueError, match=r"it must lie in \[1, 1\]"):
+        check_metric(_Impossible, contexts["language"])
 
 
 def test_a_metric_for_another_kind_of_model_is_refused(contexts):
@@ -84,11 +109,14 @@ def test_a_metric_for_another_kind_of_model_is_refused(contexts):
 def test_a_result_of_a_package_that_is_gone_can_still_be_shown():
     assert metric_of("gone").title == "gone"
     assert figure_text("gone", 0.25) == "0.2500"
-    assert how_measured("gone", {}, is_partial=True) == "partial"
+    details = metric_of("gone").details.from_json({"seqlen": 8, "num_cats": 3})
+    assert details.described(is_partial=True) == "num_cats 3, seqlen 8, partial"
+    assert details != metric_of("gone").details.from_json({"seqlen": 9, "num_cats": 3})
+    assert details.as_json() == {"seqlen": 8, "num_cats": 3}
 
 
 def test_a_value_that_overflowed_is_null_in_json():
-    record = Measurement("perplexity", float("inf"), "s", False, {"seqlen": 8}).record()
+    record = Measurement("perplexity", float("inf"), "s", False, OpenDetails({"seqlen": 8})).record()
     assert record == {"source": "s", "metric": "perplexity", "perplexity": None, "seqlen": 8, "is_partial": False}
 
 
