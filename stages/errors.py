@@ -19,3 +19,7 @@ class NumericalError(StageError):
 
 class DamagedFileError(StageError):
     """A file is not what was once written. The message names it, and what in it does not fit."""
+
+
+class StorageUnavailableError(StageError):
+    """A disk or network share does not give a file at the moment. The same work may succeed later."""

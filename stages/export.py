@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,14 +74,16 @@ class BlockCount:
     num_levels: int  # most distinct values in a row or group; 0: not quantized
 
 
-def count_block(shard: Any, weights: Mapping[str, PrunedWeight], pattern: Pattern | None) -> BlockCount:
-    """Count masked weights, other zeros and levels in a block's file (`safetensors.safe_open`), checking each promise.
+def count_block(
+    shard: Mapping[str, Tensor], weights: Mapping[str, PrunedWeight], pattern: Pattern | None
+) -> BlockCount:
+    """Count masked weights, other zeros and levels in a block's file, checking each promise.
 
     Raises AssertionError where a masked weight is not zero, a group breaks its pattern, a row has too many values.
     """
     num_masked = num_other_zeros = num_levels = 0
     for name, layer in weights.items():
-        stored = shard.get_tensor(layer.key)
+        stored = shard[layer.key]
         checked = check_layer(
             name, stored.T if layer.transposed else stored, LayerOutcome(layer.mask, layer.grid), pattern
         )

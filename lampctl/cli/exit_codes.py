@@ -9,6 +9,7 @@ import sys
 from pipeline import errors as pipeline_errors
 from pipeline.rundir.redact import scrub
 from stages import errors as stage_errors
+from stages.formats.disk_errors import PASSING
 
 BUG = 1
 USAGE = 2
@@ -27,6 +28,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (pipeline_errors.ResourceExhausted, RESOURCE),
     (stage_errors.DamagedFileError, DAMAGED),
     (stage_errors.ResourceError, RESOURCE),
+    (stage_errors.StorageUnavailableError, PREEMPTED),
     (MemoryError, RESOURCE),
     (pipeline_errors.Superseded, SUPERSEDED),
     (pipeline_errors.Occupied, SUPERSEDED),
@@ -51,6 +53,7 @@ _OS_ERRORS = {
     errno.EPERM: RESOURCE,
     errno.EROFS: RESOURCE,
     errno.ENAMETOOLONG: USAGE,
+    **dict.fromkeys(PASSING, PREEMPTED),
 }
 
 

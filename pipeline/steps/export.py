@@ -55,8 +55,6 @@ def _write_model(
     Raises:
         AssertionError: The count is not what the budget promised.
     """
-    import safetensors
-
     from pipeline.steps.stage_settings import budget_of
     from stages import export
     from stages.formats.checkpoint_files import Joined, StateFile
@@ -72,10 +70,10 @@ def _write_model(
         folder.link(path.name, payload.files[0])
         masks = run.open_file(f"masks/{block}")
         folder.link(f"{MASKS}/{masks.name}", run.payload(f"masks/{block}").files[0])
-        with safetensors.safe_open(path, framework="pt") as weights:
-            files[path.name] = list(weights.keys())
-            # Once more on the files themselves, whatever the commits say.
-            counted = export.count_block(weights, read_mask_file(masks), config.n_of_m)
+        weights = StateFile(path)
+        files[path.name] = list(weights)
+        # Once more on the files themselves, whatever the commits say.
+        counted = export.count_block(weights, read_mask_file(masks), config.n_of_m)
         total_size += payload.files[0].size
         num_masked += counted.num_masked
         num_other_zeros += counted.num_other_zeros

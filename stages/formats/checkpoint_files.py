@@ -3,84 +3,75 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stages.errors import DamagedFileError, ResourceError, UsageError
-from stages.formats.safetensors_io import Bytes, head_of, header_of
+from stages.formats.safetensors_io import Bytes, Entry, head_of, header_of
+from stages.formats.tensor_reading import DTYPES, entries_of, load_tensor
+
+log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_DTYPES = {  # in the order in which the library lays them into a file
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+NAMED_BY_CONFIG = "transformers_weights"  # the key of config.json by which transformers is told another file
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
 
 
 class WeightFiles:
-    """The tensors of one model folder, by their names in the files."""
+    """The tensors of one model folder, by their names in the files. Every header is read at the beginning."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ResourceError if a file that the index names is missing or is no safetensors file."""
+        """Find the files that transformers would load.
+
+        Raises:
+            ResourceError: A file or tensor that the index names is missing, or a file is no safetensors file.
+            DamagedFileError: A file is truncated.
+            StorageUnavailableError: The disk does not answer.
+        """
         self._folder = folder
-        self._file_of = _index(folder)
-        self._described: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}  # by file, then by name
+        self._place = _places(folder)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._file_of
+        return key in self._place
 
     @property
     def keys(self) -> Iterable[str]:
         """All names."""
-        return self._file_of.keys()
+        return self._place.keys()
 
     def dtype(self, key: str) -> torch.dtype:
-        """How the tensor is stored. Raises UsageError for a dtype that is no plain number (a quantized model)."""
-        name, _ = self._describe(key)
-        if name not in _DTYPES:
+        """How the tensor is stored. Raises UsageError for a dtype that torch does not have (a quantized model)."""
+        name = self._place[key][1].dtype
+        if name not in DTYPES:
             raise UsageError(f"{self._folder}: {key} is stored as {name}; load a model that is not quantized")
-        return _DTYPES[name]
+        return DTYPES[name]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
-        return self._describe(key)[1]
-
-    def _describe(self, key: str) -> tuple[str, tuple[int, ...]]:
-        """The name of its dtype in the file, and its shape; each file's header is read once."""
-        filename = self._file_of[key]
-        if filename not in self._described:
-            with _opened(self._folder / filename) as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-                self._described[filename] = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-        return self._described[filename][key]
+        return self._place[key][1].shape
 
     def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         """A copy of the tensor in memory that torch allocated.
 
-        Not a view of the mapped file: the last bits of a matrix product depend on how its operands are aligned.
         Floating-point tensors are converted to `dtype` if one is given.
+
+        Raises:
+            DamagedFileError: The file is truncated.
+            StorageUnavailableError: The disk does not answer.
         """
-        with _opened(self._folder / self._file_of[key]) as file:
-            tensor = file.get_tensor(key)
+        self.dtype(key)
+        filename, entry = self._place[key]
+        tensor = _loaded(self._folder / filename, entry)
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=device, dtype=wanted, copy=True)
+        return tensor.to(device=device, dtype=wanted)
 
 
 class StateFile(Mapping[str, Tensor]):
@@ -92,27 +83,21 @@ class StateFile(Mapping[str, Tensor]):
     def __init__(self, path: Path, names: Mapping[str, str] | None = None) -> None:
         """Raises DamagedFileError if it is no safetensors file."""
         self._path = path
-        with self._open() as file:
-            stored = list(file.keys())
+        try:
+            stored = entries_of(path)
+        except (ValueError, OSError) as error:
+            raise DamagedFileError(f"{path} is no safetensors file: {error}") from error
         known = {name: name for name in stored} if names is None else names
-        self._stored = {name: key for name, key in known.items() if key in set(stored)}
+        self._entries = {name: stored[key] for name, key in known.items() if key in stored}
 
     def __getitem__(self, name: str) -> Tensor:
-        with self._open() as file:
-            tensor: Tensor = file.get_tensor(self._stored[name])
-        return tensor
+        return _loaded(self._path, self._entries[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._stored)
-
-    def _open(self) -> Any:
-        try:
-            return safe_open(self._path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise DamagedFileError(f"{self._path} is no safetensors file: {error}") from error
+        return len(self._entries)
 
 
 class Joined(Mapping[str, Tensor]):
@@ -177,28 +162,113 @@ def match_names(stored: Iterable[str], wanted: Iterable[str], transforms: Iterab
     return found
 
 
-def _index(folder: Path) -> dict[str, str]:
-    if (folder / INDEX).exists():
-        try:
-            weight_map: Mapping[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ResourceError(f"{folder / INDEX} is damaged: {error}") from error
-        missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
-        if missing:
-            raise ResourceError(f"{folder} lacks {', '.join(missing)}, which its index names")
-        return dict(weight_map)
-    files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
-    file_of: dict[str, str] = {}
-    for path in files:
-        with _opened(path) as file:
-            file_of.update(dict.fromkeys(file.keys(), path.name))
-    return file_of
+def _places(folder: Path) -> dict[str, tuple[str, Entry]]:
+    """For each tensor of a folder its file and its place there."""
+    named_by_config = _named_by_config(folder)
+    if named_by_config is None:
+        filenames, named = files_of_weights(folder, SINGLE, INDEX)
+    elif named_by_config.endswith(".json"):
+        filenames, named = files_of_weights(folder, "", named_by_config)
+    else:
+        filenames, named = [named_by_config], {}
+    if filenames is None:
+        filenames = sorted(path.name for path in folder.glob("*.safetensors"))
+    places: dict[str, tuple[str, Entry]] = {}
+    for filename in filenames:
+        for key, entry in _entries(folder / filename).items():
+            # transformers loads all that the shards hold, whether the index names it or not.
+            if key not in places or named.get(key) == filename:
+                places[key] = (filename, entry)
+    absent = next((key for key in named if key not in places), None)
+    if absent is not None:
+        raise ResourceError(
+            f"the index of {folder} says that {named[absent]} holds {absent}, but it does not: the two are not of one "
+            "model; copy them again"
+        )
+    return places
 
 
-def _opened(path: Path) -> Any:
-    if path.exists() and not os.access(path, os.R_OK):
-        raise ResourceError(f"{path} must not be read by this user: change its permissions")
+def files_of_weights(folder: Path, single: str, index: str) -> tuple[list[str] | None, dict[str, str]]:
+    """The files that transformers loads, and what an index says of them: {tensor: file}.
+
+    A single file comes before an index of shards; a folder that holds both, of different weights, is reported.
+
+    Args:
+        folder: Where they are.
+        single: What a file of all weights is called.
+        index: What an index of shards is called.
+
+    Returns:
+        The files' names, None if there is neither; the index, empty if it is not used.
+
+    Raises:
+        ResourceError: The index is damaged, or a file of it is missing.
+    """
+    if not (folder / single).is_file():
+        if not (folder / index).is_file():
+            return None, {}
+        weight_map = _weight_map(folder / index)
+        return sorted(set(weight_map.values())), weight_map
+    if (folder / index).is_file() and not _is_index_of(folder / index, single):
+        log.warning(
+            "%s holds %s and, in %s, the names of other files: transformers loads %s, and so does this; delete the "
+            "one that is not meant",
+            *(folder, single, index, single),
+        )
+    return [single], {}
+
+
+def _named_by_config(folder: Path) -> str | None:
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        named = json.loads((folder / "config.json").read_text()).get(NAMED_BY_CONFIG)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # what is wrong with config.json is told where the model is opened
+    if named is None:
+        return None
+    if not isinstance(named, str) or ".." in Path(named).parts or not (folder / named).is_file():
+        raise ResourceError(f"{folder} lacks {named}, which its config.json names ({NAMED_BY_CONFIG})")
+    return named
+
+
+def _is_index_of(index: Path, single: str) -> bool:
+    try:
+        return set(_read_index(index).values()) == {single}
+    except ResourceError:
+        return False
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file holds which tensor. Raises ResourceError if the index is damaged or a file of it is missing."""
+    weight_map = _read_index(index)
+    missing = sorted({name for name in weight_map.values() if not (index.parent / name).is_file()})
+    if missing:
+        raise ResourceError(f"{index.parent} lacks {', '.join(missing)}, which its index names")
+    return weight_map
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError("its weight_map is not one of file names")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ResourceError(f"{index} is damaged: {error}") from error
+    return weight_map
+
+
+def _loaded(path: Path, entry: Entry) -> Tensor:
+    try:
+        return load_tensor(path, entry)
+    except ValueError as error:
+        raise DamagedFileError(str(error)) from error
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read any more: {error.strerror}") from error
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    try:
+        return entries_of(path)
+    except PermissionError as error:
+        raise ResourceError(f"{path} must not be read by this user: change its permissions") from error
+    except (ValueError, OSError) as error:
         raise ResourceError(f"{path} cannot be read as safetensors: {error}") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.errors import UsageError
+from stages.formats.disk_errors import reading
 
 
 def local_path(name: str) -> Path:
@@ -26,7 +27,7 @@ class FileDigest:
 
 
 def digest_file(path: Path) -> FileDigest:
-    """Read the file once. Raises OSError."""
-    with path.open("rb") as file:
+    """Read the file once. Raises OSError, and StorageUnavailableError for a disk that does not answer."""
+    with reading(path), path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return FileDigest(file.tell(), sha256)

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from stages.errors import DamagedFileError
+from stages.formats.disk_errors import reading
+from stages.formats.safetensors_io import TensorFile
+from stages.formats.tensor_reading import load_tensor
 from stages.quantization.grid import Grid
 
 FOLDER = "masks"
@@ -54,32 +56,38 @@ def mask_file(layers: Mapping[str, PrunedWeight]) -> bytes:
 
 
 def read_mask_file(path: Path, only: str | None = None) -> dict[str, PrunedWeight]:
-    """The layers of one file, or only one of them, by name. Raises DamagedFileError if it is no such file."""
+    """The layers of one file, or only one of them, by name.
+
+    Raises:
+        DamagedFileError: It is no such file.
+        StorageUnavailableError: The disk does not answer.
+    """
     try:
         return _read(path, only)
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
         raise DamagedFileError(f"{path} is no file of masks that this version reads: {error}") from error
 
 
 def _read(path: Path, only: str | None) -> dict[str, PrunedWeight]:
     layers = {}
-    with safe_open(path, framework="pt") as file:
-        for name, about in _described(path, file.metadata()).items():
-            if only not in (None, name):
-                continue
-            grid = None
-            if "bits" in about:
-                scale, zero = file.get_tensor(f"{name}.scale"), file.get_tensor(f"{name}.zero").float()
-                grid = Grid(scale, zero, about["bits"], about["group_size"])
-            mask = unpack_bits(file.get_tensor(f"{name}.mask"), about["cols"])
-            layers[name] = PrunedWeight(about["key"], about["transposed"], mask, grid)
+    with reading(path), TensorFile(path) as file:
+        metadata, entries = file.metadata, file.entries
+    for name, about in _described(path, metadata).items():
+        if only not in (None, name):
+            continue
+        grid = None
+        if "bits" in about:
+            scale, zero = (load_tensor(path, entries[f"{name}.{part}"]) for part in ("scale", "zero"))
+            grid = Grid(scale, zero.float(), about["bits"], about["group_size"])
+        mask = unpack_bits(load_tensor(path, entries[f"{name}.mask"]), about["cols"])
+        layers[name] = PrunedWeight(about["key"], about["transposed"], mask, grid)
     return layers
 
 
 def weight_keys(path: Path) -> dict[str, str]:
     """Which weight of the model's files each layer of one file is, by the layer's name. Raises ValueError."""
-    with safe_open(path, framework="pt") as file:
-        return {name: about["key"] for name, about in _described(path, file.metadata()).items()}
+    with reading(path), TensorFile(path) as file:
+        return {name: about["key"] for name, about in _described(path, file.metadata).items()}
 
 
 def _described(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:

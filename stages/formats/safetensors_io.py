@@ -7,6 +7,7 @@ taken apart and put together again to the last byte, and one of any size is writ
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,12 @@ from typing import Any, Protocol, Self
 Bytes = bytes | bytearray | memoryview
 
 _PIECE_BYTES = 1 << 22
+_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at once
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+
+class TruncatedError(ValueError):
+    """A file ends before the bytes that its header promises."""
 
 
 @dataclass(frozen=True)
@@ -35,46 +41,73 @@ class Entry:
         return self.stop - self.start
 
 
+def read_at(descriptor: int, start: int, target: Bytes) -> None:
+    """Fill `target` with a file's bytes from `start` on.
+
+    Never through a mapping: where a mapped file is truncated, or its network disk goes away, the kernel ends the
+    process by SIGBUS, which Python cannot catch; a read gives an error.
+
+    Args:
+        descriptor: An open file. Its position is neither used nor changed, so threads may share it.
+        start: In bytes from the start of the file.
+        target: Writable memory.
+
+    Raises:
+        TruncatedError: The file ends too early.
+        OSError: The disk does not give the bytes.
+    """
+    rest = memoryview(target)
+    while len(rest):
+        num_read = os.preadv(descriptor, [rest[:_READ_BYTES]], start)
+        if num_read == 0:
+            raise TruncatedError(f"it ends at byte {start:,}, its header promises {start + len(rest):,} or more")
+        rest, start = rest[num_read:], start + num_read
+
+
 class TensorFile:
-    """An open safetensors file, to read."""
+    """An open safetensors file, to read. Threads may share it."""
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError, saying why, for a file that is not safetensors from its first byte to its last."""
         self.path = path
-        self._file = path.open("rb")
+        self._file = path.open("rb", buffering=0)
         try:
-            self._size = self._file.seek(0, 2)
+            self._size = os.fstat(self._file.fileno()).st_size
             self.head = self._read_head()
             self.metadata, self.entries = parse_head(self.head)
             end = max((entry.stop for entry in self.entries.values()), default=len(self.head))
             if end != self._size:
-                raise ValueError(f"{path} has {self._size:,} bytes, its header speaks of {end:,}")
-        except ValueError:
+                kind = TruncatedError if end > self._size else ValueError
+                raise kind(f"{path} has {self._size:,} bytes, its header speaks of {end:,}")
+        except (ValueError, OSError):
             self._file.close()
             raise
 
     def _read_head(self) -> bytes:
-        self._file.seek(0)
-        length = self._file.read(8)
-        if len(length) < 8 or (num_bytes := struct.unpack("<Q", length)[0]) > min(_MAX_HEADER_BYTES, self._size - 8):
+        length = bytearray(min(8, self._size))
+        read_at(self._file.fileno(), 0, length)
+        if len(length) < 8 or (num_bytes := struct.unpack("<Q", length)[0]) > _MAX_HEADER_BYTES:
             raise ValueError(f"{self.path} does not begin as a safetensors file does")
-        return length + self._file.read(num_bytes)
+        if num_bytes > self._size - 8:
+            raise TruncatedError(f"{self.path} has {self._size:,} bytes, fewer than its header of {num_bytes:,}")
+        header = bytearray(num_bytes)
+        read_at(self._file.fileno(), 8, header)
+        return bytes(length + header)
 
     def read(self, name: str) -> bytearray:
-        """A tensor's bytes. Raises KeyError."""
+        """A tensor's bytes. Raises KeyError, TruncatedError, OSError."""
         entry = self.entries[name]
         data = bytearray(entry.size_bytes)
-        self._file.seek(entry.start)
-        if self._file.readinto(data) != len(data):
-            raise ValueError(f"{self.path} ends too early")
+        read_at(self._file.fileno(), entry.start, data)
         return data
 
     def pieces(self, name: str) -> Iterator[bytes]:
-        """A tensor's bytes, some megabytes at a time. Raises KeyError."""
+        """A tensor's bytes, some megabytes at a time. Raises KeyError, TruncatedError, OSError."""
         entry = self.entries[name]
         for start in range(entry.start, entry.stop, _PIECE_BYTES):
-            self._file.seek(start)
-            yield self._file.read(min(_PIECE_BYTES, entry.stop - start))
+            piece = bytearray(min(_PIECE_BYTES, entry.stop - start))
+            read_at(self._file.fileno(), start, piece)
+            yield bytes(piece)
 
     def close(self) -> None:
         """Close it; closing twice is fine."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 
@@ -60,3 +61,9 @@ SAM_ALIASES = {
     ),
 }
 ALIASES = (*HUB_ALIASES, *WHEEL_ALIASES, *SAM_ALIASES)
+
+
+def did_you_mean(name: str) -> str:
+    """A question about the alias that a name resembles, to end a message with; empty if it resembles none."""
+    close = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.8)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stages.errors import ResourceError, UsageError
-from stages.formats.checkpoint_files import INDEX
+from stages.formats.checkpoint_files import INDEX, files_of_weights, serialized
+from stages.formats.disk_errors import reading
 from stages.formats.file_digest import digest_file
 from stages.machine.cache import cache_dir
 
@@ -35,9 +36,8 @@ def from_pickles(folder: Path) -> Path:
     Raises ResourceError for a file that is no pickle of tensors.
     """
     import torch
-    from safetensors.torch import save_file
 
-    files = sorted(folder.glob(PICKLES))
+    files = pickle_files(folder)
     digests = [f"{path.name}:{digest_file(path).sha256}" for path in (folder / "config.json", *files)]
     with converted(hashlib.sha256("\n".join(digests).encode()).hexdigest()) as (target, is_new):
         if is_new:
@@ -45,14 +45,16 @@ def from_pickles(folder: Path) -> Path:
             weight_map: dict[str, str] = {}
             for number, path in enumerate(files):
                 try:
-                    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                    # Not mapped: a mapped file that goes away ends the process by SIGBUS.
+                    with reading(path), path.open("rb") as file:
+                        tensors = torch.load(file, map_location="cpu", weights_only=True)
                 except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
                     reason = str(error).splitlines()[0]
                     raise ResourceError(f"{path} cannot be read as a pickle of plain tensors: {reason}") from error
                 name = f"model-{number:05d}.safetensors"
-                # Copies: tied tensors share memory, which safetensors refuses.
-                whole = {k: t.clone().contiguous() for k, t in tensors.items() if isinstance(t, torch.Tensor)}
-                save_file(whole, target / name, {"format": "pt"})
+                whole = {k: t for k, t in tensors.items() if isinstance(t, torch.Tensor)}
+                with (target / name).open("xb") as out:
+                    out.writelines(serialized(whole, {"format": "pt"}))
                 weight_map.update(dict.fromkeys(whole, name))
             (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
             for pattern in _COPIED:
@@ -60,6 +62,12 @@ def from_pickles(folder: Path) -> Path:
                     if not path.name.startswith("pytorch_model"):
                         shutil.copyfile(path, target / path.name)
     return cached(target)
+
+
+def pickle_files(folder: Path) -> list[Path]:
+    """The pickles that transformers would load. Raises ResourceError if one that the index names is missing."""
+    names, _ = files_of_weights(folder, "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return sorted(folder.glob(PICKLES)) if names is None else [folder / name for name in names]
 
 
 def from_gguf(fetch: Callable[[], Path], sha256: str | None = None) -> Path:

@@ -26,7 +26,7 @@ from stages.machine.hub import reason_of
 from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_inputs import CachedBlockInputs
 from stages.models.layer_roles import role_of
-from stages.models.meta_init import copied, materialised, require_materialised
+from stages.models.meta_init import copied, materialised, require_materialised, require_plain
 from stages.models.recorder import Recorder, StopForward, Tape, output_of
 
 # Blocks whose linear layers hold less of their matrix weights than this are refused: the rest would stay dense.
@@ -272,6 +272,7 @@ class Decoder:
                     f"{self.source.path}: {key} has shape {self._files.shape(key)}, its config.json asks for "
                     f"{tuple(state[name].shape)}"
                 )
+            require_plain(self._files, key, self.source.path)
         return stored
 
     def _find_layers(self, block_index: int) -> tuple[LayerInfo, ...]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from stages.errors import DamagedFileError, UsageError
+from stages.formats.tensor_reading import PLAIN_DTYPES
+from stages.models.base import Weights
 
 
 def materialised(
@@ -29,6 +32,13 @@ def materialised(
     block.to(device)
     require_materialised(block, f"block {block_index} of {model}")
     return block.eval().requires_grad_(False)
+
+
+def require_plain(weights: Weights, key: str, folder: Path) -> None:
+    """Raise UsageError for a weight that is stored as codes of a quantized model."""
+    if weights.dtype(key) not in PLAIN_DTYPES:
+        kind = str(weights.dtype(key)).removeprefix("torch.")
+        raise UsageError(f"{folder}: {key} is stored as {kind}; load a model that is not quantized")
 
 
 def copied(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,7 +6,6 @@ MODEL is an alias, a name on the Hugging Face hub, a folder, a GGUF file, or a c
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import re
 import subprocess
@@ -16,13 +15,13 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from stages.errors import ResourceError, UsageError
+from stages.errors import DamagedFileError, ResourceError, UsageError
 from stages.formats.checkpoint_files import WeightFiles, has_safetensors
 from stages.formats.file_digest import digest_file, local_path
 from stages.machine.cache import cache_dir
-from stages.models.aliases import ALIASES, HUB_ALIASES, SAM_ALIASES, WHEEL_ALIASES, WheelModel
+from stages.models.aliases import ALIASES, HUB_ALIASES, SAM_ALIASES, WHEEL_ALIASES, WheelModel, did_you_mean
 from stages.models.base import ModelFolder
-from stages.models.convert import PICKLES, from_gguf, from_pickles
+from stages.models.convert import PICKLES, from_gguf, from_pickles, pickle_files
 
 log = logging.getLogger(__name__)
 
@@ -104,17 +103,11 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
         snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         if has_safetensors(snapshot):
             WeightFiles(snapshot)  # raises for a missing shard
-        elif not _has_all_pickles(snapshot):
+        elif not pickle_files(snapshot):
             return None
-    except (LocalEntryNotFoundError, HFValidationError, ResourceError):
+    except (LocalEntryNotFoundError, HFValidationError, ResourceError, DamagedFileError):
         return None
     return snapshot if (snapshot / "config.json").exists() else None
-
-
-def _has_all_pickles(folder: Path) -> bool:
-    index = folder / f"{PICKLES.replace('*', '')}.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {PICKLES.replace("*", "")}
-    return all((folder / name).exists() for name in names)
 
 
 def _download_snapshot(repo: str, revision: str | None, trusts_code: bool) -> Path:
@@ -137,7 +130,7 @@ def _download_snapshot(repo: str, revision: str | None, trusts_code: bool) -> Pa
         return Path(snapshot_download(repo, revision=info.sha, allow_patterns=_top(wanted)))
     except HFValidationError as error:
         raise UsageError(
-            f"{repo}: no such folder, and no name on the hub (those look like facebook/opt-125m); "
+            f"{repo}{did_you_mean(repo)}: no such folder, and no name on the hub (those look like facebook/opt-125m); "
             f"aliases: {', '.join(ALIASES)}"
         ) from error
     except GatedRepoError as error:
@@ -149,8 +142,8 @@ def _download_snapshot(repo: str, revision: str | None, trusts_code: bool) -> Pa
         raise UsageError(f"--revision {revision}: {repo} has no such branch, tag or commit") from error
     except RepositoryNotFoundError as error:
         raise UsageError(
-            f"{repo}: no such folder, alias or public model on the hub; for a private one run `hf auth login`. "
-            f"Aliases: {', '.join(ALIASES)}"
+            f"{repo}{did_you_mean(repo)}: no such folder, alias or public model on the hub; for a private one run "
+            f"`hf auth login`. Aliases: {', '.join(ALIASES)}"
         ) from error
     except UNREACHABLE as error:
         cached = _any_cached(repo, revision)
@@ -158,7 +151,8 @@ def _download_snapshot(repo: str, revision: str | None, trusts_code: bool) -> Pa
             log.warning("the Hugging Face hub is out of reach; using the copy of %s in the cache", repo)
             return cached
         raise ResourceError(
-            f"{repo} comes from the Hugging Face hub, which is out of reach ({reason_of(error)}): try later, {local}"
+            f"{repo}{did_you_mean(repo)} comes from the Hugging Face hub, which is out of reach ({reason_of(error)}): "
+            f"try later, {local}"
         ) from error
 
 

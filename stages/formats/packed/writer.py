@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from stages.errors import ResourceError, UsageError
 from stages.formats import pruning_masks
 from stages.formats.base import DerivedFiles, PackedSizes, Write, no_derived_files
+from stages.formats.disk_errors import reading
 from stages.formats.file_digest import FileDigest, digest_file
 from stages.formats.packed.layer import FLOATS, Form, encode
 from stages.formats.packed.layout import (
@@ -114,12 +115,12 @@ class _Packing:
             if name in self._derived and _derived_digest(self._derived[name]) == digest:
                 self._digests.append(PackedFile(path=name, size=digest.size, sha256=digest.sha256, is_derived=True))
                 return
-            with (self._folder / name).open("rb") as plain:
+            with reading(self._folder / name), (self._folder / name).open("rb") as plain:
                 pieces = iter(lambda: plain.read(1 << 22), b"")
                 writer.add(f"{name}::bytes", "U8", [digest.size], pieces)
             self._digests.append(PackedFile(path=name, size=digest.size, sha256=digest.sha256))
             return
-        with _opened(self._folder / name) as file:
+        with reading(self._folder / name), _opened(self._folder / name) as file:
             sha256, size = hashlib.sha256(file.head), len(file.head)
             writer.add(f"{name}::head", "U8", [size], [file.head])
             for key, entry in file.entries.items():

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from stages.errors import ResourceError, UsageError
+from stages.formats.checkpoint_files import SINGLE, serialized
+from stages.formats.disk_errors import reading
 from stages.formats.file_digest import digest_file
 from stages.machine.cache import cache_dir
 from stages.models.aliases import MetaCheckpoint
@@ -30,6 +32,9 @@ log = logging.getLogger(__name__)
 # What an exported folder calls the checkpoint that `sam_model_registry` opens.
 META_CHECKPOINT = "sam.pth"
 _CHUNK = 1 << 20
+# Keys under which training loops save weights, and what DistributedDataParallel and torch.compile put before names.
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 def checkpoint_place(published: MetaCheckpoint) -> Path:
@@ -95,6 +100,11 @@ def from_checkpoint(fetch: Callable[[], Path], sha256: str | None = None) -> Pat
             missing = sorted(expected.keys() - state.keys())
             if missing:
                 raise UsageError(f"{path} lacks {len(missing)} weights of Segment Anything, {missing[0]} among them")
+            others = sorted(state.keys() - expected.keys())
+            if others:
+                log.warning(
+                    "%s holds %d tensors that Segment Anything has not, left out: %s", path, len(others), others
+                )
             for name, tensor in expected.items():
                 if tensor.shape != state[name].shape:
                     shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
@@ -105,23 +115,25 @@ def from_checkpoint(fetch: Callable[[], Path], sha256: str | None = None) -> Pat
 
 def write_folder(state: Mapping[str, Tensor], sizes: SamSizes, folder: Path) -> None:
     """A `SamModel` folder of the weights of a `segment_anything` model, in their own dtypes."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    named = {folder_name(name, sizes.iou_head_depth): tensor.clone().contiguous() for name, tensor in state.items()}
-    save_file(named, folder / "model.safetensors", {"format": "pt"})
+    named = {folder_name(name, sizes.iou_head_depth): tensor for name, tensor in state.items()}
+    with (folder / SINGLE).open("wb") as file:
+        file.writelines(serialized(named, {"format": "pt"}))
     (folder / "config.json").write_text(json.dumps(sizes.config(), indent=2) + "\n")
     (folder / "preprocessor_config.json").write_bytes(preprocessor_config(sizes))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    is_zip = zipfile.is_zipfile(path)  # what torch wrote before version 1.6 is none, and cannot be mapped
     try:
-        damaged = None
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip) if damaged is None else None
+        damaged = state = None
+        # Not mapped: a mapped file that goes away ends the process by SIGBUS.
+        with reading(path), path.open("rb") as file:
+            if zipfile.is_zipfile(file):  # what torch wrote before version 1.6 is none
+                with zipfile.ZipFile(file) as archive:
+                    damaged = archive.testzip()
+            if damaged is None:
+                file.seek(0)
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition("\x1b")[0][:200]
         raise ResourceError(
@@ -130,9 +142,24 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
     if damaged is not None:
         raise ResourceError(f"{path} is damaged ({damaged} in it is not what was written): fetch it again")
+    state = _unwrapped(state)
     if not isinstance(state, Mapping) or not all(_is_plain(name, value) for name, value in state.items()):
         raise UsageError(f"{path} holds no plain dictionary of floating-point tensors, as Meta's checkpoints do")
     return dict(state)
+
+
+def _unwrapped(content: object) -> object:
+    """The weights in what a training loop saved: {"model": weights, "optimizer": ...}, names with "module." before."""
+    while isinstance(content, Mapping):
+        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        prefix = next((p for p in _PREFIXES if content and all(str(name).startswith(p) for name in content)), None)
+        if wrapper is not None:
+            content = content[wrapper]
+        elif prefix is not None:
+            content = {str(name).removeprefix(prefix): value for name, value in content.items()}
+        else:
+            break
+    return content
 
 
 def _is_plain(name: object, value: object) -> bool:

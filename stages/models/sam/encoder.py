@@ -19,7 +19,7 @@ from stages.formats.checkpoint_files import WeightFiles
 from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part
 from stages.models.block_inputs import CachedBlockInputs
 from stages.models.layer_roles import role_of
-from stages.models.meta_init import copied, materialised, require_materialised
+from stages.models.meta_init import copied, materialised, require_materialised, require_plain
 from stages.models.sam.checkpoint import META_CHECKPOINT, preprocessor_config
 from stages.models.sam.modules import SamSizes, build_image_encoder, build_sam, sam_sizes
 from stages.models.sam.names import BLOCKS, FOLDER_POSITIONS, folder_name
@@ -177,6 +177,7 @@ class SamEncoder:
                     f"{self.source.path}: {key} has shape {self._files.shape(key)}, its config.json asks for "
                     f"{tuple(tensor.shape)}"
                 )
+            require_plain(self._files, key, self.source.path)
             found[name] = key
         beyond = folder_name(f"{BLOCKS}.{self.num_blocks}.attn.qkv.weight", self.sizes.iou_head_depth)
         if beyond in self._files:

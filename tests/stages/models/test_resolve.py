@@ -131,3 +131,28 @@ def test_a_cache_that_cannot_be_written_says_which(tmp_path, monkeypatch):
     Path("x.gguf").write_bytes(b"GGUF")
     with pytest.raises(ResourceError, match="set LAMPCTL_CACHE"):
         resolve("x.gguf")
+
+
+def test_a_name_like_an_alias_is_asked_about(hub, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", _not_cached)
+    with pytest.raises(ResourceError, match=r"opt-125 \(did you mean opt-125m\?\)"):
+        resolve("opt-125")
+    with pytest.raises(ResourceError, match=r"^some/other comes from"):
+        resolve("some/other")
+
+
+def test_a_name_that_the_hub_does_not_know_is_asked_about(hub, monkeypatch):
+    def unknown(*args, **kwargs):
+        raise huggingface_hub.errors.HFValidationError("no name")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unknown)
+    with pytest.raises(UsageError, match=r"SAM-vit-h- \(did you mean sam-vit-h\?\)"):
+        resolve("SAM-vit-h-")
+
+
+def _not_cached(*args, **kwargs):
+    raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")

@@ -110,6 +110,24 @@ def test_a_checkpoint_of_metas_form_is_converted_once(tmp_path, folder, monkeypa
     assert resolve(str(path)).path == converted.path
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_a_checkpoint_of_a_training_loop_is_unwrapped(tmp_path, folder, key, prefix):
+    state = {prefix + name: tensor for name, tensor in build().state_dict().items()}
+    saved = state if key is None else {key: state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}
+    torch.save(saved, tmp_path / "mine.pth")
+    mine = load_file(resolve(str(tmp_path / "mine.pth")).path / "model.safetensors")
+    expected = load_file(folder / "model.safetensors")
+    assert mine.keys() == expected.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in expected.items())
+
+
+def test_tensors_beside_segment_anythings_are_named(tmp_path, caplog):
+    torch.save({**build().state_dict(), "hq_token": torch.ones(1)}, tmp_path / "mine.pth")
+    resolve(str(tmp_path / "mine.pth"))
+    assert "left out: ['hq_token']" in caplog.text
+
+
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
     path = tmp_path / "bad.pth"
