@@ -8,7 +8,7 @@ from typer.core import TyperArgument, TyperCommand
 
 _ARGUMENTS, _REST = "Arguments", "Options"
 # Panels in the order in which a reader needs them.
-PANELS = ("What to prune", "Method", "Calibration", "Training", "Evaluation", "Machine", "Stopping", "Storage")
+PANELS = ("Sweep", "What to prune", "Method", "Calibration", "Training", "Evaluation", "Machine", "Stopping", "Storage")
 
 
 class PanelCommand(TyperCommand):

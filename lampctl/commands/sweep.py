@@ -27,8 +27,20 @@ class _RunByDefault(TyperGroup):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands, and what `lampctl sweep MODEL` takes. ctx, formatter: click's."""
+        self.format_commands(ctx, formatter)
+        self.commands["run"].format_options(ctx, formatter)
 
-app = typer.Typer(cls=_RunByDefault, no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    subcommand_metavar="[MODEL | COMMAND] [ARGS]...",
+)
+_PANEL = "Sweep"
 
 SweepPath = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's folder, or its address in a bucket.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the trials as JSON.")]
@@ -56,6 +68,7 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="SETTING=VALUES",
+            rich_help_panel=_PANEL,
             help="Values separated by commas, or START:STOP:STEP. May be repeated: every combination is a trial.",
         ),
     ] = None,
@@ -63,18 +76,28 @@ def run(
         str | None,
         typer.Option(
             metavar="SETTING,...",
+            rich_help_panel=_PANEL,
             help="Search for the best values instead: alpha, beta, lr, refine_lr, lr_decay in the paper's ranges, or "
             "SETTING=LOW:HIGH, SETTING=LOW:HIGH:log.",
         ),
     ] = None,
-    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="With --search: number of trials.")] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, rich_help_panel=_PANEL, help="With --search: number of trials."),
+    ] = None,
     storage: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="With --search: URL of the database (SQLAlchemy). [default: SWEEP/search.db]"),
+        typer.Option(
+            metavar="URL",
+            rich_help_panel=_PANEL,
+            help="With --search: URL of the database (SQLAlchemy). [default: SWEEP/search.db]",
+        ),
     ] = None,
     sweep_dir: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder of the sweep. [default: sweeps/<model>-<settings>]"),
+        typer.Option(
+            metavar="DIR", rich_help_panel=_PANEL, help="Folder of the sweep. [default: sweeps/<model>-<settings>]"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -93,3 +93,15 @@ def test_every_error_of_ours_has_an_exit_code():
             if isinstance(kind, type) and name not in ("PipelineError", "StageError"):
                 assert exit_code(kind("x")) != BUG, name
     assert exit_code(RuntimeError()) == BUG
+
+
+def test_help_of_sweep_lists_its_commands_and_every_option_of_a_sweep(lampctl):
+    shown = lampctl("sweep", "--help").out
+    run = lampctl("sweep", "run", "--help").out
+    options = run[run.index("Arguments:") :]
+    assert "--grid" in options
+    assert "--sparsity" in options
+    assert options in shown
+    assert "\n  resume  Continue an interrupted sweep" in shown
+    assert "MODEL | COMMAND" in shown
+    assert shown.count("--help") == 1
