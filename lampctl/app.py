@@ -13,9 +13,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from lampctl.cli.exit_codes import BUG, exit_code, message
 from lampctl.cli.lazy_group import LazyCommand, LazyGroup
-from pipeline.rundir.redact import scrub
 from stages.version import VERSION
 
 _STEPS = "Step by step"
@@ -132,6 +130,8 @@ class _Stderr(logging.Handler):
     """Writes to the current sys.stderr, which a live display replaces while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from pipeline.rundir.redact import scrub
+
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         print(scrub(prefix + self.format(record)), file=sys.stderr, flush=True)
 
@@ -159,8 +159,12 @@ def main() -> None:
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
+        from lampctl.cli.exit_codes import BUG, exit_code, message
+
         code = exit_code(error)
         if code == BUG:
+            from pipeline.rundir.redact import scrub
+
             print(
                 "lampctl: this is a bug of ours; please report it with the lines below. What was committed is safe.",
                 file=sys.stderr,

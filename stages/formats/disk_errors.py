@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stages.errors import DamagedFileError, StorageUnavailableError
-from stages.formats.safetensors_io import TruncatedError
 
 # A disk that fails with one of these may work again later, as a network share does.
 PASSING = frozenset(
     {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN}
 )
+
+
+class TruncatedError(ValueError):
+    """A file ends before the bytes that its header promises."""
 
 
 @contextmanager

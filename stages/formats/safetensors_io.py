@@ -15,15 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from stages.formats.disk_errors import TruncatedError
+
 Bytes = bytes | bytearray | memoryview
 
 _PIECE_BYTES = 1 << 22
 _READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at once
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-
-
-class TruncatedError(ValueError):
-    """A file ends before the bytes that its header promises."""
 
 
 @dataclass(frozen=True)
