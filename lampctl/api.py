@@ -62,10 +62,10 @@ class Run:
     @property
     def budget(self) -> tuple[BlockBudget, ...]:
         """How many weights of each layer of each block are pruned."""
-        from pipeline.steps.results import budget_of_run
-        from pipeline.steps.stage_settings import budget_of
+        from pipeline.steps.committed import stored_budget
+        from pipeline.steps.stage_settings import block_budget
 
-        return tuple(budget_of(block) for block in budget_of_run(self._directory))
+        return tuple(block_budget(block) for block in stored_budget(self._directory))
 
     @property
     def model_path(self) -> Path:

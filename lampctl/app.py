@@ -9,14 +9,20 @@ import sys
 import traceback
 from collections.abc import Mapping
 from types import FrameType
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
 
-from lampctl.cli.lazy_group import LazyCommand, LazyGroup
+from lampctl.cli.lazy_group import LazyCommand, LazyGroup, StepCommand
+from pipeline.steps.registry import STEP_COMMANDS, STEP_KINDS
 from stages.version import VERSION
 
 _STEPS = "Step by step"
+
+
+def _step_command(help_line: str) -> StepCommand:
+    """The command of a kind of step."""
+    return StepCommand("lampctl.commands.steps:command_of", help_line, _STEPS)
 
 
 class _Commands(LazyGroup):
@@ -56,30 +62,7 @@ class _Commands(LazyGroup):
             "Show settings: their values and origins, the JSON Schema of a configuration file, the reference.",
         ),
         "init": LazyCommand("lampctl.commands.init:init", "Begin a run: write its settings, budget and plan.", _STEPS),
-        "calibrate": LazyCommand("lampctl.commands.steps:calibrate", "Sample the calibration set.", _STEPS),
-        "capture": LazyCommand(
-            "lampctl.commands.steps:capture", "Embed the calibration set and run the first block on it.", _STEPS
-        ),
-        "allocate": LazyCommand(
-            "lampctl.commands.steps:allocate",
-            "Compute the budget from a pass of the original model, in runs with --budget outliers.",
-            _STEPS,
-        ),
-        "prune-block": LazyCommand(
-            "lampctl.commands.steps:prune_block",
-            "Prune one block, and compute its output from the biased input.",
-            _STEPS,
-        ),
-        "refine-block": LazyCommand(
-            "lampctl.commands.steps:refine_block",
-            "Train the weights that a pruned block kept, in runs with --refine.",
-            _STEPS,
-        ),
-        "compensate-block": LazyCommand(
-            "lampctl.commands.steps:compensate_block",
-            "Train one block before it is pruned, to compensate the error of the blocks before it.",
-            _STEPS,
-        ),
+        **{name: _step_command(help_line) for name, help_line in STEP_COMMANDS.items()},
         "export": LazyCommand(
             "lampctl.commands.export:export",
             "Write the pruned model as a folder that transformers opens, or as one small packed file.",
@@ -91,6 +74,12 @@ class _Commands(LazyGroup):
             _STEPS,
         ),
     }
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name, also of a step kind of another package, which `lampctl --help` does not list."""
+        if cmd_name not in self.lazy and cmd_name in STEP_KINDS and STEP_KINDS.get(cmd_name).command == cmd_name:
+            return _step_command(STEP_KINDS.get(cmd_name).help).load(cmd_name)
+        return super().get_command(ctx, cmd_name)
 
 
 app = typer.Typer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -40,9 +40,23 @@ class LazyCommand:
                 rich_markup_mode=None,
                 suggest_commands=True,
             )
+        return self.built(name, found)
+
+    @staticmethod
+    def built(name: str, callback: Callable[..., None]) -> Any:
+        """The command that calls this function."""
         return get_command_from_info(
-            CommandInfo(name, cls=PanelCommand, callback=found), pretty_exceptions_short=False, rich_markup_mode=None
+            CommandInfo(name, cls=PanelCommand, callback=callback), pretty_exceptions_short=False, rich_markup_mode=None
         )
+
+
+@dataclass(frozen=True)
+class StepCommand(LazyCommand):
+    """The command of a kind of step: `reference` is a function that gives it by the name of the kind."""
+
+    def load(self, name: str) -> Any:
+        module, _, attribute = self.reference.partition(":")
+        return self.built(name, getattr(importlib.import_module(module), attribute)(name))
 
 
 class LazyGroup(TyperGroup):

@@ -75,9 +75,10 @@ def _show_again(place: str) -> bool:
     from lampctl.output import tables
     from pipeline.runs.lifecycle import reopen
     from pipeline.runs.model_card import ModelView
+    from pipeline.steps.committed import is_exported
 
     directory, config = reopen(place)
-    if directory.commit_for("export") is None or directory.is_published("model"):
+    if not is_exported(directory) or directory.is_published("model"):
         return False
     ModelView(directory, config).refresh()
     tables.model_is_back(directory)

@@ -1,10 +1,14 @@
-"""One command per kind of step. They run the same code as `lampctl run`, one step at a time."""
+"""The commands of the kinds of steps. They run the same code as `lampctl run`, one step at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+
+from pipeline.steps.registry import STEP_KINDS
+from stages.errors import UsageError
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory made by lampctl init or run.")]
 Block = Annotated[
@@ -12,60 +16,23 @@ Block = Annotated[
 ]
 
 
-def calibrate(run: RunPath) -> None:
-    """Sample the calibration set.
+def command_of(name: str) -> Callable[..., None]:
+    """The command that does the next step of a kind. Raises UsageError for a kind that has none."""
+    kind = STEP_KINDS.get(name)
+    if kind.command != name:
+        raise UsageError(f"the step kind {name} has no command of its own")
 
-    \b
-    lampctl calibrate runs/mine
-    """
-    do_step(run, "calibrate")
+    def next_step(run: RunPath) -> None:
+        do_step(run, name)
 
+    def step_of_block(run: RunPath, block: Block = None) -> None:
+        do_step(run, name, block)
 
-def capture(run: RunPath) -> None:
-    """Embed the calibration set and run the first block on it.
-
-    \b
-    lampctl capture runs/mine
-    """
-    do_step(run, "capture")
-
-
-def allocate(run: RunPath) -> None:
-    """Compute the budget from a pass of the original model, in runs with --budget outliers.
-
-    \b
-    lampctl allocate runs/mine
-    """
-    do_step(run, "allocate")
-
-
-def prune_block(run: RunPath, block: Block = None) -> None:
-    """Prune one block, and compute its output from the biased input.
-
-    \b
-    lampctl prune-block runs/mine
-    lampctl prune-block runs/mine --block 3
-    """
-    do_step(run, "prune-block", block)
-
-
-def refine_block(run: RunPath, block: Block = None) -> None:
-    """Train the weights that a pruned block kept, in runs with --refine.
-
-    \b
-    lampctl refine-block runs/mine
-    """
-    do_step(run, "refine-block", block)
-
-
-def compensate_block(run: RunPath, block: Block = None) -> None:
-    """Train one block before it is pruned, to compensate the error of the blocks before it.
-
-    \b
-    lampctl compensate-block runs/mine
-    lampctl compensate-block runs/mine --block 4
-    """
-    do_step(run, "compensate-block", block)
+    command: Callable[..., None] = step_of_block if kind.is_per_block else next_step
+    example = f"\n\x08\nlampctl {name} runs/mine"
+    of_block = f"\nlampctl {name} runs/mine --block 3" if kind.is_per_block else ""
+    command.__doc__ = f"{kind.help}\n{example}{of_block}\n"
+    return command
 
 
 def do_step(place: str, kind: str, block: int | None = None) -> None:

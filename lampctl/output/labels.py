@@ -1,7 +1,8 @@
-"""Short names of data sources and layers for tables."""
+"""Short names of steps, data sources and layers for tables."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 
@@ -22,3 +23,8 @@ def layer_label(name: str, block: int) -> str:
 def measured_label(source: str, protocol: str) -> str:
     """A data source with the protocol that it was measured by: ``wikitext2 @2048``."""
     return f"{source_label(source)} @{protocol}" if protocol else source_label(source)
+
+
+def step_label(name: str) -> str:
+    """Name of a step with local files by their names: their whole paths do not fit a line."""
+    return re.sub(r"([:@])/.*/", r"\1", name)

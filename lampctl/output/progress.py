@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lampctl.output.labels import step_label
 from lampctl.output.units import duration
-from pipeline.steps.results import (
-    CalibrateResult,
-    CompensateResult,
-    EvaluateResult,
-    ExportResult,
-    PruneResult,
-    RefineResult,
-    TrainingRecord,
-    ZeroShotResult,
-    budget_of_run,
-)
 from pipeline.steps.run_facts import facts_of
-from stages.metrics.registry import figure_text, metric_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.engine.plan import Step
     from pipeline.rundir.records import StepCommit
     from pipeline.rundir.run_directory import RunDirectory
+    from pipeline.runs.status import RunStatus, StepState
 
 # In a log, a step that takes longer than this says so.
 _HEARTBEAT_S = 300.0
@@ -43,13 +32,12 @@ class ProgressListener:
         self._run: RunDirectory | None = None
         self._config: RunConfig | None = None
         self._said: set[str] = set()
+        self._known: tuple[int, RunStatus] | None = None  # the state at this number of commits
 
     def attach(self, run: RunDirectory, config: RunConfig) -> None:
         """The steps to come are of this run."""
-        from pipeline.runs.status import status
-
-        self._run, self._config = run, config
-        state = status(run, config)
+        self._run, self._config, self._known = run, config, None
+        state = self._state
         title = f"{config.method} {config.goal}: {run.label}"
         if state.is_finished:
             title += " (finished)"
@@ -76,12 +64,20 @@ class ProgressListener:
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None: ...
 
     @property
-    def _remaining(self) -> str:
+    def _state(self) -> RunStatus:
+        """The state of the run, read again after each commit."""
         from pipeline.runs.status import status
 
         assert self._run is not None
         assert self._config is not None
-        seconds = status(self._run, self._config).remaining_s
+        num_commits = len(self._run.log)
+        if self._known is None or self._known[0] != num_commits:
+            self._known = (num_commits, status(self._run, self._config))
+        return self._known[1]
+
+    @property
+    def _remaining(self) -> str:
+        seconds = self._state.remaining_s
         return "" if seconds is None else f"about {duration(seconds)} left"
 
     @property
@@ -91,51 +87,21 @@ class ProgressListener:
 
     def _ends_block(self, step: Step) -> bool:
         """Whether a block is done with this step, so that its line can be written."""
-        assert self._config is not None
-        return step.kind == ("refine-block" if self._config.refine else "prune-block")
+        return step.block is not None and step.name == self._steps_of(step.block)[-1].name
 
-    def _outcome(self, step: Step, commit: StepCommit) -> str:
-        """What a finished step reports, in a few words."""
-        if self._ends_block(step):
-            return self._block_outcome(step, commit)
-        if step.kind == "compensate-block":
-            return _losses(commit.result_as(CompensateResult).training)
-        if step.kind == "evaluate":
-            measured = commit.result_as(EvaluateResult)
-            partial = " (partial)" if measured.is_partial else ""
-            shown = "infinite" if measured.value is None else figure_text(measured.metric, measured.value)
-            return f"{metric_of(measured.metric).title} {shown}{partial}"
-        if step.kind == "zero-shot":
-            found = commit.result_as(ZeroShotResult)
-            accuracies = [
-                f"{name} {100 * value:.2f}%"
-                for name, value in found.metrics.items()
-                if name in ("acc", "acc_norm") and value is not None
-            ]
-            return ", ".join(accuracies) + (" (partial)" if found.is_partial else "")
-        if step.kind == "calibrate":
-            samples = commit.result_as(CalibrateResult)
-            num_skipped = sum(samples.skipped.values())
-            note = f", {num_skipped} passed over" if num_skipped else ""
-            return f"{samples.amount:,} {samples.unit} of {samples.source}{note}"
-        if step.kind == "export":
-            exported = commit.result_as(ExportResult)
-            return f"{exported.num_masked:,} of {exported.num_prunable:,} weights masked"
-        return ""
+    def _steps_of(self, block: int) -> list[StepState]:
+        """The steps of a block, in order."""
+        return [state for state in self._state.steps if state.block == block]
 
-    def _block_outcome(self, step: Step, commit: StepCommit) -> str:
-        """The same for the last step of a block: its masked weights, and the losses of its trainings."""
-        assert self._run is not None
-        assert step.block is not None
-        refined = commit.result_as(RefineResult) if step.kind == "refine-block" else None
-        finished = refined.finished if refined else commit.result_as(PruneResult).finished
-        assert finished is not None
-        masked = finished.num_masked / max(1, budget_of_run(self._run)[step.block].size)
-        compensated = self._run.commit_for(f"compensate-block/{step.block}")
-        parts = [f"{100 * masked:.2f}% masked"]
-        parts += [_losses(compensated.result_as(CompensateResult).training)] if compensated else []
-        parts += [f"refined {_losses(refined.training)}"] if refined else []
-        return ", ".join(parts)
+    def _outcome(self, step: Step) -> str:
+        """What a finished step reports, in a few words; the last step of a block reports for all of the block's."""
+        if step.block is None or not self._ends_block(step):
+            return next(state.headline for state in self._state.steps if state.name == step.name)
+        block = self._state.blocks[step.block]
+        parts = [state.headline for state in self._steps_of(step.block)]
+        if block.num_found is not None:
+            parts.insert(0, f"{100 * block.num_found / max(1, block.size):.2f}% masked")
+        return ", ".join(part for part in parts if part)
 
 
 class PlainListener(ProgressListener):
@@ -160,19 +126,18 @@ class PlainListener(ProgressListener):
         if time.monotonic() - self._spoke_at > _HEARTBEAT_S:
             self._spoke_at = time.monotonic()
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            self._print(f"  {_label(step)}: {done}/{total} {unit}{', ' if shown else ''}{shown}")
+            self._print(f"  {step_label(step.name)}: {done}/{total} {unit}{', ' if shown else ''}{shown}")
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
         if step.block is not None and not self._ends_block(step) and not self._every_step:
             return  # the line comes when the block is done
         elapsed_s = commit.elapsed_s
-        what = _label(step)
+        what = step_label(step.name)
         if self._ends_block(step) and not self._every_step:
-            assert self._run is not None
-            names = {f"{kind}/{step.block}" for kind in ("compensate-block", "prune-block", "refine-block")}
-            elapsed_s = sum(done.elapsed_s for done in self._run.commits if done.step in names)
+            assert step.block is not None
+            elapsed_s = sum(done.elapsed_s or 0.0 for done in self._steps_of(step.block))
             what = f"block {step.block} of {self._num_blocks}"
-        parts = [self._outcome(step, commit), duration(elapsed_s), self._remaining if position + 1 < total else ""]
+        parts = [self._outcome(step), duration(elapsed_s), self._remaining if position + 1 < total else ""]
         self._print(f"[{position + 1}/{total}] {what}: " + ", ".join(part for part in parts if part))
 
     def _print(self, line: str) -> None:
@@ -221,7 +186,7 @@ class LiveListener(ProgressListener):
         note = "" if step.block is None else f"block {step.block} of {self._num_blocks}"
         notes = [part for part in (note, self._remaining) if part]
         self._progress.update(self._run_bar, completed=position, note=", ".join(notes))
-        self._progress.reset(self._step_bar, description=_label(step), note="")
+        self._progress.reset(self._step_bar, description=step_label(step.name), note="")
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
         assert self._step_bar is not None
@@ -234,9 +199,9 @@ class LiveListener(ProgressListener):
         self._progress.update(
             self._run_bar, completed=position + 1, note=self._remaining if position + 1 < total else ""
         )
-        outcome = self._outcome(step, commit)
+        outcome = self._outcome(step)
         if outcome and (step.block is None or self._ends_block(step)):
-            self._progress.console.print(f"  {_label(step)}: {outcome}", highlight=False)
+            self._progress.console.print(f"  {step_label(step.name)}: {outcome}", highlight=False)
 
 
 @contextmanager
@@ -250,21 +215,3 @@ def listening(every_step: bool = False) -> Iterator[Any]:
             yield listener
     else:
         yield PlainListener(console, every_step)
-
-
-def _label(step: Step) -> str:
-    """The step's name with local files by their names: their whole paths do not fit a line."""
-    return re.sub(r"([:@])/.*/", r"\1", step.name)
-
-
-def _losses(training: TrainingRecord) -> str:
-    before, after = training.before.trained, training.after.trained
-    if training.before.held_out is not None:
-        before, after = training.before.held_out, training.after.held_out
-    if not training.kept_epoch:
-        return f"loss {_loss(before)} (no epoch improved it; kept the weights from before)"
-    return f"loss {_loss(before)} -> {_loss(after)}"
-
-
-def _loss(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.4g}"

@@ -14,7 +14,7 @@ from rich.table import Table
 from lampctl.output.accuracy import accuracy_table, mean_notes, means_of
 from lampctl.output.comparison import Comparison
 from lampctl.output.console import console_here, shown_path
-from lampctl.output.labels import layer_label, source_label
+from lampctl.output.labels import layer_label, source_label, step_label
 from lampctl.output.units import duration, size
 from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.status import (
@@ -27,6 +27,7 @@ from pipeline.runs.status import (
     side_by_side,
 )
 from pipeline.runs.status import status as status_of
+from pipeline.steps.registry import STEP_KINDS
 from stages.metrics.registry import figure_text, metric_of
 from stages.pruners.registry import method_title
 from stages.tasks.registry import task_named
@@ -133,6 +134,9 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
     console.print(_blocks_table(state.blocks))
     if state.num_done:
         console.print(_kinds_table(state.steps))
+    others = _headlines_table(state.steps)
+    if others.row_count:
+        console.print(others)
     if state.evaluations:
         console.print(_evaluations_table(state))
     if state.accuracies:
@@ -172,8 +176,10 @@ def next_step(run: RunDirectory, config: RunConfig) -> None:
     if state.next_step is None:
         line = f"{where} is finished"
     else:
-        command = state.next_step.partition("/")[0]
+        command = STEP_KINDS.get(state.next_step.partition("/")[0]).command
         line = f"Next: lampctl {command} {where}   (or all that is left: lampctl resume {where})"
+        if command is None:
+            line = f"Next: {state.next_step}, by lampctl resume {where}"
     console_here().print(line, highlight=False, soft_wrap=True)
 
 
@@ -285,6 +291,15 @@ def _kinds_table(steps: Sequence[StepState]) -> Table:
     return table
 
 
+def _headlines_table(steps: Sequence[StepState]) -> Table:
+    """What steps report that stands in no other table."""
+    table = Table("step", "result")
+    for step in steps:
+        if step.headline and not step.is_tabled:
+            table.add_row(step_label(step.name), step.headline)
+    return table
+
+
 def _evaluations_table(state: RunStatus) -> Table:
     """Every figure that the run has measured, on whatever settings."""
     table = Table("measured", "on", "how")
@@ -317,27 +332,23 @@ def _settings_table(config: RunConfig, origins: Mapping[str, str]) -> Table:
 
 
 def _blocks_table(blocks: Sequence[BlockState]) -> Table:
-    """Per block: its state, its budget as a whole and by layer, the loss that compensation met and left."""
+    """Per block: its state, its budget as a whole and by layer, the loss before and after each training."""
     paths = list(dict.fromkeys(layer_label(layer.name, block.block) for block in blocks for layer in block.layers))
     table = Table("block", "state")
     table.add_column("budget", justify="right")
     for path in paths:
         table.add_column(path, justify="right", no_wrap=True)
-    trainings = [
-        (title, prefix)
-        for title, prefix in (("loss", "loss"), ("refine", "refine"))
-        if any(getattr(block, f"{prefix}_before") is not None for block in blocks)
-    ]
-    for title, _ in trainings:
-        table.add_column(f"{title} before", justify="right")
+    names = list(dict.fromkeys(training.name for block in blocks for training in block.trainings))
+    for name in names:
+        table.add_column(f"{name} before", justify="right")
         table.add_column("after", justify="right")
     for block in blocks:
         shares = {layer_label(x.name, block.block): f"{100 * x.num_masked / x.size:.1f}%" for x in block.layers}
         whole = f"{100 * block.num_masked / block.size:.2f}%" if block.size else "-"
         row = [str(block.block), block.state, whole, *(shares.get(path, "-") for path in paths)]
-        for _, prefix in trainings:
-            side = "_aside" if getattr(block, f"{prefix}_before_aside") is not None else ""
-            losses = (getattr(block, f"{prefix}_before{side}"), getattr(block, f"{prefix}_after{side}"))
+        trained = {training.name: training for training in block.trainings}
+        for name in names:
+            losses = trained[name].judged if name in trained else (None, None)
             row += ["-" if loss is None else f"{loss:.4g}" for loss in losses]
         table.add_row(*row)
     return table

@@ -222,11 +222,14 @@ def _setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+_Figure = tuple[str, str, Dataset, Callable[[Dataset], bytes], str]  # anchor, title, numbers, drawing, caption
+
+
 def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Part, ...]]]:
     """(anchor, title, parts) of each figure for which the run's commits have data."""
     relative = state.config.loss == "token"
     kept = "" if state.config.held_out else " No samples were held out: all were trained on."
-    plan: list[tuple[str, str, Dataset, Callable[[Dataset], bytes], str]] = [
+    plan: list[_Figure] = [
         (
             "error",
             "Error by block",
@@ -267,19 +270,31 @@ def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Par
             plots.steps,
             "Each step of the run, in the order in which they were done. Memory is that of the whole process.",
         ),
+        *_curves(state),
     ]
-    return [
-        (
-            anchor,
-            title,
-            (
-                Picture(f"{prefix}{anchor}", draw(table), title, caption, table.csv()),
-                _numbers(table),
-            ),
-        )
+    found: list[tuple[str, str, tuple[Part, ...]]] = [
+        (anchor, title, (Picture(f"{prefix}{anchor}", draw(table), title, caption, table.csv()), _numbers(table)))
         for anchor, title, table, draw, caption in plan
         if table.rows
     ]
+    results = _step_results(state)
+    return [*found, ("step-results", "Results of steps", results)] if results else found
+
+
+def _curves(state: RunStatus) -> list[_Figure]:
+    """The curves that steps report beside those of blocks."""
+    return [
+        (f"series-{number}", title, table, plots.series, "As the steps report it.")
+        for number, (title, table) in enumerate(data.series(state).items())
+    ]
+
+
+def _step_results(state: RunStatus) -> tuple[Part, ...]:
+    """What steps report that stands in no other table; nothing where there is none."""
+    rows = tuple(
+        (scrub(step.name), scrub(step.headline)) for step in state.steps if step.headline and not step.is_tabled
+    )
+    return (Table(("step", "result"), rows, num_labels=2),) if rows else ()
 
 
 def _how_exact(state: RunStatus) -> str:

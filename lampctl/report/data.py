@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lampctl.output.labels import layer_label, measured_label
 from pipeline.rundir.redact import scrub
-from pipeline.runs.status import BlockState, EpochLoss, RunStatus, side_by_side
+from pipeline.runs.status import BlockState, RunStatus, side_by_side
 from stages.pruners.registry import method_title
 
 Cell = str | int | float | None
@@ -81,17 +81,17 @@ def series_of(state: RunStatus) -> str:
 def error_by_block(state: RunStatus) -> Dataset:
     """The losses around the training of each block: how far the biased stream is from the dense one behind it.
 
-    One row for each time that a block was trained, as a whole (`compensation`) or once pruned (`refinement`).
+    One row for each training of a block.
     """
     rows: list[tuple[Cell, ...]] = []
     for block in state.blocks:
-        for training, prefix in (("compensation", "loss"), ("refinement", "refine")):
-            before, after = getattr(block, f"{prefix}_before"), getattr(block, f"{prefix}_after")
-            if before is None and after is None:
+        for training in block.trainings:
+            before, after = training.before, training.after
+            if before.trained is None and after.trained is None:
                 continue
-            aside = (getattr(block, f"{prefix}_before_aside"), getattr(block, f"{prefix}_after_aside"))
-            rows.append((block.block, training, before, after, *aside))
-    return Dataset(("block", "training", "before", "after", "before_aside", "after_aside"), tuple(rows))
+            losses = (before.trained, after.trained, before.held_out, after.held_out)
+            rows.append((block.block, training.name, *losses))
+    return Dataset(("block", "training", "before", "after", "before_held_out", "after_held_out"), tuple(rows))
 
 
 def pruning_error_by_layer(state: RunStatus) -> Dataset:
@@ -132,22 +132,25 @@ def training_curves(state: RunStatus) -> Dataset:
     """
     rows: list[tuple[Cell, ...]] = []
     for block in state.blocks:
-        before = EpochLoss(block.loss_before, block.loss_before_aside)
-        rows += _curve("compensation", block, before, block.epochs, block.kept_epoch)
-        before = EpochLoss(block.refine_before, block.refine_before_aside)
-        rows += _curve("refinement", block, before, block.refine_epochs, block.refine_kept_epoch)
-    return Dataset(("block", "training", "epoch", "trained", "aside", "is_kept"), tuple(rows))
+        for training in block.trainings:
+            if not training.epochs:
+                continue
+            rows += [
+                (block.block, training.name, epoch, loss.trained, loss.held_out, int(epoch == training.kept_epoch))
+                for epoch, loss in enumerate((training.before, *training.epochs))
+            ]
+    return Dataset(("block", "training", "epoch", "trained", "held_out", "is_kept"), tuple(rows))
 
 
-def _curve(
-    training: str, block: BlockState, before: EpochLoss, epochs: Sequence[EpochLoss], kept: int | None
-) -> list[tuple[Cell, ...]]:
-    if not epochs:
-        return []
-    return [
-        (block.block, training, number, loss.trained, loss.aside, int(number == kept))
-        for number, loss in enumerate((before, *epochs))
-    ]
+def series(state: RunStatus) -> dict[str, Dataset]:
+    """The curves that steps report, by the title of their figure."""
+    rows: dict[str, list[tuple[Cell, ...]]] = {}
+    for step in state.steps:
+        for curve in step.series:
+            found = rows.setdefault(curve.title, [])
+            found += [(step.name, curve.x_title, curve.y_title, x, y) for x, y in curve.points]
+    columns = ("step", "x_title", "y_title", "x", "y")
+    return {title: Dataset(columns, tuple(found)) for title, found in rows.items()}
 
 
 def steps(state: RunStatus) -> Dataset:

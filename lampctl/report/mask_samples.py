@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.run_config import RunConfig
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.packing import published_model
-from pipeline.steps.evaluate import evaluations_of
+from pipeline.steps.committed import is_exported, measurements_of
 from stages.interfaces import Watcher
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def mask_samples(
     found: list[tuple[MaskSample, ...]] = []
     originals: dict[tuple[Any, str], list[Answer]] = {}
     for run, config in runs:
-        sources = [measured.source for _, measured in evaluations_of(run) if measured.metric == "iou"]
-        if run.commit_for("export") is None or not sources:
+        sources = [measured.source for measured in measurements_of(run) if measured.metric == "iou"]
+        if not is_exported(run) or not sources:
             found.append(())
             continue
         found.append(_samples(run, config, sources[0], count, device, callbacks, originals))

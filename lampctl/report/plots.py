@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lampctl.output.labels import step_label
 from lampctl.output.units import duration
 from lampctl.report.data import WHOLE_BLOCK, Cell, Dataset
 from lampctl.report.style import (
@@ -16,27 +19,22 @@ from lampctl.report.style import (
     MARKERS,
     ORANGE,
     PURPLE,
+    RED,
     SERIES,
     block_axis,
     log_axis,
     png,
 )
+from pipeline.steps.registry import STEP_KINDS
 from stages.metrics.registry import metric_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_KINDS = {
-    "calibrate": GREY,
-    "capture": "#56b4e9",
-    "allocate": "#b08a00",
-    "prune-block": ORANGE,
-    "refine-block": GREEN,
-    "compensate-block": BLUE,
-    "export": "#cc79a7",
-    "evaluate": PURPLE,
-}
+# Colours of the kinds of steps in the order of their registry, and of the trainings of a block.
+_KINDS = (GREY, "#56b4e9", "#b08a00", ORANGE, GREEN, BLUE, "#cc79a7", PURPLE, RED)
+_TRAININGS = (BLUE, GREEN, PURPLE, RED)
 
 
 def measured_by_sparsity(data: Dataset) -> bytes:
@@ -101,49 +99,49 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float]]) -> None:
         )
 
 
-_TRAININGS = {
-    "compensation": (BLUE, "compensation, the block still dense"),
-    "refinement": (GREEN, "refinement, the block pruned"),
-}
-
-
 def error_by_block(data: Dataset, relative: bool) -> bytes:
     """One dumbbell per training of a block: from the loss before to the loss after."""
-    held_out = _has_values(data, "after_aside")
-    side = "_aside" if held_out else ""
+    held_out = _has_values(data, "after_held_out")
+    side = "_held_out" if held_out else ""
     trainings = _trainings(data)
     area = 54 if _num_blocks(data) <= 16 else 24
-    shifts = dict(zip(trainings, (-0.17, 0.17) if len(trainings) == 2 else (0.0,), strict=True))
+    shifts = _shifts(trainings)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        ends: dict[tuple[str, float], tuple[float, float]] = {}
-        for training in trainings:
+        ends: dict[float, list[tuple[float, float, float]]] = {}  # by block: x, before, after
+        for number, training in enumerate(trainings):
             part = data.where("training", training)
             blocks = part.numbers("block")
             x = [block + shifts[training] for block in blocks]
             before, after = part.numbers(f"before{side}"), part.numbers(f"after{side}")
-            ends |= {(training, b): e for b, e in zip(blocks, zip(before, after, strict=True), strict=True)}
-            color, what = _TRAININGS[training]
+            for block, *end in zip(blocks, x, before, after, strict=True):
+                ends.setdefault(block, []).append((end[0], end[1], end[2]))
+            color = _TRAININGS[number % len(_TRAININGS)]
             axes.vlines(x, before, after, color=color, linewidth=3.5, alpha=0.35)
             axes.scatter(x, before, s=area, facecolor="white", edgecolor=color, linewidth=1.6, zorder=3)
-            axes.scatter(x, after, s=area, color=color, zorder=4, label=what)
-        label: str | None = "pruning"
-        for (training, block), (before_it, _) in ends.items():
-            if training == "refinement" and ("compensation", block) in ends:
-                y = (ends["compensation", block][1], before_it)
-                x = [block + shifts["compensation"], block + shifts["refinement"]]
-                axes.plot(x, y, color=ORANGE, linewidth=1.3, linestyle=(0, (2, 1.5)), zorder=2, label=label)
+            axes.scatter(x, after, s=area, color=color, zorder=4, label=training)
+        label: str | None = "from one training to the next"
+        for found in ends.values():
+            for (x_from, _, y_from), (x_to, y_to, _) in itertools.pairwise(found):
+                style: dict[str, Any] = {"color": ORANGE, "linewidth": 1.3, "linestyle": (0, (2, 1.5)), "zorder": 2}
+                axes.plot((x_from, x_to), (y_from, y_to), **style, label=label)
                 label = None
-        log_axis(axes, [value for pair in ends.values() for value in pair])
+        log_axis(axes, [value for found in ends.values() for _, *pair in found for value in pair])
         block_axis(axes, _num_blocks(data))
         measure = "relative error of each token" if relative else "mean squared error"
         axes.set_ylabel(f"{measure},\nbiased against dense stream")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
-        whose = "samples kept aside" if held_out else "samples trained on"
+        whose = "held-out samples" if held_out else "samples trained on"
         axes.set_title(f"Error behind each block ({whose}): open before training, filled after it")
 
     return png(draw, 4.8)
+
+
+def _shifts(trainings: Sequence[str]) -> dict[str, float]:
+    """Where the dumbbell of each training stands beside the number of its block."""
+    middle, width = (len(trainings) - 1) / 2, min(0.34, 0.7 / max(1, len(trainings)))
+    return {training: width * (number - middle) for number, training in enumerate(trainings)}
 
 
 def pruning_error_by_layer(data: Dataset) -> bytes:
@@ -224,7 +222,7 @@ def training_curves(data: Dataset) -> bytes:
     from numpy import linspace
 
     trainings = _trainings(data)
-    held_out = _has_values(data, "aside")
+    held_out = _has_values(data, "held_out")
     blocks = data.numbers("block")
     # Without its lightest end, which cannot be seen on white.
     colors = ListedColormap(colormaps["viridis"](linspace(0.0, 0.9, 256)))
@@ -232,7 +230,7 @@ def training_curves(data: Dataset) -> bytes:
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(trainings), sharey=True, squeeze=False).ravel().tolist()
-        judged = "aside" if held_out else "trained"
+        judged = "held_out" if held_out else "trained"
         for axes, training in zip(panels, trainings, strict=True):
             part = data.where("training", training)
             for block in part.distinct("block"):
@@ -250,8 +248,8 @@ def training_curves(data: Dataset) -> bytes:
             axes.set(title=training.capitalize(), xlabel="epoch (0: before training)")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(visible=False, axis="x")
-        log_axis(panels[0], [*data.numbers("trained"), *data.numbers("aside")])
-        lines = "solid: samples kept aside, dotted: trained on" if held_out else "samples trained on"
+        log_axis(panels[0], [*data.numbers("trained"), *data.numbers("held_out")])
+        lines = "solid: held-out samples, dotted: trained on" if held_out else "samples trained on"
         panels[0].set_ylabel(f"loss\n({lines})")
         bar = figure.colorbar(shades, ax=panels, pad=0.015, aspect=30)
         bar.set_label("block")
@@ -263,6 +261,7 @@ def training_curves(data: Dataset) -> bytes:
 
 def steps(data: Dataset) -> bytes:
     """Seconds and peak memory of each step, in order."""
+    colors = _colors_of_kinds([str(kind) for kind in data.distinct("kind")])
 
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -270,7 +269,7 @@ def steps(data: Dataset) -> bytes:
             part = data.where("kind", kind)
             seconds = part.numbers("elapsed_s")
             label = f"{kind}  {duration(math.fsum(seconds))}"
-            above.bar(part.numbers("number"), seconds, width=0.85, color=_KINDS.get(str(kind), GREY), label=label)
+            above.bar(part.numbers("number"), seconds, width=0.85, color=colors[str(kind)], label=label)
         above.set(title="Time of each step", ylabel="seconds")
         above.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="in all", alignment="left")
         number = data.numbers("number")
@@ -291,9 +290,32 @@ def steps(data: Dataset) -> bytes:
     return png(draw, 5.2)
 
 
+def series(data: Dataset) -> bytes:
+    """One line per step."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for number, step in enumerate(data.distinct("step")):
+            part = data.where("step", step)
+            color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+            axes.plot(part.numbers("x"), part.numbers("y"), color=color, marker=marker, label=step_label(str(step)))
+        axes.set(xlabel=str(data.column("x_title")[0]), ylabel=str(data.column("y_title")[0]))
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    return png(draw, 4.4)
+
+
+def _colors_of_kinds(kinds: Sequence[str]) -> dict[str, str]:
+    """A colour for each kind of step, the same in every report."""
+    order = [*STEP_KINDS.names, *(kind for kind in kinds if kind not in STEP_KINDS)]
+    return {kind: _KINDS[order.index(kind) % len(_KINDS)] for kind in kinds}
+
+
 def _trainings(data: Dataset) -> list[str]:
-    """Kinds of training in the order of a run."""
-    return [training for training in _TRAININGS if training in data.column("training")]
+    """The trainings in the order of a run: that of the block with the most of them."""
+    by_block = [data.where("block", block).distinct("training") for block in data.distinct("block")]
+    fullest = max(by_block, key=len, default=[])
+    return [str(training) for training in dict.fromkeys((*fullest, *data.distinct("training")))]
 
 
 def _num_blocks(data: Dataset) -> int:

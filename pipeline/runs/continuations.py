@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.config.run_config import RunConfig
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.packing import published_model
+from pipeline.steps.committed import is_exported
 from pipeline.steps.run_facts import facts_of
 from stages.interfaces import Watcher
 
@@ -43,7 +44,7 @@ def continuations(
     originals: dict[Path, tuple[str, ...]] = {}
     found: list[tuple[Continuation, ...]] = []
     for run, config in runs:
-        if run.commit_for("export") is None or not task_named(facts_of(run).model.task).reads_text:
+        if not is_exported(run) or not task_named(facts_of(run).model.task).reads_text:
             found.append(())
             continue
         trusts = config.trust_remote_code

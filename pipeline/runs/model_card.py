@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.config.run_config import RunConfig
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.status import AccuracyResult, described, side_by_side, status
+from pipeline.steps.committed import is_exported
 from pipeline.steps.run_facts import facts_of
 from stages.version import VERSION
 
@@ -23,7 +24,7 @@ class ModelView:
         from stages.export import model_card
 
         run = self._run
-        if run.commit_for("export") is None or self._num_commits == len(run.commits):
+        if not is_exported(run) or self._num_commits == len(run.commits):
             return
         run.publish("model")
         run.write_view("model/README.md", model_card(card_facts(run, self._config)))

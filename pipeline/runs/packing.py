@@ -12,6 +12,7 @@ from pipeline.rundir import filesystem
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.lifecycle import reopen
+from pipeline.steps.committed import is_exported
 from pipeline.steps.lamp_plan import steps_of
 from stages.formats.base import ExportFormat
 from stages.interfaces import Watcher
@@ -38,7 +39,7 @@ def find_packable(place: str) -> Packable:
     path = Path(place.rstrip("/").rpartition("/")[2] if is_remote else place).resolve()
     if is_remote or (path / "run.json").exists():
         run, config = reopen(place if is_remote else path)
-        if run.commit_for("export") is None:
+        if not is_exported(run):
             todo = next_steps(steps_of(run, config), [commit.step for commit in run.commits])
             raise StepOrderError(f"there is no model to pack in {run.label} yet: do {todo[0].name} first")
         return Packable(published_model(run), Path(path.name).absolute() if is_remote else path / path.name)

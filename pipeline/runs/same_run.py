@@ -8,10 +8,9 @@ from pipeline.config.run_config import RunConfig, differing_fields
 from pipeline.errors import ConfigMismatch
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.prepare import Prepared
-from pipeline.steps.evaluate import evaluations_of
+from pipeline.steps.committed import accuracies_of, measurements_of
 from pipeline.steps.run_facts import facts_of
 from pipeline.steps.stage_settings import task_data_of
-from pipeline.steps.zero_shot import accuracies_of
 
 
 def require_same(run: RunDirectory, prepared: Prepared) -> None:
@@ -37,7 +36,7 @@ def require_same(run: RunDirectory, prepared: Prepared) -> None:
 
 def require_same_data(run: RunDirectory, source: str, digest: Any) -> None:
     """Raise ConfigMismatch if the run was evaluated on other data under the name of this source."""
-    for _, measured in evaluations_of(run):
+    for measured in measurements_of(run):
         if measured.source == source and measured.source_digest != digest:
             raise ConfigMismatch(
                 f"{source} has changed since {run.label} was evaluated on it: give the new data another name, so "
@@ -48,7 +47,7 @@ def require_same_data(run: RunDirectory, source: str, digest: Any) -> None:
 def require_same_rows(run: RunDirectory, config: RunConfig) -> None:
     """Raise ConfigMismatch if the run has accuracies measured on other rows in the same folder."""
     data = task_data_of(config)
-    for _, measured in accuracies_of(run):
+    for measured in accuracies_of(run):
         if data is None or measured.task_data != config.task_data or measured.task not in config.tasks:
             continue
         if measured.task_data_digest != data.digest(measured.task):

@@ -9,23 +9,13 @@ from dataclasses import dataclass
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.plan import Step
 from pipeline.rundir.lease import holder_of, is_known_dead
-from pipeline.rundir.records import ENVIRONMENT, EnvironmentChange, JsonObject, StepCommit
+from pipeline.rundir.records import ENVIRONMENT, EnvironmentChange, JsonObject
 from pipeline.rundir.run_directory import RunDirectory
-from pipeline.steps.evaluate import evaluations_of
+from pipeline.steps.committed import CommittedResult, results_of, stored_budget
 from pipeline.steps.lamp_plan import steps_of
-from pipeline.steps.registry import STEP_KINDS
-from pipeline.steps.results import (
-    CompensateResult,
-    EvaluateResult,
-    ExportResult,
-    PruneResult,
-    RefineResult,
-    TrainingRecord,
-    ZeroShotResult,
-    budget_of_run,
-)
-from pipeline.steps.run_facts import BlockBudgetRecord, facts_of
-from pipeline.steps.zero_shot import accuracies_of
+from pipeline.steps.reporting import BlockReport, BlockTraining, Series
+from pipeline.steps.results import EvaluateResult, LossRecord, ZeroShotResult
+from pipeline.steps.run_facts import StoredBlockBudget, facts_of
 from stages.metrics.details import Details
 
 # Metric, source, protocol (tokens of a window, place of the points), amount of data, whether it is partial.
@@ -43,6 +33,9 @@ class StepState:
     elapsed_s: float | None = None
     peak_memory_bytes: int | None = None  # of the process
     peak_device_bytes: int | None = None  # of a GPU; None: there was none
+    headline: str = ""  # what its result says, in a few words
+    is_tabled: bool = False  # its result stands in the tables of blocks, metrics or accuracies
+    series: tuple[Series, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,34 +52,50 @@ class LayerState:
 
 
 @dataclass(frozen=True)
-class EpochLoss:
-    """The mean losses of one epoch of training."""
+class MeanLoss:
+    """Mean losses of a block: over the samples trained on, and over the held-out ones. None: overflowed, or none."""
 
-    trained: float | None  # over the epoch's own steps
-    aside: float | None  # after it, on the held-out samples; None: there are none
+    trained: float | None
+    held_out: float | None
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """One training of a block.
+
+    Attributes:
+        name: Which training, for example "compensation".
+        before: Losses of the weights that it began with.
+        after: Losses of the weights that were kept.
+        epochs: Losses of each epoch. `trained` is the mean over the epoch's own steps, each from before its update.
+        kept_epoch: The epoch whose weights were kept, from 1; 0: those from before.
+    """
+
+    name: str
+    before: MeanLoss
+    after: MeanLoss
+    epochs: tuple[MeanLoss, ...]
+    kept_epoch: int
+
+    @property
+    def judged(self) -> tuple[float | None, float | None]:
+        """Loss before and after, on the held-out samples where there are any."""
+        if self.before.held_out is not None:
+            return self.before.held_out, self.after.held_out
+        return self.before.trained, self.after.trained
 
 
 @dataclass(frozen=True)
 class BlockState:
-    """One block's budget, compensation and pruning."""
+    """One block's budget, and what its steps have done."""
 
     block: int
-    state: str  # "waiting", "compensated", "pruned", "refined"
+    state: str  # "waiting", or what its last step made of it: "compensated", "pruned", "refined"
     size: int
-    num_masked: int
-    num_other_zeros: int | None
-    loss_before: float | None
-    loss_after: float | None
-    loss_before_aside: float | None
-    loss_after_aside: float | None
-    refine_before: float | None  # the same for the training of the block once pruned
-    refine_after: float | None
-    refine_before_aside: float | None
-    refine_after_aside: float | None
-    epochs: tuple[EpochLoss, ...]  # of compensation
-    kept_epoch: int | None  # the one whose weights were kept, from 1; 0: those from before
-    refine_epochs: tuple[EpochLoss, ...]
-    refine_kept_epoch: int | None
+    num_masked: int  # what the budget asks for
+    num_found: int | None  # masked weights, counted on the weights as exported; None: not finished yet
+    num_other_zeros: int | None  # zeros beside them
+    trainings: tuple[TrainingState, ...]
     layers: tuple[LayerState, ...]
 
 
@@ -190,13 +199,13 @@ class RunStatus:
 
 def status(run: RunDirectory, config: RunConfig) -> RunStatus:
     """The state of a run, from its manifest and commits alone. Raises DamagedData where those make no sense."""
-    steps = steps_of(run, config)
-    by_name = {commit.step: commit for commit in run.commits}
-    states = tuple(_step_state(step, by_name.get(step.name)) for step in steps)
+    results, steps = results_of(run), steps_of(run, config)
+    by_step = {one.step: one for one in results}
+    states = tuple(_step_state(step, by_step.get(step.name)) for step in steps)
     todo = [state for state in states if not state.is_done]
-    budget, model = budget_of_run(run), facts_of(run).model
-    exported = by_name["export"].result_as(ExportResult) if "export" in by_name else None
-    pruning = [commit for commit in run.commits if _prunes(commit)]
+    budget, model = stored_budget(run), facts_of(run).model
+    exported = next((one.exported for one in reversed(results) if one.exported is not None), None)
+    pruning = [one.commit for one in results if not one.kind.is_measurement]
     measured = pruning or run.commits
     return RunStatus(
         label=run.label,
@@ -211,9 +220,9 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
         peak_memory_bytes=max((c.peak_memory_bytes or 0 for c in measured), default=0) or None,
         peak_device_bytes=max((c.peak_device_bytes or 0 for c in measured), default=0) or None,
         steps=states,
-        blocks=tuple(_block_state(i, b, by_name, bool(config.refine)) for i, b in enumerate(budget)),
-        evaluations=tuple(evaluation_of(*measured) for measured in evaluations_of(run)),
-        accuracies=tuple(_accuracy_of(*measured) for measured in accuracies_of(run)),
+        blocks=tuple(_block_state(index, one, _reports(index, steps, by_step)) for index, one in enumerate(budget)),
+        evaluations=tuple(evaluation_of(one.step, one.measurement) for one in results if one.measurement is not None),
+        accuracies=tuple(_accuracy_of(one.step, one.accuracies) for one in results if one.accuracies is not None),
         num_prunable=sum(block.size for block in budget),
         num_masked=exported.num_masked if exported else None,
         num_other_zeros=exported.num_other_zeros if exported else None,
@@ -227,12 +236,6 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
         ),
         holder=None if todo == [] else _holder(run),
     )
-
-
-def _prunes(commit: StepCommit) -> bool:
-    """Whether a commit is of a step of the pruning itself, not of a measurement or of a rebuilt payload."""
-    kind = commit.step.partition("/")[0]
-    return kind in STEP_KINDS and not STEP_KINDS.get(kind).is_measurement
 
 
 def evaluation_of(step: str, measured: EvaluateResult) -> EvaluationResult:
@@ -276,11 +279,22 @@ def _holder(run: RunDirectory) -> str | None:
     return None if holder is None or is_known_dead(holder) else holder.shown
 
 
-def _step_state(step: Step, commit: StepCommit | None) -> StepState:
-    if commit is None:
+def _step_state(step: Step, done: CommittedResult | None) -> StepState:
+    if done is None:
         return StepState(step.name, step.kind, step.block, False)
-    peaks = (commit.peak_memory_bytes, commit.peak_device_bytes)
-    return StepState(step.name, step.kind, step.block, True, commit.elapsed_s, *peaks)
+    commit, tabled = done.commit, (done.block_report, done.measurement, done.accuracies)
+    return StepState(
+        name=step.name,
+        kind=step.kind,
+        block=step.block,
+        is_done=True,
+        elapsed_s=commit.elapsed_s,
+        peak_memory_bytes=commit.peak_memory_bytes,
+        peak_device_bytes=commit.peak_device_bytes,
+        headline=done.headline,
+        is_tabled=any(part is not None for part in tabled),
+        series=done.kind.series(done.result),
+    )
 
 
 def _remaining_s(states: Sequence[StepState]) -> float | None:
@@ -299,43 +313,31 @@ def _remaining_s(states: Sequence[StepState]) -> float | None:
     return sum(known) if known or not todo else None
 
 
-def _block_state(
-    index: int, budget: BlockBudgetRecord, by_name: Mapping[str, StepCommit], has_refine: bool
-) -> BlockState:
-    commits = [by_name.get(f"{kind}/{index}") for kind in ("compensate-block", "prune-block", "refine-block")]
-    compensated = commits[0].result_as(CompensateResult) if commits[0] else None
-    pruned = commits[1].result_as(PruneResult) if commits[1] else None
-    refined = commits[2].result_as(RefineResult) if commits[2] else None
-    training = compensated.training if compensated else None
-    refinement = refined.training if refined else None
-    outcome = pruned.layers if pruned else {}
-    finished = (refined.finished if refined else None) if has_refine else (pruned.finished if pruned else None)
-    counted = finished.layers if finished else {}
+def _reports(block: int, steps: Sequence[Step], by_step: Mapping[str, CommittedResult]) -> list[BlockReport]:
+    """What the steps of a block say of it, in the order of the plan."""
+    done = (by_step.get(step.name) for step in steps if step.block == block)
+    return [one.block_report for one in done if one is not None and one.block_report is not None]
+
+
+def _block_state(index: int, budget: StoredBlockBudget, reports: Sequence[BlockReport]) -> BlockState:
+    finished = next((report.finished for report in reversed(reports) if report.finished is not None), None)
+    counted = finished.layers if finished is not None else {}
+    errors = {name: error for report in reports for name, error in report.relative_errors.items()}
     return BlockState(
         block=index,
-        state="refined" if refined else "pruned" if pruned else "compensated" if compensated else "waiting",
+        state=reports[-1].state if reports else "waiting",
         size=budget.size,
         num_masked=sum(layer.num_masked for layer in budget.layers),
-        num_other_zeros=finished.num_other_zeros if finished else None,
-        loss_before=training.before.trained if training else None,
-        loss_after=training.after.trained if training else None,
-        loss_before_aside=training.before.held_out if training else None,
-        loss_after_aside=training.after.held_out if training else None,
-        refine_before=refinement.before.trained if refinement else None,
-        refine_after=refinement.after.trained if refinement else None,
-        refine_before_aside=refinement.before.held_out if refinement else None,
-        refine_after_aside=refinement.after.held_out if refinement else None,
-        epochs=_epochs(training),
-        kept_epoch=training.kept_epoch if training else None,
-        refine_epochs=_epochs(refinement),
-        refine_kept_epoch=refinement.kept_epoch if refinement else None,
+        num_found=finished.num_masked if finished is not None else None,
+        num_other_zeros=finished.num_other_zeros if finished is not None else None,
+        trainings=tuple(_training_state(report.training) for report in reports if report.training is not None),
         layers=tuple(
             LayerState(
                 layer.name,
                 layer.role,
                 layer.size,
                 layer.num_masked,
-                outcome[layer.name].relative_error if layer.name in outcome else None,
+                errors.get(layer.name),
                 counted[layer.name].num_masked if layer.name in counted else None,
                 counted[layer.name].num_other_zeros if layer.name in counted else None,
             )
@@ -344,6 +346,16 @@ def _block_state(
     )
 
 
-def _epochs(training: TrainingRecord | None) -> tuple[EpochLoss, ...]:
-    losses = training.epoch_losses if training else ()
-    return tuple(EpochLoss(epoch.trained, epoch.held_out) for epoch in losses)
+def _training_state(training: BlockTraining) -> TrainingState:
+    record = training.record
+    return TrainingState(
+        name=training.name,
+        before=_mean_loss(record.before),
+        after=_mean_loss(record.after),
+        epochs=tuple(_mean_loss(epoch) for epoch in record.epoch_losses),
+        kept_epoch=record.kept_epoch,
+    )
+
+
+def _mean_loss(record: LossRecord) -> MeanLoss:
+    return MeanLoss(record.trained, record.held_out)

@@ -8,7 +8,7 @@ from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.results import AllocateResult
-from pipeline.steps.run_facts import BlockBudgetRecord, facts_of
+from pipeline.steps.run_facts import StoredBlockBudget, facts_of
 
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from stages.interfaces import Callbacks
 
 
-class Allocate(StepKind):
+class Allocate(StepKind[AllocateResult]):
     """Gives each block its share of the sparsity, from a first pass of the original model; writes no payload."""
 
     result = AllocateResult
     name = "allocate"
     title = "decide the budget"
-    help = "Run the original model once and give each block its share of the sparsity."
+    help = "Give each block its share of the sparsity by a pass of the original model (--budget outliers)."
+    command = name
 
     @staticmethod
     def step() -> Step:
@@ -41,7 +42,7 @@ class Allocate(StepKind):
         assert config.alpha is not None
         assert config.beta is not None
         names = {layer.name for block in facts_of(context.run).budget for layer in block.layers}
-        hidden = context.run.open_stream("biased/0")
+        hidden = context.run.open_stream(payloads.biased(0).name)
         shares = outlier_shares(context.stage(callbacks), hidden, names, attempt.scratch())
         blocks = prunable_layers(context.model, config.ignore)
         fixed = fixed_sparsities(blocks, config.layer_sparsity)
@@ -50,8 +51,16 @@ class Allocate(StepKind):
         )
         if spread != config.budget_spread:
             callbacks.warn(f"the spread of the budget is {spread:g}: no layer can be pruned above 100% or below 0%")
-        records = tuple(BlockBudgetRecord.model_validate(asdict(block)) for block in budget)
+        records = tuple(StoredBlockBudget.model_validate(asdict(block)) for block in budget)
         return AllocateResult(outlier_shares=tuple(shares), spread=spread, budget=records)
 
     def scratch_bytes(self, context: StepContext, step: Step) -> int:
         return context.stream_bytes
+
+    @classmethod
+    def headline(cls, result: AllocateResult) -> str:
+        return f"spread of the budget {result.spread:g}"
+
+    @classmethod
+    def budget(cls, result: AllocateResult) -> tuple[StoredBlockBudget, ...]:
+        return result.budget

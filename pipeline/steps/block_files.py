@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from pipeline.steps import payloads
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,7 +29,7 @@ def write_finished(context: StepContext, attempt: Attempt, block: int, finished:
     from stages import export
 
     pieces = export.block_shard(context.model, block, finished.state)
-    attempt.write_file(f"pruned/{block}", f"block-{block:05d}.safetensors", in_pieces(pieces))
+    attempt.write_file(payloads.pruned(block).name, f"block-{block:05d}.safetensors", in_pieces(pieces))
 
 
 def in_pieces(pieces: Iterable[Bytes]) -> Callable[[FileWriter], None]:

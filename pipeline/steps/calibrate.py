@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stages.interfaces import Callbacks
 
 
-class Calibrate(StepKind):
+class Calibrate(StepKind[CalibrateResult]):
     """Writes the calibration set: token ids of text windows, or preprocessed images."""
 
     result = CalibrateResult
@@ -25,6 +25,7 @@ class Calibrate(StepKind):
     title = "read the calibration set"
     help = "Read the calibration samples and tokenize or preprocess them."
     sharing = "same data"
+    command = name
 
     @staticmethod
     def step() -> Step:
@@ -56,3 +57,9 @@ class Calibrate(StepKind):
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         return context.num_tokens * context.model.input_bytes_per_token
+
+    @classmethod
+    def headline(cls, result: CalibrateResult) -> str:
+        num_skipped = sum(result.skipped.values())
+        note = f", {num_skipped} passed over" if num_skipped else ""
+        return f"{result.amount:,} {result.unit} of {result.source}{note}"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stages.interfaces import Callbacks
 
 
-class Capture(StepKind):
+class Capture(StepKind[CaptureResult]):
     """Writes the input of block 0 and, where a later step reads it, the dense output of block 0."""
 
     result = CaptureResult
@@ -23,6 +23,7 @@ class Capture(StepKind):
     title = "record the input of block 0"
     help = "Run the embeddings on the calibration set and record the input of block 0."
     sharing = "same data and environment"
+    command = name
 
     @staticmethod
     def step(*, with_dense: bool) -> Step:
@@ -33,8 +34,9 @@ class Capture(StepKind):
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> CaptureResult:
         from stages.capture import capture
 
-        dense = context.activations(attempt, "dense/1") if "dense/1" in step.writes else None
-        biased = context.activations(attempt, "biased/0")
+        name = payloads.dense(1).name
+        dense = context.activations(attempt, name) if name in step.writes else None
+        biased = context.activations(attempt, payloads.biased(0).name)
         capture(context.stage(callbacks), biased, dense)
         return CaptureResult()
 

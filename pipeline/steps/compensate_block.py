@@ -8,6 +8,7 @@ from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import training_bytes, write_state
+from pipeline.steps.reporting import BlockReport, BlockTraining
 from pipeline.steps.results import CompensateResult, TrainingRecord
 
 if TYPE_CHECKING:
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
     from stages.interfaces import Callbacks, Stream
 
 
-class CompensateBlock(StepKind):
+class CompensateBlock(StepKind[CompensateResult]):
     """Writes the compensated weights of a block, and its dense output where a later step reads it."""
 
     result = CompensateResult
     name = "compensate-block"
     title = "compensate a block"
     help = "Train a block so that it undoes the error of the pruned blocks before it."
+    is_per_block = True
+    command = name
 
     @staticmethod
     def step(block: int, *, with_dense: bool) -> Step:
@@ -70,3 +73,15 @@ class CompensateBlock(StepKind):
     def scratch_bytes(self, context: StepContext, step: Step) -> int:
         has_dense = any(output.is_stream for output in step.outputs)
         return 0 if has_dense else context.stream_bytes
+
+    @classmethod
+    def headline(cls, result: CompensateResult) -> str:
+        return _training(result).headline
+
+    @classmethod
+    def block_report(cls, result: CompensateResult) -> BlockReport:
+        return BlockReport("compensated", training=_training(result))
+
+
+def _training(result: CompensateResult) -> BlockTraining:
+    return BlockTraining("compensation", result.training)

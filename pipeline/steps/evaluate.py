@@ -10,6 +10,7 @@ from pipeline.engine.plan import Step
 from pipeline.errors import ConfigMismatch
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
+from pipeline.steps.committed import measurements_of
 from pipeline.steps.results import EvaluateResult, Which
 from pipeline.steps.run_facts import facts_of
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from pipeline.config.run_config import RunConfig
-    from pipeline.rundir.run_directory import RunDirectory
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
     from stages.data.base import DataSource
@@ -51,7 +51,7 @@ class Evaluation:
         return f"{self.which}/{self.source}@{self.protocol.label}{metric}"
 
 
-class Evaluate(StepKind):
+class Evaluate(StepKind[EvaluateResult]):
     """Measures a model on one data set, block by block over scratch streams; writes no payload."""
 
     result = EvaluateResult
@@ -59,6 +59,7 @@ class Evaluate(StepKind):
     title = "evaluate"
     help = "Measure the pruned model, or the original one, on one data set."
     is_measurement = True
+    command = name
 
     @staticmethod
     def step(evaluation: Evaluation) -> Step:
@@ -92,6 +93,18 @@ class Evaluate(StepKind):
         assert isinstance(what, Evaluation)
         return context.activation_bytes(what.protocol.max_tokens or _USUAL_EVALUATION_TOKENS)
 
+    @classmethod
+    def headline(cls, result: EvaluateResult) -> str:
+        from stages.metrics.registry import figure_text, metric_of
+
+        partial = " (partial)" if result.is_partial else ""
+        shown = "infinite" if result.value is None else figure_text(result.metric, result.value)
+        return f"{metric_of(result.metric).title} {shown}{partial}"
+
+    @classmethod
+    def measurement(cls, result: EvaluateResult) -> EvaluateResult:
+        return result
+
 
 def evaluation_steps(
     sources: Iterable[str], protocol: EvaluationProtocol, with_dense: bool, metrics: Sequence[str] = ()
@@ -120,19 +133,10 @@ def evaluate_result(which: Which, digest: JsonValue, measured: Measurement) -> E
     )
 
 
-def evaluations_of(run: RunDirectory) -> tuple[tuple[str, EvaluateResult], ...]:
-    """All that a run has measured, with the names of the steps, in the order of its commits. Raises DamagedData."""
-    return tuple(
-        (commit.step, commit.result_as(EvaluateResult))
-        for commit in run.commits
-        if commit.step.startswith(f"{Evaluate.name}/")
-    )
-
-
 def _require_same_data(context: StepContext, source: DataSource) -> None:
     """Raise ConfigMismatch if the source differs from the one the run began with, or measured before."""
     run = context.run
-    known = [measured.source_digest for _, measured in evaluations_of(run) if measured.source == source.name]
+    known = [measured.source_digest for measured in measurements_of(run) if measured.source == source.name]
     identity = facts_of(run).identity.data
     known += [identity[source.name]] if source.name in identity else []
     if any(digest != source.digest() for digest in known):

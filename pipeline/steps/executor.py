@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.quantities import parse_size
 from pipeline.config.run_config import DRAWING_FIELDS, RunConfig
@@ -14,6 +14,7 @@ from pipeline.errors import DamagedData
 from pipeline.rundir.records import Result
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
+from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.context import StepContext
 from pipeline.steps.registry import STEP_KINDS
@@ -47,7 +48,7 @@ class StepExecutor:
         """
         self.context = StepContext(run, config)
         self._steps, self._shared_with = steps, shared_with
-        self._kinds: dict[str, StepKind] = {}
+        self._kinds: dict[str, StepKind[Any]] = {}
         gc.freeze()  # what is here now stays: only what steps leave is looked at when they end
 
     @property
@@ -73,17 +74,17 @@ class StepExecutor:
         from stages import export
         from stages.replay import replay
 
-        kind, _, number = name.partition("/")
+        block, is_biased = payloads.stream_of(name)
         model, run = self.context.model, self.context.run
 
         def pruned(block: int) -> Mapping[str, Tensor]:
-            return export.block_state(model, block, run.open_file(f"pruned/{block}"))
+            return export.block_state(model, block, run.open_file(payloads.pruned(block).name))
 
         replay(
             self.context.stage(callbacks),
             self.context.activations(attempt, name),
-            int(number),
-            pruned if kind == "biased" else lambda block: None,
+            block,
+            pruned if is_biased else lambda block: None,
             attempt.scratch(),
         )
 
@@ -107,7 +108,7 @@ class StepExecutor:
         """Estimated size on disk of a step's own intermediate streams, in bytes."""
         return self._kind(step).scratch_bytes(self.context, step)
 
-    def _kind(self, step: Step) -> StepKind:
+    def _kind(self, step: Step) -> StepKind[Any]:
         if step.kind not in self._kinds:
             self._kinds[step.kind] = STEP_KINDS.get(step.kind)()
         return self._kinds[step.kind]

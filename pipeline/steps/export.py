@@ -9,7 +9,8 @@ from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import in_pieces
-from pipeline.steps.results import ExportResult, budget_of_run
+from pipeline.steps.committed import stored_budget
+from pipeline.steps.results import ExportResult
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
     from stages.models.base import BlockModel
 
 
-class Export(StepKind):
+class Export(StepKind[ExportResult]):
     """Writes the model folder: finished blocks as they were committed, and every other file of the source."""
 
     result = ExportResult
     name = "export"
     title = "export the model"
     help = "Write the pruned model as a folder that transformers opens."
+    command = name
 
     @staticmethod
     def step(num_blocks: int) -> Step:
@@ -46,6 +48,14 @@ class Export(StepKind):
         """Size of what is written: the blocks are hard links."""
         return sum(tensor.nbytes for _, tensor in context.model.outside_state())
 
+    @classmethod
+    def headline(cls, result: ExportResult) -> str:
+        return f"{result.num_masked:,} of {result.num_prunable:,} weights masked"
+
+    @classmethod
+    def exported(cls, result: ExportResult) -> ExportResult:
+        return result
+
 
 def _write_model(
     run: RunDirectory, model: BlockModel, config: RunConfig, folder: PayloadFolder, callbacks: Callbacks
@@ -55,7 +65,7 @@ def _write_model(
     Raises:
         AssertionError: The count is not what the budget promised.
     """
-    from pipeline.steps.stage_settings import budget_of
+    from pipeline.steps.stage_settings import block_budget
     from stages import export
     from stages.formats.checkpoint_files import Joined, StateFile
     from stages.formats.pruning_masks import FOLDER as MASKS
@@ -65,11 +75,12 @@ def _write_model(
     total_size, num_masked, num_other_zeros, most_levels = 0, 0, 0, 0
     for block in range(model.num_blocks):
         callbacks.check_stop()
-        payload = run.payload(f"pruned/{block}")
-        path = run.open_file(f"pruned/{block}")
+        name = payloads.pruned(block).name
+        payload, path = run.payload(name), run.open_file(name)
         folder.link(path.name, payload.files[0])
-        masks = run.open_file(f"masks/{block}")
-        folder.link(f"{MASKS}/{masks.name}", run.payload(f"masks/{block}").files[0])
+        name = payloads.masks(block).name
+        masks = run.open_file(name)
+        folder.link(f"{MASKS}/{masks.name}", run.payload(name).files[0])
         weights = StateFile(path)
         files[path.name] = list(weights)
         # Once more on the files themselves, whatever the commits say.
@@ -89,10 +100,10 @@ def _write_model(
     folder.write("model.safetensors.index.json", export.index_json(files, total_size))
     for name, contents in model.export_extras(config.export_dtype):
         folder.write(name, contents)
-    blocks = (StateFile(run.open_file(f"pruned/{block}")) for block in range(model.num_blocks))
+    blocks = (StateFile(run.open_file(payloads.pruned(block).name)) for block in range(model.num_blocks))
     for name, write in model.other_forms(Joined((outside, *blocks)) if model.has_other_forms else {}):
         folder.write(name, _written_by(write))
-    budget = [budget_of(block) for block in budget_of_run(run)]
+    budget = [block_budget(block) for block in stored_budget(run)]
     if num_masked != sum(block.num_masked for block in budget):
         raise AssertionError("the masks do not add up to the budget")
     num_prunable = sum(block.size for block in budget)

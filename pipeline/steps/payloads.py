@@ -1,8 +1,15 @@
 """Payloads of a pruning run: their names, how long each lives, and what a lost stream is rebuilt from.
 
-``biased/i`` and ``dense/i`` are the *inputs* of block i, through pruned and through original blocks. ``compensated/i``,
-``unrefined/i`` (pruned, fp32, to be trained) and ``pruned/i`` are weights of block i; ``masks/i`` holds its pruning
-masks and quantization grids.
+Each function gives one payload of a block, i, which counts from 0.
+
+| name | what it holds |
+|---|---|
+| ``biased/i`` | activations: input of block i after the pruned blocks before it |
+| ``dense/i`` | activations: input of block i in the original model |
+| ``compensated/i`` | weights of block i in fp32, trained, not pruned yet |
+| ``unrefined/i`` | weights of block i in fp32, pruned, to be trained |
+| ``pruned/i`` | weights of block i as exported |
+| ``masks/i`` | pruning masks and quantization grids of block i |
 """
 
 from __future__ import annotations
@@ -42,3 +49,9 @@ def pruned(block: int) -> Output:
 def masks(block: int) -> Output:
     """Pruning masks and quantization grids of a block."""
     return Output(f"masks/{block}", is_kept=True)
+
+
+def stream_of(name: str) -> tuple[int, bool]:
+    """Index of the block whose input a stream holds, and whether it is the biased one. Inverse of their names."""
+    kind, _, block = name.partition("/")
+    return int(block), kind == "biased"

@@ -8,7 +8,9 @@ from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import finished_bytes, masks_bytes, training_bytes, write_finished, write_state
-from pipeline.steps.results import FinishedRecord, LayerResult, PruneResult, budget_of_run
+from pipeline.steps.committed import stored_budget
+from pipeline.steps.reporting import BlockReport
+from pipeline.steps.results import FinishedRecord, LayerResult, PruneResult
 
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
@@ -16,13 +18,15 @@ if TYPE_CHECKING:
     from stages.interfaces import Callbacks
 
 
-class PruneBlock(StepKind):
+class PruneBlock(StepKind[PruneResult]):
     """Writes the pruned block and its masks, and the block's output where a later step reads it."""
 
     result = PruneResult
     name = "prune-block"
     title = "prune a block"
     help = "Choose the pruning masks of a block and set its remaining weights."
+    is_per_block = True
+    command = name
 
     @staticmethod
     def step(block: int, *, reads_data: bool, is_compensated: bool, is_refined: bool, with_output: bool) -> Step:
@@ -42,7 +46,7 @@ class PruneBlock(StepKind):
         return Step(PruneBlock.name, block, reads=(*data, *weights), outputs=(payloads.masks(block), *results))
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> PruneResult:
-        from pipeline.steps.stage_settings import budget_of, pruner_of
+        from pipeline.steps.stage_settings import block_budget, pruner_of
         from stages import export
         from stages.formats.checkpoint_files import StateFile
         from stages.formats.pruning_masks import mask_file
@@ -56,7 +60,7 @@ class PruneBlock(StepKind):
         result = prune_block(
             context.stage(callbacks, reads_data=reads_data).block(block),
             pruner_of(context.config),
-            budget_of(budget_of_run(run)[block]),
+            block_budget(stored_budget(run)[block]),
             run.open_stream(payloads.biased(block).name) if reads_data else None,
             state=StateFile(run.open_file(payloads.compensated(block).name)) if is_compensated else None,
             output=context.block_output(step, attempt) if is_finished else None,
@@ -82,3 +86,8 @@ class PruneBlock(StepKind):
             payloads.unrefined(step.block).name: training_bytes,
         }
         return sizes[payload](context, step.block) if payload in sizes else context.stream_bytes
+
+    @classmethod
+    def block_report(cls, result: PruneResult) -> BlockReport:
+        errors = {name: layer.relative_error for name, layer in result.layers.items()}
+        return BlockReport("pruned", relative_errors=errors, finished=result.finished)

@@ -8,6 +8,7 @@ from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import finished_bytes, write_finished
+from pipeline.steps.reporting import BlockReport, BlockTraining
 from pipeline.steps.results import FinishedRecord, RefineResult, TrainingRecord
 
 if TYPE_CHECKING:
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
     from stages.interfaces import Callbacks
 
 
-class RefineBlock(StepKind):
+class RefineBlock(StepKind[RefineResult]):
     """Writes the refined block, and its output where a later step reads it."""
 
     result = RefineResult
     name = "refine-block"
     title = "refine a block"
-    help = "Train a pruned block towards its dense output, with its pruning masks fixed."
+    help = "Train a pruned block towards its dense output with its pruning masks fixed (--refine)."
+    is_per_block = True
+    command = name
 
     @staticmethod
     def step(block: int, *, with_output: bool) -> Step:
@@ -66,3 +69,15 @@ class RefineBlock(StepKind):
         assert step.block is not None
         is_weights = payload == payloads.pruned(step.block).name
         return finished_bytes(context, step.block) if is_weights else context.stream_bytes
+
+    @classmethod
+    def headline(cls, result: RefineResult) -> str:
+        return f"refined {_training(result).headline}"
+
+    @classmethod
+    def block_report(cls, result: RefineResult) -> BlockReport:
+        return BlockReport("refined", training=_training(result), finished=result.finished)
+
+
+def _training(result: RefineResult) -> BlockTraining:
+    return BlockTraining("refinement", result.training)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from pipeline.steps.base import StepKind
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from stages.registry import Registry
 
-STEP_KINDS: Registry[type[StepKind]] = Registry(
+if TYPE_CHECKING:
+    from pipeline.steps.base import StepKind
+
+STEP_KINDS: Registry[type[StepKind[Any]]] = Registry(
     "step kind",
     {
         "calibrate": "pipeline.steps.calibrate:Calibrate",
@@ -19,3 +24,13 @@ STEP_KINDS: Registry[type[StepKind]] = Registry(
         "zero-shot": "pipeline.steps.zero_shot:ZeroShotStep",
     },
 )
+
+# Help of the kinds that have a command of their own, in the order of the steps: `lampctl --help` imports no kind.
+STEP_COMMANDS: Mapping[str, str] = {
+    "calibrate": "Read the calibration samples and tokenize or preprocess them.",
+    "capture": "Run the embeddings on the calibration set and record the input of block 0.",
+    "allocate": "Give each block its share of the sparsity by a pass of the original model (--budget outliers).",
+    "prune-block": "Choose the pruning masks of a block and set its remaining weights.",
+    "refine-block": "Train a pruned block towards its dense output with its pruning masks fixed (--refine).",
+    "compensate-block": "Train a block so that it undoes the error of the pruned blocks before it.",
+}

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_serializer, field_validator
 
-from pipeline.errors import DamagedData
 from pipeline.rundir.records import JsonObject, Result
-from pipeline.rundir.run_directory import RunDirectory
-from pipeline.steps.run_facts import BlockBudgetRecord, facts_of
+from pipeline.steps.run_facts import StoredBlockBudget
 from stages.metrics.details import Details
 from stages.metrics.registry import metric_of
 from stages.metrics.zero_shot import require_possible
@@ -119,7 +117,7 @@ class AllocateResult(Result):
 
     outlier_shares: tuple[float | None, ...]
     spread: float
-    budget: tuple[BlockBudgetRecord, ...]
+    budget: tuple[StoredBlockBudget, ...]
 
 
 class LayerResult(_Part):
@@ -235,14 +233,3 @@ class ZeroShotResult(Result):
     def _require_possible(cls, metrics: dict[str, float | None]) -> dict[str, float | None]:
         require_possible(metrics)
         return metrics
-
-
-def budget_of_run(run: RunDirectory) -> tuple[BlockBudgetRecord, ...]:
-    """The budget by block: of the step allocate, if the run has it, else of run.json. Raises DamagedData."""
-    allocated = run.commit_for("allocate")
-    if allocated is None:
-        return facts_of(run).budget
-    budget = allocated.result_as(AllocateResult).budget
-    if len(budget) != facts_of(run).model.num_blocks:
-        raise DamagedData(f"{run.label}/commits/{allocated.number:06d}.json is damaged: a budget of other blocks")
-    return budget

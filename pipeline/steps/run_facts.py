@@ -66,8 +66,8 @@ class EnvironmentRecord(_Part):
     device: DeviceRecord
 
 
-class LayerBudgetRecord(_Part):
-    """How many of a layer's weights are masked."""
+class StoredLayerBudget(_Part):
+    """Budget of a layer in run.json and in commits: how many of its weights are masked."""
 
     name: str
     role: str | None
@@ -81,10 +81,10 @@ class LayerBudgetRecord(_Part):
         return self
 
 
-class BlockBudgetRecord(_Part):
-    """The prunable layers of one block."""
+class StoredBlockBudget(_Part):
+    """Budget of a block in run.json and in commits: that of its prunable layers."""
 
-    layers: tuple[LayerBudgetRecord, ...]
+    layers: tuple[StoredLayerBudget, ...]
 
     @property
     def size(self) -> int:
@@ -107,7 +107,7 @@ class RunFacts(_Part):
     identity: IdentityRecord
     model: ModelRecord
     environment: EnvironmentRecord
-    budget: tuple[BlockBudgetRecord, ...]
+    budget: tuple[StoredBlockBudget, ...]
     plan: tuple[str, ...]
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 from stages.pruners.registry import PRUNERS
 
 if TYPE_CHECKING:
-    from pipeline.steps.run_facts import BlockBudgetRecord
+    from pipeline.steps.run_facts import StoredBlockBudget
     from stages.pruners.base import Pruner
     from stages.runtime.memory_planner import Fit
     from stages.sparsity.budget import BlockBudget
@@ -36,11 +36,11 @@ def training_settings(config: RunConfig, epochs: int | None, lr: float | None) -
     )
 
 
-def budget_of(record: BlockBudgetRecord) -> BlockBudget:
-    """Budget of a block, from its record in run.json or in the commit of the step allocate."""
+def block_budget(stored: StoredBlockBudget) -> BlockBudget:
+    """Budget of a block, from run.json or from the commit of the step that decided it."""
     from stages.sparsity.budget import BlockBudget, LayerBudget
 
-    layers = (LayerBudget(layer.name, layer.role, layer.size, layer.num_masked) for layer in record.layers)
+    layers = (LayerBudget(layer.name, layer.role, layer.size, layer.num_masked) for layer in stored.layers)
     return BlockBudget(tuple(layers))
 
 

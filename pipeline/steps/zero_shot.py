@@ -13,7 +13,6 @@ from pipeline.steps.results import Which, ZeroShotResult
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
-    from pipeline.rundir.run_directory import RunDirectory
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
     from stages.interfaces import Callbacks
@@ -44,7 +43,7 @@ class ZeroShotEvaluation:
         return f"{self.which}/{self.task}{where}{limit}"
 
 
-class ZeroShotStep(StepKind):
+class ZeroShotStep(StepKind[ZeroShotResult]):
     """Measures accuracy with the whole model in memory; writes no payload."""
 
     result = ZeroShotResult
@@ -52,6 +51,7 @@ class ZeroShotStep(StepKind):
     title = "zero-shot accuracy"
     help = "Measure zero-shot accuracy on one task, by lm-evaluation-harness."
     is_measurement = True
+    command = "evaluate"
 
     def __init__(self) -> None:
         self._loaded: tuple[str, ZeroShot] | None = None  # which model is in memory
@@ -92,17 +92,18 @@ class ZeroShotStep(StepKind):
             task_data_digest=data.digest(what.task) if data is not None else None,
         )
 
+    @classmethod
+    def headline(cls, result: ZeroShotResult) -> str:
+        shown = [
+            f"{name} {100 * value:.2f}%"
+            for name, value in result.metrics.items()
+            if name in ("acc", "acc_norm") and value is not None
+        ]
+        return ", ".join(shown) + (" (partial)" if result.is_partial else "")
 
-def accuracies_of(run: RunDirectory) -> tuple[tuple[str, ZeroShotResult], ...]:
-    """All zero-shot accuracies of a run, with the names of the steps, in the order of its commits.
-
-    Raises DamagedData.
-    """
-    return tuple(
-        (commit.step, commit.result_as(ZeroShotResult))
-        for commit in run.commits
-        if commit.step.startswith(f"{ZeroShotStep.name}/")
-    )
+    @classmethod
+    def accuracies(cls, result: ZeroShotResult) -> ZeroShotResult:
+        return result
 
 
 def zero_shot_steps(tasks: Sequence[str], data: str | None, limit: int | None, with_dense: bool) -> tuple[Step, ...]:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline.engine.plan import Step, next_steps, releasable
 from pipeline.rundir.records import Result
 from pipeline.steps.base import StepKind
+from pipeline.steps.reporting import BlockReport
+from pipeline.steps.results import EvaluateResult, ExportResult, ZeroShotResult
 
 
-def check_step_kind(name: str, kind: type[StepKind]) -> None:
+def check_step_kind(name: str, kind: type[StepKind[Any]]) -> None:
     """Check what the executor, status and help read of a step kind.
 
     Args:
@@ -37,7 +40,40 @@ def check_step_kind(name: str, kind: type[StepKind]) -> None:
     assert kind.sharing in ("never", "same data", "same data and environment"), f"{name}: sharing {kind.sharing}"
     shares_results = "shared_with" in kind.result.model_fields
     assert shares_results == (kind.sharing != "never"), f"{name}: a shared result needs the field shared_with"
+    if kind.command is not None:
+        assert re.fullmatch(r"[a-z][a-z0-9-]*", kind.command), f"{name}: command {kind.command}"
     kind()  # the executor calls it without arguments
+
+
+def check_reports(kind: type[StepKind[Any]], result: Result) -> None:
+    """Check what progress, status, tables and the report read of a result.
+
+    Args:
+        kind: The class.
+        result: A result of the kind, as `run` gives it.
+    """
+    name = kind.name
+    assert type(result) is kind.result, f"{name} gives a {type(result).__name__}, not a {kind.result.__name__}"
+    stored = kind.result.model_validate_json(result.model_dump_json(), strict=True)
+    assert stored == result, f"{name}: a commit does not give back the result that was stored"
+    headline = kind.headline(result)
+    assert isinstance(headline, str), f"{name}: the headline is no text"
+    assert "\n" not in headline, f"{name}: the headline has more than one line"
+    for curve in kind.series(result):
+        assert all((curve.title, curve.x_title, curve.y_title)), f"{name}: a curve without a title"
+        assert curve.points, f"{name}: the curve {curve.title} has no point"
+    expected = {
+        "block_report": BlockReport,
+        "measurement": EvaluateResult,
+        "accuracies": ZeroShotResult,
+        "exported": ExportResult,
+    }
+    for method, form in expected.items():
+        part = getattr(kind, method)(result)
+        assert part is None or isinstance(part, form), f"{name}: {method} gives no {form.__name__}"
+    report = kind.block_report(result)
+    assert report is None or report.state, f"{name}: a block has no state"
+    assert report is None or kind.is_per_block, f"{name} reports on a block and is not is_per_block"
 
 
 def check_plan(steps: Sequence[Step]) -> None:

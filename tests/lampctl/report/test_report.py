@@ -82,7 +82,7 @@ def test_errors_and_curves_are_those_of_the_commits(folder, state):
             training["before"]["trained"],
             *(e["trained"] for e in training["epoch_losses"]),
         ]
-        assert part.column("aside") == [
+        assert part.column("held_out") == [
             training["before"]["held_out"],
             *(e["held_out"] for e in training["epoch_losses"]),
         ]
@@ -248,7 +248,7 @@ def test_plots_draw_infinite_zero_and_missing_values(state):
     zero = data.Dataset(("block", "layer", "relative_error"), ((0, "q", 0.0),))
     drawn.append(plots.pruning_error_by_layer(zero))
     one = data.Dataset(
-        ("block", "training", "epoch", "trained", "aside", "is_kept"), ((0, "refinement", 0, 1.0, None, 1),)
+        ("block", "training", "epoch", "trained", "held_out", "is_kept"), ((0, "refinement", 0, 1.0, None, 1),)
     )
     drawn.append(plots.training_curves(one))
     unknown = data.steps(state)

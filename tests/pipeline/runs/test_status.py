@@ -22,10 +22,11 @@ def test_finished_run_of_every_schema(tmp_path, schema):
         ("pruned", "perplexity", 64),
         ("dense", "perplexity", 64),
     ]
-    compensated = state.blocks[1]
-    assert compensated.loss_before is not None
-    assert compensated.loss_before_aside is not None
-    assert len(compensated.epochs) == config.epochs == 1
+    compensation, refinement = state.blocks[1].trainings
+    assert (compensation.name, refinement.name) == ("compensation", "refinement")
+    assert compensation.before.trained is not None
+    assert compensation.before.held_out is not None
+    assert len(compensation.epochs) == config.epochs == 1
     assert all(layer.num_found == layer.num_masked for block in state.blocks for layer in block.layers)
 
 
@@ -58,7 +59,7 @@ def test_overflowed_loss_is_shown_as_missing(tmp_path):
     loss = {"trained": None, "held_out": None}
     training = {"before": loss, "after": loss, "epoch_losses": [loss], "kept_epoch": 1, "num_steps": 2}
     change_newest(place, result={"training": training})
-    assert status(*reopen(place)).blocks[1].loss_after is None
+    assert status(*reopen(place)).blocks[1].trainings[0].after.trained is None
 
 
 def test_result_of_another_form_is_damage_and_names_the_commit(tmp_path):
@@ -70,6 +71,6 @@ def test_result_of_another_form_is_damage_and_names_the_commit(tmp_path):
 
 def test_bug_of_ours_is_not_taken_for_damage(tmp_path, monkeypatch):
     run, config = reopen(copy_of_golden(tmp_path / "run"))
-    monkeypatch.setattr("pipeline.runs.status.budget_of_run", lambda run: {}["no such key"])
+    monkeypatch.setattr("pipeline.runs.status.stored_budget", lambda run: {}["no such key"])
     with pytest.raises(KeyError):
         status(run, config)

@@ -7,7 +7,7 @@ from pipeline.rundir.records import Result
 from pipeline.steps.base import StepKind
 from pipeline.steps.evaluate import evaluation_steps
 from pipeline.steps.lamp_plan import chain
-from pipeline.steps.registry import STEP_KINDS
+from pipeline.steps.registry import STEP_COMMANDS, STEP_KINDS
 from pipeline.testing.steps import check_plan, check_step_kind
 from stages.metrics.base import EvaluationProtocol
 
@@ -15,6 +15,13 @@ from stages.metrics.base import EvaluationProtocol
 @pytest.mark.parametrize("name", STEP_KINDS.names)
 def test_a_step_kind_is_complete(name):
     check_step_kind(name, STEP_KINDS.get(name))
+
+
+def test_the_help_of_the_commands_is_that_of_their_kinds():
+    """`lampctl --help` imports no kind, so the registry repeats it."""
+    own = {name: kind.help for name, kind in STEP_KINDS.items() if kind.command == name}
+    assert {**own, **STEP_COMMANDS} == own
+    assert own.keys() - STEP_COMMANDS.keys() == {"export", "evaluate"}  # which have commands with flags of their own
 
 
 class _Shared(Result):
