@@ -99,7 +99,7 @@ class Run:
         from pipeline.engine.stop import StopRequest
         from pipeline.runs.lifecycle import ResumeOptions, resume
 
-        self._config = self._config.with_free(_runtime_only(settings))
+        self._config = self._config.with_runtime(_runtime_only(settings))
         stop = StopRequest(lambda reason: None)  # an interpreter is never ended
         with watching(self._config, stop):
             resume(self._directory, self._config, listener or _Log(), stop, ResumeOptions(takeover=takeover))
@@ -156,13 +156,13 @@ def open_run(path: str | Path) -> Run:
 
 
 def _runtime_only(settings: Mapping[str, Any]) -> dict[str, Any]:
-    from pipeline.config.run_config import FREE_FIELDS
+    from pipeline.config.run_config import RUNTIME_FIELDS
     from pipeline.config.settings import options
 
     for name in settings:
         if name not in options():
             raise ConfigError(f"{name} is no setting of a run; docs/settings.md has them all")
-        if name not in FREE_FIELDS:
+        if name not in RUNTIME_FIELDS:
             raise ConfigError(f"{name} decides the weights: it cannot change in a run that has begun")
     return dict(settings)
 

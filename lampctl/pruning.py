@@ -133,10 +133,10 @@ def _gathered(settings: dict[str, Any], preset: str | None, calibration: Any) ->
     """The settings that were given, checked, without the environment's: a library call depends on its arguments."""
     from pipeline.config.completion import check_combinations
     from pipeline.config.gather import gather
-    from pipeline.config.run_config import FREE_FIELDS
+    from pipeline.config.run_config import RUNTIME_FIELDS
 
     for name in settings:
-        if name in FREE_FIELDS or name in ("export_dtype", "calibration", "revision", "trust_remote_code"):
+        if name in RUNTIME_FIELDS or name in ("export_dtype", "calibration", "revision", "trust_remote_code"):
             raise ConfigError(f"{name} is a setting of runs (lampctl.run), not of a model in memory")
     values = dict(settings)
     if isinstance(calibration, str):

@@ -1,4 +1,4 @@
-"""Lines 4-5 of the paper's Algorithm 1: prune one block, then propagate the biased stream through it.
+"""Prune one block, and compute its output from its biased input (LAMP Algorithm 1, lines 4-5).
 
 All statistics of a block come from one pass of the unpruned block over the biased stream. Layers that read the same
 input (q, k and v; gate and up) share one set of statistics and its factorization.

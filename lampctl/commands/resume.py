@@ -59,7 +59,7 @@ def resume(
     if place is None:
         print(f"nothing left to do: every run under {RUNS}/ is finished", file=sys.stderr)
         return
-    directory, config = reopen(place, is_resuming=True, free=changes)
+    directory, config = reopen(place, is_resuming=True, runtime=changes)
     with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
         options = ResumeOptions(checks="all" if check_all else "as needed", takeover=takeover)

@@ -17,7 +17,7 @@ from stages.metrics.base import EvaluationProtocol
 from stages.pruners.base import PruneOptions
 from stages.pruners.registry import LAMP, PAPER_PRUNER
 
-FREE_FIELDS = names_where(scope="runtime")
+RUNTIME_FIELDS = names_where(scope="runtime")
 LAMP_FIELDS = names_where(applies_to="lamp")
 CALIBRATION_FIELDS = names_where(applies_to="methods with data")
 DRAWING_FIELDS = names_where(draws_samples=True)  # select the calibration samples within a data source
@@ -73,19 +73,19 @@ class RunConfig(Settings):
         """How the model is measured."""
         return EvaluationProtocol(self.eval_seqlen, self.eval_max_tokens, self.eval_points, self.eval_max_images)
 
-    def with_free(self, free: Mapping[str, Any]) -> RunConfig:
+    def with_runtime(self, settings: Mapping[str, Any]) -> RunConfig:
         """This configuration with other runtime settings. Raises ConfigError for a wrong one."""
-        return RunConfig.of({**self.as_json(), **free})
+        return RunConfig.of({**self.as_json(), **settings})
 
     @property
-    def free(self) -> dict[str, Any]:
+    def runtime(self) -> dict[str, Any]:
         """The runtime settings, ready for JSON."""
-        return {name: value for name, value in self.as_json().items() if name in FREE_FIELDS}
+        return {name: value for name, value in self.as_json().items() if name in RUNTIME_FIELDS}
 
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that decide the weights, ready for JSON."""
-        return {name: value for name, value in self.as_json().items() if name not in FREE_FIELDS}
+        return {name: value for name, value in self.as_json().items() if name not in RUNTIME_FIELDS}
 
 
 def with_recorded_defaults(config: RunConfig, origins: Mapping[str, str], recorded: Recorded) -> RunConfig:

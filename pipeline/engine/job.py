@@ -71,7 +71,7 @@ class Job:
         worker: Does the steps.
         listener: Receives progress and warnings.
         stop: Request to stop.
-        free: The runtime settings in force, recorded in each commit.
+        runtime: The runtime settings in force, recorded in each commit.
         refresh_views: Brings what is derived from the commits (the model folder, its card) up to date.
         keeps_activations: Release no activation stream.
         checkpoint_every_s: Seconds between checkpoints inside a step; 0: only when the run is stopped.
@@ -83,7 +83,7 @@ class Job:
     worker: Worker
     listener: Listener
     stop: StopRequest
-    free: Mapping[str, Any]
+    runtime: Mapping[str, Any]
     refresh_views: Callable[[], None] = lambda: None
     keeps_activations: bool = False
     checkpoint_every_s: float = 0.0

@@ -40,7 +40,7 @@ def repair(job: Job, *, is_deep: bool = True) -> None:
         job.listener.warn(f"{run.label}/{reason}: {name} is made again")
         if not _rebuild(job, name):
             commit = run.find(name)[0]
-            run.invalidate(commit.number, f"{name} was damaged, and {commit.step} gives another one here", job.free)
+            run.invalidate(commit.number, f"{name} was damaged, and {commit.step} gives another one here", job.runtime)
             run.event("invalidated", from_number=commit.number, step=commit.step)
             job.listener.warn(
                 f"{commit.step} gives other weights here than it did (another machine, or other versions): it and "
@@ -73,7 +73,7 @@ def _rebuild(job: Job, name: str) -> bool:
             return True
         if is_activations and job.allows_other_bits:
             result = Replacement(replaces=commit.number)
-            run.commit(attempt, StepReport(result, job.free, started_at, time.monotonic() - start))
+            run.commit(attempt, StepReport(result, job.runtime, started_at, time.monotonic() - start))
             is_committed = True
             run.event("rebuilt", payload=name, step=commit.step)
             job.listener.warn(f"{name} has other bits here than it had: the run continues with them")

@@ -48,7 +48,7 @@ def _do(job: Job, step: Step) -> StepCommit:
         result = job.worker.execute(step, attempt, StepCallbacks(job, step, progress))
         report = StepReport(
             result.result,
-            job.free,
+            job.runtime,
             started_at,
             progress.elapsed_s,
             result.peak_memory_bytes,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.config.completion import complete
 from pipeline.config.gather import Gathered
-from pipeline.config.run_config import FREE_FIELDS, RunConfig
+from pipeline.config.run_config import RUNTIME_FIELDS, RunConfig
 from pipeline.errors import ConfigError
 from pipeline.paper.estimates import Estimate, Scale, estimate
 from pipeline.paper.tables import Table, published, settings_of
@@ -60,7 +60,7 @@ def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence
     )
     folder = Path(model).name.removesuffix(".gguf") or "model"
     # The digest keeps runs with other settings or another model of this name apart.
-    own = {field: value for field, value in values.items() if field not in FREE_FIELDS}
+    own = {field: value for field, value in values.items() if field not in RUNTIME_FIELDS}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
     place = f"{root.rstrip('/')}/{_SHARED.get(table.name, table.name)}/{folder}-{digest}"
     return Sweep(place, locate(place), spec)

@@ -209,7 +209,7 @@ class StepCommit(Record):
         attempt: The folder in data/ that was written for it.
         payloads: What the step wrote, by name.
         result: What the step reports, in the form that its kind defines. Read it by `result_as`.
-        free: The runtime settings in force.
+        free: The runtime settings in force, by the name that this key has had on disk since schema 1.
         started_at: When the step began.
         elapsed_s: Seconds of work.
         peak_memory_bytes: Peak memory of the process.

@@ -59,7 +59,7 @@ class StepReport:
 
     Attributes:
         result: Result of the step.
-        free: The runtime settings in force.
+        runtime: The runtime settings in force.
         started_at: When the step began.
         elapsed_s: Seconds of work, those of interrupted attempts included.
         peak_memory_bytes: Peak memory of the process.
@@ -67,7 +67,7 @@ class StepReport:
     """
 
     result: Result
-    free: Mapping[str, Any]
+    runtime: Mapping[str, Any]
     started_at: datetime
     elapsed_s: float
     peak_memory_bytes: int | None = None
@@ -217,12 +217,12 @@ class RunDirectory:
         except DiskError as error:
             log.warning("an attempt that failed is left to `lampctl gc`: %s", error)
 
-    def invalidate(self, number: int, reason: str, free: Mapping[str, Any]) -> StepCommit:
+    def invalidate(self, number: int, reason: str, runtime: Mapping[str, Any]) -> StepCommit:
         """Record that the commits from `number` on are invalid: their steps are to be done again.
 
         Used for a payload that is damaged and cannot be rebuilt bit for bit. Raises Superseded.
         """
-        return self._note(INVALIDATE, Invalidation(from_number=number, reason=scrub(reason)), free)
+        return self._note(INVALIDATE, Invalidation(from_number=number, reason=scrub(reason)), runtime)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -231,14 +231,16 @@ class RunDirectory:
         return changes[-1].result_as(EnvironmentChange).environment if changes else self.manifest.environment
 
     def change_environment(
-        self, environment: Mapping[str, Any], changes: Sequence[str], free: Mapping[str, Any]
+        self, environment: Mapping[str, Any], changes: Sequence[str], runtime: Mapping[str, Any]
     ) -> StepCommit:
         """Record that another machine, or other versions, do the steps from here on. Raises Superseded."""
-        return self._note(ENVIRONMENT, EnvironmentChange(environment=dict(environment), changes=tuple(changes)), free)
+        return self._note(
+            ENVIRONMENT, EnvironmentChange(environment=dict(environment), changes=tuple(changes)), runtime
+        )
 
-    def _note(self, kind: str, result: Result, free: Mapping[str, Any]) -> StepCommit:
+    def _note(self, kind: str, result: Result, runtime: Mapping[str, Any]) -> StepCommit:
         """Append a record that is no step."""
-        report = StepReport(result, free, datetime.now(UTC), 0.0)
+        report = StepReport(result, runtime, datetime.now(UTC), 0.0)
         return self._commits.append(self._record(kind, self._commits.next_attempt(), report, {}))
 
     def _record(self, step: str, attempt: str, report: StepReport, payloads: Mapping[str, Payload]) -> StepCommit:
@@ -249,7 +251,7 @@ class RunDirectory:
             attempt=attempt,
             payloads=dict(payloads),
             result=report.result.model_dump(),
-            free=dict(report.free),
+            free=dict(report.runtime),
             started_at=report.started_at,
             elapsed_s=report.elapsed_s,
             peak_memory_bytes=report.peak_memory_bytes,

@@ -42,7 +42,7 @@ def settle_environment(run: RunDirectory, config: RunConfig, listener: Listener)
             "LAMPCTL_ALLOW_ENVIRONMENT_CHANGE=1)"
         )
     listener.warn(f"from here on, the run is done elsewhere:\n{lines}")
-    run.change_environment(environment.model_dump(), changes, config.free)
+    run.change_environment(environment.model_dump(), changes, config.runtime)
     run.event("environment-changed", changes=changes)
 
 

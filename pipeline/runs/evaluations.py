@@ -30,7 +30,7 @@ def change_evaluation(
 ) -> RunConfig:
     """The configuration with other evaluation settings (None: as they are). Raises ConfigError, UsageError.
 
-    sources: between commas. settings: other free settings by name, None among them: as they are.
+    sources: between commas. settings: other runtime settings by name, None among them: as they are.
     """
     from stages.data.registry import parse_source
     from stages.evaluate import metric_for
@@ -44,7 +44,7 @@ def change_evaluation(
         changes["tasks"] = split_tasks(changes["tasks"])
     if "tasks" not in changes and not config.tasks:
         changes["tasks"] = usual_tasks(changes.get("task_data"), changes.get("task_limit"))
-    changed = config.with_free(changes)
+    changed = config.with_runtime(changes)
     check_evaluation(changed, facts_of(run).model.max_positions)
     model, task = facts_of(run).model.name, facts_of(run).model.task
     if not task_named(task).reads_text:

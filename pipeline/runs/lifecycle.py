@@ -98,14 +98,14 @@ def _place_scratch(storage: Storage, config: RunConfig) -> None:
 
 
 def reopen(
-    place: Place, *, is_resuming: bool = False, free: Mapping[str, Any] | None = None
+    place: Place, *, is_resuming: bool = False, runtime: Mapping[str, Any] | None = None
 ) -> tuple[RunDirectory, RunConfig]:
     """Open a run with its configuration, with the runtime settings that were last in force.
 
     Args:
         place: Folder or address of the run.
         is_resuming: As for `RunDirectory.open`.
-        free: Other runtime settings from now on; None among them: as they were.
+        runtime: Other runtime settings from now on; None among them: as they were.
 
     Raises:
         ConfigError: A runtime setting is wrong.
@@ -113,8 +113,8 @@ def reopen(
     """
     run = RunDirectory.open(place, is_resuming=is_resuming)
     config = config_in_force(run)
-    changes = {field: value for field, value in (free or {}).items() if value is not None}
-    config = config.with_free(changes)
+    changes = {field: value for field, value in (runtime or {}).items() if value is not None}
+    config = config.with_runtime(changes)
     _place_scratch(run.storage, config)
     return run, config
 
@@ -169,7 +169,7 @@ def _do_remaining(
         worker,
         listener,
         stop,
-        config.free,
+        config.runtime,
         refresh_views=ModelView(run, config).refresh,
         keeps_activations=bool(config.keep_activations),
         checkpoint_every_s=60 * config.checkpoint_minutes,

@@ -55,8 +55,8 @@ def chain(
             PruneBlock.step(
                 block,
                 reads_data=reads_data,
-                is_compensated=is_compensated,
-                is_refined=refines,
+                reads_compensated=is_compensated,
+                writes_unrefined=refines,
                 with_output=reads_data and block < last,
             )
         )

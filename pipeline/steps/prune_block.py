@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
-from pipeline.steps.block_files import finished_bytes, masks_bytes, training_bytes, write_finished, write_state
+from pipeline.steps.block_files import (
+    finished_bytes,
+    masks_bytes,
+    training_bytes,
+    write_finished,
+    write_masks,
+    write_state,
+)
 from pipeline.steps.committed import stored_budget
 from pipeline.steps.reporting import BlockReport
 from pipeline.steps.results import FinishedRecord, LayerResult, PruneResult
@@ -29,20 +36,22 @@ class PruneBlock(StepKind[PruneResult]):
     command = name
 
     @staticmethod
-    def step(block: int, *, reads_data: bool, is_compensated: bool, is_refined: bool, with_output: bool) -> Step:
+    def step(
+        block: int, *, reads_data: bool, reads_compensated: bool, writes_unrefined: bool, with_output: bool
+    ) -> Step:
         """The step in the plan.
 
         Args:
             block: Index of the block.
             reads_data: The pruner uses statistics of the block's input.
-            is_compensated: The block was compensated before; otherwise its weights are the original ones.
-            is_refined: A later step trains the pruned block and writes its final weights.
+            reads_compensated: A step before compensated the block; otherwise its weights are the original ones.
+            writes_unrefined: A later step refines the pruned block and writes its final weights.
             with_output: A later block reads the output of this one.
         """
         data = (payloads.CALIBRATION.name, payloads.biased(block).name) if reads_data else ()
-        weights = (payloads.compensated(block).name,) if is_compensated else ()
+        weights = (payloads.compensated(block).name,) if reads_compensated else ()
         output = (payloads.biased(block + 1),) if with_output else ()
-        results = (payloads.unrefined(block),) if is_refined else (payloads.pruned(block), *output)
+        results = (payloads.unrefined(block),) if writes_unrefined else (payloads.pruned(block), *output)
         return Step(PruneBlock.name, block, reads=(*data, *weights), outputs=(payloads.masks(block), *results))
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> PruneResult:
@@ -54,7 +63,7 @@ class PruneBlock(StepKind[PruneResult]):
 
         block, model, run = step.block, context.model, context.run
         assert block is not None
-        is_compensated = payloads.compensated(block).name in step.reads
+        reads_compensated = payloads.compensated(block).name in step.reads
         reads_data = payloads.biased(block).name in step.reads
         is_finished = payloads.pruned(block).name in step.writes
         result = prune_block(
@@ -62,11 +71,11 @@ class PruneBlock(StepKind[PruneResult]):
             pruner_of(context.config),
             block_budget(stored_budget(run)[block]),
             run.open_stream(payloads.biased(block).name) if reads_data else None,
-            state=StateFile(run.open_file(payloads.compensated(block).name)) if is_compensated else None,
+            state=StateFile(run.open_file(payloads.compensated(block).name)) if reads_compensated else None,
             output=context.block_output(step, attempt) if is_finished else None,
         )
         contents = mask_file(export.pruned_weights(model, block, result.outcome))
-        attempt.write_file(payloads.masks(block).name, f"block-{block:05d}.safetensors", contents)
+        write_masks(attempt, block, contents)
         layers = {
             name: LayerResult(relative_error=layer.relative_error, damping=layer.damping)
             for name, layer in result.outcome.layers.items()

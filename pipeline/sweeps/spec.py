@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config.adjust import sibling, with_absolute_paths
 from pipeline.config.gather import Gathered
-from pipeline.config.run_config import FREE_FIELDS
+from pipeline.config.run_config import RUNTIME_FIELDS
 from pipeline.config.settings import Settings, current_name, flag_of, options, suggestion
 from pipeline.errors import ConfigError
 from stages.pruners.registry import LAMP
@@ -30,7 +30,7 @@ _USUAL = {
 _NUMBERS = {"sparsity", "budget_spread", "damping", *_USUAL}
 _MOST_VALUES = 1000
 _LONGEST = 40  # most characters of a value in a trial's name
-_NEVER = ("model", "revision", "trust_remote_code", *FREE_FIELDS)
+_NEVER = ("model", "revision", "trust_remote_code", *RUNTIME_FIELDS)
 
 
 class Range(BaseModel):

@@ -49,7 +49,7 @@ class LayerInputs:
         """Everything that `restored` needs."""
         states = [found.statistics.state() for found in self.inputs]
         return Checkpoint(
-            {f"hessian.{number}": sums for number, (sums, _) in enumerate(states)},
+            {_tensor_key(number): sums for number, (sums, _) in enumerate(states)},
             {
                 "num_samples": self.num_samples,
                 "groups": [
@@ -66,11 +66,16 @@ class LayerInputs:
             return cls()
         inputs = [
             LayerInput(
-                kind.restored(checkpoint.tensors[f"hessian.{number}"], group["counts"], device), list(group["paths"])
+                kind.restored(checkpoint.tensors[_tensor_key(number)], group["counts"], device), list(group["paths"])
             )
             for number, group in enumerate(checkpoint.figures["groups"])
         ]
         return cls(inputs, checkpoint.figures["num_samples"])
+
+
+def _tensor_key(number: int) -> str:
+    """Key of the sums of input `number` in a checkpoint, whatever the statistics. Unfinished runs have this name."""
+    return f"hessian.{number}"
 
 
 def collect(

@@ -1,6 +1,8 @@
 """Sparsity budget: how many weights of each layer are pruned (LAMP Eqs. 1-4), in exact whole numbers.
 
-theta_i: prunable weights of block i, i = 1..n.    s: global sparsity.    P_i: masked weights of block i.
+The paper's equations count the blocks from 1, so that n is the last of n blocks. The code counts from 0.
+
+theta_i: prunable weights of block i.    s: global sparsity.    P_i: masked weights of block i.
 
     P_n = s |theta_n| alpha                                   Eq. 1: the last block's error is never compensated
     P_i = s |theta_i| + s |theta_n| (1 - alpha) / (n - 1)     Eq. 2, i < n

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.config.completion import check_combinations, complete
 from pipeline.config.gather import gather
-from pipeline.config.run_config import FREE_FIELDS, differing_fields
+from pipeline.config.run_config import RUNTIME_FIELDS, differing_fields
 from pipeline.config.settings import options, type_of
 from pipeline.errors import ConfigError
 from stages.tasks.language import Language
@@ -188,13 +188,13 @@ def test_yaml_and_toml_say_the_same():
 
 def test_identity_and_free_settings_share_out_all_fields():
     config, _, _ = completed()
-    assert config.identity.keys() | config.free.keys() == set(options())
-    assert not config.identity.keys() & config.free.keys()
-    other = config.with_free({"evaluate": ("pydocs",), "eval_max_tokens": 4096})
+    assert config.identity.keys() | config.runtime.keys() == set(options())
+    assert not config.identity.keys() & config.runtime.keys()
+    other = config.with_runtime({"evaluate": ("pydocs",), "eval_max_tokens": 4096})
     assert other.identity == config.identity
     changed = {"evaluate": ["pydocs"], "evaluate_dense": True, "eval_seqlen": 2048, "eval_max_tokens": 4096}
-    assert {field: other.free[field] for field in changed} == changed
-    assert set(other.free) == set(FREE_FIELDS)
+    assert {field: other.runtime[field] for field in changed} == changed
+    assert set(other.runtime) == set(RUNTIME_FIELDS)
     assert differing_fields({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == {"b": (2, 3), "c": (None, 4)}
 
 

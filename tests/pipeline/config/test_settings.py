@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.config.gather import gather
 from pipeline.config.option import Option
-from pipeline.config.run_config import FREE_FIELDS, LAMP_FIELDS, Recorded, RunConfig, with_recorded_defaults
+from pipeline.config.run_config import LAMP_FIELDS, RUNTIME_FIELDS, Recorded, RunConfig, with_recorded_defaults
 from pipeline.config.schema import json_schema
 from pipeline.config.settings import Settings, flag_of, former_names, options, type_of
 from pipeline.errors import ConfigError
@@ -39,8 +39,8 @@ def test_declarations_import_neither_pydantic_nor_torch():
 
 
 def test_scopes_and_methods_follow_the_declarations():
-    assert {"evaluate", "memory_limit", "scratch_dir", "max_runtime"} <= set(FREE_FIELDS)
-    assert not {"sparsity", "seed", "calibration", "damping", "dtype"} & set(FREE_FIELDS)
+    assert {"evaluate", "memory_limit", "scratch_dir", "max_runtime"} <= set(RUNTIME_FIELDS)
+    assert not {"sparsity", "seed", "calibration", "damping", "dtype"} & set(RUNTIME_FIELDS)
     assert set(LAMP_FIELDS) == {
         *("pruner", "effort", "epochs", "lr", "lr_decay", "loss"),
         *("held_out", "refine", "refine_epochs", "refine_lr"),

@@ -151,7 +151,7 @@ class Listener:
 
 def callbacks(run, stop, every_s):
     step = Step("compensate-block", 1)
-    job = Job(run, [step], worker=None, listener=Listener(), stop=stop, free={}, checkpoint_every_s=every_s)
+    job = Job(run, [step], worker=None, listener=Listener(), stop=stop, runtime={}, checkpoint_every_s=every_s)
     return StepCallbacks(job, step, StepProgress(run, STEP))
 
 

@@ -18,7 +18,7 @@ def test_run_is_finished_when_every_step_has_a_commit(tmp_path):
 
 
 def test_other_runtime_settings_make_a_finished_run_unfinished(tmp_path):
-    run, config = reopen(copy_of_golden(tmp_path / "run"), free={"eval_max_tokens": 128})
+    run, config = reopen(copy_of_golden(tmp_path / "run"), runtime={"eval_max_tokens": 128})
     assert config.eval_max_tokens == 128
     assert not is_finished(run, config)
 
@@ -50,7 +50,7 @@ def test_other_environment_is_refused_or_recorded(tmp_path, monkeypatch):
     with pytest.raises(ConfigMismatch, match=r"torch is 99\.0"):
         settle_environment(run, config, listener)
     assert len(run.log) == 4
-    settle_environment(run, config.with_free({"allow_environment_change": True}), listener)
+    settle_environment(run, config.with_runtime({"allow_environment_change": True}), listener)
     assert environment_of(run) == now
     assert len(run.commits) == 4
     assert "torch is 99.0" in listener.warnings[0]

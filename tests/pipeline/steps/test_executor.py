@@ -66,7 +66,7 @@ def test_kind_of_another_package_runs_and_keeps_its_state_between_steps(tmp_path
 
 def test_step_that_takes_more_than_the_memory_limit_is_reported(tmp_path, counting):
     run, config = reopen(copy_of_golden(tmp_path / "run", 2))
-    executor = StepExecutor(run, config.with_free({"memory_limit": "1MB"}), STEPS)
+    executor = StepExecutor(run, config.with_runtime({"memory_limit": "1MB"}), STEPS)
     callbacks = Warned()
     executor.execute(STEPS[0], None, callbacks)
     assert "more than --memory-limit 1MB" in callbacks.warnings[0]
