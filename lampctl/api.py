@@ -156,8 +156,8 @@ def open_run(path: str | Path) -> Run:
 
 
 def _runtime_only(settings: Mapping[str, Any]) -> dict[str, Any]:
+    from pipeline.config.declarations import options
     from pipeline.config.run_config import RUNTIME_FIELDS
-    from pipeline.config.settings import options
 
     for name in settings:
         if name not in options():

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
+from pipeline.config.declarations import flag_of, options, type_of, variable_of
 from pipeline.config.option import Option
-from pipeline.config.settings import flag_of, options, type_of, variable_of
 
 if TYPE_CHECKING:
     from pipeline.config.gather import Gathered

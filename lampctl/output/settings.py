@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 from rich.table import Table
 
 from lampctl.cli.panels import PANELS
+from pipeline.config.declarations import flag_of, options, type_of
 from pipeline.config.option import Option
-from pipeline.config.settings import flag_of, options, type_of
 
 _INTRODUCTION = """# Settings
 

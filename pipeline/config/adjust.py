@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.completion import BASELINE
+from pipeline.config.declarations import flag_of
 from pipeline.config.gather import Gathered
 from pipeline.config.run_config import LAMP_FIELDS
-from pipeline.config.settings import flag_of
 from pipeline.errors import ConfigError
 from stages.pruners.registry import LAMP, method_names
 

@@ -11,7 +11,6 @@ from pipeline.errors import ConfigError
 from stages.errors import UsageError
 from stages.metrics.registry import METRICS
 from stages.pruners.registry import lamp_pruners, method_names
-from stages.sparsity.nm_pattern import Pattern
 
 ZERO_SHOT = "zero-shot"  # in --tasks: the seven tasks whose mean papers report
 _LONGEST_NAME = 255  # bytes, in every file system in use
@@ -73,6 +72,8 @@ def valid_pattern(pattern: str | None) -> str | None:
     """Check an N:M pattern, as `stages.sparsity.nm_pattern` reads it."""
     if pattern is None:
         return None
+    from stages.sparsity.nm_pattern import Pattern
+
     try:
         return str(Pattern.parse(pattern))
     except UsageError as error:

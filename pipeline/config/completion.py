@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from pipeline.config.choices import any_of
+from pipeline.config.declarations import flag_of
 from pipeline.config.gather import Gathered
 from pipeline.config.run_config import CALIBRATION_FIELDS, LAMP_FIELDS, RunConfig
-from pipeline.config.settings import flag_of
 from pipeline.errors import ConfigError
 from stages.metrics.harness_tasks import LAYOUT
 from stages.pruners.registry import LAMP, PAPER_PRUNER, PRUNERS, bit_methods, method_title, reads_data

@@ -1,10 +1,11 @@
-"""The names under which settings are given, in a file or in environment variables."""
+"""The names under which settings are given: former ones, unknown ones, and two of the same setting."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from pipeline.config.settings import ENVIRONMENT_PREFIX, current_name, known_names, no_setting
+from pipeline.config.declarations import ENVIRONMENT_PREFIX, former_names, options
 from pipeline.errors import ConfigError
 
 # The folder of the cache, which is not a setting.
@@ -52,3 +53,25 @@ def require_known_variables(environ: Mapping[str, str]) -> None:
     unknown = {name: setting for setting, name in given_variables(environ).items() if setting not in known_names()}
     if unknown:
         raise ConfigError("\n".join(no_setting(setting, f"environment {name}") for name, setting in unknown.items()))
+
+
+def current_name(name: str) -> str:
+    """The setting's current name, for a current or a former one."""
+    return former_names().get(name, name)
+
+
+def known_names() -> tuple[str, ...]:
+    """What a file or the environment may give: the settings, and the preset."""
+    return ("preset", *sorted(options()))
+
+
+def no_setting(name: str, origin: str | None) -> str:
+    """The message about a name that is no setting."""
+    where = f" ({origin})" if origin is not None else ""
+    return f"{name}{where} is not a setting of a run{suggestion(name, known_names())}"
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """What may be meant by an unknown name: the nearest one that is known, or any of them."""
+    near = difflib.get_close_matches(name, [*known, *former_names()], n=1)
+    return f": did you mean {current_name(near[0])}?" if near else f"; known: {', '.join(known)}"

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from pipeline.config.declarations import names_where, with_current_names
 from pipeline.config.option import Limits
-from pipeline.config.settings import Settings, names_where, with_current_names
+from pipeline.config.settings import Settings
 from stages.metrics.base import EvaluationProtocol
 from stages.pruners.base import PruneOptions
 from stages.pruners.registry import LAMP, PAPER_PRUNER

@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from pipeline.config.declarations import options
 from pipeline.config.gather import PRESETS
-from pipeline.config.settings import Settings, options
+from pipeline.config.settings import Settings
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 

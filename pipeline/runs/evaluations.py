@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.config.checks import split_tasks
 from pipeline.config.completion import check_evaluation, usual_tasks
+from pipeline.config.declarations import flag_of
 from pipeline.config.run_config import RunConfig
-from pipeline.config.settings import flag_of
 from pipeline.engine.plan import next_steps
 from pipeline.errors import ConfigError, StepOrderError
 from pipeline.rundir.run_directory import RunDirectory

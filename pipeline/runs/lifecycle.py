@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.config.declarations import with_current_names
 from pipeline.config.run_config import Recorded, RunConfig, with_recorded_defaults
-from pipeline.config.settings import with_current_names
 from pipeline.engine.job import Job, Listener
 from pipeline.engine.plan import Step, next_steps
 from pipeline.engine.repair import repair

@@ -13,9 +13,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config.adjust import sibling, with_absolute_paths
+from pipeline.config.declarations import flag_of, options
 from pipeline.config.gather import Gathered
+from pipeline.config.names import current_name, suggestion
 from pipeline.config.run_config import RUNTIME_FIELDS
-from pipeline.config.settings import Settings, current_name, flag_of, options, suggestion
+from pipeline.config.settings import Settings
 from pipeline.errors import ConfigError
 from stages.pruners.registry import LAMP
 

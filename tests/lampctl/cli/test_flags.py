@@ -7,8 +7,8 @@ import typer.main
 
 from lampctl.app import app
 from lampctl.cli.options import parameters_of, with_changes
+from pipeline.config.declarations import flag_of, former_names, options, variable_of
 from pipeline.config.option import Option
-from pipeline.config.settings import flag_of, former_names, options, variable_of
 
 PANELS = {
     "What to prune": (
@@ -138,7 +138,7 @@ def test_help_imports_no_command_and_no_pydantic(lampctl):
         "except SystemExit: pass\n"
         "loaded = {name for name in sys.modules if name.startswith('lampctl.commands')}\n"
         "assert not loaded, loaded\n"
-        "assert not {'pydantic', 'pipeline.config.settings', 'importlib.metadata'} & set(sys.modules)"
+        "assert not {'pydantic', 'pipeline.config.declarations', 'importlib.metadata'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 

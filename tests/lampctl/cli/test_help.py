@@ -49,7 +49,7 @@ def test_every_command_has_an_example(lampctl, command):
 
 
 def test_run_help_lists_every_setting(lampctl):
-    from pipeline.config.settings import options
+    from pipeline.config.declarations import options
 
     only_in_files = {"layer_sparsity", "damping", "column_block"}
     shown = lampctl("run", "--help").out

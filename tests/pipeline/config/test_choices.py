@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipeline.config.settings import options
+from pipeline.config.declarations import options
 from stages.data.registry import DATA_SOURCES, source_forms
 from stages.pruners.registry import PRUNERS, lamp_pruners
 

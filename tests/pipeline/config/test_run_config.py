@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from pipeline.config.completion import check_combinations, complete
+from pipeline.config.declarations import options, type_of
 from pipeline.config.gather import gather
 from pipeline.config.run_config import RUNTIME_FIELDS, differing_fields
-from pipeline.config.settings import options, type_of
 from pipeline.errors import ConfigError
 from stages.tasks.language import Language
 from stages.training.presets import measured, published
