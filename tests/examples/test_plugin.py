@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,13 @@ PLUGIN = ROOT / "examples" / "plugin"
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder with the plugin installed in it, as pip does it."""
-    target = tmp_path_factory.mktemp("plugin") / "site"
+    folder = tmp_path_factory.mktemp("plugin")
+    target, source = folder / "site", folder / "source"
+    before = set(PLUGIN.rglob("*"))
+    shutil.copytree(PLUGIN, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*install, "--target", str(target), str(PLUGIN)], check=True, capture_output=True, text=True)
+    subprocess.run([*install, "--target", str(target), str(source)], check=True, capture_output=True, text=True)
+    assert set(PLUGIN.rglob("*")) == before  # the checkout stays as it is
     return target
 
 
