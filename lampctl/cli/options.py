@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
@@ -95,24 +95,65 @@ def with_changes(
     return decorate
 
 
+def with_request(kind: type[Any]) -> Callable[..., Any]:
+    """Decorate a command whose second parameter is a `kind`: each of its fields becomes a parameter.
+
+    Decorate it with this first (nearest to the function), then with the settings.
+
+    Args:
+        kind: A dataclass whose fields are annotated as typer reads them.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    declared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(kind)
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., Any]:
+        first, _, *own = _typed_parameters(command)
+
+        @functools.wraps(command)
+        def wrapper(chosen: Any, **arguments: Any) -> None:
+            command(chosen, kind(**{found.name: arguments.pop(found.name) for found in declared}), **arguments)
+
+        keyword_only = [found.replace(kind=inspect.Parameter.KEYWORD_ONLY) for found in own]
+        return _with_signature(wrapper, [first, *declared, *keyword_only])
+
+    return decorate
+
+
 def _with_parameters(
     command: Callable[..., None], declared: Sequence[inspect.Parameter], collect: Callable[[dict[str, Any]], Any]
 ) -> Callable[..., Any]:
     """The command with more parameters. It receives their values, collected, as its first argument."""
-    own = list(inspect.signature(command).parameters.values())[1:]
 
     @functools.wraps(command)
     def wrapper(**arguments: Any) -> None:
         command(collect({found.name: arguments.pop(found.name) for found in declared}), **arguments)
 
+    own = [found.replace(kind=inspect.Parameter.KEYWORD_ONLY) for found in _typed_parameters(command)[1:]]
+    return _with_signature(wrapper, [*declared, *own])
+
+
+def _typed_parameters(command: Callable[..., None]) -> list[inspect.Parameter]:
+    """The parameters of a function, with annotations that are no text."""
     hints = get_type_hints(command, include_extras=True)
-    parameters = [
-        *declared,
-        *(found.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[found.name]) for found in own),
+    return [
+        found.replace(annotation=hints.get(found.name, found.annotation))
+        for found in inspect.signature(command).parameters.values()
     ]
+
+
+def _with_signature(wrapper: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> Callable[..., Any]:
+    """The same function, which typer and `inspect` see with these parameters."""
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {found.name: found.annotation for found in parameters}
-    del wrapper.__wrapped__
+    del wrapper.__wrapped__  # type: ignore[attr-defined]
     return wrapper
 
 

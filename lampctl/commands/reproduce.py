@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lampctl.cli.options import Chosen, with_settings
+from lampctl.cli.options import Chosen, with_request, with_settings
 
 if TYPE_CHECKING:
     from pipeline.config.gather import Gathered
@@ -18,21 +18,45 @@ if TYPE_CHECKING:
 _TABLES_OWN = ("model", "sparsity", "pattern", "bits", "group_size", "method", "budget", "budget_spread", "revision")
 
 
-@with_settings(without=_TABLES_OWN)
-def reproduce(  # noqa: PLR0913 - one parameter per flag
-    chosen: Chosen,
-    table: Annotated[str, typer.Argument(metavar="TABLE", help="table1 to table9, or fig3 to fig8.")],
+@dataclass(frozen=True)
+class Request:
+    """The part of a table that the user wants, as text."""
+
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="table1 to table9, or fig3 to fig8.")]
     models: Annotated[
         str | None,
         typer.Option(metavar="MODEL,...", help="Other models, or some of the paper's. [default: all of the table's]"),
-    ] = None,
+    ] = None
     sparsities: Annotated[
         str | None,
         typer.Option(metavar="S,...", help="Some of the columns: 0.5, 70%, 2:4+int4. [default: all of the table's]"),
-    ] = None,
+    ] = None
     methods: Annotated[
         str | None, typer.Option(metavar="METHOD,...", help="Some of the methods. [default: all of the table's]")
-    ] = None,
+    ] = None
+
+    def cells(self) -> Cells:
+        """What is wanted, checked. Raises ConfigError for a name that the paper does not have."""
+        from pipeline.paper.tables import require_columns, require_methods, table_named
+
+        table = require_methods(table_named(self.table), _split(self.methods))
+        return Cells(table, _split(self.models) or table.models, require_columns(table, _split(self.sparsities)))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Models and columns of a table; the table has only the methods that are wanted."""
+
+    table: Table
+    models: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
+@with_settings(without=_TABLES_OWN)
+@with_request(Request)
+def reproduce(
+    chosen: Chosen,
+    request: Request,
     out: Annotated[
         str, typer.Option(metavar="DIR", help="Folder of the runs. Tables 1 and 2 share runs, as do 4 and 5.")
     ] = "reproductions",
@@ -53,16 +77,12 @@ def reproduce(  # noqa: PLR0913 - one parameter per flag
     lampctl reproduce table4 --models sam-vit-b --calibration sa1b:sa_000001 --evaluate sa1b:sa_000003
     lampctl reproduce table1 --models smollm2-135m --calibration text:train.txt --evaluate wikitext2:wiki.test.raw
     """
-    from pipeline.paper.tables import require_columns, require_methods, table_named
-
-    wanted = require_methods(table_named(table), _split(methods))
-    columns = require_columns(wanted, _split(sparsities))
-    named = _split(models) or wanted.models
-    gathered = _gathered(chosen, wanted, named[0])
+    wanted = request.cells()
+    gathered = _gathered(chosen, wanted.table, wanted.models[0])
     if dry_run:
-        _plan(wanted, named, columns, gathered, out, as_json)
+        _plan(wanted, gathered, out, as_json)
         return
-    _do(wanted, named, columns, gathered, out, as_json)
+    _do(wanted, gathered, out, as_json)
 
 
 def _split(text: str | None) -> tuple[str, ...]:
@@ -89,9 +109,7 @@ def _gathered(chosen: Chosen, table: Table, model: str) -> Gathered:
     return with_absolute_paths(chosen.gather())
 
 
-def _do(
-    table: Table, models: tuple[str, ...], columns: tuple[str, ...], gathered: Gathered, out: str, as_json: bool
-) -> None:
+def _do(wanted: Cells, gathered: Gathered, out: str, as_json: bool) -> None:
     from lampctl.cli.exit_codes import SOME_FAILED
     from lampctl.cli.stop_sources import stopping
     from lampctl.output.paper import show_cells
@@ -100,46 +118,46 @@ def _do(
     from stages.models.registry import open_model
     from stages.models.resolve import resolve
 
-    for model in models:
+    table = wanted.table
+    for model in wanted.models:
         # Whether all models can be had, and fit, is known before hours are spent on the first.
         require_fitting(table, gathered, open_model(resolve(model)).task, model)
     cells, failed = [], []
     with listening() as listener, stopping(gathered.values) as stop:
-        for model in models:
-            sweep = sweep_for(table, model, gathered, columns, out)
+        for model in wanted.models:
+            sweep = sweep_for(table, model, gathered, wanted.columns, out)
             for state in sweep.run(listener.attach, listener, stop):
                 if state.error is not None:
                     failed.append(f"{model}, {state.trial.name}: {state.error}")
-            cells += cells_of(table, model, columns, sweep.states())
+            cells += cells_of(table, model, wanted.columns, sweep.states())
     if as_json:
         print(json.dumps({"table": table.name, "cells": [asdict(cell) for cell in cells], "failed": failed}, indent=2))
     else:
-        show_cells(table, columns, cells, failed)
+        show_cells(table, wanted.columns, cells, failed)
     if failed:
         raise typer.Exit(SOME_FAILED)
 
 
-def _plan(
-    table: Table, models: tuple[str, ...], columns: tuple[str, ...], gathered: Gathered, out: str, as_json: bool
-) -> None:
+def _plan(wanted: Cells, gathered: Gathered, out: str, as_json: bool) -> None:
     from lampctl.output.paper import show_cells, show_plan
     from pipeline.paper.estimates import best_rate, scale_of
     from pipeline.paper.reproduce import cells_of, planned
     from stages.machine import device
 
+    table = wanted.table
     choices = device.choose(gathered.values.device, gathered.values.dtype, gathered.values.threads)
     device.apply(choices)
     rate = best_rate(choices.torch_device)
     estimates: dict[str, Any] = {}
     cells = []
-    for model in models:
-        states, estimate = planned(table, model, gathered, columns, out, scale_of(model), rate)
+    for model in wanted.models:
+        states, estimate = planned(table, model, gathered, wanted.columns, out, scale_of(model), rate)
         estimates[model] = estimate
-        cells += cells_of(table, model, columns, states)
+        cells += cells_of(table, model, wanted.columns, states)
     if as_json:
         plan = {model: asdict(found) if found is not None else None for model, found in estimates.items()}
         record = {"table": table.name, "flops_per_s": rate, "plan": plan, "cells": [asdict(cell) for cell in cells]}
         print(json.dumps(record, indent=2))
         return
     show_plan(table, estimates, choices.device_name, rate)
-    show_cells(table, columns, cells, [])
+    show_cells(table, wanted.columns, cells, [])
