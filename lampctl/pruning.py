@@ -142,7 +142,9 @@ def _gathered(settings: dict[str, Any], preset: str | None, calibration: Any) ->
     if isinstance(calibration, str):
         values["calibration"] = calibration
     elif calibration is not None and not _is_text(calibration):
-        values |= _size_of(calibration)
+        held = _size_of(calibration)
+        _require_agreement(gather(settings, None, preset, environ={}), held)
+        values |= held
     if calibration is not None and not isinstance(calibration, str):
         values.setdefault("calibration_sampling", "contiguous")
     gathered = gather(values, None, preset, environ={})
@@ -160,6 +162,19 @@ def _size_of(calibration: Any) -> dict[str, int]:
             f"this is {_described(calibration)}"
         ) from error
     return {"num_samples": num_samples, "seqlen": seqlen}
+
+
+def _require_agreement(asked: Gathered, held: dict[str, int]) -> None:
+    """Raise ConfigError where the given settings ask for other samples than the token ids hold."""
+    for name in (*held, "calibration_sampling", "calibration_skip"):
+        value = getattr(asked.values, name)
+        agreeing = {**held, "calibration_sampling": "contiguous", "calibration_skip": 0}[name]
+        if asked.given(name) and value != agreeing:
+            raise ConfigError(
+                f"{name}={value!r}, but the token ids of the calibration are {held['num_samples']} samples of "
+                f"{held['seqlen']} tokens, used as they are: leave {name} out, or give a data source or texts to "
+                "sample from"
+            )
 
 
 def _described(value: Any) -> str:

@@ -96,6 +96,21 @@ def test_texts_are_a_calibration_set_and_threads_are_as_before(words):
 
 
 @pytest.mark.parametrize(
+    "asked", [{"num_samples": 4}, {"seqlen": 8}, {"calibration_sampling": "random"}, {"calibration_skip": 32}]
+)
+def test_settings_that_disagree_with_the_token_ids_are_refused(asked):
+    name = next(iter(asked))
+    with pytest.raises(ConfigError, match=rf"^{name}=.* are 6 samples of 16 tokens.*leave {name} out"):
+        lampctl.prune(build("llama"), TOKENS, sparsity=0.5, method="wanda", **asked)
+
+
+def test_settings_that_agree_with_the_token_ids_are_fine():
+    agreeing = {"num_samples": 6, "seqlen": 16, "calibration_sampling": "contiguous"}
+    _, report = lampctl.prune(build("llama"), TOKENS, sparsity=0.5, method="wanda", preset="quick", **agreeing)
+    assert (report.settings["num_samples"], report.settings["seqlen"]) == (6, 16)
+
+
+@pytest.mark.parametrize(
     ("arguments", "settings", "error", "message"),
     [
         ((), {"sparsity": 0.5}, ConfigError, "LAMP needs calibration data"),
