@@ -306,11 +306,12 @@ def _applied(device: DeviceChoices) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)
         torch.backends.cuda.enable_mem_efficient_sdp(efficient_attention)
         for place, name, value in switches:
             setattr(place, name, value)
+        # After allow_tf32, which changes a part of it: torch refuses to read a precision that is set in parts.
+        torch.set_float32_matmul_precision(precision)
 
 
 @contextlib.contextmanager

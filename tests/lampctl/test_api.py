@@ -67,6 +67,17 @@ def test_in_place_the_model_itself_changes_to_the_same_bits():
     assert report.sparsity == pytest.approx(0.6, abs=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_precision_of_products_is_as_before(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        lampctl.prune(build("llama"), TOKENS, sparsity=0.5, method="magnitude")
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_half_precision_stays_half_precision_and_dtype_and_mode_stay():
     model = build("llama").to(torch.bfloat16).train()
     pruned, _ = lampctl.prune(model, TOKENS, sparsity=0.5, method="wanda")
