@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.errors import ConfigMismatch
-from pipeline.steps import payloads
-from pipeline.steps.base import StepKind
 from pipeline.steps.committed import measurements_of
+from pipeline.steps.model_measurement import ModelMeasurement, measured_models
 from pipeline.steps.results import EvaluateResult, Which
 from pipeline.steps.run_facts import facts_of
 
@@ -51,25 +50,17 @@ class Evaluation:
         return f"{self.which}/{self.source}@{self.protocol.label}{metric}"
 
 
-class Evaluate(StepKind[EvaluateResult]):
+class Evaluate(ModelMeasurement[EvaluateResult]):
     """Measures a model on one data set, block by block over scratch streams; writes no payload."""
 
     result = EvaluateResult
     name = "evaluate"
     title = "evaluate"
     help = "Measure the pruned model, or the original one, on one data set."
-    is_measurement = True
-    command = name
-
-    @staticmethod
-    def step(evaluation: Evaluation) -> Step:
-        """The step in the plan."""
-        reads = (payloads.MODEL.name,) if evaluation.which == "pruned" else ()
-        return Step(Evaluate.name, subject=evaluation.subject, reads=reads, request=evaluation)
 
     @classmethod
     def after_export(cls, config: RunConfig) -> Iterable[Step]:
-        """One step for each data set; of the pruned model first, because that is what the user waits for."""
+        """One step for each data set and metric."""
         return evaluation_steps(config.evaluate, config.evaluation_protocol, config.evaluate_dense, config.metrics)
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> EvaluateResult:
@@ -110,14 +101,12 @@ def evaluation_steps(
     sources: Iterable[str], protocol: EvaluationProtocol, with_dense: bool, metrics: Sequence[str] = ()
 ) -> tuple[Step, ...]:
     """The evaluate steps of these data sources, none twice. metrics: beside the usual one."""
-    kinds: tuple[Which, ...] = ("pruned", "dense") if with_dense else ("pruned",)
-    evaluations = [
+    return Evaluate.steps(
         Evaluation(which, source, protocol, metric)
         for source in sources
         for metric in (None, *metrics)
-        for which in kinds
-    ]
-    return tuple(Evaluate.step(evaluation) for evaluation in dict.fromkeys(evaluations))
+        for which in measured_models(with_dense)
+    )
 
 
 def evaluate_result(which: Which, digest: JsonValue, measured: Measurement) -> EvaluateResult:

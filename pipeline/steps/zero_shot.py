@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
-from pipeline.steps import payloads
-from pipeline.steps.base import StepKind
+from pipeline.steps.model_measurement import ModelMeasurement, measured_models
 from pipeline.steps.results import Which, ZeroShotResult
 
 if TYPE_CHECKING:
@@ -43,24 +42,16 @@ class ZeroShotEvaluation:
         return f"{self.which}/{self.task}{where}{limit}"
 
 
-class ZeroShotStep(StepKind[ZeroShotResult]):
+class ZeroShotStep(ModelMeasurement[ZeroShotResult]):
     """Measures accuracy with the whole model in memory; writes no payload."""
 
     result = ZeroShotResult
     name = "zero-shot"
     title = "zero-shot accuracy"
     help = "Measure zero-shot accuracy on one task, by lm-evaluation-harness."
-    is_measurement = True
-    command = "evaluate"
 
     def __init__(self) -> None:
         self._loaded: tuple[str, ZeroShot] | None = None  # which model is in memory
-
-    @staticmethod
-    def step(evaluation: ZeroShotEvaluation) -> Step:
-        """The step in the plan."""
-        reads = (payloads.MODEL.name,) if evaluation.which == "pruned" else ()
-        return Step(ZeroShotStep.name, subject=evaluation.subject, reads=reads, request=evaluation)
 
     @classmethod
     def after_export(cls, config: RunConfig) -> Iterable[Step]:
@@ -108,6 +99,6 @@ class ZeroShotStep(StepKind[ZeroShotResult]):
 
 def zero_shot_steps(tasks: Sequence[str], data: str | None, limit: int | None, with_dense: bool) -> tuple[Step, ...]:
     """The zero-shot steps of these tasks, none twice."""
-    kinds: tuple[Which, ...] = ("pruned", "dense") if with_dense else ("pruned",)
-    evaluations = [ZeroShotEvaluation(which, task, data, limit) for which in kinds for task in tasks]
-    return tuple(ZeroShotStep.step(evaluation) for evaluation in dict.fromkeys(evaluations))
+    return ZeroShotStep.steps(
+        ZeroShotEvaluation(which, task, data, limit) for which in measured_models(with_dense) for task in tasks
+    )

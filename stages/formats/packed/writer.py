@@ -36,22 +36,11 @@ def pack(
 ) -> PackedSizes:
     """Write a model folder as one file, from which `stages.formats.packed.reader.unpack` makes the folder again.
 
-    Hidden files (".git") are left out. One layer is in memory at a time. The caller makes the file durable, and
-    removes it after a failure.
-
-    Args:
-        model_folder: The model folder, with pruning masks.
-        target: The file, which does not exist.
-        callbacks: Asked for stops and informed of progress.
-        create: Opens a new file for writing.
-        derived: Gives the files that follow from others and need not be stored.
+    Hidden files (".git") are left out. One layer is in memory at a time. Arguments and errors are those of
+    `stages.formats.base.ExportFormat.write`.
 
     Returns:
         The sizes of the file's parts.
-
-    Raises:
-        UsageError: The folder is no pruned model.
-        ResourceError: A weight file of the folder is damaged.
     """
     packing = _Packing(model_folder, callbacks, derived)
     tensors: list[tuple[str, tuple[int, ...]]] = [(f"{name}:", ()) for name in (*packing.files, CONTENTS)]
