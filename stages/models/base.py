@@ -144,7 +144,7 @@ class BlockModel(Protocol):
     task: str  # a name of `stages.tasks.registry.TASKS`
     source: ModelFolder
     num_blocks: int
-    hidden_size: int
+    hidden_size: int  # numbers of a token that blocks hand on: H, and shared keys and values where there are some
     vocab_size: int  # rows of the embedding matrix
     max_positions: int | None  # None: as many as one likes
     fixed_tokens: int | None  # of a sample, where the model leaves no choice

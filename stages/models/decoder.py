@@ -23,11 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from stages.errors import UsageError
 from stages.formats.checkpoint_files import WeightFiles, match_names
 from stages.machine.hub import reason_of
-from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part, Weights
+from stages.models.base import BlockCall, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_inputs import CachedBlockInputs
+from stages.models.decoder_ends import DecoderEnds, put_recorders
 from stages.models.layer_roles import role_of
 from stages.models.meta_init import copied, materialised, require_materialised, require_plain
-from stages.models.recorder import Recorder, StopForward, Tape, output_of
+from stages.models.probe import probed
+from stages.models.recorder import Tape
 
 # Blocks whose linear layers hold less of their matrix weights than this are refused: the rest would stay dense.
 _SMALLEST_SHARE = 0.95
@@ -93,14 +95,15 @@ class Decoder:
         self._list_name, blocks = _find_blocks(model, config.num_hidden_layers)
         self._blocks = tuple(blocks)
         self.num_blocks = len(self._blocks)
-        self.hidden_size: int = config.hidden_size
         self.vocab_size = len(model.get_input_embeddings().weight)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._layers = tuple(self._find_layers(index) for index in range(self.num_blocks))
         for index in range(self.num_blocks):
             self._require_reachable(index)
         self._stored = self._match_weights()
-        self._returns_tuple: bool | None = None
+        self._require_own_weights()
+        self._traits = probed(copy.deepcopy(self._skeleton), self._list_name, self._blocks, folder.name)
+        self.hidden_size = self._traits.layout.width
         self._ends: tuple[torch.device, Part, DecoderEnds] | None = None
         self._calls: dict[torch.device, CachedBlockInputs] = {}
 
@@ -151,7 +154,7 @@ class Decoder:
         return materialised(self._blocks[block_index], state, device, block_index, self.source.name)
 
     def run_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-        return output_of(block(hidden, *call.args, **call.kwargs))
+        return self._traits.layout.run(block, hidden, call)
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
         weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -185,15 +188,14 @@ class Decoder:
                 state.update(dict.fromkeys(names, tensor))
         skeleton.load_state_dict(state, strict=False, assign=True)
         skeleton.tie_weights()
-        ends = DecoderEnds(skeleton, self._list_name, self._blocks)
+        tape = Tape(self._traits.returns)
+        put_recorders(skeleton, self._list_name, self._blocks, tape)
+        ends = DecoderEnds(skeleton, self._traits.layout, tape, self.num_blocks)
         for name, module in skeleton.named_modules():
             if not (head and (name + ".").startswith(head)):
                 require_materialised(module, f"{name} of {self.source.name}", recurse=False)
                 for key, buffer in module.named_buffers(recurse=False):
                     setattr(module, key, buffer.to(device))
-        if self._returns_tuple is None:
-            self._returns_tuple = self._probe_return(ends)
-        ends.tape.returns_tuple = self._returns_tuple
         self._ends = (device, part, ends)
         return ends
 
@@ -226,9 +228,13 @@ class Decoder:
         blocks = self._model.get_submodule(self._list_name)
         self._model.set_submodule(self._list_name, nn.ModuleList())
         try:
-            return copy.deepcopy(self._model)
+            skeleton = copy.deepcopy(self._model)
         finally:
             self._model.set_submodule(self._list_name, blocks)
+        if getattr(skeleton.config, "rescale_every", 0):
+            # RWKV halves weights and hidden state every few blocks, against overflow in fp16; the function is the same.
+            skeleton.config.rescale_every = 0
+        return skeleton
 
     @cached_property
     def _outside(self) -> tuple[tuple[tuple[str, ...], str], ...]:
@@ -244,6 +250,18 @@ class Decoder:
                 self._require_one_value([self._stored[name] for name in names if name in self._stored])
                 outside.append((tuple(names), stored))
         return tuple(outside)
+
+    def _require_own_weights(self) -> None:
+        """Raise UsageError if two blocks share a weight: pruning the one would change the other."""
+        owners: dict[int, str] = {}
+        for index, block in enumerate(self._blocks):
+            for name, parameter in block.named_parameters():
+                owner = owners.setdefault(id(parameter), f"{self._prefix(index)}{name}")
+                if owner != f"{self._prefix(index)}{name}":
+                    raise UsageError(
+                        f"{self.source.name}: {owner} and {self._prefix(index)}{name} are one weight; models whose "
+                        "blocks share weights cannot be pruned block by block"
+                    )
 
     def _require_one_value(self, stored: list[str]) -> None:
         """Raise UsageError if weights that the configuration ties differ in the files: transformers unties them."""
@@ -304,51 +322,6 @@ class Decoder:
         if head is None or head.weight is embeddings.weight:
             return ""
         return next(name for name, module in self._model.named_modules() if module is head) + "."
-
-    def _probe_return(self, ends: DecoderEnds) -> bool:
-        """Whether blocks return a tuple, as some families still do: found out by running one, all zeros."""
-        block = copy.deepcopy(self._blocks[0])
-        zeros = {name: torch.zeros(p.shape) for name, p in block.named_parameters()}
-        block.load_state_dict(zeros, strict=False, assign=True)
-        hidden, call = ends.first_call()
-        block.to(hidden.device)
-        return not isinstance(block(hidden, *call.args, **call.kwargs), Tensor)
-
-
-class DecoderEnds:
-    """A `stages.models.base.Ends`: the model's own forward, around recorders in place of its blocks."""
-
-    def __init__(self, model: PreTrainedModel, list_name: str, blocks: tuple[nn.Module, ...]) -> None:
-        self.tape = Tape()
-        self._num_blocks = len(blocks)
-        model.set_submodule(list_name, nn.ModuleList([Recorder(block, self.tape) for block in blocks]))
-        self._model = model
-
-    def enter(self, inputs: Tensor) -> Entry:
-        self._forward_to_block(self._num_blocks - 1, inputs)
-        assert self.tape.first_hidden is not None
-        return Entry(self.tape.first_hidden, tuple(self.tape.calls))
-
-    def leave(self, inputs: Tensor, hidden: Tensor) -> Tensor:
-        self.tape.start(self._num_blocks, hidden)
-        logits: Tensor = self._model(input_ids=inputs, use_cache=False).logits
-        return logits
-
-    @torch.no_grad()
-    def first_call(self) -> tuple[Tensor, BlockCall]:
-        """What block 0 gets for two tokens; the only call that can be had before it is known what blocks return."""
-        device = next(p.device for p in self._model.parameters() if not p.is_meta)
-        self._forward_to_block(0, torch.zeros(1, 2, dtype=torch.long, device=device))
-        assert self.tape.first_hidden is not None
-        return self.tape.first_hidden, self.tape.calls[0]
-
-    def _forward_to_block(self, block_index: int, inputs: Tensor) -> None:
-        self.tape.start(block_index + 1, None)
-        try:
-            self._model(input_ids=inputs, use_cache=False)
-        except StopForward:
-            return
-        raise AssertionError(f"{type(self._model).__name__} did not call its {self._num_blocks} blocks one by one")
 
 
 def _read_config(folder: ModelFolder) -> PreTrainedConfig:

@@ -6,11 +6,15 @@ global attention), so nothing here makes them up: they are recorded where the mo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from stages.models.base import BlockCall
+
+# How many values a block returns, by its class; None: the hidden state itself, not in a tuple.
+Returns = Mapping[type[nn.Module], int | None]
 
 
 class StopForward(Exception):  # noqa: N818 - no error: all that was wanted is known
@@ -20,30 +24,36 @@ class StopForward(Exception):  # noqa: N818 - no error: all that was wanted is k
 class Tape:
     """What the recorders of one model share during one forward."""
 
-    def __init__(self) -> None:
-        self.returns_tuple: bool | None = None  # what the blocks return; not known at first
+    def __init__(self, returns: Returns, output: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> None:
+        """Prepare the recorders.
+
+        Args:
+            returns: What the blocks return.
+            output: Makes the hidden state that a recorder returns of the one that it gets. Default: the same one.
+        """
+        self.returns = returns
         self.calls: list[BlockCall] = []
-        self.first_hidden: Tensor | None = None
+        self.hidden: list[Tensor] = []  # what each block got
+        self._output = output
         self._num_blocks = 0
         self._last_output: Tensor | None = None
 
     def start(self, num_blocks: int, last_output: Tensor | None) -> None:
         """Begin a forward; the last block returns `last_output`, or ends the forward if that is None."""
-        self.calls, self.first_hidden = [], None
+        self.calls, self.hidden = [], []
         self._num_blocks, self._last_output = num_blocks, last_output
 
-    def visit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record one block's call and return what the loop of the model expects of a block."""
+    def visit(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record one block's call and return what the loop of the model expects of this block."""
         hidden, call = split_call(args, kwargs)
-        if not self.calls:
-            self.first_hidden = hidden
+        self.hidden.append(hidden)
         self.calls.append(call)
         is_last = len(self.calls) == self._num_blocks
         if is_last and self._last_output is None:
             raise StopForward
-        output = self._last_output if is_last else hidden
-        assert self.returns_tuple is not None, "only block 0 can be recorded yet"
-        return (output,) if self.returns_tuple else output
+        output = self._last_output if is_last else self._output(hidden)
+        num_values = self.returns[type(block)]
+        return output if num_values is None else (output, *[None] * (num_values - 1))
 
 
 class Recorder(nn.Module):
@@ -61,7 +71,8 @@ class Recorder(nn.Module):
             return getattr(self._stands_for[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._stands_for[1].visit(args, kwargs)
+        original, tape = self._stands_for
+        return tape.visit(original, args, kwargs)
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:

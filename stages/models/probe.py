@@ -1,0 +1,207 @@
+"""What blocks return and hand on, and whether the chain of blocks is the model: found out before a weight is read.
+
+The model's loop runs over recorders, and one block of each class runs by itself, all with random weights that take no
+memory. A model is refused here where pruning it block by block would fail later or, worse, measure nothing: where a
+token sees those after it, where the loop changes the hidden state between two blocks, or where a block reads what an
+earlier one computed and no stream holds.
+
+N: samples.    T: tokens.    H: hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.errors import UsageError
+from stages.models.base import BlockCall
+from stages.models.decoder_ends import forward_to_block, put_recorders
+from stages.models.recorder import Returns, Tape, output_of
+from stages.models.stream_layout import SharedState, StreamLayout
+
+_TOKENS = 4
+_CPU = torch.device("cpu")
+# Larger ones (experts) are zero: pages of memory that nothing writes to.
+_MOST_RANDOM = 2**28
+
+
+@dataclass(frozen=True)
+class BlockTraits:
+    """What the loop of a model expects of its blocks."""
+
+    returns: Returns
+    layout: StreamLayout
+
+
+def probed(model: PreTrainedModel, list_name: str, blocks: tuple[nn.Module, ...], name: str) -> BlockTraits:
+    """Find out what the blocks of a model return and hand on.
+
+    Args:
+        model: On `meta`, with nothing in the place of its blocks. It is changed.
+        list_name: Where the list of blocks is.
+        blocks: On `meta`.
+        name: Of the model, for messages.
+
+    Raises:
+        UsageError: The model cannot be pruned block by block, with the reason.
+    """
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            _fill(model, generator)
+            return _Probe(model, list_name, blocks, generator).traits()
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{name}: the blocks of a {type(model).__name__} cannot be run one by one "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
+
+
+class _Probe:
+    """One probe of one model."""
+
+    def __init__(
+        self, model: PreTrainedModel, list_name: str, blocks: tuple[nn.Module, ...], generator: torch.Generator
+    ) -> None:
+        self._model, self._blocks, self._generator = model, blocks, generator
+        self._returns: dict[type[nn.Module], int | None] = {}
+        self._outputs: list[Tensor] = []
+        self._tape = Tape(self._returns, self._new_output)
+        self._hidden_size: int = model.config.hidden_size
+        put_recorders(model, list_name, blocks, self._tape)
+
+    def traits(self) -> BlockTraits:
+        for index, block in enumerate(self._blocks):
+            if type(block) not in self._returns:
+                self._forward(index)
+                self._returns[type(block)] = self._num_values(index)
+        self._forward(len(self._blocks) - 1)
+        self._require_chain()
+        return BlockTraits(self._returns, self._with_shared_states(self._layout()))
+
+    def _forward(self, block_index: int) -> None:
+        """Run the loop until it has called this block, for one sample."""
+        self._outputs = []
+        forward_to_block(self._model, self._tape, block_index, torch.arange(_TOKENS, device=_CPU)[None])
+
+    def _new_output(self, hidden: Tensor) -> Tensor:
+        """What a recorder returns: like nothing else, so that it can be recognised."""
+        self._outputs.append(_normal(hidden.shape, self._generator))
+        return self._outputs[-1]
+
+    def _num_values(self, block_index: int) -> int | None:
+        """How many values a block returns. Raises UsageError if its output for a token depends on later tokens."""
+        block = self._block(block_index)
+        like, call = self._tape.hidden[block_index], self._tape.calls[block_index]
+        hidden = _normal(like.shape, self._generator)
+        changed = hidden.clone()
+        changed[..., -1, :] = _normal(changed[..., -1, :].shape, self._generator)
+        returned = block(hidden.clone(), *call.args, **call.kwargs)
+        first, second = (output_of(r)[..., :-1, :] for r in (returned, block(changed, *call.args, **call.kwargs)))
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise UsageError(
+                f"in a {type(self._model).__name__} with this config.json, each token sees those after it: this is an "
+                "encoder, and only decoder-only language models can be pruned"
+            )
+        return None if isinstance(returned, Tensor) else len(returned)
+
+    def _require_chain(self) -> None:
+        """Raise UsageError unless each block gets what the one before it returned, and nothing else that one made."""
+        known = {id(output): number for number, output in enumerate(self._outputs)}
+        for index in range(1, len(self._blocks)):
+            hidden = self._tape.hidden[index]
+            if hidden is not self._outputs[index - 1] and not torch.equal(hidden, self._outputs[index - 1]):
+                raise UsageError(
+                    f"the loop of a {type(self._model).__name__} changes the hidden state between block {index - 1} "
+                    f"and block {index}: such models cannot be pruned block by block"
+                )
+            read = next((known[id(t)] for t in _tensors(self._tape.calls[index]) if id(t) in known), None)
+            if read is not None:
+                raise UsageError(
+                    f"block {index} of a {type(self._model).__name__} reads the output of block {read} as well as that "
+                    "of the block before it: such models cannot be pruned block by block"
+                )
+
+    def _layout(self) -> StreamLayout:
+        """How the hidden state lies in a stream."""
+        shape, usual = tuple(self._tape.hidden[0].shape), (1, _TOKENS, self._hidden_size)
+        if shape == usual:
+            return StreamLayout(self._hidden_size)
+        if shape[1:] == usual:
+            return StreamLayout(self._hidden_size, num_hidden=shape[0])
+        raise UsageError(
+            f"the blocks of a {type(self._model).__name__} take a hidden state of an unknown shape {shape}"
+        )
+
+    def _with_shared_states(self, layout: StreamLayout) -> StreamLayout:
+        """The layout with the keys and values that blocks write into an argument for later ones."""
+        calls = self._tape.calls
+        argument = next((name for name, value in calls[0].kwargs.items() if _is_shared(value, name, calls)), "")
+        if not argument or not self._blocks_with("is_kv_shared_layer"):
+            return replace(layout, argument=argument)
+        states: MutableMapping[str, Sequence[Tensor]] = calls[0].kwargs[argument]
+        for index in self._blocks_with("store_full_length_kv"):
+            self._block(index)(self._tape.hidden[index], *calls[index].args, **calls[index].kwargs)
+        shared = (
+            SharedState(key, tuple((tensor.shape[1], tensor.shape[3]) for tensor in states[key]))
+            for key in sorted(states)
+        )
+        return replace(layout, argument=argument, shared=tuple(shared))
+
+    def _blocks_with(self, attribute: str) -> list[int]:
+        """The blocks with a module whose `attribute` is true."""
+        return [
+            index
+            for index, block in enumerate(self._blocks)
+            if any(getattr(module, attribute, False) is True for module in block.modules())
+        ]
+
+    def _block(self, block_index: int) -> nn.Module:
+        block = copy.deepcopy(self._blocks[block_index])
+        _fill(block, self._generator)
+        return block
+
+
+def _fill(module: nn.Module, generator: torch.Generator) -> None:
+    """Give a module random weights on the CPU that take almost no memory: the numbers of a matrix overlap."""
+    state = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        shape = tuple(parameter.shape)
+        if parameter.numel() > _MOST_RANDOM or 0 in shape:
+            state[name] = torch.zeros(shape, dtype=torch.float32, device=_CPU)
+        else:
+            numbers = 0.1 * _normal((sum(shape) + 1,), generator)
+            state[name] = numbers.as_strided(shape, (1,) * len(shape))
+    module.load_state_dict(state, strict=False, assign=True)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=_CPU)
+
+
+def _is_shared(value: Any, name: str, calls: Sequence[BlockCall]) -> bool:
+    """Whether an argument is one empty mapping that all blocks get."""
+    is_empty = isinstance(value, MutableMapping) and not value
+    return is_empty and all(call.kwargs.get(name) is value for call in calls)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in an argument."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, BlockCall):
+        yield from _tensors([*value.args, *value.kwargs.values()])
+    elif isinstance(value, Mapping):
+        yield from _tensors([*value.values()])
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _tensors(item)

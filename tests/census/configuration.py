@@ -1,0 +1,107 @@
+"""One entry of the census: a tiny configuration of a model family, and what lampctl is expected to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import transformers as tf
+
+from tests.small_models import VOCAB
+
+Kind = Literal[
+    "dense",
+    "GQA",
+    "sliding window",
+    "post-norm",
+    "parallel",
+    "MoE",
+    "hybrid state",
+    "shared KV",
+    "multimodal",
+    "encoder",
+]
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What lampctl does with a model.
+
+    "works": all steps, and the exported model is what it should be. "refused": exit code 2 before any work, by a
+    message. "not yet": it ought to do either, and does not.
+    """
+
+    word: Literal["works", "refused", "not yet"]
+    message: str = ""  # a regular expression that the message of the refusal or the failure matches
+    reason: str = ""  # for docs/models.md
+
+
+WORKS = Verdict("works")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A model family, tiny."""
+
+    name: str  # unique in the census; the model_type, with a suffix for a second configuration of a family
+    kind: Kind
+    config: Callable[[], tf.PreTrainedConfig]
+    verdict: Verdict = WORKS
+
+    def model(self) -> tf.PreTrainedModel:
+        """A model with random weights, whose zeros and ones are disturbed (a lost bias of zeros would go unseen)."""
+        config = self.config()
+        torch.manual_seed(0)
+        opener = tf.AutoModelForCausalLM
+        if config.is_encoder_decoder:
+            opener = tf.AutoModelForSeq2SeqLM
+        elif type(config) not in tf.MODEL_FOR_CAUSAL_LM_MAPPING:
+            opener = tf.AutoModelForImageTextToText
+        model = opener.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+        return model.eval()
+
+
+def tiny(model_type: str, *, without: str = "", **changes: Any) -> Callable[[], tf.PreTrainedConfig]:
+    """The family's configuration with small sizes.
+
+    Args:
+        model_type: As transformers calls the family.
+        without: Names of common sizes, separated by spaces, that the family does not have.
+        changes: Settings of this family.
+    """
+
+    def build() -> tf.PreTrainedConfig:
+        sizes = {name: value for name, value in _COMMON.items() if name not in without.split()}
+        return tf.AutoConfig.for_model(model_type, **{**sizes, **changes})
+
+    return build
+
+
+def with_tower(
+    model_type: str, text: Callable[[], tf.PreTrainedConfig], vision: dict[str, Any], **changes: Any
+) -> Callable[[], tf.PreTrainedConfig]:
+    """A multimodal configuration around a small text model."""
+
+    def build() -> tf.PreTrainedConfig:
+        return tf.AutoConfig.for_model(model_type, text_config=text().to_dict(), vision_config=vision, **changes)
+
+    return build

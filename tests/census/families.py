@@ -1,0 +1,210 @@
+"""The table of the census: every kind of text model that the installed transformers has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.census.configuration import Configuration, Kind, Verdict, tiny, with_tower
+
+_ONLY_VOCABULARY = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings"
+)
+_NO_GROUPS = "num_key_value_heads head_dim"
+_GPT2 = {"without": _ONLY_VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
+_ROTARY_GPT = {**_GPT2, "rotary_dim": 4}
+_MLA = {
+    "without": "head_dim",
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+_MAMBA = {
+    "without": "head_dim",
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_DELTA = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}
+_SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_SHARED = {
+    **_WINDOWS,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 300,
+}
+
+_TINY: list[tuple[Kind, str, dict[str, Any]]] = [
+    ("dense", "opt", {"without": _NO_GROUPS, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    ("dense", "gpt2", _GPT2),
+    ("dense", "openai-gpt", _GPT2),
+    ("dense", "gpt_neo", {"without": f"{_ONLY_VOCABULARY}", "hidden_size": 32, "num_layers": 3, "num_heads": 4,
+                          "max_position_embeddings": 128, "window_size": 8,
+                          "attention_types": [[["global", "local", "global"], 1]]}),
+    ("dense", "bloom", {"without": _ONLY_VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    ("dense", "mpt", {"without": _ONLY_VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128}),
+    ("dense", "biogpt", {"without": _NO_GROUPS}),
+    ("dense", "xglm", {"without": _ONLY_VOCABULARY, "d_model": 32, "ffn_dim": 64, "num_layers": 3,
+                       "attention_heads": 4, "max_position_embeddings": 128}),
+    ("dense", "ctrl", {**_GPT2, "dff": 64}),
+    ("dense", "persimmon", {"without": _NO_GROUPS}),
+    ("dense", "llama", {"num_key_value_heads": 4}),
+    ("dense", "nemotron", {"num_key_value_heads": 4}),
+    ("dense", "nanochat", {"num_key_value_heads": 4}),
+    ("dense", "minicpm3", _MLA),
+    ("dense", "modernbert-decoder", {"without": _NO_GROUPS}),
+    ("dense", "trocr", {"without": f"{_ONLY_VOCABULARY}", "d_model": 32, "decoder_layers": 3,
+                        "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "max_position_embeddings": 128}),
+    ("dense", "cpmant", {"without": _NO_GROUPS, "dim_head": 8, "dim_ff": 64}),
+    ("dense", "xlm", {"without": _ONLY_VOCABULARY, "emb_dim": 32, "n_layers": 3, "n_heads": 4,
+                      "max_position_embeddings": 128}),
+    ("dense", "xlnet", {"without": _ONLY_VOCABULARY, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 64}),
+    ("dense", "gpt_neox_japanese", {"without": _NO_GROUPS}),
+    ("GQA", "llama-gqa", {"tie_word_embeddings": True}),
+    ("GQA", "qwen2", {}),
+    ("GQA", "qwen3", {}),
+    ("GQA", "gemma", {}),
+    ("GQA", "granite", {}),
+    ("GQA", "helium", {}),
+    ("GQA", "smollm3", {}),
+    ("GQA", "arcee", {}),
+    ("GQA", "apertus", {}),
+    ("GQA", "seed_oss", {}),
+    ("GQA", "ernie4_5", {}),
+    ("GQA", "glm", {}),
+    ("GQA", "hunyuan_v1_dense", {}),
+    ("GQA", "bitnet", {}),
+    ("GQA", "diffllama", {}),
+    ("GQA", "doge", {"without": "head_dim"}),
+    ("GQA", "hyperclovax", {}),
+    ("GQA", "jais2", {}),
+    ("GQA", "phi3", {}),
+    ("GQA", "stablelm", {}),
+    ("GQA", "gpt_bigcode", _GPT2),
+    ("GQA", "hrm_text", {}),
+    ("sliding window", "mistral", {"sliding_window": 8}),
+    ("sliding window", "ministral", _WINDOWS),
+    ("sliding window", "gemma2", _WINDOWS),
+    ("sliding window", "gemma3_text", _WINDOWS),
+    ("sliding window", "vaultgemma", _WINDOWS),
+    ("sliding window", "starcoder2", {"sliding_window": 8}),
+    ("sliding window", "cwm", _WINDOWS),
+    ("sliding window", "granite_swa", _WINDOWS),
+    ("sliding window", "cohere2", _WINDOWS),
+    ("post-norm", "opt-350m", {"without": _NO_GROUPS, "ffn_dim": 64, "word_embed_proj_dim": 16,
+                               "do_layer_norm_before": False}),
+    ("post-norm", "olmo2", {}),
+    ("post-norm", "olmo3", _WINDOWS),
+    ("post-norm", "exaone4", _WINDOWS),
+    ("post-norm", "glm4", {}),
+    ("parallel", "gpt_neox", {"without": _NO_GROUPS, "use_parallel_residual": True}),
+    ("parallel", "gptj", _ROTARY_GPT),
+    ("parallel", "codegen", _ROTARY_GPT),
+    ("parallel", "falcon", {"without": _NO_GROUPS, "alibi": False}),
+    ("parallel", "phi", {"num_key_value_heads": 4, "without": "head_dim"}),
+    ("parallel", "cohere", {}),
+    ("MoE", "mixtral", {"num_local_experts": 4}),
+    ("MoE", "qwen2_moe", {**_EXPERTS, "shared_expert_intermediate_size": 16}),
+    ("MoE", "qwen3_moe", _EXPERTS),
+    ("MoE", "olmoe", _EXPERTS),
+    ("MoE", "gpt_oss", {**_WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("MoE", "granitemoe", {"num_local_experts": 4}),
+    ("MoE", "granitemoeshared", {"num_local_experts": 4, "shared_intermediate_size": 16}),
+    ("MoE", "phimoe", {"num_local_experts": 4}),
+    ("MoE", "jetmoe", {"num_local_experts": 4, "kv_channels": 8}),
+    ("MoE", "deepseek_v2", {**_MLA, **_ROUTED}),
+    ("MoE", "deepseek_v3", {**_MLA, **_ROUTED}),
+    ("MoE", "glm4_moe", _ROUTED),
+    ("MoE", "dots1", {**_ROUTED, "n_shared_experts": 1}),
+    ("MoE", "llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 64, "without": ""}),
+    ("MoE", "minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("MoE", "flex_olmo", _EXPERTS),
+    ("MoE", "ernie4_5_moe", {"moe_num_experts": 4, "moe_intermediate_size": 16, "moe_k": 2}),
+    ("MoE", "hunyuan_v1_moe", {"num_experts": 4, "moe_topk": 2}),
+    ("MoE", "dbrx", {"without": _ONLY_VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128,
+                     "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+                     "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}}),
+    ("hybrid state", "mamba", {"without": _NO_GROUPS, "state_size": 2, "conv_kernel": 2}),
+    ("hybrid state", "mamba2", {"without": "num_key_value_heads", "state_size": 8, "num_heads": 8, "n_groups": 2,
+                                "chunk_size": 8}),
+    ("hybrid state", "falcon_mamba", {"without": _NO_GROUPS, "state_size": 2, "conv_kernel": 2}),
+    ("hybrid state", "bamba", {**_MAMBA, "attn_layer_indices": [1]}),
+    ("hybrid state", "falcon_h1", {**_MAMBA, "mamba_d_ssm": 64}),
+    ("hybrid state", "jamba", {"num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 2}),
+    ("hybrid state", "zamba", {"without": "head_dim", "num_hidden_layers": 6, "attn_layer_period": 2,
+                               "attn_layer_offset": 1, "num_key_value_heads": 4, "mamba_d_state": 8}),
+    ("hybrid state", "zamba2", {"without": "head_dim", "num_hidden_layers": 4, "num_key_value_heads": 4,
+                                "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 8,
+                                "chunk_size": 8}),
+    ("hybrid state", "granitemoehybrid", {**_MAMBA, "num_local_experts": 0, "shared_intermediate_size": 64,
+                                          "layer_types": ["mamba", "attention", "mamba"]}),
+    ("hybrid state", "nemotron_h", {"layers_block_type": ["mamba", "mlp", "attention", "mlp"], "without":
+                                    "num_hidden_layers", "ssm_state_size": 8, "mamba_num_heads": 8,
+                                    "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8}),
+    ("hybrid state", "recurrent_gemma", {"lru_width": 32, "intermediate_size": 256, "attention_window_size": 8,
+                                         "block_types": ["recurrent", "recurrent", "attention"]}),
+    ("hybrid state", "rwkv", {"without": _NO_GROUPS, "context_length": 128, "attention_hidden_size": 32,
+                              "rescale_every": 2}),
+    ("hybrid state", "qwen3_next", {**_DELTA, "num_experts": 0}),
+    ("hybrid state", "qwen3_5_text", _DELTA),
+    ("hybrid state", "olmo_hybrid", {}),
+    ("hybrid state", "minimax", {"num_local_experts": 1, "num_experts_per_tok": 1}),
+    ("hybrid state", "lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
+    ("hybrid state", "xlstm", {"without": _NO_GROUPS, "num_heads": 4, "num_blocks": 3}),
+    ("shared KV", "gemma3n_text", {**_SHARED, "laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": 64,
+                                   "activation_sparsity_pattern": None}),
+    ("shared KV", "gemma4_text", {**_SHARED, "global_head_dim": 16}),
+    ("shared KV", "gemma4_unified_text", _WINDOWS),
+    ("encoder", "bert", {"without": _NO_GROUPS}),
+    ("encoder", "roberta", {"without": _NO_GROUPS}),
+    ("encoder", "electra", {"without": _NO_GROUPS, "embedding_size": 32}),
+    ("encoder", "rembert", {"without": _NO_GROUPS, "input_embedding_size": 32, "output_embedding_size": 32}),
+    ("encoder", "xlm-roberta", {"without": _NO_GROUPS}),
+    ("encoder", "bart", {"without": f"{_ONLY_VOCABULARY}", "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
+                         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
+                         "decoder_ffn_dim": 64, "max_position_embeddings": 128}),
+]  # fmt: skip
+_MULTIMODAL = [
+    Configuration("gemma3", "multimodal", with_tower("gemma3", tiny("gemma3_text", **_WINDOWS), _SIGLIP,
+                                                     mm_tokens_per_image=4, image_token_index=290,
+                                                     boi_token_index=291, eoi_token_index=292)),
+]  # fmt: skip
+_TYPE_OF = {"llama-gqa": "llama", "opt-350m": "opt"}
+_VERDICTS: dict[str, Verdict] = {}
+
+CENSUS: tuple[Configuration, ...] = (
+    *(
+        Configuration(name, kind, tiny(_TYPE_OF.get(name, name), **changes), _VERDICTS.get(name, Verdict("works")))
+        for kind, name, changes in _TINY
+    ),
+    *_MULTIMODAL,
+)
