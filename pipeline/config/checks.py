@@ -105,8 +105,10 @@ def _require_regex(pattern: str) -> None:
 
 def absolute_folder(value: Any) -> Any:
     """A folder as an absolute path, since a run can be resumed from another folder. None for an empty name."""
-    if not isinstance(value, str | Path) or not str(value):
+    if value is None or value == "":
         return None
+    if not isinstance(value, str | Path):
+        raise ValueError("this is not the name of a folder")
     if "\0" in str(value) or any(len(part.encode()) > _LONGEST_NAME for part in Path(value).parts):
         raise ValueError("no file system accepts this name")
     return str(Path(value).expanduser().absolute())

@@ -150,7 +150,7 @@ class JobSettings:
     ] = False
 
     checkpoint_minutes: Annotated[
-        Annotated[float, Limits(ge=0)],
+        Annotated[float, Limits(ge=0, le=1e6)],
         Option(
             "Minutes between checkpoints inside a long step. 0 = checkpoint only on SIGTERM.",
             "Stopping",

@@ -8,9 +8,9 @@ from pipeline.config.option import After, Before, Limits, Option
 from stages.pruners.registry import LAMP
 
 Share = Annotated[float, Limits(gt=0, lt=1)]
-Positive = Annotated[float, Limits(gt=0)]
-Count = Annotated[int, Limits(ge=1)]
-Tokens = Annotated[int, Limits(ge=2)]
+Positive = Annotated[float, Limits(gt=0, le=1e6)]
+Count = Annotated[int, Limits(ge=1, le=10**9)]
+Tokens = Annotated[int, Limits(ge=2, le=10**9)]
 Patterns = Annotated[tuple[str, ...], Before(checks.one_or_many), After(checks.valid_regexes)]
 NofM = Annotated[str | None, Before(checks.quoted_pattern), After(checks.valid_pattern)]
 
@@ -147,10 +147,11 @@ class PruningSettings:
         ),
     ] = None
     calibration_skip: Annotated[
-        Annotated[int, Limits(ge=0)], Option("Skip the first N samples.", "Calibration", "N", "0", draws_samples=True)
+        Annotated[int, Limits(ge=0, le=10**9)],
+        Option("Skip the first N samples.", "Calibration", "N", "0", draws_samples=True),
     ] = 0
     seed: Annotated[
-        Annotated[int, Limits(ge=0)], Option("Random seed.", "Calibration", "N", "0", draws_samples=True)
+        Annotated[int, Limits(ge=0, lt=2**63)], Option("Random seed.", "Calibration", "N", "0", draws_samples=True)
     ] = 0
 
     method: Annotated[
@@ -197,7 +198,7 @@ class PruningSettings:
         ),
     ] = None
     epochs: Annotated[
-        Annotated[int, Limits(ge=0)] | None,
+        Annotated[int, Limits(ge=0, le=10**6)] | None,
         Option("LAMP only: epochs of compensation per block.", "Training", "N", "by effort", applies_to="lamp"),
     ] = None
     lr: Annotated[

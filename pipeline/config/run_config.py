@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.declarations import names_where, with_current_names
-from pipeline.config.option import Limits
+from pipeline.config.pruning_settings import Tokens
 from pipeline.config.settings import Settings
 from stages.metrics.base import EvaluationProtocol
 from stages.pruners.base import PruneOptions
 from stages.pruners.registry import LAMP, PAPER_PRUNER
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
 
 RUNTIME_FIELDS = names_where(scope="runtime")
 LAMP_FIELDS = names_where(applies_to="lamp")
@@ -35,9 +38,9 @@ class RunConfig(Settings):
     method: str = LAMP
     pruner: str | None = None
     metrics: tuple[str, ...] = ()
-    seqlen: Annotated[int, Limits(ge=2)]
+    seqlen: Tokens
     evaluate: tuple[str, ...] = ()
-    eval_seqlen: Annotated[int, Limits(ge=2)]
+    eval_seqlen: Tokens
     tasks: tuple[str, ...] = ()
 
     @property
@@ -79,12 +82,12 @@ class RunConfig(Settings):
         return RunConfig.of({**self.as_json(), **settings})
 
     @property
-    def runtime(self) -> dict[str, Any]:
+    def runtime(self) -> dict[str, JsonValue]:
         """The runtime settings, ready for JSON."""
         return {name: value for name, value in self.as_json().items() if name in RUNTIME_FIELDS}
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, JsonValue]:
         """The settings that decide the weights, ready for JSON."""
         return {name: value for name, value in self.as_json().items() if name not in RUNTIME_FIELDS}
 

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from stages.sparsity.nm_pattern import Pattern
 
 if TYPE_CHECKING:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import JsonValue, TypeAdapter, ValidationError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,9 @@ class Settings(JobSettings, PruningSettings):
         """A copy with other values, which must be valid already."""
         return replace(self, **changes)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, JsonValue]:
         """All settings, ready for JSON."""
-        values: dict[str, Any] = _adapter(type(self)).dump_python(self, mode="json")
+        values: dict[str, JsonValue] = _adapter(type(self)).dump_python(self, mode="json")
         return values
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.engine.plan import Step
 from pipeline.engine.stop import StopRequest
@@ -12,6 +12,9 @@ from pipeline.rundir.records import Result, StepCommit
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
 from stages.interfaces import Callbacks
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
 
 
 class Listener(Protocol):
@@ -83,7 +86,7 @@ class Job:
     worker: Worker
     listener: Listener
     stop: StopRequest
-    runtime: Mapping[str, Any]
+    runtime: Mapping[str, JsonValue]
     refresh_views: Callable[[], None] = lambda: None
     keeps_activations: bool = False
     checkpoint_every_s: float = 0.0

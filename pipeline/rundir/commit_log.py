@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from pipeline.errors import DamagedData, FileExists, FileGone, Superseded
 from pipeline.rundir import filesystem
-from pipeline.rundir.records import ENVIRONMENT, INVALIDATE, StepCommit
+from pipeline.rundir.records import ENVIRONMENT, INVALIDATE, Invalidation, StepCommit
 from pipeline.rundir.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,8 @@ class CommitLog:
         commits: list[StepCommit] = []
         for record in self.records:
             if record.step == INVALIDATE:
-                commits = [commit for commit in commits if commit.number < record.result["from_number"]]
+                first = record.result_as(Invalidation).from_number
+                commits = [commit for commit in commits if commit.number < first]
             elif record.step != ENVIRONMENT:
                 commits.append(record)
         return tuple(commits)

@@ -47,6 +47,9 @@ def relative_path(path: str) -> str:
 
 
 RelativePath = Annotated[str, AfterValidator(relative_path)]
+# More than any machine has, and little enough that sums stay finite.
+Bytes = Annotated[int, Field(ge=0, le=2**60)]
+Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -58,7 +61,7 @@ class PayloadFile(_Part):
     """A file that a commit vouches for. `path` is relative to the run directory."""
 
     path: RelativePath
-    size: int = Field(ge=0)
+    size: Bytes
     sha256: Sha256
 
 
@@ -123,7 +126,7 @@ class Invalidation(Result):
 class EnvironmentChange(Result):
     """Result of a record after which another machine, or other versions, do the steps."""
 
-    environment: dict[str, Any]
+    environment: JsonObject
     changes: tuple[str, ...]
 
 
@@ -190,12 +193,12 @@ class RunManifest(Record):
     """
 
     created_at: AwareDatetime
-    config: dict[str, Any]
-    provenance: dict[str, Any]
-    identity: dict[str, Any]
-    model: dict[str, Any]
-    environment: dict[str, Any]
-    budget: list[Any]
+    config: JsonObject
+    provenance: dict[str, str]
+    identity: JsonObject
+    model: JsonObject
+    environment: JsonObject
+    budget: list[JsonValue]
     plan: list[str]
 
 
@@ -221,16 +224,16 @@ class StepCommit(Record):
     parent: Sha256
     attempt: str = Field(pattern=r"^[0-9]{6}-[0-9a-f]{8}$")
     payloads: dict[str, Payload]
-    result: dict[str, Any]
-    free: dict[str, Any]
+    result: JsonObject
+    free: JsonObject
     started_at: AwareDatetime
-    elapsed_s: float = Field(ge=0, allow_inf_nan=False)
-    peak_memory_bytes: int | None = Field(default=None, ge=0)
-    peak_device_bytes: int | None = Field(default=None, ge=0)
+    elapsed_s: Seconds
+    peak_memory_bytes: Bytes | None = None
+    peak_device_bytes: Bytes | None = None
 
     @field_validator("result", mode="before")
     @classmethod
-    def _finite(cls, result: Any) -> Any:
+    def _finite(cls, result: object) -> object:
         return finite_or_null(result)
 
     def result_as(self, model: type[R]) -> R:

@@ -30,6 +30,7 @@ from pipeline.rundir.records import (
     INVALIDATE,
     EnvironmentChange,
     Invalidation,
+    JsonObject,
     Payload,
     Result,
     RunManifest,
@@ -43,6 +44,8 @@ from pipeline.rundir.storage.local import FolderStorage
 from pipeline.rundir.storage.locate import Place, locate
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from pipeline.rundir.activation_store import ActivationStream
 
 log = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ class StepReport:
     """
 
     result: Result
-    runtime: Mapping[str, Any]
+    runtime: Mapping[str, JsonValue]
     started_at: datetime
     elapsed_s: float
     peak_memory_bytes: int | None = None
@@ -217,7 +220,7 @@ class RunDirectory:
         except DiskError as error:
             log.warning("an attempt that failed is left to `lampctl gc`: %s", error)
 
-    def invalidate(self, number: int, reason: str, runtime: Mapping[str, Any]) -> StepCommit:
+    def invalidate(self, number: int, reason: str, runtime: Mapping[str, JsonValue]) -> StepCommit:
         """Record that the commits from `number` on are invalid: their steps are to be done again.
 
         Used for a payload that is damaged and cannot be rebuilt bit for bit. Raises Superseded.
@@ -225,20 +228,20 @@ class RunDirectory:
         return self._note(INVALIDATE, Invalidation(from_number=number, reason=scrub(reason)), runtime)
 
     @property
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> JsonObject:
         """Versions and device for the next step: those of the beginning, unless they have changed."""
         changes = [record for record in self.log if record.step == ENVIRONMENT]
         return changes[-1].result_as(EnvironmentChange).environment if changes else self.manifest.environment
 
     def change_environment(
-        self, environment: Mapping[str, Any], changes: Sequence[str], runtime: Mapping[str, Any]
+        self, environment: Mapping[str, JsonValue], changes: Sequence[str], runtime: Mapping[str, JsonValue]
     ) -> StepCommit:
         """Record that another machine, or other versions, do the steps from here on. Raises Superseded."""
         return self._note(
             ENVIRONMENT, EnvironmentChange(environment=dict(environment), changes=tuple(changes)), runtime
         )
 
-    def _note(self, kind: str, result: Result, runtime: Mapping[str, Any]) -> StepCommit:
+    def _note(self, kind: str, result: Result, runtime: Mapping[str, JsonValue]) -> StepCommit:
         """Append a record that is no step."""
         report = StepReport(result, runtime, datetime.now(UTC), 0.0)
         return self._commits.append(self._record(kind, self._commits.next_attempt(), report, {}))
@@ -250,7 +253,7 @@ class RunDirectory:
             parent=self.newest_digest,
             attempt=attempt,
             payloads=dict(payloads),
-            result=report.result.model_dump(),
+            result=report.result.model_dump(mode="json"),
             free=dict(report.runtime),
             started_at=report.started_at,
             elapsed_s=report.elapsed_s,

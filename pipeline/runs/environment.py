@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.job import Listener
 from pipeline.errors import ConfigMismatch
 from pipeline.rundir.run_directory import RunDirectory
-from pipeline.steps.run_facts import EnvironmentRecord, environment_of
+from pipeline.steps.run_facts import DeviceRecord, EnvironmentRecord, environment_of
 from stages.version import VERSION
 
+if TYPE_CHECKING:
+    from stages.machine.device import DeviceChoices
 
-def environment_record(device: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions and device choices that decide the last bits, ready for JSON.
 
-    Args:
-        device: The fields of `stages.machine.device.DeviceChoices`.
-    """
+def environment_record(device: DeviceChoices) -> EnvironmentRecord:
+    """Versions and device choices that decide the last bits."""
     others = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "zarr")}
-    return {"python": platform.python_version(), "packages": {"lampctl": VERSION, **others}, "device": dict(device)}
+    return EnvironmentRecord(
+        python=platform.python_version(), packages={"lampctl": VERSION, **others}, device=DeviceRecord.of(device)
+    )
 
 
 def settle_environment(run: RunDirectory, config: RunConfig, listener: Listener) -> None:
@@ -42,7 +42,7 @@ def settle_environment(run: RunDirectory, config: RunConfig, listener: Listener)
             "LAMPCTL_ALLOW_ENVIRONMENT_CHANGE=1)"
         )
     listener.warn(f"from here on, the run is done elsewhere:\n{lines}")
-    run.change_environment(environment.model_dump(), changes, config.runtime)
+    run.change_environment(environment.model_dump(mode="json"), changes, config.runtime)
     run.event("environment-changed", changes=changes)
 
 
@@ -65,7 +65,7 @@ def environment_here(run: RunDirectory, config: RunConfig) -> tuple[EnvironmentR
         changes.append(f"{choices.device} is {what} here, it was {choices.device_name}")
         chosen = device.choose(config.device, choices.dtype, config.threads)
         choices = replace(chosen, batch_tokens=choices.batch_tokens, compiles=choices.compiles)
-    now = EnvironmentRecord.model_validate(environment_record(asdict(choices)))
+    now = environment_record(choices)
     for name, version in _versions(then).items():
         here = _versions(now).get(name)
         if here != version:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from pipeline.runs.model_card import ModelView
 from pipeline.runs.prepare import RUNS, Prepared
 from pipeline.runs.same_run import require_same
 from pipeline.steps.lamp_plan import steps_of
-from pipeline.steps.run_facts import config_in_force, config_of
+from pipeline.steps.run_facts import StoredBlockBudget, config_in_force, config_of
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,10 @@ def start(prepared: Prepared, place: Place) -> tuple[RunDirectory, RunConfig]:
         created_at=datetime.now(UTC),
         config=prepared.config.as_json(),
         provenance=prepared.origins,
-        identity={"settings": prepared.config.identity, "model": prepared.model["files"], "data": prepared.data},
-        model=prepared.model,
-        environment=prepared.environment,
-        budget=[asdict(block) for block in prepared.budget],
+        identity=prepared.identity.model_dump(mode="json"),
+        model=prepared.model.model_dump(mode="json"),
+        environment=prepared.environment.model_dump(mode="json"),
+        budget=[StoredBlockBudget.of(block).model_dump(mode="json") for block in prepared.budget],
         plan=[step.name for step in prepared.steps],
     )
     try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.adjust import adjusted_to, with_absolute_paths
 from pipeline.config.completion import check_combinations, complete
@@ -16,10 +16,12 @@ from pipeline.runs.budget import PrunableLayers, allocate_budget, feasible_defau
 from pipeline.runs.environment import environment_record
 from pipeline.runs.sources import check_sources, check_zero_shot
 from pipeline.steps.lamp_plan import chain_of
+from pipeline.steps.run_facts import EnvironmentRecord, IdentityRecord, ModelRecord
 from pipeline.steps.stage_settings import fit_memory
 from stages.pruners.registry import LAMP
 
 if TYPE_CHECKING:
+    from stages.data.base import SourceDigest
     from stages.machine.device import DeviceChoices
     from stages.models.base import BlockModel
     from stages.sparsity.budget import BlockBudget
@@ -35,11 +37,16 @@ class Prepared:
     config: RunConfig
     origins: dict[str, str]
     notices: tuple[str, ...]
-    model: dict[str, Any]
-    data: dict[str, Any]
-    environment: dict[str, Any]
+    model: ModelRecord
+    data: Mapping[str, SourceDigest | None]  # by the name of the data source
+    environment: EnvironmentRecord
     budget: tuple[BlockBudget, ...]
     steps: tuple[Step, ...]
+
+    @property
+    def identity(self) -> IdentityRecord:
+        """What makes another run the same as this one."""
+        return IdentityRecord(settings=self.config.identity, model=self.model.files, data=dict(self.data))
 
     @property
     def default_run_dir(self) -> Path:
@@ -78,9 +85,9 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
         config=config,
         origins=planned.origins,
         notices=planned.notices,
-        model=_model_record(model),
+        model=ModelRecord.of(model),
         data=check_sources(config, model, task_named(model.task)),
-        environment=environment_record(asdict(planned.device)),
+        environment=environment_record(planned.device),
         budget=planned.budget,
         steps=chain_of(config, model.num_blocks),
     )
@@ -156,19 +163,3 @@ def _fit_to_memory(config: RunConfig, model: BlockModel, choices: DeviceChoices)
     at_once = micro_batches(choices.torch_device, config.seqlen, config.micro_batch)
     fitting = fit_memory(model, config, choices, at_once)
     return replace(choices, batch_tokens=fitting.samples_at_once * config.seqlen, compiles=bool(config.compile))
-
-
-def _model_record(model: BlockModel) -> dict[str, Any]:
-    """What run.json keeps about the model."""
-    folder = model.source
-    return {
-        "name": folder.name,
-        "source": folder.source,
-        "revision": folder.revision,
-        "files": {name: {"size": d.size, "sha256": d.sha256} for name, d in folder.files.items()},
-        "model_type": model.name,
-        "task": model.task,
-        "num_blocks": model.num_blocks,
-        "hidden_size": model.hidden_size,
-        "max_positions": model.max_positions,
-    }

@@ -17,7 +17,7 @@ def require_same(run: RunDirectory, prepared: Prepared) -> None:
     """Raise ConfigMismatch if the run's identity differs from what is asked for now."""
     identity = facts_of(run).identity
     differing = differing_fields(identity.settings, prepared.config.identity)
-    if {name: file.model_dump() for name, file in identity.model.items()} != prepared.model["files"]:
+    if identity.model != prepared.model.files:
         differing["model files"] = ("as they were", "changed since")
     calibration = prepared.config.calibration
     if calibration and identity.data.get(calibration) != prepared.data.get(calibration):

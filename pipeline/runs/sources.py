@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.run_config import RunConfig
 from pipeline.errors import ConfigError
 from pipeline.steps.stage_settings import drawing_of, task_data_of
 
 if TYPE_CHECKING:
+    from stages.data.base import SourceDigest
     from stages.models.base import BlockModel
     from stages.tasks.base import Task
 
 
-def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str, Any]:
+def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str, SourceDigest | None]:
     """Digest of each local data source by name, after a check that each can be read and is large enough.
 
     Raises:
@@ -23,7 +24,7 @@ def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str,
     from stages.data.registry import parse_source
     from stages.evaluate import require_measurable
 
-    digests: dict[str, Any] = {}
+    digests: dict[str, SourceDigest | None] = {}
     if config.calibration is not None:
         source = parse_source(config.calibration)
         require_task(source, model)

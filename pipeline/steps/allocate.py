@@ -31,8 +31,6 @@ class Allocate(StepKind[AllocateResult]):
         return Step(Allocate.name, reads=(payloads.CALIBRATION.name, payloads.biased(0).name))
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> AllocateResult:
-        from dataclasses import asdict
-
         from pipeline.steps.stage_settings import fixed_sparsities, prunable_layers
         from stages.allocate import outlier_shares
         from stages.sparsity.owl import budget_by_outliers
@@ -51,7 +49,7 @@ class Allocate(StepKind[AllocateResult]):
         )
         if spread != config.budget_spread:
             callbacks.warn(f"the spread of the budget is {spread:g}: no layer can be pruned above 100% or below 0%")
-        records = tuple(StoredBlockBudget.model_validate(asdict(block)) for block in budget)
+        records = tuple(StoredBlockBudget.of(block) for block in budget)
         return AllocateResult(outlier_shares=tuple(shares), spread=spread, budget=records)
 
     def scratch_bytes(self, context: StepContext, step: Step) -> int:

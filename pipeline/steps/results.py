@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_serializer, field_validator
 
-from pipeline.rundir.records import JsonObject, Result
+from pipeline.rundir.records import Bytes, JsonObject, Result
 from pipeline.steps.run_facts import StoredBlockBudget
-from stages.metrics.details import Details
+from stages.metrics.details import Details, Share
 from stages.metrics.registry import metric_of
 from stages.metrics.zero_shot import require_possible
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stages.training.trainer import Losses, Training
 
 Which = Literal["dense", "pruned"]
+Loss = Annotated[float, Field(ge=0)]
 Amount = Annotated[int, Field(ge=0, le=2**53)]
 MetricName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 
@@ -28,8 +29,8 @@ class _Part(BaseModel):
 class LossRecord(_Part):
     """Mean losses: over the samples that were trained on, and over the held-out ones (None: there are none)."""
 
-    trained: float | None  # None: it overflowed
-    held_out: float | None
+    trained: Loss | None  # None: it overflowed
+    held_out: Loss | None
 
     @classmethod
     def of(cls, losses: Losses) -> LossRecord:
@@ -51,8 +52,8 @@ class TrainingRecord(_Part):
     before: LossRecord
     after: LossRecord
     epoch_losses: tuple[LossRecord, ...]
-    kept_epoch: int = Field(ge=0)
-    num_steps: int = Field(ge=0)
+    kept_epoch: Amount
+    num_steps: Amount
 
     @classmethod
     def of(cls, training: Training) -> TrainingRecord:
@@ -69,16 +70,16 @@ class TrainingRecord(_Part):
 class WeightCount(_Part):
     """Weights of a layer, counted as they are exported."""
 
-    num_masked: int = Field(ge=0)
-    num_other_zeros: int = Field(ge=0)
-    num_levels: int | None  # most distinct values in a row or group; None: not quantized
+    num_masked: Amount
+    num_other_zeros: Amount
+    num_levels: Amount | None  # most distinct values in a row or group; None: not quantized
 
 
 class FinishedRecord(_Part):
     """Weights of a finished block, counted as they are exported. Older runs have no counts by layer."""
 
-    num_masked: int = Field(ge=0)
-    num_other_zeros: int = Field(ge=0)
+    num_masked: Amount
+    num_other_zeros: Amount
     layers: dict[str, WeightCount]
 
     @classmethod
@@ -115,8 +116,8 @@ class CaptureResult(Result):
 class AllocateResult(Result):
     """The budget that the activations suggest."""
 
-    outlier_shares: tuple[float | None, ...]
-    spread: float
+    outlier_shares: tuple[Share | None, ...]
+    spread: Share
     budget: tuple[StoredBlockBudget, ...]
 
 
@@ -124,7 +125,7 @@ class LayerResult(_Part):
     """How the pruning of one layer went. None: it overflowed, or the pruner has no such value."""
 
     relative_error: float | None
-    damping: float | None
+    damping: Loss | None
 
 
 class PruneResult(Result):
@@ -150,13 +151,13 @@ class RefineResult(Result):
 class ExportResult(Result):
     """What the exported model holds, counted on its files."""
 
-    num_masked: int = Field(ge=0)
+    num_masked: Amount
     num_prunable: int = Field(ge=1)
-    num_other_zeros: int = Field(ge=0)
-    sparsity: float
+    num_other_zeros: Amount
+    sparsity: Share
     pattern: str | None = None
-    num_levels: int | None = None
-    size_bytes: int | None = None
+    num_levels: Amount | None = None
+    size_bytes: Bytes | None = None
 
 
 class EvaluateResult(Result):
@@ -220,8 +221,8 @@ class ZeroShotResult(Result):
     which: Which
     task: str
     metrics: dict[str, float | None]
-    num_rows: int = Field(ge=0)
-    num_rows_available: int = Field(ge=0)
+    num_rows: Amount
+    num_rows_available: Amount
     task_version: str
     harness_version: str
     is_partial: bool

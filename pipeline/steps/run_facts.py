@@ -7,15 +7,21 @@ they are validated here when they are first read.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any, Literal, Self, TypeVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.config.run_config import RunConfig
+from pipeline.config.declarations import with_current_names
+from pipeline.config.run_config import RUNTIME_FIELDS, RunConfig
 from pipeline.errors import DamagedData
-from pipeline.rundir.records import first_reason
+from pipeline.rundir.records import Bytes, JsonObject, Sha256, first_reason
 from pipeline.rundir.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from stages.machine.device import DeviceChoices
+    from stages.models.base import BlockModel
+    from stages.sparsity.budget import BlockBudget
 
 
 class _Part(BaseModel):
@@ -28,8 +34,8 @@ P = TypeVar("P", bound=_Part)
 class DigestRecord(_Part):
     """Size and sha256 of a file."""
 
-    size: int = Field(ge=0)
-    sha256: str
+    size: Bytes
+    sha256: Sha256
 
 
 class ModelRecord(_Part):
@@ -43,7 +49,23 @@ class ModelRecord(_Part):
     task: str = "language"
     num_blocks: int = Field(ge=1, le=10_000)
     hidden_size: int = Field(ge=1, le=1_000_000)
-    max_positions: int | None
+    max_positions: int | None = Field(ge=1, le=2**40)
+
+    @classmethod
+    def of(cls, model: BlockModel) -> Self:
+        """The record of a model."""
+        folder = model.source
+        return cls(
+            name=folder.name,
+            source=folder.source,
+            revision=folder.revision,
+            files={name: DigestRecord(size=file.size, sha256=file.sha256) for name, file in folder.files.items()},
+            model_type=model.name,
+            task=model.task,
+            num_blocks=model.num_blocks,
+            hidden_size=model.hidden_size,
+            max_positions=model.max_positions,
+        )
 
 
 class DeviceRecord(_Part):
@@ -54,8 +76,13 @@ class DeviceRecord(_Part):
     num_threads: int = Field(ge=1, le=4096)
     matmul_precision: Literal["highest", "high", "medium"]
     device_name: str
-    batch_tokens: int = Field(default=0, ge=0)
+    batch_tokens: int = Field(default=0, ge=0, le=2**40)
     compiles: bool = False
+
+    @classmethod
+    def of(cls, choices: DeviceChoices) -> Self:
+        """The record of the choices."""
+        return cls.model_validate(asdict(choices))
 
 
 class EnvironmentRecord(_Part):
@@ -86,6 +113,11 @@ class StoredBlockBudget(_Part):
 
     layers: tuple[StoredLayerBudget, ...]
 
+    @classmethod
+    def of(cls, budget: BlockBudget) -> Self:
+        """The record of a block's budget."""
+        return cls.model_validate(asdict(budget))
+
     @property
     def size(self) -> int:
         """Number of prunable weights of the block."""
@@ -95,9 +127,9 @@ class StoredBlockBudget(_Part):
 class IdentityRecord(_Part):
     """What makes two runs the same run: settings, model files and data."""
 
-    settings: dict[str, JsonValue]
+    settings: JsonObject
     model: dict[str, DigestRecord]
-    data: dict[str, JsonValue]
+    data: JsonObject  # digests of data sources, by name; null: it has none
 
 
 class RunFacts(_Part):
@@ -136,8 +168,10 @@ def environment_of(run: RunDirectory) -> EnvironmentRecord:
 
 def config_of(run: RunDirectory) -> RunConfig:
     """The configuration that a run began with. Raises DamagedData where run.json holds none."""
-    facts_of(run)
-    return _config(lambda: RunConfig.recorded(run.manifest.config), f"{run.label}/run.json")
+    where, identity = f"{run.label}/run.json", facts_of(run).identity.settings
+    config = _config(run.manifest.config, where)
+    _require_same(config, identity, where)
+    return config
 
 
 def config_in_force(run: RunDirectory) -> RunConfig:
@@ -146,25 +180,38 @@ def config_in_force(run: RunDirectory) -> RunConfig:
     if not run.log:
         return config
     newest = run.log[-1]
-    return _config(
-        lambda: RunConfig.recorded({**config.as_json(), **newest.free}), f"{run.label}/commits/{newest.number:06d}.json"
-    )
+    where = f"{run.label}/commits/{newest.number:06d}.json"
+    fixed = [name for name in newest.free if name not in RUNTIME_FIELDS]
+    if fixed:
+        raise DamagedData(_damage(where, f"{fixed[0][:100]} is no runtime setting"))
+    return _config({**config.as_json(), **newest.free}, where)
 
 
-def _config(make: Callable[[], RunConfig], where: str) -> RunConfig:
+def _config(recorded: JsonObject, where: str) -> RunConfig:
+    """The configuration that was recorded. Its constraints are those of the settings. Raises DamagedData."""
     try:
-        return make()
+        config = RunConfig.recorded(recorded)
     except ValidationError as error:
-        raise DamagedData(_damage(where, error)) from error
+        raise DamagedData(_damage(where, first_reason(error))) from error
+    _require_same(config, recorded, where)
+    return config
 
 
-def _validated(model: type[P], value: Any, where: str) -> P:
+def _require_same(config: RunConfig, recorded: JsonObject, where: str) -> None:
+    """Raise DamagedData unless lampctl would record the configuration like this: validation converts values."""
+    again = config.as_json()
+    for name, value in with_current_names(recorded).items():
+        if name not in again or value != again[name] or isinstance(value, bool) != isinstance(again[name], bool):
+            raise DamagedData(_damage(where, f"{name[:100]} is {str(value)[:100]!r}"))
+
+
+def _validated(model: type[P], value: object, where: str) -> P:
     try:
         return model.model_validate_json(json.dumps(value), strict=True)
     except (ValidationError, RecursionError) as error:
-        raise DamagedData(_damage(where, error)) from error
+        reason = first_reason(error) if isinstance(error, ValidationError) else str(error)[:200]
+        raise DamagedData(_damage(where, reason)) from error
 
 
-def _damage(where: str, error: ValidationError | RecursionError) -> str:
-    reason = str(error)[:200] if isinstance(error, RecursionError) else first_reason(error)
+def _damage(where: str, reason: str) -> str:
     return f"{where} is damaged: {reason}. It was written by something else, or by an incompatible version of lampctl"

@@ -241,7 +241,8 @@ class Sweep:
         plain = type(gathered.values)(**values, sparsity=0.5, method="lamp", evaluate=())
         origins = {field: origin for field, origin in gathered.origins.items() if field in _SHARED_FIELDS}
         stem = prepare(Gathered(plain, origins, None))
-        digest = hashlib.sha256(json.dumps([stem.config.identity, stem.model], sort_keys=True).encode()).hexdigest()
+        identity = [stem.config.identity, stem.model.model_dump(mode="json")]
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         run, config = start(stem, self.place_of("shared", digest[:12]))
         if not any(commit.step == "capture" for commit in run.commits):
             begin(run, config)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from stages.errors import UsageError
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from stages.models.base import BlockModel
+
+    # What tells the contents of a data source from others. It is stored and compared, never read.
+    SourceDigest = dict[str, JsonValue]
 
 
 class DataSource(ABC):
@@ -68,7 +73,7 @@ class DataSource(ABC):
         """
 
     @abstractmethod
-    def digest(self) -> dict[str, Any] | None:
+    def digest(self) -> SourceDigest | None:
         """What tells this source's contents from others, ready for JSON; None where the contents are not local."""
 
 

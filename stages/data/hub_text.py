@@ -6,12 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from stages.data.readers import read_rows
 from stages.data.text_source import TextSource, Use, local_file
 from stages.errors import ResourceError
 from stages.formats.file_digest import digest_file
+
+if TYPE_CHECKING:
+    from stages.data.base import SourceDigest
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ class HubText(TextSource):
             if all(self.cached_rows(use) is None for use in self.split):
                 raise self._unreachable(error) from error
 
-    def digest(self) -> dict[str, Any] | None:
+    def digest(self) -> SourceDigest | None:
         if self.file is None:
             return None
         found = digest_file(self.file)

@@ -11,11 +11,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from stages.data.base import DataSource
 from stages.errors import UsageError
 from stages.formats.file_digest import local_path
+
+if TYPE_CHECKING:
+    from stages.data.base import SourceDigest
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +92,7 @@ class ImageSource(DataSource):
             reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.reasons.items())
             raise UsageError(f"{self.name} holds no image that can be used{f' ({reasons})' if reasons else ''}")
 
-    def digest(self) -> dict[str, Any]:
+    def digest(self) -> SourceDigest:
         """Number of images and a sha256 over annotations, names and sizes. Pixels are not read."""
         records, _ = self.records()
         listing = hashlib.sha256(self._annotations_digest())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 from stages.data.base import DataSource
 from stages.data.registry import parse_source
 from stages.data.text_source import TextSource, Use
 from stages.errors import UsageError
+
+if TYPE_CHECKING:
+    from stages.data.base import SourceDigest
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Texts(TextSource):
         if not any(self.found):
             raise UsageError("the calibration texts are empty")
 
-    def digest(self) -> dict[str, Any]:
+    def digest(self) -> SourceDigest:
         text = "\0".join(self.found).encode()
         return {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
 

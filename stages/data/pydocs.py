@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.data.text_source import TextSource, Use
+
+if TYPE_CHECKING:
+    from stages.data.base import SourceDigest
 
 # Share of the text that is for evaluation, in whole topics.
 _EVALUATION_SHARE = 0.15
@@ -32,7 +35,7 @@ class PythonDocs(TextSource):
     def check(self) -> None:
         return
 
-    def digest(self) -> dict[str, Any]:
+    def digest(self) -> SourceDigest:
         text = "\0".join(_topics()).encode()
         return {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.data.readers import read_text
 from stages.data.text_source import TextSource, Use, local_file
 from stages.formats.file_digest import digest_file
+
+if TYPE_CHECKING:
+    from stages.data.base import SourceDigest
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class TextFile(TextSource):
     def check(self) -> None:
         self.documents("evaluation")
 
-    def digest(self) -> dict[str, Any]:
+    def digest(self) -> SourceDigest:
         found = digest_file(self.file)
         return {"size": found.size, "sha256": found.sha256}
 

@@ -70,6 +70,7 @@ def test_version_prints_name_and_number(lampctl):
 def test_no_distribution_of_the_name_lampctl_is_asked_for(monkeypatch):
     """On the package index that name belongs to another project."""
     from pipeline.runs.environment import environment_record
+    from tests.blocks import FP32
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["name"] == "lampctl-prune"
@@ -77,7 +78,7 @@ def test_no_distribution_of_the_name_lampctl_is_asked_for(monkeypatch):
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "stages.version.VERSION"}
     asked = []
     monkeypatch.setattr("importlib.metadata.version", lambda name: asked.append(name) or "1.0")
-    assert environment_record({})["packages"]["lampctl"] == VERSION
+    assert environment_record(FP32).packages["lampctl"] == VERSION
     assert asked == ["torch", "transformers", "zarr"]
     for path in (path for folder in ("lampctl", "pipeline", "stages") for path in (ROOT / folder).rglob("*.py")):
         assert "pip install 'lampctl[" not in path.read_text(), path
