@@ -6,7 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import ConfigError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pipeline.config.gather import Gathered
     from pipeline.runs.prepare import PlannedPruning
+    from stages.data.text_source import Bos, TextSource
     from stages.interfaces import Callbacks
     from stages.lamp import LampBlock, LampSettings
     from stages.machine.device import DeviceChoices
@@ -194,7 +195,9 @@ def _is_text(calibration: Any) -> bool:
 
 def _samples(calibration: Any, tokenizer: Any, planned: PlannedPruning, decoder: Decoder) -> Sequence[Tensor]:
     """The token ids of each sample, (T,)."""
-    from stages.data.tokenization import calibration_tokens, require_vocabulary
+    from pipeline.steps.stage_settings import drawing_of
+    from stages.calibrate import draw_tokens
+    from stages.data.tokenization import require_vocabulary
     from stages.pruners.registry import method_title, reads_data
 
     config = planned.config
@@ -210,11 +213,24 @@ def _samples(calibration: Any, tokenizer: Any, planned: PlannedPruning, decoder:
     source = source_of(calibration)
     if tokenizer is None:
         raise ConfigError("text needs a tokenizer: prune(model, ..., tokenizer=AutoTokenizer.from_pretrained(...))")
-    assert config.num_samples is not None
-    drawing = (config.num_samples, config.seqlen, config.calibration_sampling, config.calibration_skip, config.seed)
-    tokens = calibration_tokens(source, tokenizer, *drawing)
+    drawing = drawing_of(config)
+    if config.bos == "auto":
+        drawing = replace(drawing, bos=_chosen_bos(source, tokenizer, planned, decoder))
+    tokens = draw_tokens(source, tokenizer, drawing)
     require_vocabulary(tokens, decoder.vocab_size, decoder.source.name)
     return list(tokens)
+
+
+def _chosen_bos(source: TextSource, tokenizer: Any, planned: PlannedPruning, decoder: Decoder) -> Bos:
+    """Where BOS stands in the samples, measured on the model itself."""
+    from stages.choose_bos import choose_bos
+    from stages.in_memory import ListScratch, NullCallbacks
+    from stages.metrics.base import MetricContext
+
+    protocol = replace(planned.config.evaluation_protocol, seqlen=planned.config.seqlen)
+    context = MetricContext(decoder, decoder, source, protocol, ListScratch(), planned.device, NullCallbacks())
+    with _applied(planned.device):
+        return choose_bos(context, tokenizer, "calibration").mode
 
 
 def _checked(calibration: Any, decoder: Decoder) -> list[Tensor]:

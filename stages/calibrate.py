@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from stages.data.bos import Framing
+from stages.data.drawing import Drawing
 from stages.data.text_source import TextSource
 from stages.data.tokenization import calibration_tokens, load_tokenizer
 from stages.models.base import ModelFolder
 
 
-def calibrate(
-    source: TextSource,
-    model: ModelFolder,
-    *,
-    num_samples: int,
-    seqlen: int,
-    sampling: str | None,
-    skip: int,
-    seed: int,
-) -> Tensor:
+def calibrate(source: TextSource, model: ModelFolder, drawing: Drawing) -> Tensor:
     """Sample token ids from a data source with the model's own tokenizer.
 
     Args:
         source: The data source.
         model: The model folder, which holds the tokenizer.
-        num_samples: How many samples.
-        seqlen: Tokens of each sample.
-        sampling: "contiguous" or "random"; None: the default of the source.
-        skip: Samples to leave out first.
-        seed: For random sampling.
+        drawing: Which samples.
 
     Returns:
-        Token ids, (num_samples, seqlen).
+        Token ids, (num_samples, tokens).
 
     Raises:
         UsageError: The source holds too few tokens.
         ResourceError: The source cannot be reached.
     """
-    tokenizer = load_tokenizer(model.path, trusts_code=model.trusts_code)
-    return calibration_tokens(source, tokenizer, num_samples, seqlen, sampling, skip, seed)
+    return draw_tokens(source, load_tokenizer(model.path, trusts_code=model.trusts_code), drawing)
+
+
+def draw_tokens(source: TextSource, tokenizer: Any, drawing: Drawing) -> Tensor:
+    """As `calibrate`, with a tokenizer that is loaded already."""
+    framing = Framing.of(tokenizer, drawing.bos)
+    tokens = calibration_tokens(
+        source,
+        framing.tokenizer,
+        drawing.num_samples,
+        framing.text_tokens(drawing.tokens),
+        drawing.sampling,
+        drawing.skip,
+        drawing.seed,
+    )
+    return framing.framed(tokens)

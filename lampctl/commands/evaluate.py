@@ -8,7 +8,7 @@ import typer
 
 from lampctl.cli.options import with_changes
 
-_OF_MODEL = ("device", "dtype", "revision", "trust_remote_code")
+_OF_MODEL = ("device", "dtype", "bos", "revision", "trust_remote_code")
 
 
 @with_changes(
@@ -87,7 +87,7 @@ def _evaluate_model(
     from pipeline.runs.model_evaluation import evaluate_model, request_of
     from stages.models.resolve import resolve
 
-    computation: dict[str, Any] = {name: given[name] for name in ("device", "dtype") if name in given}
+    computation: dict[str, Any] = {name: given[name] for name in ("device", "dtype", "bos") if name in given}
     request = request_of(sources, {**wanted, **computation})
     folder = resolve(place, given.get("revision"), trusts_code=given.get("trust_remote_code", False))
     model_results(evaluate_model(folder, request, showing_files), as_json)

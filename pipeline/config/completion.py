@@ -98,6 +98,7 @@ def complete(
     _fill_windows(draft, max_positions)
     _fill_budget(draft, defaults)
     _fill_training(draft, defaults)
+    _fill_bos(draft, task)
     _fill_calibration(draft, task)
     _fill_evaluation(draft, task)
     for field in draft.values:
@@ -198,6 +199,14 @@ def _fill_calibration(draft: _Draft, task: Task) -> None:
         raise ConfigError(task.missing_calibration)
     draft.fill("num_samples", 128)
     draft.fill("calibration_sampling", task.default_sampling(values["calibration"]))
+
+
+def _fill_bos(draft: _Draft, task: Task) -> None:
+    """Where BOS stands, for models that read text."""
+    if task.reads_text:
+        draft.fill("bos", "auto")
+    else:
+        draft.drop("bos", f"{task.title} models read no text", is_reported=True)
 
 
 def _fill_evaluation(draft: _Draft, task: Task) -> None:

@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "calibration": "c4",
         "num_samples": 128,
         "seqlen": 2048,
+        "bos": "stream",
         "evaluate": ("wikitext2", "ptb", "c4"),
     },
 }

@@ -150,6 +150,18 @@ class PruningSettings:
         Annotated[int, Limits(ge=0, le=10**9)],
         Option("Skip the first N samples.", "Calibration", "N", "0", draws_samples=True),
     ] = 0
+    bos: Annotated[
+        Literal["auto", "stream", "window", "none"] | None,
+        Option(
+            "Where BOS stands in samples and evaluation windows: stream (at the head of the whole text, as published "
+            "for OPT and Llama-2), window (at the head of each), none, or auto: window where that clearly lowers the "
+            "original model's perplexity, else stream.",
+            "Calibration",
+            "WHERE",
+            "auto; preset paper: stream",
+            draws_samples=True,
+        ),
+    ] = None
     seed: Annotated[
         Annotated[int, Limits(ge=0, lt=2**63)], Option("Random seed.", "Calibration", "N", "0", draws_samples=True)
     ] = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.declarations import names_where, with_current_names
 from pipeline.config.pruning_settings import Tokens
@@ -39,6 +39,8 @@ class RunConfig(Settings):
     pruner: str | None = None
     metrics: tuple[str, ...] = ()
     seqlen: Tokens
+    # Default: runs of versions without this setting.
+    bos: Literal["auto", "stream", "window", "none"] | None = "stream"
     evaluate: tuple[str, ...] = ()
     eval_seqlen: Tokens
     tasks: tuple[str, ...] = ()
@@ -75,7 +77,14 @@ class RunConfig(Settings):
     @property
     def evaluation_protocol(self) -> EvaluationProtocol:
         """How the model is measured."""
-        return EvaluationProtocol(self.eval_seqlen, self.eval_max_tokens, self.eval_points, self.eval_max_images)
+        return EvaluationProtocol(
+            self.eval_seqlen, self.eval_max_tokens, self.eval_points, self.eval_max_images, self.decided_bos
+        )
+
+    @property
+    def decided_bos(self) -> Literal["stream", "window", "none"]:
+        """Where BOS stands as far as the settings say it. With "auto" it is measured later; until then "stream"."""
+        return "stream" if self.bos is None or self.bos == "auto" else self.bos
 
     def with_runtime(self, settings: Mapping[str, Any]) -> RunConfig:
         """This configuration with other runtime settings. Raises ConfigError for a wrong one."""

@@ -13,6 +13,7 @@ from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.lifecycle import reopen
 from pipeline.runs.model_evaluation import EvaluationRequest
 from pipeline.runs.status import EvaluationResult, RunStatus, evaluation_of, status
+from pipeline.steps.bos_choice import recorded_bos
 from pipeline.steps.evaluate import evaluate_result
 from stages.interfaces import Watcher
 
@@ -49,14 +50,16 @@ def summaries(places: Sequence[str], request: EvaluationRequest, callbacks: Watc
     Raises RunNotFound for what is neither; ConfigError for text to measure on where there is no model to measure.
     """
     found = {place: _run_of(place) for place in places}
-    states = {place: status(*reopen(run)) for place, run in found.items() if run is not None}
+    opened = {place: reopen(run) for place, run in found.items() if run is not None}
+    states = {place: status(*both) for place, both in opened.items()}
     if request.sources and len(states) == len(found):
         raise ConfigError(
             "--evaluate is about model folders, and all of these are runs: lampctl evaluate RUN --evaluate "
             f"{','.join(request.sources)} adds a figure to a run"
         )
     usual = next((state.config.eval_seqlen for state in states.values()), None)
-    request = replace(request, seqlen=request.seqlen or usual)  # as the first run evaluates
+    bos = next((recorded_bos(run) for run, _ in opened.values()), None)
+    request = replace(request, seqlen=request.seqlen or usual, bos=bos or request.bos)  # as the first run evaluates
     return tuple(
         summary_of(states[place]) if place in states else _summary_of_folder(Path(place), request, callbacks)
         for place in places

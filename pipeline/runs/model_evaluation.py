@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.completion import usual_tasks
 from pipeline.config.settings import Settings
@@ -24,6 +24,8 @@ from stages.metrics.base import EvaluationProtocol
 from stages.metrics.points import Points
 
 if TYPE_CHECKING:
+    from stages.data.base import DataSource
+    from stages.data.text_source import Bos
     from stages.interfaces import Checkpoint, Watcher
     from stages.metrics.base import Measurement
     from stages.metrics.harness_tasks import TaskData
@@ -49,6 +51,7 @@ class EvaluationRequest:
     task_limit: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    bos: Bos | Literal["auto"] = "auto"  # where BOS stands in windows of text
     metrics: tuple[str, ...] = ()  # beside the usual one of the kind of model
 
 
@@ -101,6 +104,7 @@ def request_of(sources: str | None, settings: Mapping[str, Any]) -> EvaluationRe
         task_limit=found.task_limit,
         device=found.device,
         dtype=found.dtype,
+        bos=found.bos or "auto",
         metrics=found.metrics,
     )
 
@@ -188,11 +192,13 @@ def _measured(
     from stages.evaluate import evaluate, require_measurable
     from stages.metrics.base import MetricContext
 
-    protocol = EvaluationProtocol(seqlen, request.max_tokens, request.points, request.max_images)
+    decided = "stream" if request.bos == "auto" else request.bos
+    protocol = EvaluationProtocol(seqlen, request.max_tokens, request.points, request.max_images, decided)
     sources = [parse_source(name) for name in request.sources]
     asked = [(source, metric) for source in sources for metric in (None, *request.metrics)]
     for source, metric in asked:
         require_measurable(model, source, protocol, metric)
+    protocol = _with_bos(model, sources[0], protocol, request.bos, choices, showing)
     found = []
     for source, metric in asked:
         with (
@@ -203,6 +209,27 @@ def _measured(
             context = MetricContext(model, model, source, protocol, scratch, choices, callbacks)
             found.append(evaluate(context, metric))
     return tuple(found)
+
+
+def _with_bos(
+    model: BlockModel, source: DataSource, protocol: EvaluationProtocol, bos: str, choices: Any, showing: Showing
+) -> EvaluationProtocol:
+    """The protocol with BOS where it was asked for, or, by "auto", where the model itself has it best."""
+    from pipeline.rundir.activation_store import ScratchStreams
+    from stages.choose_bos import choose_bos
+    from stages.data.tokenization import load_tokenizer
+    from stages.metrics.base import MetricContext
+    from stages.tasks.registry import task_named
+
+    if bos != "auto" or not task_named(model.task).reads_text:
+        return protocol
+    tokenizer = load_tokenizer(model.source.path, trusts_code=model.source.trusts_code)
+    with tempfile.TemporaryDirectory(prefix="lampctl-") as place, showing("choosing where BOS stands") as watcher:
+        context = MetricContext(model, model, source, protocol, ScratchStreams(Path(place)), choices, _Unkept(watcher))
+        choice = choose_bos(context, tokenizer, "evaluation")
+        if choice.sentence is not None:
+            watcher.warn(f"--bos auto: {choice.sentence}")
+    return replace(protocol, bos=choice.mode)
 
 
 def _accuracies(

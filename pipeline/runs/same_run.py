@@ -9,14 +9,14 @@ from pipeline.errors import ConfigMismatch
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.prepare import Prepared
 from pipeline.steps.committed import accuracies_of, measurements_of
-from pipeline.steps.run_facts import facts_of
+from pipeline.steps.run_facts import config_of, facts_of
 from pipeline.steps.stage_settings import task_data_of
 
 
 def require_same(run: RunDirectory, prepared: Prepared) -> None:
     """Raise ConfigMismatch if the run's identity differs from what is asked for now."""
     identity = facts_of(run).identity
-    differing = differing_fields(identity.settings, prepared.config.identity)
+    differing = differing_fields(config_of(run).identity, prepared.config.identity)
     if identity.model != prepared.model.files:
         differing["model files"] = ("as they were", "changed since")
     calibration = prepared.config.calibration

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.errors import ConfigMismatch
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
+from pipeline.steps.bos_choice import bos_for
 from pipeline.steps.results import CalibrateResult
 from pipeline.steps.run_facts import facts_of
 
@@ -43,7 +45,13 @@ class Calibrate(StepKind[CalibrateResult]):
             raise ConfigMismatch(
                 f"{config.calibration} has changed since this run began: put the old data back, or start a new run"
             )
-        drawn = context.task.draw(context.model, source, drawing_of(config))
+        chosen = None
+        drawing = drawing_of(config)
+        if context.task.reads_text:
+            protocol = replace(config.evaluation_protocol, seqlen=config.seqlen)
+            chosen = bos_for(context, source, protocol, "calibration", attempt, callbacks)
+            drawing = replace(drawing, bos=chosen.mode)
+        drawn = context.task.draw(context.model, source, drawing)
         samples, first = drawn.samples, drawn.samples[0]
         name = payloads.CALIBRATION.name
         stream = attempt.stream(name, len(samples), tuple(first.shape), first.dtype, is_precious=True)
@@ -52,11 +60,17 @@ class Calibrate(StepKind[CalibrateResult]):
             stream.write(index, samples[index])
             callbacks.report(index + 1, len(samples), "samples")
         return CalibrateResult(
-            source=config.calibration, unit=drawn.unit, amount=drawn.amount, skipped=dict(drawn.skipped)
+            source=config.calibration, unit=drawn.unit, amount=drawn.amount, skipped=dict(drawn.skipped), bos=chosen
         )
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         return context.num_tokens * context.model.input_bytes_per_token
+
+    def scratch_bytes(self, context: StepContext, step: Step) -> int:
+        from stages.choose_bos import NUM_WINDOWS
+
+        measures = context.config.bos == "auto"
+        return context.activation_bytes(NUM_WINDOWS * context.config.seqlen) if measures else 0
 
     @classmethod
     def headline(cls, result: CalibrateResult) -> str:

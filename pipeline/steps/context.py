@@ -28,11 +28,12 @@ class StepContext:
     Attributes:
         run: The run directory.
         config: Its configuration.
+        shared_with: Another run whose results are used, such as the main run of a baseline.
         spills: Samples that do not fit into memory while a block is trained go to scratch streams.
     """
 
-    def __init__(self, run: RunDirectory, config: RunConfig) -> None:
-        self.run, self.config = run, config
+    def __init__(self, run: RunDirectory, config: RunConfig, shared_with: RunDirectory | None = None) -> None:
+        self.run, self.config, self.shared_with = run, config, shared_with
         self.spills = False
 
     @cached_property

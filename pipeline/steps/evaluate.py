@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.engine.plan import Step
 from pipeline.errors import ConfigMismatch
+from pipeline.steps.bos_choice import bos_for
 from pipeline.steps.committed import measurements_of
 from pipeline.steps.model_measurement import ModelMeasurement, measured_models
 from pipeline.steps.results import EvaluateResult, Which
@@ -74,10 +75,13 @@ class Evaluate(ModelMeasurement[EvaluateResult]):
         model = context.model if what.which == "dense" else open_model(context.exported_folder())
         source = parse_source(what.source)
         _require_same_data(context, source)
-        measuring = MetricContext(
-            model, context.model, source, what.protocol, attempt.scratch(), context.choices, callbacks
-        )
-        return evaluate_result(what.which, source.digest(), evaluate(measuring, what.metric))
+        protocol, chosen = what.protocol, None
+        if context.task.reads_text:
+            chosen = bos_for(context, source, protocol, "evaluation", attempt, callbacks)
+            protocol = replace(protocol, bos=chosen.mode)
+        measuring = MetricContext(model, context.model, source, protocol, attempt.scratch(), context.choices, callbacks)
+        result = evaluate_result(what.which, source.digest(), evaluate(measuring, what.metric))
+        return result.model_copy(update={"bos": chosen})
 
     def scratch_bytes(self, context: StepContext, step: Step) -> int:
         what = step.request

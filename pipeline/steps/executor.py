@@ -46,7 +46,7 @@ class StepExecutor:
             steps: Its whole plan.
             shared_with: A run whose results are used where its step kinds allow that.
         """
-        self.context = StepContext(run, config)
+        self.context = StepContext(run, config, shared_with)
         self._steps, self._shared_with = steps, shared_with
         self._kinds: dict[str, StepKind[Any]] = {}
         gc.freeze()  # what is here now stays: only what steps leave is looked at when they end

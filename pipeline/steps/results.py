@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_serializer, field_validator
@@ -13,6 +14,7 @@ from stages.metrics.registry import metric_of
 from stages.metrics.zero_shot import require_possible
 
 if TYPE_CHECKING:
+    from stages.choose_bos import BosChoice
     from stages.finish_block import FinishedBlock
     from stages.training.trainer import Losses, Training
 
@@ -97,6 +99,21 @@ class FinishedRecord(_Part):
         )
 
 
+class BosRecord(_Part):
+    """Where BOS stands, and the perplexities of the original model that decided (None: not measured, or overflowed)."""
+
+    mode: Literal["stream", "window", "none"]
+    perplexity_without: float | None = None
+    perplexity_with: float | None = None
+
+    @classmethod
+    def of(cls, choice: BosChoice) -> BosRecord:
+        """The record of a choice."""
+        measured = (choice.perplexity_without, choice.perplexity_with)
+        without, with_bos = (value if value is not None and math.isfinite(value) else None for value in measured)
+        return cls(mode=choice.mode, perplexity_without=without, perplexity_with=with_bos)
+
+
 class CalibrateResult(Result):
     """What the calibration set consists of."""
 
@@ -104,6 +121,7 @@ class CalibrateResult(Result):
     unit: str = Field(pattern=r"^[a-z]{1,40}$")  # of the task: "tokens", "images"
     amount: Amount
     skipped: dict[str, Amount] = Field(default_factory=dict)  # samples that could not be used, by reason
+    bos: BosRecord | None = None  # None: a sample is no text, or the run is older than this field
     shared_with: str | None = None  # digest of run.json of the run whose result was used
 
 
@@ -171,6 +189,7 @@ class EvaluateResult(Result):
         value: Its value; None: it overflowed.
         is_partial: Only a part of the data was used.
         details: On what it was measured, of the class that the metric names.
+        bos: Where BOS stands in windows of text; None: no text, or the run is older than this field.
     """
 
     which: Which
@@ -180,6 +199,7 @@ class EvaluateResult(Result):
     value: float | None
     is_partial: bool
     details: Details
+    bos: BosRecord | None = None
 
     @field_validator("value")
     @classmethod

@@ -13,10 +13,10 @@ from stages.pruners.registry import PRUNERS
 
 if TYPE_CHECKING:
     from pipeline.steps.run_facts import StoredBlockBudget
+    from stages.data.drawing import Drawing
     from stages.pruners.base import Pruner
     from stages.runtime.memory_planner import Fit
     from stages.sparsity.budget import BlockBudget
-    from stages.tasks.base import Drawing
     from stages.training.trainer import TrainingSettings
 
 
@@ -107,10 +107,17 @@ def fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, fl
 
 def drawing_of(config: RunConfig) -> Drawing:
     """Which samples the calibration set is made of."""
-    from stages.tasks.base import Drawing
+    from stages.data.drawing import Drawing
 
     assert config.num_samples is not None
-    return Drawing(config.num_samples, config.seqlen, config.calibration_sampling, config.calibration_skip, config.seed)
+    return Drawing(
+        config.num_samples,
+        config.seqlen,
+        config.calibration_sampling,
+        config.calibration_skip,
+        config.seed,
+        config.decided_bos,
+    )
 
 
 def task_data_of(config: RunConfig) -> Any:

@@ -13,6 +13,8 @@ from stages.errors import UsageError
 from stages.formats.file_digest import local_path
 
 Use = Literal["calibration", "evaluation"]
+# Where BOS stands: at the head of the whole text, of each window, nowhere (`stages.data.bos`).
+Bos = Literal["stream", "window", "none"]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from stages.data.base import DataSource
+    from stages.data.text_source import Bos
     from stages.interfaces import Callbacks, Scratch
     from stages.machine.device import DeviceChoices
     from stages.metrics.points import Points
@@ -31,6 +32,8 @@ class EvaluationProtocol:
     max_tokens: int | None = None
     points: Points | None = None  # vision: where in each segmentation mask the point is
     max_images: int | None = None
+    # Language: where BOS stands. Not in the label: all evaluations of a run have the same.
+    bos: Bos = "stream"
 
     @property
     def label(self) -> str:

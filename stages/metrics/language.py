@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from stages.data.base import DataSource
     from stages.models.base import BlockModel
 
+_BOS = {"stream": "", "window": " with BOS", "none": " without BOS"}  # beside the tokens of a window
+
 
 @dataclass(frozen=True)
 class TextDetails(Details):
@@ -26,6 +28,7 @@ class TextDetails(Details):
     num_tokens: Count  # in those windows
     num_tokens_available: Count  # in the whole text
     seqlen: Annotated[int, Interval(ge=1, le=2**31)]  # tokens of a window
+    bos: Literal["stream", "window", "none"] = "stream"  # where BOS stands
 
     unit: ClassVar[str] = "tokens"
 
@@ -35,11 +38,11 @@ class TextDetails(Details):
 
     @property
     def protocol(self) -> str:
-        return str(self.seqlen)
+        return f"{self.seqlen}{_BOS[self.bos]}"
 
     def described(self, *, is_partial: bool) -> str:
         partial = f", partial: first {self.num_tokens} tokens" if is_partial else ""
-        return f"{self.seqlen} tokens a window{partial}"
+        return f"{self.seqlen} tokens a window{_BOS[self.bos]}{partial}"
 
 
 class LanguageMetric(Metric):
@@ -51,14 +54,16 @@ class LanguageMetric(Metric):
     def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
         """One window at least, in the tokens of this model."""
         from stages.data.base import require_task
+        from stages.data.bos import Framing
         from stages.data.text_source import TextSource
         from stages.data.tokenization import load_tokenizer, require_length
 
         require_task(source, model)
         assert isinstance(source, TextSource)
         tokenizer = load_tokenizer(model.source.path, trusts_code=model.source.trusts_code)
-        remedy = "lower --eval-seqlen or use more text"
-        require_length(source, tokenizer, "evaluation", protocol.seqlen, model.vocab_size, remedy)
+        framing, remedy = Framing.of(tokenizer, protocol.bos), "lower --eval-seqlen or use more text"
+        needed = framing.text_tokens(protocol.seqlen)
+        require_length(source, framing.tokenizer, "evaluation", needed, model.vocab_size, remedy)
 
 
 def windows(tokens: Tensor, seqlen: int, max_tokens: int | None = None, max_windows: int | None = None) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stages.data.text_source import TextSource
+from stages.data.bos import Framing
+from stages.data.text_source import Bos, TextSource
 from stages.data.tokenization import evaluation_tokens, load_tokenizer, require_vocabulary
 from stages.interfaces import Checkpoint, Stream
 from stages.machine.device import computing
@@ -46,6 +47,7 @@ class TextWindows:
     """The windows of a text that are read, and how much of it they are."""
 
     windows: Tensor  # token ids (n, T)
+    bos: Bos  # where BOS stands in them
     num_available: int  # windows that the field would evaluate on
     num_tokens_available: int
 
@@ -58,11 +60,11 @@ class TextWindows:
     def details(self) -> TextDetails:
         """What a `Measurement` says of them."""
         num_windows, seqlen = self.windows.shape
-        return TextDetails(num_windows, num_windows * seqlen, self.num_tokens_available, seqlen)
+        return TextDetails(num_windows, num_windows * seqlen, self.num_tokens_available, seqlen, self.bos)
 
 
 def read_windows(context: MetricContext) -> TextWindows:
-    """The text as the field reads it: tokenized once, cut into windows, the tail dropped.
+    """The text as the field reads it: tokenized once, cut into windows, the tail dropped. BOS is one of T tokens.
 
     Raises:
         UsageError: Not one window is filled, or the tokenizer is that of another model.
@@ -75,11 +77,13 @@ def read_windows(context: MetricContext) -> TextWindows:
         context.callbacks.check_stop()
         context.callbacks.report(done, total, "characters")
 
-    tokens = evaluation_tokens(source, load_tokenizer(folder.path, trusts_code=folder.trusts_code), progress)
+    framing = Framing.of(load_tokenizer(folder.path, trusts_code=folder.trusts_code), protocol.bos)
+    tokens = evaluation_tokens(source, framing.tokenizer, progress)
     require_vocabulary(tokens, context.model.vocab_size, context.model.source.name)
-    num_available = len(cut(tokens, protocol.seqlen, None, source.max_windows))
-    read = cut(tokens, protocol.seqlen, protocol.max_tokens, source.max_windows)
-    return TextWindows(read, num_available, tokens.numel())
+    size, most = framing.text_tokens(protocol.seqlen), protocol.max_tokens
+    num_available = len(cut(tokens, size, None, source.max_windows))
+    read = cut(tokens, size, None if most is None else most // protocol.seqlen * size, source.max_windows)
+    return TextWindows(framing.framed(read), protocol.bos, num_available, tokens.numel())
 
 
 @torch.no_grad()

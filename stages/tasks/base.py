@@ -13,20 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.data.base import DataSource
+    from stages.data.drawing import Drawing
     from stages.interfaces import Samples
     from stages.metrics.points import Points
     from stages.models.base import BlockModel
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Which samples are drawn."""
-
-    num_samples: int
-    tokens: int  # of a sample
-    sampling: str | None  # "contiguous", "random"
-    skip: int
-    seed: int
 
 
 @dataclass(frozen=True)

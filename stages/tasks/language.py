@@ -6,12 +6,14 @@ from typing import Any
 
 from stages.calibrate import calibrate
 from stages.data.base import DataSource, require_task
+from stages.data.bos import Framing
+from stages.data.drawing import Drawing
 from stages.data.registry import source_kind
 from stages.data.text_source import TextSource
 from stages.data.tokenization import load_tokenizer, require_length, require_vocabulary
 from stages.metrics.points import Points
 from stages.models.base import BlockModel, ModelFolder
-from stages.tasks.base import Drawing, Drawn, Listed
+from stages.tasks.base import Drawn, Listed
 
 
 class Language:
@@ -43,21 +45,14 @@ class Language:
     def require_samples(self, model: BlockModel, source: DataSource, drawing: Drawing) -> None:
         text = _text(source, model)
         is_random = drawing.sampling == "random"
+        framing = Framing.of(_tokenizer(model.source), drawing.bos)
         num_windows = 1 if is_random else drawing.skip + drawing.num_samples
         remedy = "lower --num-samples, --calibration-skip or --seqlen, or use more text"
-        needed = num_windows * drawing.tokens + is_random
-        require_length(text, _tokenizer(model.source), "calibration", needed, model.vocab_size, remedy)
+        needed = num_windows * framing.text_tokens(drawing.tokens) + is_random
+        require_length(text, framing.tokenizer, "calibration", needed, model.vocab_size, remedy)
 
     def draw(self, model: BlockModel, source: DataSource, drawing: Drawing) -> Drawn:
-        tokens = calibrate(
-            _text(source, model),
-            model.source,
-            num_samples=drawing.num_samples,
-            seqlen=drawing.tokens,
-            sampling=drawing.sampling,
-            skip=drawing.skip,
-            seed=drawing.seed,
-        )
+        tokens = calibrate(_text(source, model), model.source, drawing)
         require_vocabulary(tokens, model.vocab_size, model.source.name)
         return Drawn(Listed(tokens), tokens.numel(), "tokens")
 

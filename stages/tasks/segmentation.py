@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from stages.data.base import DataSource, require_task
+from stages.data.drawing import Drawing
 from stages.data.image_decoding import prepare, read_pixels
 from stages.data.image_source import ImageRecord, ImageSource, Skipped, UnusableImageError, chosen
 from stages.errors import UsageError
 from stages.metrics.points import Points
 from stages.models.base import BlockModel
 from stages.models.sam.encoder import SamEncoder
-from stages.tasks.base import Drawing, Drawn
+from stages.tasks.base import Drawn
 
 
 class Vision:

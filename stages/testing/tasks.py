@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from stages.data.base import DataSource
+from stages.data.drawing import Drawing
 from stages.errors import UsageError
 from stages.metrics.registry import METRICS
 from stages.models.base import BlockModel
-from stages.tasks.base import Drawing, Task
+from stages.tasks.base import Task
 from stages.tasks.registry import TASKS
 
 _TOO_MANY = 10**9

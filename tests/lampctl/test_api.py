@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import lampctl
 from pipeline.errors import ConfigError, RunNotFound
+from stages import calibrate
 from stages.errors import UsageError
+from tests.bos_model import BOS, TEXT, bos_tokenizer, save_needing_bos
 from tests.small_models import VOCAB, build, save, tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -260,3 +263,13 @@ def test_a_run_that_was_only_begun_has_no_model_yet(tmp_path, lampctl, words):
     assert not run.is_finished
     with pytest.raises(ConfigError, match="has no model yet"):
         _ = run.model_path
+
+
+def test_bos_stands_where_the_model_has_it_best(tmp_path, monkeypatch):
+    drawn = []
+    original = calibrate.draw_tokens
+    monkeypatch.setattr(calibrate, "draw_tokens", lambda *args: drawn.append(original(*args)) or drawn[-1])
+    model = AutoModelForCausalLM.from_pretrained(save_needing_bos(tmp_path / "m"))
+    size = {"num_samples": 4, "seqlen": 16, "sparsity": 0.3, "method": "wanda"}
+    lampctl.prune(model, [TEXT], tokenizer=bos_tokenizer(), **size)
+    assert drawn[0][:, 0].tolist() == [BOS] * 4

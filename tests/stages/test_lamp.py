@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from pipeline.steps.stage_settings import prunable_layers
 from stages.allocate import outlier_shares
 from stages.calibrate import calibrate
+from stages.data.drawing import Drawing
 from stages.data.registry import parse_source
 from stages.in_memory import ListScratch, ListStream
 from stages.lamp import LampSettings, lamp
@@ -87,7 +88,7 @@ def drawn(folder, words):
     """The model, and the calibration set that a run samples."""
     model = open_model(resolve(str(folder)))
     source = parse_source(f"text:{words}")
-    tokens = calibrate(source, model.source, num_samples=N, seqlen=T, sampling="contiguous", skip=0, seed=0)
+    tokens = calibrate(source, model.source, Drawing(N, T, "contiguous", skip=0, seed=0))
     inputs = ListStream(N, (T,), torch.long)
     for index, sample in enumerate(tokens):
         inputs.write(index, sample)

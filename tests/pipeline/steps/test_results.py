@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from pipeline.steps.results import EvaluateResult, ZeroShotResult
 
-TEXT = {"num_tokens": 64, "num_tokens_available": 640, "num_windows": 2, "seqlen": 32}
+TEXT = {"num_tokens": 64, "num_tokens_available": 640, "num_windows": 2, "seqlen": 32, "bos": "stream"}
 RESULT = {
     "which": "pruned",
     "source": "pydocs",
@@ -14,13 +14,14 @@ RESULT = {
     "value": 20.0,
     "is_partial": False,
     "details": TEXT,
+    "bos": {"mode": "stream", "perplexity_without": 21.5, "perplexity_with": None},
 }
 MASKS = {
     **{"iou_low": 0.4, "iou_high": 0.6, "iou_small": None, "iou_medium": 0.5, "iou_large": 0.5},
     **{"num_small": 0, "num_medium": 2, "num_large": 3, "num_images": 4, "num_masks": 5},
     **{"points": "auto", "skipped": {"without masks": 1}},
 }
-IOU = {**RESULT, "metric": "iou", "value": 0.5, "details": MASKS}
+IOU = {**RESULT, "metric": "iou", "value": 0.5, "details": MASKS, "bos": None}
 ACCURACY = {
     **{"which": "dense", "task": "boolq", "metrics": {"acc": 0.5, "acc_stderr": 0.1}, "num_rows": 3},
     **{"num_rows_available": 3, "task_version": "1", "harness_version": "0.4", "is_partial": False, "task_data": None},
