@@ -269,3 +269,19 @@ def test_page_escapes_titles_prompts_and_texts():
     html = page(evil, evil, sections, evil)
     assert "<script" not in html
     assert 'id="a"b"' not in html
+
+
+def test_a_further_training_of_blocks_is_drawn_in_the_order_of_the_run():
+    columns = ("block", "training", "before", "after", "before_held_out", "after_held_out")
+    rows = (
+        (0, "refinement", 2.0, 1.0, None, None),  # block 0 has one training only: it does not say the order
+        (1, "compensation", 4.0, 3.0, None, None),
+        (1, "refinement", 3.5, 2.0, None, None),
+        (1, "distillation", 2.0, 1.5, None, None),
+    )
+    table = data.Dataset(columns, rows)
+    names = plots._trainings(table)
+    assert names == ["compensation", "refinement", "distillation"]
+    shifts = plots._shifts(names)
+    assert [round(shifts[name], 3) for name in names] == [-0.233, 0.0, 0.233]
+    assert plots.error_by_block(table, relative=False).startswith(b"\x89PNG")
