@@ -52,6 +52,7 @@ def pruned_folder(
     model = open_model(resolve(str(original), None))
     (folder / pruning_masks.FOLDER).mkdir(parents=True)
     files: dict[str, list[str]] = {}
+    plan = export.ExportPlan.of(model, "original")
     torch.manual_seed(1)
     for index in range(model.num_blocks):
         block = model.load_block(index, torch.device("cpu"))
@@ -72,13 +73,13 @@ def pruned_folder(
             model.set_weight_matrix(module, weight)
             layers[info.name] = PrunedWeight(key, info.transposed, mask, grid)
         state = {name: tensor.to(dtypes[name]) for name, tensor in block.state_dict().items()}
-        name = f"block-{index:05d}.safetensors"
+        name = plan.filename(index)
         (folder / name).write_bytes(b"".join(export.block_shard(model, index, state)))
-        (folder / pruning_masks.FOLDER / name).write_bytes(pruning_masks.mask_file(layers))
+        (folder / pruning_masks.FOLDER / f"block-{index:05d}.safetensors").write_bytes(pruning_masks.mask_file(layers))
         files[name] = [names[entry] for entry in state]
-    for shard in export.outside_shards(model, "original"):
-        (folder / shard.filename).write_bytes(b"".join(shard.pieces()))
-        files[shard.filename] = list(shard.tensors)
+    for filename, tensors in plan.outside_shards(model, "original"):
+        (folder / filename).write_bytes(b"".join(export.shard_bytes(tensors)))
+        files[filename] = list(tensors)
     size = sum((folder / name).stat().st_size for name in files)
     (folder / "model.safetensors.index.json").write_bytes(export.index_json(files, size))
     for name, contents in model.export_extras("original"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING
 
@@ -10,16 +11,17 @@ from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import in_pieces
 from pipeline.steps.committed import stored_budget
+from pipeline.steps.prune_block import PruneBlock
 from pipeline.steps.results import ExportResult
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pipeline.config.run_config import RunConfig
     from pipeline.rundir.filesystem import FileWriter
     from pipeline.rundir.run_directory import RunDirectory
     from pipeline.rundir.step_transaction import Attempt, PayloadFolder
     from pipeline.steps.context import StepContext
+    from stages.export import BlockCount
+    from stages.formats.checkpoint_files import StateFile
     from stages.interfaces import Callbacks
     from stages.models.base import BlockModel
 
@@ -46,7 +48,9 @@ class Export(StepKind[ExportResult]):
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         """Size of what is written: the blocks are hard links."""
-        return sum(tensor.nbytes for _, tensor in context.model.outside_state())
+        from stages.export import outside_bytes
+
+        return outside_bytes(context.model, context.config.export_dtype)
 
     @classmethod
     def headline(cls, result: ExportResult) -> str:
@@ -60,49 +64,40 @@ class Export(StepKind[ExportResult]):
 def _write_model(
     run: RunDirectory, model: BlockModel, config: RunConfig, folder: PayloadFolder, callbacks: Callbacks
 ) -> ExportResult:
-    """Fill `folder` with the pruned model and count its masked weights on the files themselves.
+    """Fill `folder` with the pruned model, and check on the files themselves what they hold.
 
     Raises:
-        AssertionError: The count is not what the budget promised.
+        AssertionError: The count of masked weights is not what the budget promised, or a tensor of the original model
+            is missing, or differs though no step changed it.
     """
     from pipeline.steps.stage_settings import block_budget
     from stages import export
     from stages.formats.checkpoint_files import Joined, StateFile
-    from stages.formats.pruning_masks import FOLDER as MASKS
-    from stages.formats.pruning_masks import read_mask_file
 
-    files: dict[str, list[str]] = {}
-    total_size, num_masked, num_other_zeros, most_levels = 0, 0, 0, 0
+    plan = export.ExportPlan.of(model, config.export_dtype)
+    counts = []
+    weights: dict[str, StateFile] = {}
+    total_size = 0
     for block in range(model.num_blocks):
         callbacks.check_stop()
-        name = payloads.pruned(block).name
-        payload, path = run.payload(name), run.open_file(name)
-        folder.link(path.name, payload.files[0])
-        name = payloads.masks(block).name
-        masks = run.open_file(name)
-        folder.link(f"{MASKS}/{masks.name}", run.payload(name).files[0])
-        weights = StateFile(path)
-        files[path.name] = list(weights)
-        # Once more on the files themselves, whatever the commits say.
-        counted = export.count_block(weights, read_mask_file(masks), config.n_of_m)
-        total_size += payload.files[0].size
-        num_masked += counted.num_masked
-        num_other_zeros += counted.num_other_zeros
-        most_levels = max(most_levels, counted.num_levels)
+        filename = plan.filename(block)
+        weights[filename], counted = _link_block(run, model, config, folder, block, filename)
+        counts.append(counted)
+        total_size += run.payload(payloads.pruned(block).name).files[0].size
         callbacks.report(block + 1, model.num_blocks + 1, "blocks")
-    outside: dict[str, Tensor] = {}
-    for shard in export.outside_shards(model, config.export_dtype):
-        written = folder.write(shard.filename, in_pieces(shard.pieces()))
-        if model.has_other_forms:
-            outside.update(shard.tensors)
-        files[shard.filename] = list(shard.tensors)
-        total_size += written.size
-    folder.write("model.safetensors.index.json", export.index_json(files, total_size))
+    for filename, tensors in plan.outside_shards(model, config.export_dtype):
+        callbacks.check_stop()
+        total_size += folder.write(filename, in_pieces(export.shard_bytes(tensors))).size
+        weights[filename] = StateFile(folder.path / filename)
+        export.check_unchanged(model, weights[filename], tensors, config.export_dtype)
+    export.check_names(model, (name for file in weights.values() for name in file))
+    folder.write("model.safetensors.index.json", export.index_json(weights, total_size))
     for name, contents in model.export_extras(config.export_dtype):
         folder.write(name, contents)
-    blocks = (StateFile(run.open_file(payloads.pruned(block).name)) for block in range(model.num_blocks))
-    for name, write in model.other_forms(Joined((outside, *blocks)) if model.has_other_forms else {}):
+    for name, write in model.other_forms(Joined(weights.values()) if model.has_other_forms else {}):
         folder.write(name, _written_by(write))
+    _report_unused(model, callbacks)
+    num_masked = sum(counted.num_masked for counted in counts)
     budget = [block_budget(block) for block in stored_budget(run)]
     if num_masked != sum(block.num_masked for block in budget):
         raise AssertionError("the masks do not add up to the budget")
@@ -110,12 +105,45 @@ def _write_model(
     return ExportResult(
         num_masked=num_masked,
         num_prunable=num_prunable,
-        num_other_zeros=num_other_zeros,
+        num_other_zeros=sum(counted.num_other_zeros for counted in counts),
         sparsity=num_masked / num_prunable,
         pattern=config.pattern,
-        num_levels=most_levels or None,
+        num_levels=max(counted.num_levels for counted in counts) or None,
         size_bytes=total_size,
     )
+
+
+def _link_block(
+    run: RunDirectory, model: BlockModel, config: RunConfig, folder: PayloadFolder, block: int, filename: str
+) -> tuple[StateFile, BlockCount]:
+    """Link a block's weights and masks, and check the file once more, whatever the commits say."""
+    from stages import export
+    from stages.formats.checkpoint_files import StateFile
+    from stages.formats.pruning_masks import FOLDER, read_mask_file
+
+    pruned, stored_masks = payloads.pruned(block).name, payloads.masks(block).name
+    path, masks = run.open_file(pruned), run.open_file(stored_masks)
+    folder.link(filename, run.payload(pruned).files[0])
+    folder.link(f"{FOLDER}/{masks.name}", run.payload(stored_masks).files[0])
+    weights, layers = StateFile(path), read_mask_file(masks)
+    counted = export.count_block(weights, layers, config.n_of_m)
+    steps = [commit.step for commit in run.commits if commit.step.endswith(f"/{block}")]
+    if steps == [f"{PruneBlock.name}/{block}"]:  # no training: the pruned layers' weights alone may differ
+        export.check_untrained(model, weights, {layer.key for layer in layers.values()}, config.export_dtype)
+    return weights, counted
+
+
+def _report_unused(model: BlockModel, callbacks: Callbacks) -> None:
+    """Say which weights are exported though nothing here reads them: heads for further tokens, towers for images."""
+    unused = model.unused_weights()
+    if unused:
+        groups = Counter(".".join(name.split(".")[:2]) for name in unused)
+        shown = ", ".join(f"{group}.* ({count})" for group, count in list(groups.items())[:8])
+        more = f" and {len(groups) - 8} more groups" if len(groups) > 8 else ""
+        callbacks.warn(
+            f"{len(unused)} tensors that the pruned model does not use are exported unpruned and unchanged: "
+            f"{shown}{more}"
+        )
 
 
 def _written_by(form: Callable[[IO[bytes]], None]) -> Callable[[FileWriter], None]:

@@ -143,6 +143,7 @@ class BlockModel(Protocol):
     name: str  # the family: transformers' `config.model_type`
     task: str  # a name of `stages.tasks.registry.TASKS`
     source: ModelFolder
+    weights: Weights  # every tensor of the model's own files, whether it is used here or not
     num_blocks: int
     hidden_size: int  # numbers of a token that blocks hand on: H, and shared keys and values where there are some
     vocab_size: int  # rows of the embedding matrix
@@ -198,8 +199,8 @@ class BlockModel(Protocol):
         """For each entry of a block's state, its dtype in the model's own files."""
         ...
 
-    def outside_state(self) -> Iterable[tuple[str, Tensor]]:
-        """Every weight outside the blocks, under its name and in its dtype in the model's own files."""
+    def unused_weights(self) -> tuple[str, ...]:
+        """Names of the weights in the model's own files that no forward here reads: further heads, other towers."""
         ...
 
     def other_forms(self, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Callable[[IO[bytes]], None]]]:

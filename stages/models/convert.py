@@ -21,13 +21,13 @@ from stages.formats.checkpoint_files import INDEX, files_of_weights, serialized
 from stages.formats.disk_errors import reading
 from stages.formats.file_digest import digest_file
 from stages.machine.cache import cache_dir
+from stages.models.companion_files import companion_files
 
 log = logging.getLogger(__name__)
 
 PICKLES = "pytorch_model*.bin"
-_COPIED = ("*.json", "*.txt", "*.model")
 # Raised by one when a conversion changes what it writes.
-_VERSION = 1
+_VERSION = 2
 
 
 def from_pickles(folder: Path) -> Path:
@@ -57,10 +57,9 @@ def from_pickles(folder: Path) -> Path:
                     out.writelines(serialized(whole, {"format": "pt"}))
                 weight_map.update(dict.fromkeys(whole, name))
             (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-            for pattern in _COPIED:
-                for path in folder.glob(pattern):
-                    if not path.name.startswith("pytorch_model"):
-                        shutil.copyfile(path, target / path.name)
+            for name, contents in companion_files(folder):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).write_bytes(contents)
     return cached(target)
 
 
@@ -144,9 +143,10 @@ def converted(digest: str) -> Iterator[tuple[Path, bool]]:
 
 
 def _take_place(temporary: Path, final: Path) -> None:
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     try:
         temporary.rename(final)
     except OSError:

@@ -25,6 +25,7 @@ from stages.formats.checkpoint_files import WeightFiles, match_names
 from stages.machine.hub import reason_of
 from stages.models.base import BlockCall, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_inputs import CachedBlockInputs
+from stages.models.companion_files import companion_files, exported_config
 from stages.models.decoder_ends import DecoderEnds, put_recorders
 from stages.models.layer_roles import role_of
 from stages.models.meta_init import copied, materialised, require_materialised, require_plain
@@ -33,19 +34,6 @@ from stages.models.recorder import Tape
 
 # Blocks whose linear layers hold less of their matrix weights than this are refused: the rest would stay dense.
 _SMALLEST_SHARE = 0.95
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def open_model(folder: ModelFolder) -> Decoder:
@@ -87,7 +75,7 @@ class Decoder:
             files: The weights, by their names in the model's own files.
         """
         config = model.config
-        self.source, self.config, self._files = folder, config, files
+        self.source, self.config, self.weights = folder, config, files
         model.eval().requires_grad_(False)
         model.tie_weights()
         self._model = model
@@ -130,7 +118,7 @@ class Decoder:
     def original_dtypes(self, block_index: int) -> dict[str, torch.dtype]:
         state = self._blocks[block_index].state_dict()
         return {
-            name: self._files.dtype(key) if key in self._files else state[name].dtype
+            name: self.weights.dtype(key) if key in self.weights else state[name].dtype
             for name, key in self.stored_names(block_index).items()
         }
 
@@ -145,9 +133,9 @@ class Decoder:
     ) -> nn.Module:
         if state is None:
             state = {
-                name: self._files.load(key, dtype, device)
+                name: self.weights.load(key, dtype, device)
                 for name, key in self.stored_names(block_index).items()
-                if key in self._files
+                if key in self.weights
             }
         else:
             state = {name: copied(tensor, dtype, device) for name, tensor in state.items()}
@@ -184,7 +172,7 @@ class Decoder:
         state: dict[str, Tensor] = {}
         for names, stored in self._outside:
             if not (head and all(name.startswith(head) for name in names)):
-                tensor = self._files.load(stored, torch.float32, device)
+                tensor = self.weights.load(stored, torch.float32, device)
                 state.update(dict.fromkeys(names, tensor))
         skeleton.load_state_dict(state, strict=False, assign=True)
         skeleton.tie_weights()
@@ -199,20 +187,14 @@ class Decoder:
         self._ends = (device, part, ends)
         return ends
 
-    def outside_state(self) -> Iterator[tuple[str, Tensor]]:
-        for _, stored in self._outside:
-            yield stored, self._files.load(stored)
+    def unused_weights(self) -> tuple[str, ...]:
+        used = set(self._stored.values())
+        return tuple(key for key in self.weights.keys if key not in used)
 
     def export_extras(self, requested_dtype: str) -> Iterator[tuple[str, bytes]]:
         settings = json.loads((self.source.path / "config.json").read_text())
-        if requested_dtype != "original":
-            settings["dtype"] = requested_dtype
-            settings.pop("torch_dtype", None)
-        yield "config.json", (json.dumps(settings, indent=2) + "\n").encode()
-        code = sorted(path.name for path in self.source.path.glob("*.py")) if self.source.trusts_code else []
-        for name in (*_COPIED, *code):
-            if (self.source.path / name).is_file():
-                yield name, (self.source.path / name).read_bytes()
+        yield "config.json", exported_config(settings, requested_dtype)
+        yield from ((name, contents) for name, contents in companion_files(self.source.path) if name != "config.json")
 
     def other_forms(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Callable[[IO[bytes]], None]]]:
         yield from ()
@@ -267,7 +249,7 @@ class Decoder:
         """Raise UsageError if weights that the configuration ties differ in the files: transformers unties them."""
         first, *others = stored
         for other in others:
-            if not torch.equal(self._files.load(first), self._files.load(other)):
+            if not torch.equal(self.weights.load(first), self.weights.load(other)):
                 raise UsageError(
                     f"{self.source.name}: config.json ties {first} and {other}, but the files hold two different "
                     "matrices: set tie_word_embeddings to false there"
@@ -276,7 +258,7 @@ class Decoder:
     def _match_weights(self) -> dict[str, str]:
         state = self._model.state_dict(keep_vars=True)
         renamings = [t for t in get_model_conversion_mapping(self._model) if isinstance(t, WeightRenaming)]
-        stored = match_names(self._files.keys, state, renamings, self._model.base_model_prefix)
+        stored = match_names(self.weights.keys, state, renamings, self._model.base_model_prefix)
         found = {id(state[name]) for name in stored}
         missing = [name for name, tensor in state.items() if tensor.is_meta and id(tensor) not in found]
         if missing:
@@ -285,12 +267,12 @@ class Decoder:
                 "among them: the files are incomplete, or stored in a form that cannot be read one block at a time"
             )
         for name, key in stored.items():
-            if tuple(state[name].shape) != self._files.shape(key):
+            if tuple(state[name].shape) != self.weights.shape(key):
                 raise UsageError(
-                    f"{self.source.path}: {key} has shape {self._files.shape(key)}, its config.json asks for "
+                    f"{self.source.path}: {key} has shape {self.weights.shape(key)}, its config.json asks for "
                     f"{tuple(state[name].shape)}"
                 )
-            require_plain(self._files, key, self.source.path)
+            require_plain(self.weights, key, self.source.path)
         return stored
 
     def _find_layers(self, block_index: int) -> tuple[LayerInfo, ...]:

@@ -5,6 +5,8 @@ MODEL is an alias, a name on the Hugging Face hub, a folder, a GGUF file, or a c
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import importlib.util
 import logging
 import re
@@ -21,6 +23,7 @@ from stages.formats.file_digest import digest_file, local_path
 from stages.machine.cache import cache_dir
 from stages.models.aliases import ALIASES, HUB_ALIASES, SAM_ALIASES, WHEEL_ALIASES, WheelModel, did_you_mean
 from stages.models.base import ModelFolder
+from stages.models.companion_files import companions
 from stages.models.convert import PICKLES, from_gguf, from_pickles, pickle_files
 
 log = logging.getLogger(__name__)
@@ -28,7 +31,6 @@ log = logging.getLogger(__name__)
 
 _FILES = (".gguf", ".pth")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_TEXT_FILES = ["*.json", "*.txt", "*.model"]
 
 
 def resolve(model: str, revision: str | None = None, *, trusts_code: bool = False) -> ModelFolder:
@@ -124,10 +126,8 @@ def _download_snapshot(repo: str, revision: str | None, trusts_code: bool) -> Pa
     local = f"or give a local folder or GGUF file as MODEL (aliases: {', '.join(ALIASES)})"
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=20)
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else PICKLES
-        wanted = [*_TEXT_FILES, weights, *(["*.py"] if trusts_code else [])]
-        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=_top(wanted)))
+        wanted = _wanted([sibling.rfilename for sibling in info.siblings or []], trusts_code)
+        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
     except HFValidationError as error:
         raise UsageError(
             f"{repo}{did_you_mean(repo)}: no such folder, and no name on the hub (those look like facebook/opt-125m); "
@@ -156,9 +156,16 @@ def _download_snapshot(repo: str, revision: str | None, trusts_code: bool) -> Pa
         ) from error
 
 
-def _top(patterns: list[str]) -> list[str]:
-    """Patterns for files of the top folder only: fnmatch's star crosses slashes, so a slash is ruled out."""
-    return [pattern.replace("*", "[!/]*") if pattern.startswith("*") else pattern for pattern in patterns]
+def _wanted(names: list[str], trusts_code: bool) -> list[str]:
+    """Patterns for the files of a repository that are a model: its weights in one form, and their companions.
+
+    names: all of its files. The weights of the top folder are wanted; Python code only if it may be run.
+    """
+    top = [name for name in names if "/" not in name]
+    weights = [name for name in top if name.endswith(".safetensors")] or fnmatch.filter(top, PICKLES)
+    indexes = [name for name in top if name.endswith((".safetensors.index.json", ".bin.index.json"))]
+    others = [name for name in companions(names) if trusts_code or not name.endswith(".py")]
+    return [glob.escape(name) for name in (*weights, *indexes, *others)]
 
 
 def _any_cached(repo: str, revision: str | None) -> Path | None:

@@ -53,9 +53,11 @@ def check_model_family(
         names = set(model.stored_names(index).values())
         assert not names & stored, f"{folder.name}, block {index}: {sorted(names & stored)[0]} is in two blocks"
         stored |= names
-    outside = {name for name, _ in model.outside_state()}
-    assert outside, f"{folder.name}: no weight outside the blocks"
-    assert not outside & stored, f"{folder.name}: {sorted(outside & stored)[:1]} is inside and outside the blocks"
+    keys = set(model.weights.keys)
+    assert keys - stored, f"{folder.name}: no weight outside the blocks"
+    unused = set(model.unused_weights())
+    assert unused <= keys, f"{folder.name}: unused_weights names {sorted(unused - keys)[:1]}, which is not in its files"
+    assert not unused & stored, f"{folder.name}: {sorted(unused & stored)[:1]} is unused and in a block"
     extras = dict(model.export_extras("original"))
     assert "config.json" in extras, f"{folder.name}: export_extras gives no config.json"
 

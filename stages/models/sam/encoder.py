@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from stages.errors import ResourceError, UsageError
 from stages.formats.checkpoint_files import WeightFiles
-from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part
+from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_inputs import CachedBlockInputs
+from stages.models.companion_files import companion_files, exported_config
 from stages.models.layer_roles import role_of
 from stages.models.meta_init import copied, materialised, require_materialised, require_plain
 from stages.models.sam.checkpoint import META_CHECKPOINT, preprocessor_config
@@ -43,7 +44,7 @@ class SamEncoder:
             raise UsageError(f"{folder.name}: its config.json cannot be read ({error})") from error
         self.source = folder
         self.sizes: SamSizes = sam_sizes(self._config, folder.name)
-        self._files = WeightFiles(folder.path)
+        self.weights: Weights = WeightFiles(folder.path)
         with torch.device("meta"):
             self._encoder = build_image_encoder(self.sizes).requires_grad_(False)
         self._blocks: tuple[nn.Module, ...] = tuple(self._encoder.blocks)  # type: ignore[arg-type]
@@ -75,7 +76,7 @@ class SamEncoder:
         return {name: tensor.numel() for name, tensor in self._blocks[block_index].state_dict().items()}
 
     def original_dtypes(self, block_index: int) -> dict[str, torch.dtype]:
-        return {name: self._files.dtype(key) for name, key in self.stored_names(block_index).items()}
+        return {name: self.weights.dtype(key) for name, key in self.stored_names(block_index).items()}
 
     # -- blocks
 
@@ -88,7 +89,7 @@ class SamEncoder:
     ) -> nn.Module:
         if state is None:
             names = self.stored_names(block_index)
-            state = {name: self._files.load(key, dtype, device) for name, key in names.items()}
+            state = {name: self.weights.load(key, dtype, device) for name, key in names.items()}
         else:
             state = {name: copied(tensor, dtype, device) for name, tensor in state.items()}
         return materialised(self._blocks[block_index], state, device, block_index, self.source.name)
@@ -122,7 +123,7 @@ class SamEncoder:
         sam.image_encoder.blocks = nn.ModuleList()
         if part == "enter":
             sam.image_encoder.neck = sam.prompt_encoder = sam.mask_decoder = nn.Identity()
-        state = {name: self._files.load(self._stored[name], torch.float32, device) for name in sam.state_dict()}
+        state = {name: self.weights.load(self._stored[name], torch.float32, device) for name in sam.state_dict()}
         sam.load_state_dict(state, strict=True, assign=True)
         sam.to(device).eval().requires_grad_(False)
         require_materialised(sam, self.source.name)
@@ -130,19 +131,17 @@ class SamEncoder:
         self._ends = (device, part, ends)
         return ends
 
-    def outside_state(self) -> Iterator[tuple[str, Tensor]]:
-        inside = {key for index in range(self.num_blocks) for key in self.stored_names(index).values()}
-        for key in self._files.keys:
-            if key not in inside:
-                yield key, self._files.load(key)
+    def unused_weights(self) -> tuple[str, ...]:
+        used = {*self._stored.values(), *FOLDER_POSITIONS}
+        return tuple(key for key in self.weights.keys if key not in used)
 
     def export_extras(self, requested_dtype: str) -> Iterator[tuple[str, bytes]]:
-        settings = {**self._config}
-        if requested_dtype != "original":
-            settings["dtype"] = requested_dtype
-            settings.pop("torch_dtype", None)
-        yield "config.json", (json.dumps(settings, indent=2) + "\n").encode()
-        yield "preprocessor_config.json", preprocessor_config(self.sizes)
+        extras = {
+            "preprocessor_config.json": preprocessor_config(self.sizes),
+            **dict(companion_files(self.source.path)),
+            "config.json": exported_config(self._config, requested_dtype),
+        }
+        yield from sorted(extras.items())
 
     def other_forms(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Callable[[IO[bytes]], None]]]:
         """The checkpoint that `segment_anything.sam_model_registry` opens."""
@@ -168,19 +167,19 @@ class SamEncoder:
         for name, tensor in self._whole.state_dict().items():
             folder = folder_name(name, self.sizes.iou_head_depth)
             candidates = FOLDER_POSITIONS if folder in FOLDER_POSITIONS else (folder,)
-            key = next((candidate for candidate in candidates if candidate in self._files), None)
+            key = next((candidate for candidate in candidates if candidate in self.weights), None)
             if key is None:
                 missing.append(folder)
                 continue
-            if tuple(tensor.shape) != self._files.shape(key):
+            if tuple(tensor.shape) != self.weights.shape(key):
                 raise UsageError(
-                    f"{self.source.path}: {key} has shape {self._files.shape(key)}, its config.json asks for "
+                    f"{self.source.path}: {key} has shape {self.weights.shape(key)}, its config.json asks for "
                     f"{tuple(tensor.shape)}"
                 )
-            require_plain(self._files, key, self.source.path)
+            require_plain(self.weights, key, self.source.path)
             found[name] = key
         beyond = folder_name(f"{BLOCKS}.{self.num_blocks}.attn.qkv.weight", self.sizes.iou_head_depth)
-        if beyond in self._files:
+        if beyond in self.weights:
             raise UsageError(
                 f"{self.source.path} holds more blocks than the {self.num_blocks} of its config.json: they belong to "
                 "two different models"

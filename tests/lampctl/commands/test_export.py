@@ -184,7 +184,7 @@ def test_packed_run_unpacks_to_the_same_model(lampctl, flags):
 def test_a_run_whose_model_was_changed_is_not_packed(lampctl, tmp_path):
     original = save(tmp_path / "o")
     assert lampctl("run", original, "--sparsity", "0.5", *FLAGS).code == 0
-    shard = Path("r/model/block-00000.safetensors")
+    shard = Path("r/model/model-00001-of-00004.safetensors")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)  # by a hard link, the committed file too

@@ -307,12 +307,12 @@ def test_damaged_weights_are_rebuilt_before_evaluation(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     call = ("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r")
     assert lampctl(*call).code == 0
-    shard = Path("r/model/block-00001.safetensors")
+    shard = Path("r/model/model-00002-of-00004.safetensors")
     data = shard.read_bytes()
     shard.write_bytes(data[:-64] + bytes(64))
     answer = lampctl("evaluate", "r", "--eval-seqlen", "32")
     assert answer.code == 0, answer.err
-    assert "block-00001.safetensors is not what was committed" in answer.err
+    assert "model-00002-of-00004.safetensors is not what was committed" in answer.err
     assert shard.read_bytes() == data
 
 
@@ -322,7 +322,7 @@ def test_missing_file_of_the_model_folder_is_restored(lampctl, tmp_path):
     assert lampctl(*call).code == 0
     before = {p: p.read_bytes() for p in Path("r/model").rglob("*") if p.is_file()}
     assert Path("r/model/masks/block-00001.safetensors") in before
-    Path("r/model/block-00001.safetensors").unlink()
+    Path("r/model/model-00002-of-00004.safetensors").unlink()
     Path("r/model/config.json").unlink()
     assert lampctl(*call).code == 0
     assert {p: p.read_bytes() for p in Path("r/model").rglob("*") if p.is_file()} == before

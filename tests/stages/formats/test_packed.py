@@ -132,7 +132,9 @@ def odd_values(key, weight, mask):
 def test_nan_and_negative_zero_survive(dtype, sparsity, tmp_path):
     folder = pruned_folder(tmp_path / "m", "llama", dtype, share(sparsity), change=odd_values)
     packed_again(folder, tmp_path)
-    assert any(bool(t.isnan().any()) for t in load_file(tmp_path / "back" / "block-00000.safetensors").values())
+    assert any(
+        bool(t.isnan().any()) for t in load_file(tmp_path / "back" / "model-00001-of-00004.safetensors").values()
+    )
 
 
 def test_a_masked_weight_that_is_not_plus_zero_keeps_its_bits(tmp_path):
@@ -168,9 +170,9 @@ def test_a_packed_file_is_safetensors_and_the_same_every_time(tmp_path):
     pack(folder, tmp_path / "one", NullCallbacks())
     pack(folder, tmp_path / "two", NullCallbacks())
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    embedding = load_file(folder / "outside-00000.safetensors")["model.embed_tokens.weight"]
+    embedding = load_file(folder / "model-00004-of-00004.safetensors")["model.embed_tokens.weight"]
     with safe_open(tmp_path / "one", "pt") as file:
-        assert torch.equal(file.get_tensor("outside-00000.safetensors:model.embed_tokens.weight"), embedding)
+        assert torch.equal(file.get_tensor("model-00004-of-00004.safetensors:model.embed_tokens.weight"), embedding)
         for name in file.keys():  # noqa: SIM118 - it is no dictionary
             file.get_tensor(name)
 
@@ -198,9 +200,9 @@ def small(tmp_path):
 @pytest.mark.parametrize(
     "entry",
     [
-        "block-00001.safetensors:model.layers.1.mlp.up_proj.weight::codes",
-        "block-00001.safetensors:model.layers.1.input_layernorm.weight",
-        "block-00001.safetensors::head",
+        "model-00002-of-00004.safetensors:model.layers.1.mlp.up_proj.weight::codes",
+        "model-00002-of-00004.safetensors:model.layers.1.input_layernorm.weight",
+        "model-00002-of-00004.safetensors::head",
         "masks/block-00001.safetensors:model.layers.1.mlp.up_proj.mask",
         "masks/block-00001.safetensors:model.layers.1.mlp.up_proj.scale",
         "masks/block-00001.safetensors:model.layers.1.mlp.up_proj.zero",
@@ -233,7 +235,7 @@ def test_what_is_no_packed_file_or_a_newer_one_is_refused(small, tmp_path):
         with pytest.raises(UsageError, match="is no packed model"):
             unpack(tmp_path / name, tmp_path / "back", NullCallbacks())
     with pytest.raises(UsageError, match="is no packed model"):
-        unpack(tmp_path / "m" / "block-00000.safetensors", tmp_path / "back", NullCallbacks())
+        unpack(tmp_path / "m" / "model-00001-of-00004.safetensors", tmp_path / "back", NullCallbacks())
     with pytest.raises(UsageError, match="no such file"):
         unpack(tmp_path / "gone", tmp_path / "back", NullCallbacks())
     data = small.read_bytes()
@@ -275,11 +277,11 @@ def test_a_folder_that_cannot_be_packed_says_why(tmp_path):
     folder = pruned_folder(tmp_path / "m")
     with pytest.raises(FileExistsError):
         pack(folder, folder / "config.json", NullCallbacks())
-    shard = (folder / "block-00002.safetensors").read_bytes()
-    (folder / "block-00002.safetensors").write_bytes(shard[:-4])
-    with pytest.raises(ResourceError, match=r"block-00002.safetensors cannot be read"):
+    shard = (folder / "model-00003-of-00004.safetensors").read_bytes()
+    (folder / "model-00003-of-00004.safetensors").write_bytes(shard[:-4])
+    with pytest.raises(ResourceError, match=r"model-00003-of-00004.safetensors cannot be read"):
         pack(folder, tmp_path / "s1", NullCallbacks())
-    (folder / "block-00002.safetensors").unlink()
+    (folder / "model-00003-of-00004.safetensors").unlink()
     with pytest.raises(UsageError, match=r"a mask for model.layers.2.* no such weight"):
         pack(folder, tmp_path / "s2", NullCallbacks())
     for path in (folder / "masks").iterdir():

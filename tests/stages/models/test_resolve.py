@@ -51,6 +51,29 @@ def test_an_alias_is_a_name_on_the_hub_and_the_commit_is_kept(hub):
     assert len(hub.asked) == 1
 
 
+def test_every_small_file_is_downloaded_and_one_form_of_the_weights(hub, monkeypatch):
+    wanted = {
+        *("config.json", "chat_template.jinja", "spiece.model", "qwen.tiktoken", "LICENSE", "x[1].txt"),
+        *("additional_chat_templates/tools.jinja", "model.safetensors", "model.safetensors.index.json"),
+    }
+    others = {"pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "onnx/config.json", ".gitattributes", "README.md"}
+    code = {"modeling_mine.py"}
+    names, taken = sorted(wanted | others | code), []
+
+    def model_info(self, repo, revision=None, timeout=None):
+        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def snapshot_download(repo, revision=None, local_files_only=False, allow_patterns=None):
+        taken.append(set(huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns)))
+        return str(hub.snapshot)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    resolve("opt-125m")
+    resolve("opt-125m", trusts_code=True)
+    assert taken == [wanted, wanted | code]
+
+
 def test_a_commit_with_a_missing_shard_is_fetched_again(hub):
     resolve("opt-125m")
     (hub.snapshot / "model.safetensors").rename(hub.snapshot / "elsewhere")
