@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipeline.config.declarations import GivenSettings
     from pipeline.config.run_config import RunConfig
     from pipeline.engine.job import Listener
     from pipeline.engine.plan import Step
@@ -155,7 +156,7 @@ def open_run(path: str | Path) -> Run:
     return Run(*reopen(str(path)))
 
 
-def _runtime_only(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _runtime_only(settings: GivenSettings) -> GivenSettings:
     from pipeline.config.declarations import options
     from pipeline.config.run_config import RUNTIME_FIELDS
 
@@ -164,7 +165,7 @@ def _runtime_only(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name} is no setting of a run; docs/settings.md has them all")
         if name not in RUNTIME_FIELDS:
             raise ConfigError(f"{name} decides the weights: it cannot change in a run that has begun")
-    return dict(settings)
+    return settings
 
 
 class _Log:

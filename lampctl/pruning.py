@@ -13,9 +13,11 @@ from pipeline.errors import ConfigError
 from stages.errors import UsageError
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from pipeline.config.declarations import GivenSettings
     from pipeline.config.gather import Gathered
     from pipeline.runs.prepare import PlannedPruning
     from stages.data.text_source import Bos, TextSource
@@ -45,7 +47,7 @@ class PruneReport:
     """What `prune` did."""
 
     method: str
-    settings: dict[str, Any]  # every setting that decides the weights
+    settings: dict[str, JsonValue]  # every setting that decides the weights
     num_masked: int
     num_prunable: int
     blocks: tuple[BlockReport, ...]
@@ -130,7 +132,7 @@ def prune(
     )
 
 
-def _gathered(settings: dict[str, Any], preset: str | None, calibration: Any) -> Gathered:
+def _gathered(settings: GivenSettings, preset: str | None, calibration: Any) -> Gathered:
     """The settings that were given, checked, without the environment's: a library call depends on its arguments."""
     from pipeline.config.completion import check_combinations
     from pipeline.config.gather import gather

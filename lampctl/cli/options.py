@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from pipeline.config.declarations import flag_of, options, type_of, variable_of
+from pipeline.config.declarations import GivenSettings, flag_of, options, type_of, variable_of
 from pipeline.config.option import Option
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def with_changes(
     flags: Mapping[str, str] | None = None,
     default: str | None = "as last used in this run",
 ) -> Callable[..., Any]:
-    """Decorate a command whose first parameter is a dict of settings: add the flags of these settings.
+    """Decorate a command whose first parameter is `GivenSettings`: add the flags of these settings.
 
-    The dict has the settings that the user gave, by name. A run keeps its value of every other one.
+    These are the settings that the user gave. A run keeps its value of every other one.
 
     Args:
         names: Settings.
@@ -157,7 +157,7 @@ def _with_signature(wrapper: Callable[..., Any], parameters: Sequence[inspect.Pa
     return wrapper
 
 
-def _changes(values: dict[str, Any]) -> dict[str, Any]:
+def _changes(values: dict[str, Any]) -> GivenSettings:
     """The values that were given. Environment variables that are no setting are refused, as `lampctl run` does."""
     from pipeline.config.names import require_known_variables
 
@@ -165,7 +165,7 @@ def _changes(values: dict[str, Any]) -> dict[str, Any]:
     return _by_setting(values)
 
 
-def _by_setting(values: dict[str, Any]) -> dict[str, Any]:
+def _by_setting(values: Mapping[str, object]) -> dict[str, object]:
     """The values that were given, under the current names of the settings. Raises ConfigError for one given twice."""
     from pipeline.config.names import written_names
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lampctl.cli.options import with_changes
+from pipeline.config.declarations import GivenSettings
 
 
 @with_changes("eval_seqlen", "eval_max_tokens", "metrics", default="as in the first run")
 def compare(
-    changes: dict[str, Any],
+    changes: GivenSettings,
     places: Annotated[
         list[str],
         typer.Argument(
@@ -48,7 +49,7 @@ def compare(
         raise ConfigError("--json, --csv and --markdown exclude each other: choose one")
     if not sources and changes:
         raise ConfigError("--eval-seqlen, --eval-max-tokens and --metrics require --evaluate")
-    request = request_of(sources, changes) if sources else EvaluationRequest()
+    request = request_of({**changes, "evaluate": sources}) if sources else EvaluationRequest()
     with showing_files("looking through models") as callbacks:
         table = comparison.compare(summaries(places, request, callbacks))
     if as_json:

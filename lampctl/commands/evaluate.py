@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lampctl.cli.options import with_changes
+from pipeline.config.declarations import GivenSettings
 
 _OF_MODEL = ("device", "dtype", "bos", "revision", "trust_remote_code")
 
@@ -25,7 +26,7 @@ _OF_MODEL = ("device", "dtype", "bos", "revision", "trust_remote_code")
     default="for a model as in lampctl run, for a run as last used in it",
 )
 def evaluate(
-    changes: dict[str, Any],
+    changes: GivenSettings,
     place: Annotated[
         str,
         typer.Argument(
@@ -52,18 +53,17 @@ def evaluate(
     from pipeline.errors import ConfigError
     from pipeline.runs.model_evaluation import names_run
 
-    data = changes.pop("evaluate", None)
-    given = {name: changes.pop(name) for name in _OF_MODEL if name in changes}
     if not names_run(place):
-        _evaluate_model(place, data, changes, given, as_json)
+        _evaluate_model(place, changes, as_json)
         return
-    if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+    fixed = [name for name in _OF_MODEL if name in changes]
+    if fixed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in fixed)
         raise ConfigError(f"{flags}: {place} is a run, whose settings fix this; evaluate {place}/model to choose")
-    _evaluate_run(place, data, changes, as_json)
+    _evaluate_run(place, changes, as_json)
 
 
-def _evaluate_run(place: str, sources: str | None, changes: dict[str, Any], as_json: bool) -> None:
+def _evaluate_run(place: str, changes: GivenSettings, as_json: bool) -> None:
     from lampctl.cli.stop_sources import stopping
     from lampctl.output import tables
     from lampctl.output.progress import listening
@@ -72,22 +72,20 @@ def _evaluate_run(place: str, sources: str | None, changes: dict[str, Any], as_j
 
     directory, config = reopen(place, is_resuming=True)
     require_exported(directory, config)
-    config = change_evaluation(directory, config, sources, changes)
+    config = change_evaluation(directory, config, changes)
     with listening() as listener, stopping(config) as stop:
         listener.attach(directory, config)
         resume(directory, config, listener, stop)
     tables.results([directory], [config], as_json)
 
 
-def _evaluate_model(
-    place: str, sources: str | None, wanted: dict[str, Any], given: dict[str, Any], as_json: bool
-) -> None:
+def _evaluate_model(place: str, given: GivenSettings, as_json: bool) -> None:
     from lampctl.output.accuracy import model_results
     from lampctl.output.file_progress import showing_files
+    from pipeline.config.settings import Settings
     from pipeline.runs.model_evaluation import evaluate_model, request_of
     from stages.models.resolve import resolve
 
-    computation: dict[str, Any] = {name: given[name] for name in ("device", "dtype", "bos") if name in given}
-    request = request_of(sources, {**wanted, **computation})
-    folder = resolve(place, given.get("revision"), trusts_code=given.get("trust_remote_code", False))
-    model_results(evaluate_model(folder, request, showing_files), as_json)
+    settings = Settings.of({**given, "model": place})
+    folder = resolve(place, settings.revision, trusts_code=settings.trust_remote_code)
+    model_results(evaluate_model(folder, request_of(given), showing_files), as_json)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lampctl.cli.options import with_changes
+from pipeline.config.declarations import GivenSettings
 
 
 @with_changes(
@@ -21,7 +22,7 @@ from lampctl.cli.options import with_changes
     environment=("allow_environment_change",),
 )
 def resume(
-    changes: dict[str, Any],
+    changes: GivenSettings,
     run: Annotated[
         str | None,
         typer.Argument(

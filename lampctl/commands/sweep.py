@@ -115,7 +115,7 @@ def run(
     from pipeline.sweeps.sweep import Sweep
 
     spec = new_spec(chosen.gather(), grid or (), search, trials, storage)
-    model = Path(spec.settings["model"]).name.removesuffix(".gguf").lower()
+    model = Path(spec.gathered.values.model).name.removesuffix(".gguf").lower()
     place = sweep_dir or str(Path("sweeps") / f"{model}-{'-'.join(spec.fields)}")
     _do(Sweep.create(place, spec), as_json)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,7 @@ from lampctl.output.labels import source_label
 from stages.metrics.registry import figure_text, metric_of
 
 if TYPE_CHECKING:
+    from pipeline.rundir.records import JsonObject
     from pipeline.runs.model_evaluation import ModelResults
 
 _METRICS = ("acc", "acc_norm")
@@ -64,12 +66,25 @@ def accuracy_table(columns: Mapping[str, Sequence[Measured]]) -> Table:
     return table
 
 
-def means_of(measured: Sequence[Measured]) -> dict[str, dict[str, float | int]]:
-    """{metric: mean over the tasks that have it, and how many those are}, of acc and acc_norm."""
+@dataclass(frozen=True)
+class MeanAccuracy:
+    """The mean of a metric over the tasks that have it."""
+
+    mean: float
+    num_tasks: int
+
+
+def means_of(measured: Sequence[Measured]) -> dict[str, MeanAccuracy]:
+    """The means of acc and acc_norm, by name; without one that no task has."""
     from stages.metrics.zero_shot import mean_of
 
     found = {name: mean_of([each.metrics for each in measured], name) for name in _METRICS}
-    return {name: {"mean": mean[0], "num_tasks": mean[1]} for name, mean in found.items() if mean is not None}
+    return {name: MeanAccuracy(*mean) for name, mean in found.items() if mean is not None}
+
+
+def means_record(measured: Sequence[Measured]) -> JsonObject:
+    """The same for printed JSON."""
+    return {name: asdict(mean) for name, mean in means_of(measured).items()}
 
 
 def model_results(figures: ModelResults, as_json: bool) -> None:
@@ -78,7 +93,7 @@ def model_results(figures: ModelResults, as_json: bool) -> None:
 
     if as_json:
         record = figures.record()
-        print(json.dumps({**record, "means": means_of(figures.accuracies)}, indent=2))
+        print(json.dumps({**record, "means": means_record(figures.accuracies)}, indent=2))
         return
     console = console_here()
     console.print(f"{Path(figures.model).name if figures.source == 'folder' else figures.model}", highlight=False)
@@ -101,7 +116,7 @@ def model_results(figures: ModelResults, as_json: bool) -> None:
 def mean_notes(measured: Sequence[Measured]) -> list[str]:
     """What has to be known of a mean: that fewer tasks have acc_norm."""
     means = means_of(measured)
-    num_all, num_norm = (means.get(name, {}).get("num_tasks", 0) for name in _METRICS)
+    num_all, num_norm = (means[name].num_tasks if name in means else 0 for name in _METRICS)
     if len(measured) < 2 or not num_norm or num_norm == num_all:
         return []
     return [f"The mean of acc_norm is over the tasks that have it, {num_norm} of {num_all}."]
@@ -122,4 +137,4 @@ def _cell(name: str, value: float | None) -> str:
 
 def _mean(measured: Sequence[Measured], name: str) -> str:
     mean = means_of(measured).get(name)
-    return f"{100 * mean['mean']:.2f}%" if mean is not None else ""
+    return f"{100 * mean.mean:.2f}%" if mean is not None else ""

@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from lampctl.output.accuracy import accuracy_table, mean_notes, means_of
+from lampctl.output.accuracy import accuracy_table, mean_notes, means_record
 from lampctl.output.comparison import Comparison
 from lampctl.output.console import console_here, shown_path
 from lampctl.output.labels import layer_label, source_label, step_label
@@ -35,6 +35,7 @@ from stages.tasks.registry import task_named
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
     from pipeline.engine.plan import Step
+    from pipeline.rundir.records import JsonObject
     from pipeline.rundir.run_directory import RunDirectory
 
 
@@ -73,7 +74,7 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
             console.print("Load it:          " + load, soft_wrap=True, highlight=False)
 
 
-def result_record(state: RunStatus) -> dict[str, Any]:
+def result_record(state: RunStatus) -> JsonObject:
     """What `--json` prints of one run."""
     return {
         "run": state.label,
@@ -91,7 +92,7 @@ def result_record(state: RunStatus) -> dict[str, Any]:
         "evaluations": [result.record() for result in state.evaluations if _is_current(state, result)],
         "accuracies": [asdict(result) for result in state.accuracies if _is_current(state, result)],
         "mean_accuracies": {
-            which: means_of([r for r in state.accuracies if r.which == which and _is_current(state, r)])
+            which: means_record([r for r in state.accuracies if r.which == which and _is_current(state, r)])
             for which in ("dense", "pruned")
         },
         "config": state.config.as_json(),

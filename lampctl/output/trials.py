@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -15,11 +15,14 @@ from pipeline.runs.status import described
 from stages.metrics.registry import figure_text, metric_of
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+    from pipeline.rundir.records import JsonObject
     from pipeline.sweeps.sweep import Sweep
     from pipeline.sweeps.trial import TrialState
 
 
-def trial_record(state: TrialState) -> dict[str, Any]:
+def trial_record(state: TrialState) -> JsonObject:
     """One trial as a record for JSON and CSV."""
     run = state.run
     return {
@@ -121,5 +124,5 @@ def _point(state: TrialState) -> str:
     return ", ".join(f"{field} {_value(value)}" for field, value in state.trial.point.items())
 
 
-def _value(value: Any) -> str:
+def _value(value: JsonValue) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -58,7 +58,7 @@ def write_response(sweep: Sweep, states: Sequence[TrialState], out: Path) -> lis
         written[-2].write_bytes(picture.png)
         written[-1].write_text(picture.csv or "", encoding="utf-8")
     done = sum(state.state == "done" for state in states)
-    model = Path(str(sweep.spec.settings["model"])).name
+    model = Path(sweep.spec.gathered.values.model).name
     title = f"{model}: {', '.join(sweep.spec.fields)}"
     subtitle = scrub(f"{sweep.storage.label}, {done} of {sweep.spec.num_trials or len(states)} trials are done")
     footer = f"Made by lampctl {VERSION} from the commits of the trials' runs."

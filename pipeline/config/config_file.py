@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.errors import ConfigError
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, object]:
     """The settings as written, by name as written. Raises ConfigError."""
     import tomllib
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pipeline.config.job_settings import JobSettings
 from pipeline.config.option import Option
 from pipeline.config.pruning_settings import PruningSettings
 
 ENVIRONMENT_PREFIX = "LAMPCTL_"
+
+# Settings by name, as a user gave them: text of a flag, numbers of a file. `Settings.of` validates them.
+GivenSettings = Mapping[str, object]
+V = TypeVar("V")
 
 
 @cache
@@ -52,7 +56,7 @@ def former_names() -> dict[str, str]:
     return {alias: name for name, option in options().items() for alias in option.aliases}
 
 
-def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_current_names(values: Mapping[str, V]) -> dict[str, V]:
     """The values under the current names of their settings. A value under the current name wins."""
     renamed = {former_names()[name]: value for name, value in values.items() if name in former_names()}
     return {**renamed, **{name: value for name, value in values.items() if name not in former_names()}}

@@ -6,14 +6,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.config.config_file import read_config_file
+from pipeline.config.declarations import GivenSettings
 from pipeline.config.names import given_variables, written_names
 from pipeline.config.settings import Settings
 from pipeline.errors import ConfigError
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, GivenSettings] = {
     "quick": {
         "calibration": "pydocs",
         "num_samples": 32,
@@ -51,7 +52,7 @@ class Gathered:
 
 
 def gather(
-    flags: Mapping[str, Any],
+    flags: GivenSettings,
     config_file: Path | None = None,
     preset: str | None = None,
     environ: Mapping[str, str] = os.environ,
@@ -72,9 +73,7 @@ def gather(
         setting: _Given(environ[name], f"environment {name}") for setting, name in given_variables(environ).items()
     }
     presets = [layer.pop("preset").value for layer in (from_environment, from_file) if "preset" in layer]
-    preset = next((name for name in (preset, *presets) if name is not None), None)
-    if preset is not None and preset not in [*PRESETS]:
-        raise ConfigError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    preset = _known_preset(next((name for name in (preset, *presets) if name is not None), None))
     from_preset = PRESETS[preset] if preset else {}
     from_flags = {name: value for name, value in flags.items() if value is not None}
     layers = (
@@ -88,10 +87,16 @@ def gather(
     return Gathered(Settings.of({setting: found.value for setting, found in given.items()}, origins), origins, preset)
 
 
+def _known_preset(name: object) -> str | None:
+    if name is not None and (not isinstance(name, str) or name not in PRESETS):
+        raise ConfigError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
+    return name
+
+
 class _Given(NamedTuple):
     """A value that the user gave."""
 
-    value: Any
+    value: object
     origin: str
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.config.declarations import names_where, with_current_names
+from pipeline.config.declarations import GivenSettings, names_where, with_current_names
 from pipeline.config.pruning_settings import Tokens
 from pipeline.config.settings import Settings
 from stages.metrics.base import EvaluationProtocol
@@ -86,7 +86,7 @@ class RunConfig(Settings):
         """Where BOS stands as far as the settings say it. With "auto" it is measured later; until then "stream"."""
         return "stream" if self.bos is None or self.bos == "auto" else self.bos
 
-    def with_runtime(self, settings: Mapping[str, Any]) -> RunConfig:
+    def with_runtime(self, settings: GivenSettings) -> RunConfig:
         """This configuration with other runtime settings. Raises ConfigError for a wrong one."""
         return RunConfig.of({**self.as_json(), **settings})
 

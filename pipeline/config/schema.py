@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 
 from pipeline.config.declarations import options
 from pipeline.config.gather import PRESETS
@@ -13,7 +13,7 @@ from pipeline.config.settings import Settings
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> dict[str, JsonValue]:
     """The schema (draft 2020-12): every setting, under its name with _ or - and under its former names."""
     schema: dict[str, Any] = TypeAdapter(Settings).json_schema()
     schema |= {"$schema": _DRAFT, "title": "lampctl configuration file"}

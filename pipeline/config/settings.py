@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pipeline.config.declarations import flag_of, with_current_names
+from pipeline.config.declarations import GivenSettings, flag_of, with_current_names
 from pipeline.config.job_settings import JobSettings
 from pipeline.config.names import no_setting
 from pipeline.config.pruning_settings import PruningSettings
@@ -41,7 +41,7 @@ class Settings(JobSettings, PruningSettings):
         return self.sparsity
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> Self:
+    def of(cls, values: GivenSettings, origins: Mapping[str, str] | None = None) -> Self:
         """Validate values by name; former names are accepted.
 
         Args:
@@ -59,7 +59,7 @@ class Settings(JobSettings, PruningSettings):
             raise ConfigError(_explain(error, origins or {})) from error
 
     @classmethod
-    def recorded(cls, values: Mapping[str, Any]) -> Self:
+    def recorded(cls, values: GivenSettings) -> Self:
         """Validate values that lampctl wrote itself. Raises pydantic's ValidationError."""
         found: Self = _adapter(cls).validate_python(with_current_names(values))
         return found

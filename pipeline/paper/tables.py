@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
 from stages.pruners.registry import bit_methods
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
 
 _METHODS = ("magnitude", "wanda", "sparsegpt", "lamp")
 _OPT = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b")
@@ -81,7 +84,7 @@ def table_named(name: str) -> Table:
     return TABLES[name]
 
 
-def settings_of(table: Table, strategy: str, method: str) -> dict[str, Any] | None:
+def settings_of(table: Table, strategy: str, method: str) -> dict[str, JsonValue] | None:
     """Settings of a cell's run; None if the method does not support them (Wanda cannot quantize)."""
     settings = {**dict(table.base), "method": method}
     if "=" in strategy:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from pipeline.config.checks import split_tasks
 from pipeline.config.completion import check_evaluation, usual_tasks
-from pipeline.config.declarations import flag_of
+from pipeline.config.declarations import GivenSettings, flag_of
 from pipeline.config.run_config import RunConfig
+from pipeline.config.settings import Settings
 from pipeline.engine.plan import next_steps
 from pipeline.errors import ConfigError, StepOrderError
 from pipeline.rundir.run_directory import RunDirectory
@@ -25,25 +22,22 @@ def require_exported(run: RunDirectory, config: RunConfig) -> None:
         raise StepOrderError(f"evaluate comes later: do {todo[0].name} first")
 
 
-def change_evaluation(
-    run: RunDirectory, config: RunConfig, sources: str | None, settings: Mapping[str, Any]
-) -> RunConfig:
-    """The configuration with other evaluation settings (None: as they are). Raises ConfigError, UsageError.
+def change_evaluation(run: RunDirectory, config: RunConfig, settings: GivenSettings) -> RunConfig:
+    """The configuration with other evaluation settings; None among them: as they are.
 
-    sources: between commas. settings: other runtime settings by name, None among them: as they are.
+    Raises ConfigError, UsageError.
     """
     from stages.data.registry import parse_source
     from stages.evaluate import metric_for
     from stages.metrics.zero_shot import check_tasks
     from stages.tasks.registry import task_named
 
-    changes = {field: value for field, value in settings.items() if value is not None}
-    if sources is not None:
-        changes["evaluate"] = [parse_source(name.strip()).name for name in sources.split(",") if name.strip()]
-    if isinstance(changes.get("tasks"), str):
-        changes["tasks"] = split_tasks(changes["tasks"])
-    if "tasks" not in changes and not config.tasks:
-        changes["tasks"] = usual_tasks(changes.get("task_data"), changes.get("task_limit"))
+    given = Settings.of({**settings, "model": config.model})  # its checks, and its conversion of lists
+    changes = {field: getattr(given, field) for field, value in settings.items() if value is not None}
+    if given.evaluate is not None:
+        changes["evaluate"] = tuple(parse_source(name).name for name in given.evaluate)
+    if given.tasks is None and not config.tasks:
+        changes["tasks"] = usual_tasks(given.task_data, given.task_limit)
     changed = config.with_runtime(changes)
     check_evaluation(changed, facts_of(run).model.max_positions)
     model, task = facts_of(run).model.name, facts_of(run).model.task

@@ -6,13 +6,13 @@ settings --prepare--> configuration, model, budget, plan --start--> run director
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pipeline.config.declarations import with_current_names
+from pipeline.config.declarations import GivenSettings, with_current_names
 from pipeline.config.run_config import Recorded, RunConfig, with_recorded_defaults
 from pipeline.engine.job import Job, Listener
 from pipeline.engine.plan import Step, next_steps
@@ -98,7 +98,7 @@ def _place_scratch(storage: Storage, config: RunConfig) -> None:
 
 
 def reopen(
-    place: Place, *, is_resuming: bool = False, runtime: Mapping[str, Any] | None = None
+    place: Place, *, is_resuming: bool = False, runtime: GivenSettings | None = None
 ) -> tuple[RunDirectory, RunConfig]:
     """Open a run with its configuration, with the runtime settings that were last in force.
 

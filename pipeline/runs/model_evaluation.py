@@ -7,15 +7,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config.completion import usual_tasks
+from pipeline.config.declarations import GivenSettings
 from pipeline.config.settings import Settings
 from pipeline.errors import ConfigError
+from pipeline.rundir.records import JsonObject
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.storage.locate import is_address, locate
 from pipeline.runs.prepare import RUNS
@@ -67,18 +69,17 @@ class ModelResults:
     accuracies: tuple[TaskResult, ...]
     task_files: str | None  # for the harness's own command line: its --include_path
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """The same, ready for JSON, with what the results only work out when they are asked."""
         accuracies = [{**asdict(found), "is_partial": found.is_partial} for found in self.accuracies]
         return {**asdict(self), "measured": [found.record() for found in self.measured], "accuracies": accuracies}
 
 
-def request_of(sources: str | None, settings: Mapping[str, Any]) -> EvaluationRequest:
+def request_of(settings: GivenSettings) -> EvaluationRequest:
     """What was asked for on the command line; without data sources and tasks, perplexity on WikiText-2.
 
     Args:
-        sources: Names of data sources, between commas; None: not given.
-        settings: Settings of an evaluation that were given, by name, and of the device.
+        settings: Settings of an evaluation and of the device that were given, by name.
 
     Raises:
         ConfigError: A setting is wrong, or there is nothing to measure.
@@ -88,9 +89,8 @@ def request_of(sources: str | None, settings: Mapping[str, Any]) -> EvaluationRe
 
     found = Settings.of({**settings, "model": "any"})  # its checks, and its conversion of lists
     tasks = found.tasks if found.tasks is not None else usual_tasks(found.task_data, found.task_limit)
-    if sources is None:
-        sources = "" if tasks else "wikitext2"
-    parsed = [parse_source(name.strip()).name for name in sources.split(",") if name.strip()]
+    usual = () if tasks else ("wikitext2",)
+    parsed = [parse_source(name).name for name in (found.evaluate if found.evaluate is not None else usual)]
     if not parsed and not tasks:
         raise ConfigError("nothing to measure: name texts (--data wikitext2) or tasks (--tasks zero-shot)")
     return EvaluationRequest(

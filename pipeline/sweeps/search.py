@@ -48,7 +48,7 @@ class Search:
         from stages.data.registry import parse_source
         from stages.tasks.registry import task_named
 
-        named = self._spec.settings.get("evaluate")
+        named = self._spec.gathered.values.evaluate
         task = task_named(parse_source(named[0]).task if named else "language")
         return "maximize" if metric_of(task.metric).higher_is_better else "minimize"
 
@@ -63,7 +63,7 @@ class Search:
         if count >= self._spec.num_trials:
             return None
         # Seeded by the trial number: an interrupted search samples the same points as an uninterrupted one.
-        self._study.sampler = self._optuna.samplers.TPESampler(seed=1000 * self._spec.settings["seed"] + count)
+        self._study.sampler = self._optuna.samplers.TPESampler(seed=1000 * self._spec.gathered.values.seed + count)
         distributions = {
             found.field: self._optuna.distributions.FloatDistribution(found.low, found.high, log=found.is_log)
             for found in self._spec.search

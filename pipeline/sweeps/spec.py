@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from pipeline.config.adjust import sibling, with_absolute_paths
 from pipeline.config.declarations import flag_of, options
@@ -19,6 +19,7 @@ from pipeline.config.names import current_name, suggestion
 from pipeline.config.run_config import RUNTIME_FIELDS
 from pipeline.config.settings import Settings
 from pipeline.errors import ConfigError
+from pipeline.rundir.records import JsonObject
 from stages.pruners.registry import LAMP
 
 # (low, high, logarithmic scale): the ranges that the paper varies (its Figs. 3-8).
@@ -52,11 +53,11 @@ class SweepSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    settings: dict[str, Any]
+    settings: JsonObject
     origins: dict[str, str]
     preset: str | None
     grid: dict[str, tuple[str, ...]] = {}
-    points: tuple[dict[str, Any], ...] = ()  # the trials one by one, in place of a grid
+    points: tuple[JsonObject, ...] = ()  # the trials one by one, in place of a grid
     search: tuple[Range, ...] = ()
     num_trials: int | None = Field(None, ge=1)  # only for a search
     database: str | None = None  # only for a search; None: a file in the sweep's folder
@@ -115,7 +116,7 @@ def new_spec(
     return spec
 
 
-def points_of(spec: SweepSpec) -> list[dict[str, Any]]:
+def points_of(spec: SweepSpec) -> list[JsonObject]:
     """Settings of each trial: every combination of the grid in order, or the listed points."""
     if spec.points:
         return [dict(point) for point in spec.points]
@@ -123,7 +124,7 @@ def points_of(spec: SweepSpec) -> list[dict[str, Any]]:
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*spec.grid.values())]
 
 
-def settings_at(gathered: Gathered, point: Mapping[str, Any]) -> Gathered:
+def settings_at(gathered: Gathered, point: Mapping[str, JsonValue]) -> Gathered:
     """Settings of one trial. Raises ConfigError if a value is not valid for its setting."""
     values = {**gathered.values.as_json(), **point}
     origins = {**gathered.origins, **dict.fromkeys(point, "flag")}
@@ -136,12 +137,12 @@ def settings_at(gathered: Gathered, point: Mapping[str, Any]) -> Gathered:
     return replace(plain, values=plain.values.changed(**kept))
 
 
-def name_of(point: Mapping[str, Any]) -> str:
+def name_of(point: Mapping[str, JsonValue]) -> str:
     """Folder name of a trial, such as "sparsity-0.5_method-lamp"."""
     return "_".join(f"{field}-{_plain(value)}" for field, value in point.items())
 
 
-def _plain(value: Any) -> str:
+def _plain(value: JsonValue) -> str:
     """A value as part of a file name. A digest replaces lost characters, so that two values never share a name."""
     text = repr(value) if isinstance(value, float) else str(value)
     plain = "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "of" if c == ":" else "-" for c in text)

@@ -192,7 +192,7 @@ class Sweep:
     def _methods(self) -> tuple[str, ...]:
         """Methods that the sweep compares. A setting that one of them ignores gives no notice."""
         named = self.spec.grid.get("method", ())
-        return tuple(dict.fromkeys((*named, *(p["method"] for p in self.spec.points if "method" in p))))
+        return tuple(dict.fromkeys((*named, *(str(p["method"]) for p in self.spec.points if "method" in p))))
 
     def _search(self) -> Any:
         from pipeline.sweeps.search import Search

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from pipeline.rundir.records import JsonObject
 from pipeline.runs.status import RunStatus
 
 
@@ -13,7 +13,7 @@ class Trial:
     """One run of a sweep."""
 
     name: str
-    point: dict[str, Any]  # settings that differ between trials
+    point: JsonObject  # settings that differ between trials
     number: int | None = None  # only in a search
 
 
