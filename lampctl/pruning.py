@@ -281,7 +281,7 @@ def _budget(planned: PlannedPruning, context: Any) -> Any:
     from stages.in_memory import ListScratch
     from stages.sparsity.owl import budget_by_outliers
 
-    layers = prunable_layers(context.model, config.ignore)
+    layers = prunable_layers(context.model, config.ignore, prune_all=config.prune_all)
     fixed = fixed_sparsities(layers, config.layer_sparsity)
     names = {layer.name for block in layers for layer in block}
     spread, alpha, beta = config.budget_spread, config.alpha, config.beta

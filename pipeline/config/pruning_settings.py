@@ -85,6 +85,15 @@ class PruningSettings:
         Patterns,
         Option("Do not prune layers whose name matches. May be repeated.", "What to prune", "REGEX", form="repeated"),
     ] = ()
+    prune_all: Annotated[
+        bool | None,
+        Option(
+            "Also prune the small projections that steer a whole block (x_proj and dt_proj of Mamba, gates of linear "
+            "attention, per-layer inputs of Gemma 3n and 4), which otherwise stay dense and do not count.",
+            "What to prune",
+            default="no",
+        ),
+    ] = None
     layer_sparsity: Annotated[
         Annotated[dict[str, float], After(checks.valid_overrides)],
         Option(

@@ -24,10 +24,12 @@ class PrunableLayers:
     Attributes:
         blocks: Layers of each block.
         fixed: Sparsity of each layer, by name, that has one of its own.
+        vital: Names of the layers that stay dense for their role, by the last part of their path.
     """
 
     blocks: Sequence[Sequence[LayerShape]]
     fixed: Mapping[str, float]
+    vital: Mapping[str, Sequence[str]]
 
     @classmethod
     def of(cls, model: BlockModel, settings: Settings) -> Self:
@@ -36,18 +38,42 @@ class PrunableLayers:
         Raises:
             ConfigError: One of these settings matches no layer, or a group is wider than every layer.
         """
-        blocks = prunable_layers(model, settings.ignore)
+        blocks = prunable_layers(model, settings.ignore, prune_all=settings.prune_all)
         widest = max(layer.cols for block in blocks for layer in block)
         if settings.group_size is not None and settings.group_size > widest:
             raise ConfigError(
                 f"--group-size {settings.group_size}: no layer has more than {widest} columns; leave it out"
             )
-        return cls(blocks, fixed_sparsities(blocks, settings.layer_sparsity))
+        return cls(blocks, fixed_sparsities(blocks, settings.layer_sparsity), _vital(model, blocks))
 
     @property
     def free(self) -> list[list[LayerShape]]:
         """The layers of each block that share the run's sparsity."""
         return [[layer for layer in block if layer.name not in self.fixed] for block in self.blocks]
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know of the layers that stay dense."""
+        if not self.vital:
+            return ()
+        count = sum(len(names) for names in self.vital.values())
+        return (
+            f"{count} small layers stay dense and do not count towards the sparsity: {', '.join(self.vital)} steer "
+            "whole blocks; --prune-all prunes them, too",
+        )
+
+
+def _vital(model: BlockModel, blocks: Sequence[Sequence[LayerShape]]) -> dict[str, list[str]]:
+    """Names of the layers with the role "vital" that are not among those to prune, by the last part of their path."""
+    from stages.models.layer_roles import VITAL
+
+    kept = {layer.name for block in blocks for layer in block}
+    found: dict[str, list[str]] = {}
+    for index in range(model.num_blocks):
+        for layer in model.layers(index):
+            if layer.role == VITAL and layer.name not in kept:
+                found.setdefault(layer.path.rpartition(".")[2], []).append(layer.name)
+    return found
 
 
 def feasible_defaults(

@@ -126,7 +126,7 @@ def plan_pruning(gathered: Gathered, model: BlockModel, baselines: Sequence[str]
     return PlannedPruning(
         completed.config,
         completed.origins,
-        (*notices, *completed.notices),
+        (*layers.notices, *notices, *completed.notices),
         allocate_budget(layers, completed.config),
         device,
     )

@@ -42,7 +42,8 @@ class Allocate(StepKind[AllocateResult]):
         names = {layer.name for block in facts_of(context.run).budget for layer in block.layers}
         hidden = context.run.open_stream(payloads.biased(0).name)
         shares = outlier_shares(context.stage(callbacks), hidden, names, attempt.scratch())
-        blocks = prunable_layers(context.model, config.ignore)
+        every = prunable_layers(context.model, config.ignore, prune_all=True)
+        blocks = [[layer for layer in block if layer.name in names] for block in every]
         fixed = fixed_sparsities(blocks, config.layer_sparsity)
         budget, spread = budget_by_outliers(
             blocks, shares, config.budget_spread, config.target_sparsity, config.alpha, config.beta, fixed

@@ -68,11 +68,18 @@ def fit_memory(model: Any, config: RunConfig, choices: Any, at_once: Sequence[in
     )
 
 
-def prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
+def prunable_layers(model: Any, ignore: Sequence[str], *, prune_all: bool | None = None) -> list[list[Any]]:
     """The layers of each block that may be pruned (`stages.sparsity.budget.LayerShape`).
 
-    Raises ConfigError if none is left.
+    Args:
+        model: A `stages.models.base.BlockModel`.
+        ignore: Regular expressions of the names of layers that stay dense.
+        prune_all: Layers with the role "vital" are among them.
+
+    Raises:
+        ConfigError: None is left, or an expression matches no layer.
     """
+    from stages.models.layer_roles import VITAL
     from stages.sparsity.budget import LayerShape
 
     patterns = [re.compile(pattern) for pattern in ignore]
@@ -83,7 +90,7 @@ def prunable_layers(model: Any, ignore: Sequence[str]) -> list[list[Any]]:
         for layer in model.layers(index):
             matching = [p.pattern for p in patterns if p.search(layer.name)]
             unused.difference_update(matching)
-            if not matching:
+            if not matching and (prune_all or layer.role != VITAL):
                 kept.append(LayerShape(layer.name, layer.role, layer.rows, layer.cols))
         blocks.append(kept)
     if unused:

@@ -63,7 +63,7 @@ class LayerInfo:
 
     name: str  # in the whole model, without ".weight": "model.layers.0.self_attn.q_proj"
     path: str  # in its block: "self_attn.q_proj"
-    role: str | None  # "q", "k", "v", "qkv", "out", "gate", "up", "fc1", "fc2"; None: not in the table
+    role: str | None  # "q", "k", "v", "qkv", "out", "gate", "up", "fc1", "fc2", "vital"; None: not in the table
     rows: int  # output features
     cols: int  # input features
     transposed: bool  # stored as (cols, rows), as GPT-2's Conv1D does

@@ -27,7 +27,7 @@ from stages.models.base import BlockCall, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_inputs import CachedBlockInputs
 from stages.models.companion_files import companion_files, exported_config
 from stages.models.decoder_ends import DecoderEnds, put_recorders
-from stages.models.layer_roles import role_of
+from stages.models.layer_roles import VITAL, role_of
 from stages.models.meta_init import copied, materialised, require_materialised, require_plain
 from stages.models.probe import probed
 from stages.models.recorder import Tape
@@ -92,6 +92,7 @@ class Decoder:
         self._require_own_weights()
         self._traits = probed(copy.deepcopy(self._skeleton), self._list_name, self._blocks, folder.name)
         self.hidden_size = self._traits.layout.width
+        self._layers = tuple(self._without_uncalled(layers) for layers in self._layers)
         self._ends: tuple[torch.device, Part, DecoderEnds] | None = None
         self._calls: dict[torch.device, CachedBlockInputs] = {}
 
@@ -283,6 +284,10 @@ class Decoder:
                 name = self._prefix(block_index) + path
                 infos.append(LayerInfo(name, path, role_of(path), rows, cols, isinstance(module, Conv1D)))
         return tuple(infos)
+
+    def _without_uncalled(self, layers: tuple[LayerInfo, ...]) -> tuple[LayerInfo, ...]:
+        """The layers but small ones whose input no pruner can see (dt_proj of Mamba): they stay dense."""
+        return tuple(layer for layer in layers if layer.role != VITAL or layer.name not in self._traits.uncalled)
 
     def _require_reachable(self, block_index: int) -> None:
         block, paths = self._blocks[block_index], {layer.path for layer in self._layers[block_index]}

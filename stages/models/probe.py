@@ -11,6 +11,7 @@ N: samples.    T: tokens.    H: hidden size.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,9 @@ from stages.models.decoder_ends import forward_to_block, put_recorders
 from stages.models.recorder import Returns, Tape, output_of
 from stages.models.stream_layout import SharedState, StreamLayout
 
+# Blocks with the same are alike: the class, and the names and shapes of the weights.
+_Structure = tuple[type[nn.Module], frozenset[tuple[str, torch.Size]]]
+_CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?att")
 _TOKENS = 4
 _CPU = torch.device("cpu")
 # Larger ones (experts) are zero: pages of memory that nothing writes to.
@@ -37,6 +41,8 @@ class BlockTraits:
 
     returns: Returns
     layout: StreamLayout
+    # Linear layers whose weight a block uses without calling them: no statistics of their input can be had.
+    uncalled: frozenset[str]  # by their name in the model
 
 
 def probed(model: PreTrainedModel, list_name: str, blocks: tuple[nn.Module, ...], name: str) -> BlockTraits:
@@ -74,19 +80,27 @@ class _Probe:
     ) -> None:
         self._model, self._blocks, self._generator = model, blocks, generator
         self._returns: dict[type[nn.Module], int | None] = {}
+        self._uncalled: dict[_Structure, set[str]] = {}
         self._outputs: list[Tensor] = []
+        self._list_name = list_name
         self._tape = Tape(self._returns, self._new_output)
         self._hidden_size: int = model.config.hidden_size
         put_recorders(model, list_name, blocks, self._tape)
 
     def traits(self) -> BlockTraits:
-        for index, block in enumerate(self._blocks):
-            if type(block) not in self._returns:
+        structures = [_structure(block) for block in self._blocks]
+        for index, (block, structure) in enumerate(zip(self._blocks, structures, strict=True)):
+            if structure not in self._uncalled:
                 self._forward(index)
                 self._returns[type(block)] = self._num_values(index)
         self._forward(len(self._blocks) - 1)
         self._require_chain()
-        return BlockTraits(self._returns, self._with_shared_states(self._layout()))
+        uncalled = (
+            f"{self._list_name}.{index}.{path}"
+            for index, structure in enumerate(structures)
+            for path in self._uncalled[structure]
+        )
+        return BlockTraits(self._returns, self._with_shared_states(self._layout()), frozenset(uncalled))
 
     def _forward(self, block_index: int) -> None:
         """Run the loop until it has called this block, for one sample."""
@@ -101,6 +115,12 @@ class _Probe:
     def _num_values(self, block_index: int) -> int | None:
         """How many values a block returns. Raises UsageError if its output for a token depends on later tokens."""
         block = self._block(block_index)
+        uncalled = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+        self._uncalled[_structure(block)] = uncalled
+        for path in list(uncalled):
+            block.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: uncalled.discard(path))
+        if block_index in self._blocks_with("is_kv_shared_layer"):
+            self._store_shared_states(block_index)
         like, call = self._tape.hidden[block_index], self._tape.calls[block_index]
         hidden = _normal(like.shape, self._generator)
         changed = hidden.clone()
@@ -111,6 +131,12 @@ class _Probe:
             raise UsageError(
                 f"in a {type(self._model).__name__} with this config.json, each token sees those after it: this is an "
                 "encoder, and only decoder-only language models can be pruned"
+            )
+        foreign = next((path for path in sorted(uncalled) if _CROSS_ATTENTION.search(path)), None)
+        if foreign is not None:
+            raise UsageError(
+                f"{foreign} of a {type(self._model).__name__} reads the output of an encoder: this is half of an "
+                "encoder-decoder, and only decoder-only language models can be pruned"
             )
         return None if isinstance(returned, Tensor) else len(returned)
 
@@ -149,13 +175,19 @@ class _Probe:
         if not argument or not self._blocks_with("is_kv_shared_layer"):
             return replace(layout, argument=argument)
         states: MutableMapping[str, Sequence[Tensor]] = calls[0].kwargs[argument]
-        for index in self._blocks_with("store_full_length_kv"):
-            self._block(index)(self._tape.hidden[index], *calls[index].args, **calls[index].kwargs)
+        self._store_shared_states(len(self._blocks))
         shared = (
             SharedState(key, tuple((tensor.shape[1], tensor.shape[3]) for tensor in states[key]))
             for key in sorted(states)
         )
         return replace(layout, argument=argument, shared=tuple(shared))
+
+    def _store_shared_states(self, end: int) -> None:
+        """Run the blocks before `end` that write keys and values for later ones: into the argument that all get."""
+        for index in self._blocks_with("store_full_length_kv"):
+            if index < end:
+                call = self._tape.calls[index]
+                self._block(index)(self._tape.hidden[index], *call.args, **call.kwargs)
 
     def _blocks_with(self, attribute: str) -> list[int]:
         """The blocks with a module whose `attribute` is true."""
@@ -182,6 +214,10 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
             numbers = 0.1 * _normal((sum(shape) + 1,), generator)
             state[name] = numbers.as_strided(shape, (1,) * len(shape))
     module.load_state_dict(state, strict=False, assign=True)
+
+
+def _structure(block: nn.Module) -> _Structure:
+    return type(block), frozenset((name, parameter.shape) for name, parameter in block.named_parameters())
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

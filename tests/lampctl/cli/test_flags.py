@@ -12,7 +12,7 @@ from pipeline.config.option import Option
 
 PANELS = {
     "What to prune": (
-        "sparsity pattern bits group-size alpha beta budget budget-spread ignore revision trust-remote-code "
+        "sparsity pattern bits group-size alpha beta budget budget-spread ignore prune-all revision trust-remote-code "
         "export-dtype"
     ),
     "Method": "method pruner baseline",

@@ -76,6 +76,7 @@ def test_rwkv_is_the_same_model_whether_its_loop_rescales_or_not(rescale_every, 
         ("electra", "each token sees those after it: this is an encoder"),
         ("xlm", "changes the hidden state between block 0 and block 1"),
         ("zamba2", r"layers\.1\.shared_transformer\.\S+ and model\.layers\.3\.shared_transformer\.\S+ are one weight"),
+        ("trocr", r"encoder_attn\.k_proj of a TrOCRForCausalLM reads the output of an encoder"),
         ("bart", "no decoder-only language model"),
     ],
 )

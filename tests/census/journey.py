@@ -1,0 +1,106 @@
+"""A configuration's way through `lampctl run`, and what must be true of the model that comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from stages.formats.pruning_masks import FOLDER, PrunedWeight, read_mask_file
+from stages.models.base import BlockModel
+from stages.models.registry import open_model
+from stages.models.resolve import resolve
+from tests.census.configuration import Configuration
+from tests.small_models import tokenizer
+
+_CPU = torch.device("cpu")
+SPARSITY = 0.5
+FLAGS = (
+    *("--sparsity", SPARSITY, "--calibration", "text:words.txt", "--num-samples", "3", "--seqlen", "16"),
+    *("--evaluate", "text:words.txt", "--eval-max-tokens", "32", "--epochs", "1", "--device", "cpu"),
+)
+
+
+def saved(entry: Configuration, folder: Path) -> Path:
+    """The entry's model as a folder like one from the hub."""
+    entry.model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def check_export(source: Path, run: Path) -> None:
+    """Raise AssertionError where the exported model of a run is not what it should be."""
+    exported = run / "model"
+    masks = _masks(exported)
+    before, after = _tensors(source), _tensors(exported)
+    assert after.keys() == before.keys()
+    pruned = {layer.key for layer in masks.values()}
+    model = open_model(resolve(str(source)))
+    in_blocks = {name for index in range(model.num_blocks) for name in model.stored_names(index).values()}
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype, key
+        assert after[key].shape == tensor.shape, key
+        if key not in in_blocks:
+            assert _same_bytes(after[key], tensor), f"{key} lies outside the blocks and has changed"
+    _check_masks(run, masks, after)
+    assert pruned <= in_blocks
+    _check_opens(source, exported)
+
+
+def _check_masks(run: Path, masks: dict[str, PrunedWeight], weights: dict[str, Tensor]) -> None:
+    """Every layer of the budget has its mask of exactly so many weights, all of them zero; the sum is the target."""
+    budget = json.loads((run / "run.json").read_text())["budget"]
+    layers = {layer["name"]: layer for block in budget for layer in block["layers"]}
+    assert masks.keys() == layers.keys()
+    for name, layer in masks.items():
+        weight = weights[layer.key].T if layer.transposed else weights[layer.key]
+        assert int(layer.mask.sum()) == layers[name]["num_masked"], name
+        assert not weight[layer.mask].any(), f"{name}: a masked weight is not zero"
+    total = sum(layer["size"] for layer in layers.values())
+    assert sum(layer["num_masked"] for layer in layers.values()) == round(SPARSITY * total)
+
+
+@torch.no_grad()
+def _check_opens(source: Path, exported: Path) -> None:
+    """transformers opens it whole, and computes what our own chain of blocks computes."""
+    theirs, info = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32, output_loading_info=True)
+    _, usual = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    found = {name: sorted(keys) for name, keys in info.items()}
+    assert found == {name: sorted(keys) for name, keys in usual.items()}
+    assert not any(found.values()), found
+    ids = torch.randint(4, 250, (2, 16), generator=torch.Generator().manual_seed(1))
+    expected = theirs.eval()(ids, use_cache=False).logits
+    logits = chain_logits(open_model(resolve(str(exported))), ids)
+    torch.testing.assert_close(logits, expected)
+
+
+def chain_logits(model: BlockModel, ids: Tensor) -> Tensor:
+    """The logits by the blocks one by one."""
+    ends = model.load_ends(_CPU, "all")
+    entry = ends.enter(ids)
+    hidden = entry.hidden
+    for index in range(model.num_blocks):
+        hidden = model.run_block(model.load_block(index, _CPU), hidden, entry.calls[index])
+    return ends.leave(ids, hidden)
+
+
+def _masks(exported: Path) -> dict[str, PrunedWeight]:
+    found: dict[str, PrunedWeight] = {}
+    for path in sorted((exported / FOLDER).glob("*.safetensors")):
+        found.update(read_mask_file(path))
+    return found
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def _same_bytes(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
