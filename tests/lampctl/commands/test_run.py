@@ -200,8 +200,10 @@ def test_status_shows_steps_budget_losses_and_the_next_step(lampctl, tmp_path):
     state = lampctl("status", "r", "--json").json
     assert state["next_step"] == "refine-block/1"
     assert [b["state"] for b in state["blocks"]] == ["refined", "pruned", "waiting"]
-    assert state["blocks"][0]["refine_after"] <= state["blocks"][0]["refine_before"]
-    assert state["blocks"][1]["loss_after"] <= state["blocks"][1]["loss_before"]
+    (refinement,), (compensation,), nothing = (block["trainings"] for block in state["blocks"])
+    assert (refinement["name"], compensation["name"], nothing) == ("refinement", "compensation", [])
+    assert refinement["after"]["trained"] <= refinement["before"]["trained"]
+    assert compensation["after"]["trained"] <= compensation["before"]["trained"]
     assert state["remaining_s"] > 0
     assert sum(layer["num_masked"] for b in state["blocks"] for layer in b["layers"]) == round(
         0.5 * sum(layer["size"] for b in state["blocks"] for layer in b["layers"])

@@ -60,9 +60,10 @@ def test_the_page_shows_the_runs_numbers(tmp_path, capsys):
         assert not section.locator("table").is_visible()
         section.locator("summary").click()
         table = [row.split("\t") for row in section.locator("tbody tr").all_inner_texts()]
-        block = next(b for b in state["blocks"] if b["block"] == 1)
+        trainings = next(block["trainings"] for block in state["blocks"] if block["block"] == 1)
+        losses = next(training for training in trainings if training["name"] == "compensation")
         (row,) = (row for row in table if row[:2] == ["1", "compensation"])
-        assert row[2:4] == [f"{block['loss_before']:.6g}", f"{block['loss_after']:.6g}"]
+        assert row[2:4] == [f"{losses[when]['trained']:.6g}" for when in ("before", "after")]
 
         with tab.expect_download() as download:
             tab.locator("#error-lamp figcaption a").click()
