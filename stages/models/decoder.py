@@ -9,20 +9,19 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import IO
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import UsageError
 from stages.formats.checkpoint_files import WeightFiles, match_names
-from stages.machine.hub import reason_of
+from stages.models.architecture import build_empty, other_towers, text_tower
 from stages.models.base import BlockCall, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_inputs import CachedBlockInputs
 from stages.models.companion_files import companion_files, exported_config
@@ -42,19 +41,8 @@ def open_model(folder: ModelFolder) -> Decoder:
     Raises UsageError for what is no decoder-only language model, is quantized, or has weights in its blocks
     that no pruner here could reach.
     """
-    config = _read_config(folder)
-    files = WeightFiles(folder.path)
-    with without_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=folder.trusts_code)
-    return Decoder(folder, model, files)
-
-
-def without_weights() -> AbstractContextManager[None]:
-    """Build models on `meta`. Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed."""
-    from accelerate import init_empty_weights
-
-    context: AbstractContextManager[None] = init_empty_weights(include_buffers=False)
-    return context
+    model = build_empty(folder)
+    return Decoder(folder, model, WeightFiles(folder.path))
 
 
 class Decoder:
@@ -74,12 +62,13 @@ class Decoder:
             model: On `meta`, built inside `without_weights`; it becomes part of the decoder.
             files: The weights, by their names in the model's own files.
         """
-        config = model.config
+        config = model.config.get_text_config()
         self.source, self.config, self.weights = folder, config, files
         model.eval().requires_grad_(False)
         model.tie_weights()
         self._model = model
         self.name: str = config.model_type
+        self._towers = other_towers(model)
         self._list_name, blocks = _find_blocks(model, config.num_hidden_layers)
         self._blocks = tuple(blocks)
         self.num_blocks = len(self._blocks)
@@ -207,13 +196,15 @@ class Decoder:
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
-        """The model on `meta` with nothing where its blocks were."""
+        """The model on `meta` with nothing where its blocks, and its towers for other inputs, were."""
         blocks = self._model.get_submodule(self._list_name)
         self._model.set_submodule(self._list_name, nn.ModuleList())
         try:
             skeleton = copy.deepcopy(self._model)
         finally:
             self._model.set_submodule(self._list_name, blocks)
+        for tower in self._towers:
+            skeleton.set_submodule(tower, nn.Identity())
         if getattr(skeleton.config, "rescale_every", 0):
             # RWKV halves weights and hidden state every few blocks, against overflow in fp16; the function is the same.
             skeleton.config.rescale_every = 0
@@ -259,7 +250,11 @@ class Decoder:
     def _match_weights(self) -> dict[str, str]:
         state = self._model.state_dict(keep_vars=True)
         renamings = [t for t in get_model_conversion_mapping(self._model) if isinstance(t, WeightRenaming)]
-        stored = match_names(self.weights.keys, state, renamings, self._model.base_model_prefix)
+        matched = match_names(self.weights.keys, state, renamings, self._model.base_model_prefix)
+        # What text does not pass is exported as it is, whatever it is.
+        towers = tuple(f"{tower}." for tower in self._towers)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(towers)}
+        stored = {name: key for name, key in matched.items() if name in state}
         found = {id(state[name]) for name in stored}
         missing = [name for name, tensor in state.items() if tensor.is_meta and id(tensor) not in found]
         if missing:
@@ -311,34 +306,15 @@ class Decoder:
         return next(name for name, module in self._model.named_modules() if module is head) + "."
 
 
-def _read_config(folder: ModelFolder) -> PreTrainedConfig:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    try:
-        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=folder.trusts_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        if "trust_remote_code" in str(error):
-            raise UsageError(
-                f"{folder.name} comes with Python code of its own, which is not run unless you say "
-                "--trust-remote-code: read it first"
-            ) from error
-        raise UsageError(f"{folder.name}: transformers cannot read its config.json ({reason_of(error)})") from error
-    is_own = folder.trusts_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_own) or getattr(config, "is_encoder_decoder", False):
-        raise UsageError(f"{folder.name} is a {config.model_type} model, no decoder-only language model")
-    if getattr(config, "quantization_config", None) is not None:
-        raise UsageError(f"{folder.name} is quantized: name the original model")
-    return config.get_text_config()
-
-
 def _find_blocks(model: PreTrainedModel, num_blocks: int) -> tuple[str, Iterable[nn.Module]]:
-    """The name of the block list and the blocks: of the module lists of that length, the heaviest."""
+    """The name of the block list and the blocks: of the language model's lists of that length, the heaviest."""
     if num_blocks < 1:
         raise UsageError(f"this {type(model).__name__} has no blocks: its config.json says {num_blocks}")
+    tower = text_tower(model)
     lists = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_blocks
+        if isinstance(module, nn.ModuleList) and len(module) == num_blocks and name.startswith(tower)
     }
     if not lists:
         raise UsageError(f"{type(model).__name__} has no list of {num_blocks} blocks: this family cannot be pruned")

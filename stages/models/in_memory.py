@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stages.errors import UsageError
+from stages.models.architecture import without_weights
 from stages.models.base import ModelFolder
-from stages.models.decoder import Decoder, without_weights
+from stages.models.decoder import Decoder
 
 _SOURCE = "memory"
 

@@ -84,7 +84,7 @@ class _Probe:
         self._outputs: list[Tensor] = []
         self._list_name = list_name
         self._tape = Tape(self._returns, self._new_output)
-        self._hidden_size: int = model.config.hidden_size
+        self._hidden_size: int = model.config.get_text_config().hidden_size
         put_recorders(model, list_name, blocks, self._tape)
 
     def traits(self) -> BlockTraits:

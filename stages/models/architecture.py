@@ -1,0 +1,96 @@
+"""Which class of transformers a model folder is of, built on `meta`; where its text tower and its other towers are."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from stages.errors import UsageError
+from stages.machine.hub import reason_of
+from stages.models.base import ModelFolder
+
+_OTHER_INPUTS = ("image", "video", "audio")
+
+
+def build_empty(folder: ModelFolder) -> PreTrainedModel:
+    """The folder's model on `meta`: a language model, or a multimodal one around a language model.
+
+    A multimodal model whose text tower is a class of its own in transformers, which reads the same files, is opened as
+    that class; another one as a whole.
+
+    Raises:
+        UsageError: It is no decoder-only language model, and has none as its text tower; or it is quantized.
+    """
+    config = _read_config(folder)
+    with without_weights():
+        if _is_causal(config, folder):
+            options = {"dtype": torch.float32, "trust_remote_code": folder.trusts_code}
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def without_weights() -> AbstractContextManager[None]:
+    """Build models on `meta`. Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed."""
+    from accelerate import init_empty_weights
+
+    context: AbstractContextManager[None] = init_empty_weights(include_buffers=False)
+    return context
+
+
+def text_tower(model: PreTrainedModel) -> str:
+    """The path, with a dot at its end, of the module that is the language model; empty: the whole model is one."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    tower = model.get_decoder()
+    return next(f"{path}." for path, module in model.named_modules() if module is tower)
+
+
+def other_towers(model: PreTrainedModel) -> tuple[str, ...]:
+    """The paths of the towers for images, video and sound, which text does not pass."""
+    if not text_tower(model):
+        return ()
+    found = {id(model.get_encoder(modality=modality)) for modality in _OTHER_INPUTS} - {id(model)}
+    return tuple(path for path, module in model.named_modules() if id(module) in found)
+
+
+def _read_config(folder: ModelFolder) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=folder.trusts_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{folder.name} comes with Python code of its own, which is not run unless you say "
+                "--trust-remote-code: read it first"
+            ) from error
+        raise UsageError(f"{folder.name}: transformers cannot read its config.json ({reason_of(error)})") from error
+    is_known = _is_causal(config, folder) or _has_text_tower(config)
+    if not is_known or getattr(config, "is_encoder_decoder", False):
+        raise UsageError(f"{folder.name} is a {config.model_type} model, no decoder-only language model")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(f"{folder.name} is quantized: name the original model")
+    return config
+
+
+def _is_causal(config: PreTrainedConfig, folder: ModelFolder) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    is_own = folder.trusts_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    return is_own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _has_text_tower(config: PreTrainedConfig) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    text = config.get_text_config()
+    is_decoder = text is not config and not getattr(text, "is_encoder_decoder", False)
+    return is_decoder and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
