@@ -68,8 +68,8 @@ class PayloadFile(_Part):
 class StreamSpec(_Part):
     """What an activation stream holds: `num_samples` tensors of `sample_shape`, of one dtype."""
 
-    num_samples: int = Field(ge=1)
-    sample_shape: tuple[Annotated[int, Field(ge=1)], ...]
+    num_samples: int = Field(ge=1, le=2**40)
+    sample_shape: tuple[Annotated[int, Field(ge=1, le=2**40)], ...]
     dtype: StreamDtype
 
 
@@ -182,7 +182,8 @@ class Record(BaseModel):
                 data = json.dumps(migrate(cls.__name__, raw, cls.newest_schema)).encode()
             return cls.model_validate_json(data, strict=True)
         except (ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            lines = [first_reason(error)] if isinstance(error, ValidationError) else str(error).splitlines()
+            reason = lines[0] if lines else type(error).__name__
             raise DamagedData(f"{path} is damaged: {reason[:200]}. {remedy}".rstrip()) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.run_config import RunConfig, differing_fields
 from pipeline.errors import ConfigMismatch
@@ -11,6 +11,9 @@ from pipeline.runs.prepare import Prepared
 from pipeline.steps.committed import accuracies_of, measurements_of
 from pipeline.steps.run_facts import config_of, facts_of
 from pipeline.steps.stage_settings import task_data_of
+
+if TYPE_CHECKING:
+    from stages.data.base import SourceDigest
 
 
 def require_same(run: RunDirectory, prepared: Prepared) -> None:
@@ -34,7 +37,7 @@ def require_same(run: RunDirectory, prepared: Prepared) -> None:
         )
 
 
-def require_same_data(run: RunDirectory, source: str, digest: Any) -> None:
+def require_same_data(run: RunDirectory, source: str, digest: SourceDigest | None) -> None:
     """Raise ConfigMismatch if the run was evaluated on other data under the name of this source."""
     for measured in measurements_of(run):
         if measured.source == source and measured.source_digest != digest:

@@ -15,9 +15,8 @@ from pipeline.steps.results import EvaluateResult, Which
 from pipeline.steps.run_facts import facts_of
 
 if TYPE_CHECKING:
-    from pydantic import JsonValue
-
     from pipeline.config.run_config import RunConfig
+    from pipeline.rundir.records import JsonObject
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
     from stages.data.base import DataSource
@@ -113,7 +112,7 @@ def evaluation_steps(
     )
 
 
-def evaluate_result(which: Which, digest: JsonValue, measured: Measurement) -> EvaluateResult:
+def evaluate_result(which: Which, digest: JsonObject | None, measured: Measurement) -> EvaluateResult:
     """The record of a measurement."""
     return EvaluateResult(
         which=which,

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
-from pipeline.rundir.records import Bytes, JsonObject, Result
+from pipeline.rundir.records import Bytes, JsonObject, Result, Sha256
 from pipeline.steps.run_facts import StoredBlockBudget
 from stages.metrics.details import Details, Share
 from stages.metrics.registry import metric_of
@@ -56,6 +65,12 @@ class TrainingRecord(_Part):
     epoch_losses: tuple[LossRecord, ...]
     kept_epoch: Amount
     num_steps: Amount
+
+    @model_validator(mode="after")
+    def _kept_one_of_them(self) -> Self:
+        if self.kept_epoch > len(self.epoch_losses):
+            raise ValueError(f"epoch {self.kept_epoch} was kept, of {len(self.epoch_losses)}")
+        return self
 
     @classmethod
     def of(cls, training: Training) -> TrainingRecord:
@@ -122,13 +137,13 @@ class CalibrateResult(Result):
     amount: Amount
     skipped: dict[str, Amount] = Field(default_factory=dict)  # samples that could not be used, by reason
     bos: BosRecord | None = None  # None: a sample is no text, or the run is older than this field
-    shared_with: str | None = None  # digest of run.json of the run whose result was used
+    shared_with: Sha256 | None = None  # digest of run.json of the run whose result was used
 
 
 class CaptureResult(Result):
     """The input of block 0 is recorded."""
 
-    shared_with: str | None = None
+    shared_with: Sha256 | None = None
 
 
 class AllocateResult(Result):
@@ -194,7 +209,7 @@ class EvaluateResult(Result):
 
     which: Which
     source: str
-    source_digest: JsonValue
+    source_digest: JsonObject | None
     metric: MetricName
     value: float | None
     is_partial: bool

@@ -129,7 +129,7 @@ class IdentityRecord(_Part):
 
     settings: JsonObject
     model: dict[str, DigestRecord]
-    data: JsonObject  # digests of data sources, by name; null: it has none
+    data: dict[str, JsonObject | None]  # digests of data sources, by name; null: it has none
 
 
 class RunFacts(_Part):
@@ -146,6 +146,8 @@ class RunFacts(_Part):
     def _fits_together(self) -> Self:
         if len(self.budget) != self.model.num_blocks or len(self.plan) < self.model.num_blocks:
             raise ValueError("the budget, the plan and the number of blocks do not fit together")
+        if self.identity.model != self.model.files:
+            raise ValueError("the model's files are not those of the run's identity")
         return self
 
 

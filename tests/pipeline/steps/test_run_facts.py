@@ -67,6 +67,8 @@ def test_a_forged_setting_is_damage(tmp_path, name, part):
     [
         ("identity/model/config.json/sha256", "../../x"),
         ("identity/model/config.json/size", 10**29),
+        ("identity/model", {}),
+        ("identity/data/pydocs", 3),
         ("model/max_positions", -1),
         ("model/hidden_size", 10**13),
         ("environment/device/num_threads", 10**29),
@@ -106,10 +108,35 @@ def test_a_forged_commit_is_damage(tmp_path, fields):
         reopen(place)
 
 
-@pytest.mark.parametrize("changes", [{"value": -5.0}, {"metric": "../x"}, {"source": 3}, {"details": {"seqlen": -1}}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"value": -5.0}, {"metric": "../x"}, {"source": 3}, {"details": {"seqlen": -1}}, {"source_digest": "../x"}],
+    ids=str,
+)
 def test_a_forged_result_is_damage(tmp_path, changes):
     place = copy_of_golden(tmp_path / "run")
     newest = json.loads(sorted((place / "commits").iterdir())[-1].read_text())
     change_newest(place, result={**newest["result"], **changes})
     with pytest.raises(DamagedData):
         status(*reopen(place))
+
+
+def test_a_training_keeps_one_of_its_epochs(tmp_path):
+    place = copy_of_golden(tmp_path / "run", 5)
+    newest = json.loads(sorted((place / "commits").iterdir())[-1].read_text())
+    training = {**newest["result"]["training"], "kept_epoch": 2}
+    change_newest(place, result={**newest["result"], "training": training})
+    with pytest.raises(DamagedData, match="epoch 2 was kept, of 1"):
+        status(*reopen(place))
+
+
+@pytest.mark.parametrize("key", ["num_samples", "sample_shape"])
+def test_a_stream_larger_than_any_disk_is_damage(tmp_path, key):
+    place = copy_of_golden(tmp_path / "run", 1)
+    newest = json.loads(sorted((place / "commits").iterdir())[-1].read_text())
+    payloads = newest["payloads"]
+    spec = next(iter(payloads.values()))["stream"]
+    spec[key] = 10**29 if key == "num_samples" else [10**29]
+    change_newest(place, payloads=payloads)
+    with pytest.raises(DamagedData, match=key):
+        reopen(place)
