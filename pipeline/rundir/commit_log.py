@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from pipeline.errors import DamagedData, FileExists, FileGone, Superseded
 from pipeline.rundir import filesystem
-from pipeline.rundir.records import ENVIRONMENT, INVALIDATE, Invalidation, StepCommit
+from pipeline.rundir.records import ENVIRONMENT, INVALIDATE, SETTINGS, Invalidation, StepCommit
 from pipeline.rundir.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class CommitLog:
             if record.step == INVALIDATE:
                 first = record.result_as(Invalidation).from_number
                 commits = [commit for commit in commits if commit.number < first]
-            elif record.step != ENVIRONMENT:
+            elif record.step not in (ENVIRONMENT, SETTINGS):
                 commits.append(record)
         return tuple(commits)
 

@@ -29,9 +29,11 @@ from pydantic import (
 from pipeline.errors import ConfigMismatch, DamagedData
 from pipeline.rundir.migrations import migrate
 
-# Steps of records that are no work: commits that are no longer valid; another machine or other versions from here on.
+# Steps of records that are no work: commits that are no longer valid; from here on, another machine or other versions,
+# or other runtime settings.
 INVALIDATE = "invalidate"
 ENVIRONMENT = "environment"
+SETTINGS = "settings"
 
 JsonObject = dict[str, JsonValue]
 
@@ -266,6 +268,8 @@ class StepCommit(Record):
                 raise ValueError("a record that invalidates names an earlier commit, and has no payloads")
         if self.step == ENVIRONMENT and (self.payloads or not isinstance(self.result.get("environment"), dict)):
             raise ValueError("a record of another environment says which, and has no payloads")
+        if self.step == SETTINGS and (self.payloads or self.result):
+            raise ValueError("a record of other settings has neither payloads nor a result")
         return self
 
 

@@ -28,6 +28,7 @@ from pipeline.rundir.filesystem import FileDigest
 from pipeline.rundir.records import (
     ENVIRONMENT,
     INVALIDATE,
+    SETTINGS,
     EnvironmentChange,
     Invalidation,
     JsonObject,
@@ -240,6 +241,10 @@ class RunDirectory:
         return self._note(
             ENVIRONMENT, EnvironmentChange(environment=dict(environment), changes=tuple(changes)), runtime
         )
+
+    def change_settings(self, runtime: Mapping[str, JsonValue]) -> StepCommit:
+        """Record other runtime settings, from here on, where no step does so. Raises Superseded."""
+        return self._note(SETTINGS, Result(), runtime)
 
     def _note(self, kind: str, result: Result, runtime: Mapping[str, JsonValue]) -> StepCommit:
         """Append a record that is no step."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
 from pipeline.config.completion import check_evaluation, usual_tasks
 from pipeline.config.declarations import GivenSettings, flag_of
 from pipeline.config.run_config import RunConfig
@@ -10,8 +14,9 @@ from pipeline.engine.plan import next_steps
 from pipeline.errors import ConfigError, StepOrderError
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.same_run import require_same_data, require_same_rows
+from pipeline.steps.evaluate import naming_remedy
 from pipeline.steps.lamp_plan import chain_of
-from pipeline.steps.run_facts import facts_of
+from pipeline.steps.run_facts import ModelRecord, facts_of
 from pipeline.steps.stage_settings import task_data_of
 
 
@@ -28,9 +33,7 @@ def change_evaluation(run: RunDirectory, config: RunConfig, settings: GivenSetti
     Raises ConfigError, UsageError.
     """
     from stages.data.registry import parse_source
-    from stages.evaluate import metric_for
     from stages.metrics.zero_shot import check_tasks
-    from stages.tasks.registry import task_named
 
     given = Settings.of({**settings, "model": config.model})  # its checks, and its conversion of lists
     changes = {field: getattr(given, field) for field, value in settings.items() if value is not None}
@@ -39,22 +42,42 @@ def change_evaluation(run: RunDirectory, config: RunConfig, settings: GivenSetti
     if given.tasks is None and not config.tasks:
         changes["tasks"] = usual_tasks(given.task_data, given.task_limit)
     changed = config.with_runtime(changes)
-    check_evaluation(changed, facts_of(run).model.max_positions)
-    model, task = facts_of(run).model.name, facts_of(run).model.task
-    if not task_named(task).reads_text:
-        language_only = ("eval_seqlen", "eval_max_tokens", "tasks", "task_data", "task_limit")
-        for field in language_only:
-            if changes.get(field):
-                raise ConfigError(f"{flag_of(field)}: {model} is a {task} model; that is about text")
-    for name in changed.evaluate:
-        source = parse_source(name)
-        if source.task != task:
-            raise ConfigError(f"{name} is no data for {model}, a {task} model")
-        for metric in changed.metrics:
-            metric_for(task, metric)
-        source.check()
-        require_same_data(run, name, source.digest())
+    model = facts_of(run).model
+    check_evaluation(changed, model.max_positions)
+    _require_about(model, changes)
+    _require_measurable(run, changed, changes)
     if changed.tasks:
         check_tasks(changed.tasks, task_data_of(changed))
         require_same_rows(run, changed)
     return changed
+
+
+def _require_about(model: ModelRecord, changes: Mapping[str, Any]) -> None:
+    """Raise ConfigError for settings about text where the model reads none."""
+    from stages.tasks.registry import task_named
+
+    if task_named(model.task).reads_text:
+        return
+    for field in ("eval_seqlen", "eval_max_tokens", "tasks", "task_data", "task_limit"):
+        if changes.get(field):
+            raise ConfigError(f"{flag_of(field)}: {model.name} is a {model.task} model; that is about text")
+
+
+def _require_measurable(run: RunDirectory, config: RunConfig, changes: Mapping[str, Any]) -> None:
+    """Raise ConfigError or UsageError unless all metrics can be measured on all data. changes: given now."""
+    from stages.data.registry import parse_source
+    from stages.evaluate import metric_for
+
+    model = facts_of(run).model
+    for field, look_up in (
+        ("evaluate", lambda: [parse_source(name) for name in config.evaluate]),
+        ("metrics", lambda: [metric_for(model.task, name) for name in config.metrics]),
+    ):
+        with contextlib.nullcontext() if field in changes else naming_remedy(field, run.label):
+            look_up()
+    for name in config.evaluate:
+        source = parse_source(name)
+        if source.task != model.task:
+            raise ConfigError(f"{name} is no data for {model.name}, a {model.task} model")
+        source.check()
+        require_same_data(run, name, source.digest())

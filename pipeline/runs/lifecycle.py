@@ -143,14 +143,25 @@ def resume(
     Raises:
         Occupied: Another process works on the run.
         ConfigMismatch: This is another machine than the run's, and the run does not allow that.
+
+    Runtime settings that no step records are recorded by themselves, so that the next command knows them.
     """
     options = options or ResumeOptions()
-    if is_finished(run, config) and options.checks != "all" and run.is_published("model"):
+    has_work = not is_finished(run, config) or options.checks == "all" or not run.is_published("model")
+    if not has_work and not _has_other_settings(run, config):
         return
     with Lease(run, stop.request, listener.warn, takeover=options.takeover):
         run.refresh()
-        settle_environment(run, config, listener)
-        _do_remaining(run, config, listener, stop, options)
+        if has_work:
+            settle_environment(run, config, listener)
+            _do_remaining(run, config, listener, stop, options)
+        if _has_other_settings(run, config):  # no step was left to record them
+            run.change_settings(config.runtime)
+
+
+def _has_other_settings(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether the runtime settings differ from those that the run last recorded."""
+    return config.runtime != config_in_force(run).runtime
 
 
 def _do_remaining(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pipeline.config.settings import flag_of
 from pipeline.engine.plan import Step
 from pipeline.errors import ConfigMismatch
 from pipeline.steps.bos_choice import bos_for
@@ -13,6 +15,7 @@ from pipeline.steps.committed import measurements_of
 from pipeline.steps.model_measurement import ModelMeasurement, measured_models
 from pipeline.steps.results import EvaluateResult, Which
 from pipeline.steps.run_facts import facts_of
+from stages.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
@@ -65,14 +68,17 @@ class Evaluate(ModelMeasurement[EvaluateResult]):
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> EvaluateResult:
         from stages.data.registry import parse_source
-        from stages.evaluate import evaluate
+        from stages.evaluate import evaluate, metric_for
         from stages.metrics.base import MetricContext
         from stages.models.registry import open_model
 
         what = step.request
         assert isinstance(what, Evaluation)
         model = context.model if what.which == "dense" else open_model(context.exported_folder())
-        source = parse_source(what.source)
+        with naming_remedy("evaluate", context.run.label):
+            source = parse_source(what.source)
+        with naming_remedy("metrics", context.run.label):
+            metric_for(model.task, what.metric)
         _require_same_data(context, source)
         protocol, chosen = what.protocol, None
         if context.task.reads_text:
@@ -98,6 +104,26 @@ class Evaluate(ModelMeasurement[EvaluateResult]):
     @classmethod
     def measurement(cls, result: EvaluateResult) -> EvaluateResult:
         return result
+
+
+@contextlib.contextmanager
+def naming_remedy(field: str, run: str) -> Iterator[None]:
+    """Inside, an error about a recorded setting also says how to go on without its value.
+
+    The package of a metric or of a data source may be uninstalled after the run began.
+
+    Args:
+        field: Name of the setting.
+        run: Label of the run.
+    """
+    try:
+        yield
+    except UsageError as error:
+        flag = flag_of(field)
+        raise UsageError(
+            f"{error}; {run} has recorded this value: install the package that provides it, or give other values, or "
+            f"none: lampctl evaluate {run} {flag} ''"
+        ) from error
 
 
 def evaluation_steps(

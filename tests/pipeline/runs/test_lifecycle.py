@@ -2,12 +2,16 @@
 
 import pytest
 
-from pipeline.errors import ConfigMismatch, RunNotFound, StepOrderError
+from pipeline.engine.stop import StopRequest
+from pipeline.errors import ConfigError, ConfigMismatch, RunNotFound, StepOrderError
+from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs import environment
 from pipeline.runs.environment import settle_environment
-from pipeline.runs.evaluations import require_exported
-from pipeline.runs.lifecycle import is_finished, newest_unfinished, reopen
+from pipeline.runs.evaluations import change_evaluation, require_exported
+from pipeline.runs.lifecycle import is_finished, newest_unfinished, reopen, resume
+from pipeline.runs.status import status
 from pipeline.steps.run_facts import EnvironmentRecord, environment_of
+from stages.errors import UsageError
 from tests.faults.small_run import Silent
 from tests.pipeline.runs.golden_copy import copy_of_golden
 
@@ -55,3 +59,34 @@ def test_other_environment_is_refused_or_recorded(tmp_path, monkeypatch):
     assert len(run.commits) == 4
     assert "torch is 99.0" in listener.warnings[0]
     assert environment_of(reopen(run.path)[0]) == now
+
+
+def test_settings_that_no_step_records_are_remembered_by_a_finished_run(tmp_path, monkeypatch):
+    """Golden runs have no payloads: a model that is not there would be published again first."""
+    place = copy_of_golden(tmp_path / "run")
+    monkeypatch.setattr(RunDirectory, "is_published", lambda run, name: True)
+    run, config = reopen(place)
+    before = [commit.step for commit in run.commits]
+    assert config.evaluate
+    resume(run, config.with_runtime({"evaluate": []}), Silent(), StopRequest(end_process=pytest.fail))
+    again, remembered = reopen(place)
+    assert remembered.evaluate == ()
+    assert [commit.step for commit in again.commits] == before  # a record, not a step
+    assert len(again.log) == len(before) + 1
+    assert status(again, remembered).is_finished
+    resume(again, remembered, Silent(), StopRequest(end_process=pytest.fail))
+    assert len(reopen(place)[0].log) == len(before) + 1
+
+
+def test_a_metric_or_source_whose_package_is_gone_is_refused_with_the_remedy(tmp_path):
+    run, config = reopen(copy_of_golden(tmp_path / "run"))
+    gone = config.with_runtime({"metrics": ["token-accuracy"]})
+    with pytest.raises(UsageError, match=r"token-accuracy.* install the package .* lampctl evaluate .* --metrics ''"):
+        change_evaluation(run, gone, {"evaluate": ""})
+    assert change_evaluation(run, gone, {"evaluate": "", "metrics": ""}).metrics == ()
+    with pytest.raises((ConfigError, UsageError), match=r"token-accuracy") as refused:
+        change_evaluation(run, config, {"metrics": "token-accuracy"})
+    assert "recorded" not in str(refused.value)
+    elsewhere = config.changed(evaluate=("my-data:x",))
+    with pytest.raises(UsageError, match=r"my-data.* install the package .* --evaluate ''"):
+        change_evaluation(run, elsewhere, {})
