@@ -85,7 +85,7 @@ def _results(runs: Sequence[RunReport], comparison: Comparison) -> Section:
         parts.append(Paragraph(_how_far(runs[0].state)))
     rows = tuple(
         (
-            row.label if row.is_original else scrub(row.label.rstrip("/").rpartition("/")[2]),
+            scrub(row.name),
             row.what,
             *(comparison.cell(row, column).replace(" (", "\n(") for column in comparison.columns),
         )
@@ -94,7 +94,7 @@ def _results(runs: Sequence[RunReport], comparison: Comparison) -> Section:
     columns = ("run", "method", *(column.title for column in comparison.columns))
     parts.append(Table(columns, rows, num_labels=2))
     if any(row.values for row in comparison.rows[1:]):
-        parts.append(Paragraph(f"In brackets: the difference from {comparison.rows[0].label.rpartition('/')[2]}."))
+        parts.append(Paragraph(f"In brackets: the difference from {scrub(comparison.rows[0].name)}."))
     return Section("results", "Results", tuple(parts))
 
 

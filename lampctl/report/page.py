@@ -6,6 +6,7 @@ The markup is in `page.html.jinja`, which escapes every value (paths, settings, 
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,7 @@ from typing import ClassVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 GENERATOR = "lampctl report"  # identifies a page of ours in a folder
+FILES = "lampctl-files"  # of the <meta> that names the files beside the page, as JSON
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,17 @@ class Section:
     level: int = 2
 
 
-def page(title: str, subtitle: str, sections: Sequence[Section], footer: str) -> str:
-    """Render the page as HTML. Every argument is text: markup in it is escaped."""
+def page(title: str, subtitle: str, sections: Sequence[Section], footer: str, files: Sequence[str] = ()) -> str:
+    """Render the page as HTML. Every argument is text: markup in it is escaped. files: written beside the page."""
     loader = PackageLoader("lampctl", "report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     css, _, _ = loader.get_source(environment, "page.css")
-    values = {"title": title, "subtitle": subtitle, "sections": sections, "footer": footer}
-    return environment.get_template("page.html.jinja").render(values, generator=GENERATOR, css=css)
+    values = {
+        "title": title,
+        "subtitle": subtitle,
+        "sections": sections,
+        "footer": footer,
+        "files": json.dumps(list(files)),
+    }
+    return environment.get_template("page.html.jinja").render(values, generator=GENERATOR, css=css, files_name=FILES)

@@ -11,9 +11,9 @@ from lampctl.output.labels import source_label
 from lampctl.output.trials import is_partial, partial_note, trial_value
 from lampctl.output.units import duration
 from lampctl.report.data import Cell, Dataset
+from lampctl.report.folder import files_of, require_ours, write_folder
 from lampctl.report.page import Paragraph, Part, Picture, Section, Table, page
 from lampctl.report.style import INK, MARKERS, SERIES, log_axis, png, require_matplotlib
-from lampctl.report.write import PAGE, require_ours
 from pipeline.rundir.redact import scrub
 from stages.metrics.registry import figure_text, metric_of
 from stages.pruners.registry import method_title
@@ -49,21 +49,13 @@ def write_response(sweep: Sweep, states: Sequence[TrialState], out: Path) -> lis
         image = draw(part, sweep.spec.fields, is_search=bool(sweep.spec.search))
         drawn.append(Picture(name, image, title, caption, part.csv()))
         sections.append(Section(name, title, (drawn[-1],)))
-    folder = out / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [out / PAGE, out / "trials.csv"]
-    written[1].write_text(table.csv(), encoding="utf-8")
-    for picture in drawn:
-        written += [folder / f"{picture.name}.png", folder / f"{picture.name}.csv"]
-        written[-2].write_bytes(picture.png)
-        written[-1].write_text(picture.csv or "", encoding="utf-8")
+    files = {"trials.csv": table.csv().encode(), **files_of(drawn)}
     done = sum(state.state == "done" for state in states)
     model = Path(sweep.spec.gathered.values.model).name
     title = f"{model}: {', '.join(sweep.spec.fields)}"
     subtitle = scrub(f"{sweep.storage.label}, {done} of {sweep.spec.num_trials or len(states)} trials are done")
     footer = f"Made by lampctl {VERSION} from the commits of the trials' runs."
-    written[0].write_text(page(title, subtitle, sections, footer), encoding="utf-8")
-    return written
+    return write_folder(out, files, lambda names: page(title, subtitle, sections, footer, names))
 
 
 def measured(sweep: Sweep, states: Sequence[TrialState]) -> Dataset:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from lampctl.output.comparison import compare
 from lampctl.report.contents import RunReport, contents, heading, pictures
+from lampctl.report.folder import files_of, require_ours, write_folder
 from lampctl.report.mask_samples import MaskSample, mask_samples
-from lampctl.report.page import GENERATOR, page
+from lampctl.report.page import page
 from lampctl.report.style import require_matplotlib
 from pipeline.config.run_config import RunConfig
-from pipeline.errors import ConfigError, ConfigMismatch
+from pipeline.errors import ConfigMismatch
 from pipeline.rundir.redact import scrub
 from pipeline.rundir.run_directory import RunDirectory
-from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.comparison import summary_of
 from pipeline.runs.continuations import Continuation, continuations
 from pipeline.runs.lifecycle import reopen
@@ -24,8 +24,6 @@ from stages.errors import ResourceError, UsageError
 from stages.interfaces import Watcher
 from stages.version import VERSION
 
-PAGE = "index.html"
-_FIGURES = "figures"
 _NUM_PICTURES = 4
 
 
@@ -66,41 +64,7 @@ def write_report(
     sections = contents(runs, compare([summary_of(run.state) for run in runs]))
     title, subtitle = heading(runs)
     footer = f"Made by lampctl {VERSION} from what the run directories hold."
-    figures = out / _FIGURES
-    figures.mkdir(parents=True, exist_ok=True)
-    written = [out / PAGE]
-    for picture in pictures(sections):
-        written.append(figures / f"{picture.name}.png")
-        written[-1].write_bytes(picture.png)
-        if picture.csv is not None:
-            written.append(figures / f"{picture.name}.csv")
-            written[-1].write_text(picture.csv, encoding="utf-8")
-    written[0].write_text(page(title, subtitle, sections, footer), encoding="utf-8")
-    return written
-
-
-def require_ours(out: Path, places: Sequence[str]) -> None:
-    """Raise ConfigError unless `out` is missing, empty, or an earlier report."""
-    for place in places:
-        if not is_address(place) and out.resolve().is_relative_to(Path(place).resolve()):
-            raise ConfigError(f"--out {out} is inside the run {place}: name another folder")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file: name a folder")
-    try:
-        is_new = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        if is_new:
-            out.rmdir()  # this was only a test whether it can be created
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be created: {error.strerror}") from error
-    if not out.exists() or not any(out.iterdir()):
-        return
-    try:
-        is_ours = f'content="{GENERATOR}"' in (out / PAGE).read_text(encoding="utf-8", errors="replace")[:1000]
-    except FileNotFoundError:
-        is_ours = False
-    if not is_ours:
-        raise ConfigError(f"--out {out} holds files that are not a report: name a new folder")
+    return write_folder(out, files_of(pictures(sections)), lambda files: page(title, subtitle, sections, footer, files))
 
 
 def _report_of(

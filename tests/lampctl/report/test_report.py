@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lampctl.report import data, plots
+from lampctl.report.folder import write_folder
 from lampctl.report.page import Section, Texts, page
 from pipeline.runs.lifecycle import reopen
 from pipeline.runs.status import status
@@ -221,6 +222,34 @@ def test_report_without_matplotlib_names_the_extra(lampctl, folder, monkeypatch)
     assert answer.code == 2
     assert "pip install '.[report]' in the clone of lampctl" in answer.err
     assert not Path("out").exists()
+
+
+def test_a_report_over_an_older_one_leaves_only_its_own_files_and_those_of_others(lampctl, folder):
+    both = lampctl("report", folder / "lamp", folder / "lamp-sparsegpt", "--out", "out", "--no-text")
+    assert both.code == 0, both.err
+    of_both = {str(path) for path in Path("out").rglob("*.*")}
+    (Path("out") / "figures" / "mine.png").write_bytes(b"a figure of the user")
+    (Path("out") / "notes.csv").write_text("a table of the user")
+    alone = lampctl("report", folder / "lamp-sparsegpt", "--out", "out", "--no-text")
+    assert alone.code == 0, alone.err
+    fresh = lampctl("report", folder / "lamp-sparsegpt", "--out", "fresh", "--no-text")
+    assert fresh.code == 0, fresh.err
+    expected = {str(path.relative_to("fresh")) for path in Path("fresh").rglob("*.*")}
+    left = {str(path.relative_to("out")) for path in Path("out").rglob("*.*")}
+    assert left == {*expected, "figures/mine.png", "notes.csv"}
+    assert len(of_both) > len(expected)
+
+
+def test_an_edited_page_deletes_nothing_outside_of_the_report(tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(b"")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+    named = ("../outside.png", str(outside), "figures/../../outside.png", "thesis.tex")
+    (tmp_path / "out" / "index.html").write_text(page("t", "s", [], "f", named))
+    write_folder(tmp_path / "out", {}, lambda files: page("t", "s", [], "f", files))
+    assert outside.exists()
+    assert (tmp_path / "out" / "thesis.tex").exists()
 
 
 def test_report_without_the_original_model_needs_no_text(lampctl, folder):
