@@ -55,21 +55,40 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One run or model, or the dense original of a run."""
+    """One run or model, or the dense original of a run.
+
+    Attributes:
+        label: Folder or address; of an original that was not given itself, the name of the model.
+        name: The end of the label that tells the rows apart: the name of the run.
+        base: The model that was pruned, or the folder itself.
+        method: Name of the method; None: not known.
+        goal: Sparsity goal as text.
+        is_original: Whether it is the model that a run of the table has pruned.
+        steps_left: Steps that a run has not done yet.
+        values: By the column's key. Unknown values are missing; infinite after an overflow.
+    """
 
     label: str
+    name: str
     base: str
     method: str | None
     goal: str | None
     is_original: bool
-    values: dict[str, float]  # by the column's key; unknown values are missing; infinite after an overflow
+    steps_left: int
+    values: dict[str, float]
 
     @property
     def what(self) -> str:
-        """Method and sparsity goal as text."""
+        """Method and sparsity goal as text, and whether the run is unfinished."""
         if self.is_original:
             return "dense"
-        return "-" if self.method is None else f"{method_title(self.method)} {self.goal}"
+        what = "-" if self.method is None else f"{method_title(self.method)} {self.goal}"
+        return f"{what}, unfinished" if self.steps_left else what
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model: its folder's name, or its name on the hub."""
+        return Path(self.base).name if Path(self.base).is_absolute() else self.base
 
 
 @dataclass(frozen=True)
@@ -113,25 +132,47 @@ def compare(summaries: Sequence[ModelSummary]) -> Comparison:
     two tokenizers cannot be compared and get a column each.
     """
     measured = _measured_columns([result for summary in summaries for result in summary.evaluations])
-    rows = [_row(summary, measured) for summary in summaries]
     originals: dict[str, dict[str, float]] = {}
     for summary in summaries:
         for result in summary.evaluations:
             if result.which == "dense":
                 originals.setdefault(summary.base, {})[measured[result.measured_on].key] = _value(result)
-    rows += [Row(Path(base).name, base, None, None, True, values) for base, values in originals.items()]
+    names = _distinct_names([summary.label for summary in summaries])
+    rows = [
+        _row(summary, name, measured, None if summary.method else originals.pop(summary.base, None))
+        for summary, name in zip(summaries, names, strict=True)
+    ]
+    rows += [
+        Row(Path(base).name, Path(base).name, base, None, None, True, 0, values) for base, values in originals.items()
+    ]
     columns = (*dict.fromkeys(measured.values()), *(column for column, _ in _FIXED))
     known = {key for row in rows for key in row.values}
     return Comparison(tuple(column for column in columns if column.key in known), tuple(rows))
 
 
-def _row(summary: ModelSummary, measured: dict[MeasuredOn, Column]) -> Row:
-    values = {measured[r.measured_on].key: _value(r) for r in summary.evaluations if r.which == "pruned"}
+def _distinct_names(labels: Sequence[str]) -> list[str]:
+    """The shortest ends of these paths that tell them apart, whole names of folders only."""
+    parts = [[part for part in label.split("/") if part] for label in labels]
+    deepest = max(map(len, parts), default=0)
+    for depth in range(1, deepest + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(set(labels)):
+            return names
+    return list(labels)
+
+
+def _row(
+    summary: ModelSummary, name: str, measured: dict[MeasuredOn, Column], as_original: dict[str, float] | None
+) -> Row:
+    """The row of one summary. as_original: what runs measured of it, if it is the original model of one."""
+    is_original = as_original is not None
+    values = dict(as_original or {})
+    values |= {measured[r.measured_on].key: _value(r) for r in summary.evaluations if r.which == "pruned"}
     for column, figure in _FIXED:
         value = figure(summary)
         if value is not None:
             values[column.key] = value
-    return Row(summary.label, summary.base, summary.method, summary.goal, False, values)
+    return Row(summary.label, name, summary.base, summary.method, summary.goal, is_original, summary.steps_left, values)
 
 
 def _value(result: EvaluationResult) -> float:
@@ -175,6 +216,7 @@ def as_json(comparison: Comparison) -> str:
                 "method": row.method,
                 "goal": row.goal,
                 "is_original": row.is_original,
+                "is_finished": not row.steps_left,
                 "figures": {column.key: figure(row, column) for column in comparison.columns},
             }
             for row in comparison.rows
@@ -188,9 +230,9 @@ def as_csv(comparison: Comparison) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     keys = [key for column in comparison.columns for key in (column.key, f"{column.key}_delta")]
-    writer.writerow(["label", "model", "method", "goal", "is_original", *keys])
+    writer.writerow(["label", "model", "method", "goal", "is_original", "is_finished", *keys])
     for row in comparison.rows:
-        cells: list[Any] = [row.label, row.base, row.method, row.goal, row.is_original]
+        cells: list[Any] = [row.name, row.model_name, row.method, row.goal, row.is_original, not row.steps_left]
         for column in comparison.columns:
             cells += [row.values.get(column.key), comparison.delta(row, column)]
         writer.writerow(["" if cell is None else cell for cell in cells])
@@ -202,6 +244,6 @@ def as_markdown(comparison: Comparison) -> str:
     titles = ["", "method", *(column.title.replace("\n", " ") for column in comparison.columns)]
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(comparison.columns)]
     for row in comparison.rows:
-        cells = [row.label, row.what, *(comparison.cell(row, column) for column in comparison.columns)]
+        cells = [row.name, row.what, *(comparison.cell(row, column) for column in comparison.columns)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -196,7 +196,7 @@ def comparison(table: Comparison) -> None:
         shown.add_column(column.title, justify="right")
     for row in table.rows:
         cells = [table.cell(row, column).replace(" (", "\n(") for column in table.columns]
-        shown.add_row(row.label if row.is_original else shown_path(row.label), row.what, *cells)
+        shown.add_row(shown_path(row.label), row.what, *cells)
     console_here().print(shown)
 
 

@@ -29,6 +29,7 @@ class ModelSummary:
     base: str  # the model that was pruned, or the folder itself
     method: str | None
     goal: str | None
+    steps_left: int  # of a run; 0: finished, or no run
     evaluations: tuple[EvaluationResult, ...]
     num_masked: int | None
     num_prunable: int | None
@@ -73,6 +74,7 @@ def summary_of(state: RunStatus) -> ModelSummary:
         base=state.config.model,
         method=state.config.method,
         goal=state.config.goal,
+        steps_left=len(state.steps) - state.num_done,
         evaluations=state.evaluations,
         num_masked=state.num_masked,
         num_prunable=state.num_prunable,
@@ -119,9 +121,10 @@ def _summary_of_folder(path: Path, request: EvaluationRequest, callbacks: Watche
     packed = path.with_name(f"{path.name}.packed.safetensors")
     return ModelSummary(
         label=str(path),
-        base=str(path),
+        base=str(path.resolve()),  # as runs name the model that they prune
         method=None,
         goal=None,
+        steps_left=0,
         evaluations=_measured(model, request, callbacks) if request.sources else (),
         num_masked=count.num_masked,
         num_prunable=count.num_prunable,

@@ -32,6 +32,7 @@ def standing(label: str, *results: EvaluationResult, **changes) -> ModelSummary:
         "base": "m",
         "method": "lamp",
         "goal": "70%",
+        "steps_left": 0,
         "num_masked": 700,
         "num_prunable": 1000,
         "dense_bytes": 4000,
@@ -61,6 +62,34 @@ def test_compare_shows_differences_from_the_first_row():
     assert table.delta(table.rows[1], seconds) == -5.0
     assert table.delta(table.rows[2], size) is None
     assert memory.title == "peak memory"
+
+
+def test_rows_have_the_names_of_their_runs_in_csv_and_markdown():
+    table = compare([standing("/here/runs/a", result(), base="/models/m"), standing("/here/runs/b/", base="/models/m")])
+    rows = list(csv.DictReader(io.StringIO(as_csv(table))))
+    assert [(row["label"], row["model"]) for row in rows] == [("a", "m"), ("b", "m")]
+    assert "/" not in as_markdown(table)
+    assert [row["label"] for row in json.loads(as_json(table))["rows"]] == ["/here/runs/a", "/here/runs/b/"]
+    alike = compare([standing("/one/a"), standing("/two/a"), standing("s3://bucket/runs/a", base="org/m")])
+    assert [row.name for row in alike.rows] == ["one/a", "two/a", "runs/a"]
+    assert alike.rows[2].model_name == "org/m"
+
+
+def test_an_unfinished_run_is_shown_as_such():
+    table = compare([standing("a"), standing("b", steps_left=3)])
+    assert [row.what for row in table.rows] == ["LAMP 70%", "LAMP 70%, unfinished"]
+    assert [row["is_finished"] for row in json.loads(as_json(table))["rows"]] == [True, False]
+    assert [row["is_finished"] for row in csv.DictReader(io.StringIO(as_csv(table)))] == ["True", "False"]
+
+
+def test_the_dense_model_has_one_row_where_its_folder_is_given_too():
+    dense = standing("/m", result(perplexity=11.0, source="ptb"), base="/m", method=None, goal=None, num_masked=0)
+    table = compare([standing("/a", result("dense", 10.0), result(perplexity=12.0), base="/m"), dense])
+    assert [(row.label, row.what) for row in table.rows] == [("/a", "LAMP 70%"), ("/m", "dense")]
+    measured = {column.key: table.rows[1].values.get(column.key) for column in table.columns}
+    assert (measured["perplexity/c4@64"], measured["perplexity/ptb@64"], measured["sparsity"]) == (10.0, 11.0, 0.0)
+    other = compare([standing("/a", result("dense", 10.0), base="/m"), standing("/n", base="/n", method=None)])
+    assert [row.what for row in other.rows] == ["LAMP 70%", "-", "dense"]
 
 
 def test_compare_has_one_column_per_evaluation_set():
@@ -125,7 +154,9 @@ def test_compare_evaluate_equals_the_runs_perplexity(lampctl, words, tmp_path):
     call = ("compare", "r", "elsewhere", "m", "--evaluate", "text:words.txt", "--json")
     shown = lampctl(*call)
     assert shown.code == 0, shown.err
-    run, moved, dense, original = shown.json["rows"]
+    run, moved, dense = shown.json["rows"]
+    (original,) = lampctl("compare", "r", "--json").json["rows"][1:]
+    assert (dense["is_original"], dense["label"]) == (True, str(tmp_path / "m"))
     key = next(column["key"] for column in shown.json["columns"] if column["unit"] == "perplexity")
     assert moved["figures"][key]["value"] == pytest.approx(run["figures"][key]["value"], rel=1e-6)
     assert dense["figures"][key]["value"] == pytest.approx(original["figures"][key]["value"], rel=1e-6)
