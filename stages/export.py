@@ -226,6 +226,7 @@ class CardFacts:
     """What the model card tells."""
 
     task: str  # a name of `stages.tasks.registry.TASKS`
+    loader: str  # class of transformers that opens the folder
     base_model: str
     revision: str | None
     method: str
@@ -271,7 +272,9 @@ def model_card(facts: CardFacts) -> bytes:
         lines += ["| zero-shot accuracy on | original | pruned | |", "|---|---|---|---|"]
         lines += [f"| {f.source} | {_percent(f.dense)} | {_percent(f.pruned)} | {f.note} |" for f in facts.accuracies]
         lines.append("")
-    lines += ["```python", *task_named(facts.task).loading, "```", "", "## Settings", ""]
+    task = task_named(facts.task)
+    loading = (line.replace(task.loader, facts.loader) for line in task.loading)
+    lines += ["```python", *loading, "```", "", "## Settings", ""]
     lines += [f"- {name}: {value}" for name, value in facts.settings.items() if value not in (None, (), [], {})]
     return ("\n".join(lines) + "\n").encode()
 

@@ -9,6 +9,7 @@ import torch
 
 from stages.data.tokenization import load_tokenizer
 from stages.interfaces import Watcher
+from stages.models.loader import loader_of
 
 
 @torch.no_grad()
@@ -25,12 +26,13 @@ def continue_prompts(
     At most `num_tokens` tokens, fewer where the text ends or the model has no more positions. Unlike pruning, this
     has the whole model in memory, in the dtype that it is stored in.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading; `callbacks` tells how far this is
     tokenizer = load_tokenizer(folder, trusts_code=trusts_code)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trusts_code)
+    loader = getattr(transformers, loader_of(folder))
+    model = loader.from_pretrained(folder, dtype="auto", trust_remote_code=trusts_code)
     model.eval().to(device)
     num_positions = getattr(model.config, "max_position_embeddings", None)
     texts = []

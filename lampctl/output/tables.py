@@ -29,6 +29,7 @@ from pipeline.runs.status import (
 from pipeline.runs.status import status as status_of
 from pipeline.steps.registry import STEP_KINDS
 from stages.metrics.registry import figure_text, metric_of
+from stages.models.loader import loader_of
 from stages.pruners.registry import method_title
 from stages.tasks.registry import task_named
 
@@ -70,7 +71,8 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
         console.print("\nThe pruned model:", shown_path(main.model), soft_wrap=True, highlight=False)
         if not is_address(main.model):
             task = task_named(main.task)
-            load = f'{task.loader}.from_pretrained("{shown_path(main.model)}", dtype="{task.loader_dtype}")'
+            loader = loader_of(Path(main.model), task.loader)
+            load = f'{loader}.from_pretrained("{shown_path(main.model)}", dtype="{task.loader_dtype}")'
             console.print("Load it:          " + load, soft_wrap=True, highlight=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pipeline.config.run_config import RunConfig
@@ -22,18 +23,22 @@ class ModelView:
     def refresh(self) -> None:
         """Publish the exported model and write its card, if a commit has been added since."""
         from stages.export import model_card
+        from stages.models.loader import loader_of
 
         run = self._run
         if not is_exported(run) or self._num_commits == len(run.commits):
             return
-        run.publish("model")
-        run.write_view("model/README.md", model_card(card_facts(run, self._config)))
+        folder = run.publish("model")
+        facts = card_facts(run, self._config)
+        facts = replace(facts, loader=loader_of(folder, facts.loader))
+        run.write_view("model/README.md", model_card(facts))
         self._num_commits = len(run.commits)
 
 
 def card_facts(run: RunDirectory, config: RunConfig) -> Any:
     """What the exported model's card tells (`stages.export.CardFacts`)."""
     from stages.export import CardFacts, CardFigure
+    from stages.tasks.registry import task_named
 
     state = status(run, config)
     figures = []
@@ -60,6 +65,7 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
     assert state.num_other_zeros is not None
     return CardFacts(
         task=model.task,
+        loader=task_named(model.task).loader,
         base_model=model.name,
         revision=model.revision,
         method=config.method,

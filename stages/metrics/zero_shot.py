@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.errors import ResourceError, UsageError
 from stages.metrics.harness_tasks import LAYOUT, MISSING_HARNESS, TaskData, render
+from stages.models.loader import loader_of
 
 if TYPE_CHECKING:
     from stages.interfaces import Watcher
@@ -96,7 +97,7 @@ class ZeroShot:
         if importlib.util.find_spec("lm_eval") is None:
             raise UsageError(MISSING_HARNESS)
         with _quiet():
-            self._model = _watched_model()(
+            self._model = _watched_model(loader_of(folder.path))(
                 pretrained=str(folder.path),
                 device=device,
                 dtype="auto",
@@ -172,13 +173,15 @@ def _result(task: str, found: Mapping[str, Any]) -> TaskResult:
     )
 
 
-def _watched_model() -> type[Any]:
+def _watched_model(loader: str) -> type[Any]:
     """The harness's model for transformers, which tells our callbacks how far it is, and stops when they say so."""
+    import transformers
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):
         """Between any two forward passes, the callbacks are asked."""
 
+        AUTO_MODEL_CLASS = getattr(transformers, loader)
         callbacks: Watcher
         _done = _total = 0
 

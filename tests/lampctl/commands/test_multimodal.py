@@ -9,10 +9,14 @@ import torch
 
 from stages.formats.checkpoint_files import WeightFiles
 from stages.formats.pruning_masks import read_mask_file
+from stages.generate import continue_prompts
+from stages.in_memory import NullCallbacks
+from stages.metrics.zero_shot import ZeroShot
+from stages.models.loader import loader_of
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from stages.testing.models import check_model_family
-from tests import multimodal_models
+from tests import multimodal_models, small_models
 from tests.multimodal_models import FAMILIES
 from tests.small_models import VOCAB
 
@@ -97,3 +101,21 @@ def test_a_checkpoint_whose_tower_is_missing_is_exported_as_it_is(lampctl, tmp_p
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     assert lampctl("run", "m", *FLAGS, "--method", "magnitude").code == 0
     assert set(WeightFiles(Path("r/model")).keys) == kept.keys()
+
+
+def test_what_is_said_of_loading_the_exported_model_works(lampctl, tmp_path):
+    multimodal_models.save(tmp_path / "m", "mistral3")
+    answer = lampctl("run", "m", *FLAGS, "--method", "magnitude")
+    assert "AutoModelForMultimodalLM.from_pretrained" in answer.out
+    assert 'model = AutoModelForMultimodalLM.from_pretrained("PATH' in Path("r/model/README.md").read_text()
+    written = continue_prompts(Path("r/model"), ["a word"], 3, torch.device("cpu"), NullCallbacks())
+    assert len(written) == 1
+    small_models.save(tmp_path / "t", "llama")
+    assert loader_of(tmp_path / "t") == "AutoModelForCausalLM"
+
+
+def test_tasks_measure_a_multimodal_model_by_its_text(tmp_path):
+    pytest.importorskip("lm_eval")
+    folder = multimodal_models.save(tmp_path / "m", "mistral3")
+    model = ZeroShot(resolve(str(folder)), "cpu")._model.model
+    assert type(model).__name__ == "Mistral3ForConditionalGeneration"

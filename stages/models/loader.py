@@ -1,0 +1,24 @@
+"""The class of transformers by which users and measurements open a whole model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_OF_TEXT = "AutoModelForCausalLM"
+_OF_MANY_INPUTS = "AutoModelForMultimodalLM"
+
+
+def loader_of(folder: Path, usual: str = _OF_TEXT) -> str:
+    """Name of the class whose `from_pretrained` opens the model in a folder with all its towers.
+
+    Args:
+        folder: The model folder.
+        usual: The class for models of its task.
+    """
+    try:
+        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or ()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return usual  # whoever opens the folder tells what is wrong with it
+    is_multimodal = any(str(name).endswith("ForConditionalGeneration") for name in architectures)
+    return _OF_MANY_INPUTS if is_multimodal and usual == _OF_TEXT else usual
