@@ -35,7 +35,7 @@ def draw_tokens(source: TextSource, tokenizer: Any, drawing: Drawing) -> Tensor:
     """As `calibrate`, with a tokenizer that is loaded already."""
     framing = Framing.of(tokenizer, drawing.bos)
     tokens = calibration_tokens(
-        source,
+        source.for_model(tokenizer, drawing.chat_template),
         framing.tokenizer,
         drawing.num_samples,
         framing.text_tokens(drawing.tokens),

@@ -55,6 +55,7 @@ def choose_bos(context: MetricContext, tokenizer: Any, use: Use) -> BosChoice:
         return BosChoice("stream")
     source, seqlen = context.source, context.protocol.seqlen
     assert isinstance(source, TextSource)
+    source = source.for_model(tokenizer, context.protocol.chat_template)
     framing = Framing.of(tokenizer, "window")
     needed = NUM_WINDOWS * framing.text_tokens(seqlen)
     text = first_tokens(framing.tokenizer, source.text(use), needed)[:needed]

@@ -9,7 +9,7 @@ import typer
 from lampctl.cli.options import with_changes
 from pipeline.config.declarations import GivenSettings
 
-_OF_MODEL = ("device", "dtype", "bos", "revision", "trust_remote_code")
+_OF_MODEL = ("device", "dtype", "bos", "chat_template", "revision", "trust_remote_code")
 
 
 @with_changes(

@@ -171,6 +171,17 @@ class PruningSettings:
             draws_samples=True,
         ),
     ] = None
+    chat_template: Annotated[
+        Literal["auto", "none"],
+        Option(
+            "How conversations (columns messages, conversations) become text: auto, by the tokenizer's chat "
+            "template; none, the contents of the messages alone.",
+            "Calibration",
+            "HOW",
+            "auto",
+            draws_samples=True,
+        ),
+    ] = "auto"
     seed: Annotated[
         Annotated[int, Limits(ge=0, lt=2**63)], Option("Random seed.", "Calibration", "N", "0", draws_samples=True)
     ] = 0

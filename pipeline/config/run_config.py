@@ -78,7 +78,12 @@ class RunConfig(Settings):
     def evaluation_protocol(self) -> EvaluationProtocol:
         """How the model is measured."""
         return EvaluationProtocol(
-            self.eval_seqlen, self.eval_max_tokens, self.eval_points, self.eval_max_images, self.decided_bos
+            self.eval_seqlen,
+            self.eval_max_tokens,
+            self.eval_points,
+            self.eval_max_images,
+            self.decided_bos,
+            self.chat_template,
         )
 
     @property

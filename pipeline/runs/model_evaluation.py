@@ -27,6 +27,7 @@ from stages.metrics.points import Points
 
 if TYPE_CHECKING:
     from stages.data.base import DataSource
+    from stages.data.chat import ChatTemplate
     from stages.data.text_source import Bos
     from stages.interfaces import Checkpoint, Watcher
     from stages.metrics.base import Measurement
@@ -54,6 +55,7 @@ class EvaluationRequest:
     device: str = "auto"
     dtype: str = "auto"
     bos: Bos | Literal["auto"] = "auto"  # where BOS stands in windows of text
+    chat_template: ChatTemplate = "auto"  # how conversations become text
     metrics: tuple[str, ...] = ()  # beside the usual one of the kind of model
 
 
@@ -105,6 +107,7 @@ def request_of(settings: GivenSettings) -> EvaluationRequest:
         device=found.device,
         dtype=found.dtype,
         bos=found.bos or "auto",
+        chat_template=found.chat_template,
         metrics=found.metrics,
     )
 
@@ -193,7 +196,9 @@ def _measured(
     from stages.metrics.base import MetricContext
 
     decided = "stream" if request.bos == "auto" else request.bos
-    protocol = EvaluationProtocol(seqlen, request.max_tokens, request.points, request.max_images, decided)
+    protocol = EvaluationProtocol(
+        seqlen, request.max_tokens, request.points, request.max_images, decided, request.chat_template
+    )
     sources = [parse_source(name) for name in request.sources]
     asked = [(source, metric) for source in sources for metric in (None, *request.metrics)]
     for source, metric in asked:

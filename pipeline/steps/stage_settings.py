@@ -124,6 +124,7 @@ def drawing_of(config: RunConfig) -> Drawing:
         config.calibration_skip,
         config.seed,
         config.decided_bos,
+        config.chat_template,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stages.data.chat import ChatTemplate
 from stages.data.text_source import Bos
 
 
@@ -17,3 +18,4 @@ class Drawing:
     skip: int  # samples to leave out first
     seed: int
     bos: Bos = "stream"  # where BOS stands; it is one of the tokens of a sample
+    chat_template: ChatTemplate = "auto"  # how conversations become text

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from stages.data.hub_access import from_cache, read_through_hub, require_reachable, unreachable
 from stages.data.readers import read_rows
 from stages.data.text_source import TextSource, Use, local_file
-from stages.errors import ResourceError
 from stages.formats.file_digest import digest_file
 
 if TYPE_CHECKING:
     from stages.data.base import SourceDigest
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,15 +53,13 @@ class HubText(TextSource):
         if self.file is not None:
             self.documents("evaluation")
             return
-        from huggingface_hub import HfApi
-
         from stages.machine.hub import UNREACHABLE
 
         try:
-            HfApi().dataset_info(self.repo, timeout=20)
+            require_reachable(self.repo)
         except UNREACHABLE as error:
             if all(self.cached_rows(use) is None for use in self.split):
-                raise self._unreachable(error) from error
+                raise unreachable(self.name, error, self._local) from error
 
     def digest(self) -> SourceDigest | None:
         if self.file is None:
@@ -79,37 +74,17 @@ class HubText(TextSource):
 
     def hub_rows(self, use: Use) -> Sequence[str]:
         """The rows from the hub, or from the local cache if the hub cannot be reached."""
-        from huggingface_hub import HfApi
-
-        from stages.machine.hub import UNREACHABLE
-
-        try:
-            # `datasets` itself tries for half a minute before it gives up.
-            HfApi().dataset_info(self.repo, timeout=20)
-            return self._load(use)
-        except UNREACHABLE as error:
-            rows = self.cached_rows(use)
-            if rows is None:
-                raise self._unreachable(error) from error
-            log.warning("the Hugging Face hub cannot be reached; using the copy of %s in the cache", self.name)
-            return rows
+        return read_through_hub(
+            self.repo, self.name, lambda: self._load(use), lambda: self.cached_rows(use), self._local
+        )
 
     def cached_rows(self, use: Use) -> Sequence[str] | None:
         """The rows from the cache of `datasets`; None if they are not there."""
-        import datasets
+        return from_cache(lambda: self._load(use))
 
-        from stages.machine.hub import UNREACHABLE
-
-        before = datasets.config.HF_HUB_OFFLINE
-        datasets.config.HF_HUB_OFFLINE = True
-        try:
-            return self._load(use)
-        except UNREACHABLE:
-            return None
-        except ValueError:  # raised by `datasets` for a configuration that is not in its cache
-            return None
-        finally:
-            datasets.config.HF_HUB_OFFLINE = before
+    @property
+    def _local(self) -> str:
+        return f"a local copy ({self.name}:PATH) or text (text:PATH)"
 
     def _load(self, use: Use) -> Sequence[str]:
         import datasets
@@ -121,11 +96,3 @@ class HubText(TextSource):
             rows = datasets.load_dataset(kind, data_files=self.files[use], split=self.split[use])
         column: Sequence[str] = rows[self.column]
         return column
-
-    def _unreachable(self, error: BaseException) -> ResourceError:
-        from stages.machine.hub import reason_of
-
-        return ResourceError(
-            f"{self.name} comes from the Hugging Face hub, which is out of reach ({reason_of(error)}): try later, or "
-            f"use pydocs, which comes with Python, or a local copy ({self.name}:PATH) or text (text:PATH)"
-        )

@@ -19,6 +19,9 @@ DATA_SOURCES: Registry[type[DataSource]] = Registry(
         "ptb": "stages.data.ptb:PennTreebank",
         "pydocs": "stages.data.pydocs:PythonDocs",
         "text": "stages.data.text_file:TextFile",
+        "jsonl": "stages.data.jsonl_file:JsonLinesFile",
+        "parquet": "stages.data.parquet_file:ParquetFile",
+        "hf": "stages.data.hub_dataset:HubDataset",
         "sa1b": "stages.data.sa1b:SA1B",
         "coco": "stages.data.coco:COCO",
         "images": "stages.data.image_folder:ImageFolder",
@@ -32,15 +35,22 @@ def parse_source(name: str) -> DataSource:
     Raises:
         UsageError: There is no such kind of data source, or nothing is at its path.
     """
-    from stages.formats.file_digest import local_path
-
     kind, colon, path = name.partition(":")
     if kind in DATA_SOURCES:
         entry = DATA_SOURCES.get(kind)
         if entry.path != ("none" if colon else "required"):
             return entry.named(path if colon else None)
-    hint = f"; for a file, text:{name}" if not colon and local_path(name).is_file() else ""
+    hint = "" if colon else _hint_for_file(name)
     raise UsageError(f"{name!r} is not a data source: choose one of {', '.join(source_forms())}{hint}")
+
+
+def _hint_for_file(name: str) -> str:
+    """How the data source of a local file is written; empty if there is no such file."""
+    from stages.data.text_file import kind_by_ending
+    from stages.formats.file_digest import local_path
+
+    path = local_path(name)
+    return f"; for a file, {kind_by_ending(path)}:{name}" if path.is_file() else ""
 
 
 def source_kind(name: str) -> type[DataSource] | None:

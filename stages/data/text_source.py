@@ -6,11 +6,14 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from stages.data.base import DataSource
 from stages.errors import UsageError
 from stages.formats.file_digest import local_path
+
+if TYPE_CHECKING:
+    from stages.data.chat import ChatTemplate
 
 Use = Literal["calibration", "evaluation"]
 # Where BOS stands: at the head of the whole text, of each window, nowhere (`stages.data.bos`).
@@ -39,6 +42,10 @@ class TextSource(DataSource):
     @abstractmethod
     def documents(self, use: Use) -> Sequence[str]:
         """The documents, in their own order. Raises ResourceError if the hub cannot be reached."""
+
+    def for_model(self, tokenizer: Any, chat_template: ChatTemplate) -> Self:
+        """This source, with conversations as the model's chat template writes them. Plain text is the same for all."""
+        return self
 
     def text(self, use: Use, num_documents: int | None = None) -> str:
         """The documents as one text, joined as SparseGPT's code joins them.

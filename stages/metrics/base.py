@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from stages.data.base import DataSource
+    from stages.data.chat import ChatTemplate
     from stages.data.text_source import Bos
     from stages.interfaces import Callbacks, Scratch
     from stages.machine.device import DeviceChoices
@@ -34,6 +35,7 @@ class EvaluationProtocol:
     max_images: int | None = None
     # Language: where BOS stands. Not in the label: all evaluations of a run have the same.
     bos: Bos = "stream"
+    chat_template: ChatTemplate = "auto"  # how conversations become text; the same holds for it
 
     @property
     def label(self) -> str:

@@ -63,6 +63,7 @@ class LanguageMetric(Metric):
         tokenizer = load_tokenizer(model.source.path, trusts_code=model.source.trusts_code)
         framing, remedy = Framing.of(tokenizer, protocol.bos), "lower --eval-seqlen or use more text"
         needed = framing.text_tokens(protocol.seqlen)
+        source = source.for_model(tokenizer, protocol.chat_template)
         require_length(source, framing.tokenizer, "evaluation", needed, model.vocab_size, remedy)
 
 

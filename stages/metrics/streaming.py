@@ -77,8 +77,9 @@ def read_windows(context: MetricContext) -> TextWindows:
         context.callbacks.check_stop()
         context.callbacks.report(done, total, "characters")
 
-    framing = Framing.of(load_tokenizer(folder.path, trusts_code=folder.trusts_code), protocol.bos)
-    tokens = evaluation_tokens(source, framing.tokenizer, progress)
+    tokenizer = load_tokenizer(folder.path, trusts_code=folder.trusts_code)
+    framing = Framing.of(tokenizer, protocol.bos)
+    tokens = evaluation_tokens(source.for_model(tokenizer, protocol.chat_template), framing.tokenizer, progress)
     require_vocabulary(tokens, context.model.vocab_size, context.model.source.name)
     size, most = framing.text_tokens(protocol.seqlen), protocol.max_tokens
     num_available = len(cut(tokens, size, None, source.max_windows))

@@ -45,7 +45,8 @@ class Language:
     def require_samples(self, model: BlockModel, source: DataSource, drawing: Drawing) -> None:
         text = _text(source, model)
         is_random = drawing.sampling == "random"
-        framing = Framing.of(_tokenizer(model.source), drawing.bos)
+        tokenizer = _tokenizer(model.source)
+        text, framing = text.for_model(tokenizer, drawing.chat_template), Framing.of(tokenizer, drawing.bos)
         num_windows = 1 if is_random else drawing.skip + drawing.num_samples
         remedy = "lower --num-samples, --calibration-skip or --seqlen, or use more text"
         needed = num_windows * framing.text_tokens(drawing.tokens) + is_random

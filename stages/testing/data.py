@@ -15,7 +15,7 @@ from stages.errors import UsageError
 _NOWHERE = "/no/such/place"
 
 
-def check_data_source(entry: type[DataSource] | str, path: Path | None = None) -> None:
+def check_data_source(entry: type[DataSource] | str, path: Path | str | None = None) -> None:
     """Check a kind of data source on data of that kind.
 
     Requirements: name, title, help and forms are complete; a source is found by its canonical name again; a missing
@@ -25,7 +25,8 @@ def check_data_source(entry: type[DataSource] | str, path: Path | None = None) -
 
     Args:
         entry: The class, or its name in the registry.
-        path: Data of this kind, not empty. Required unless the kind takes no path.
+        path: Data of this kind, not empty. Required unless the kind takes no path. Text for what is no local path, as
+            the name of a data set on the hub; the caller makes sure that it is found.
 
     Raises:
         AssertionError: A requirement fails. The message names it.
@@ -36,16 +37,16 @@ def check_data_source(entry: type[DataSource] | str, path: Path | None = None) -
     _check_description(entry)
     assert (path is None) == (entry.path == "none"), f"{entry.kind}: the kit needs a path exactly if the kind takes one"
     source = entry.named(None if path is None else str(path))
-    canonical = entry.kind if path is None else f"{entry.kind}:{path.resolve()}"
+    canonical = entry.kind if path is None else f"{entry.kind}:{path.resolve() if isinstance(path, Path) else path}"
     assert source.name == canonical, f"{source.name}: the canonical name is {canonical}"
     assert parse_source(source.name) == source, f"{source.name}: the canonical name gives another source"
     if entry.path != "none":
         _check_refuses(entry, _NOWHERE)
         _check_refuses(entry, "")
-    assert source.is_local, f"{source.name}: data at a path are local"
+    assert source.is_local or isinstance(path, str), f"{source.name}: data at a path are local"
     source.check()
     digest = source.digest()
-    assert digest is not None, f"{source.name}: local data have a digest"
+    assert source.is_local == (digest is not None), f"{source.name}: local data have a digest, and only these"
     assert json.loads(json.dumps(digest)) == digest, f"{source.name}: the digest is not JSON"
     assert entry.named(None if path is None else str(path)).digest() == digest, f"{source.name}: the digest changes"
     if isinstance(source, TextSource):
@@ -82,6 +83,9 @@ def _check_text(source: TextSource) -> None:
         assert documents == list(source.documents(use)), f"{source.name}: other {use} documents at the next call"
         assert all(isinstance(document, str) for document in documents), f"{source.name}: a document is not a string"
         assert source.text(use).strip(), f"{source.name}: the {use} text is empty"
+        bound = source.for_model(None, "none")
+        assert bound.name == source.name, f"{source.name}: for a model it has another name"
+        assert list(bound.documents(use)) == documents, f"{source.name}: other documents for a model without a template"
         assert source.text(use, 1) == documents[0], f"{source.name}: the first document alone is not its text"
 
 

@@ -90,7 +90,7 @@ def test_a_copy_of_c4_is_cut_as_c4_is(tmp_path):
     ("name", "contents", "complaint"),
     [
         ("x.jsonl", '{"text": "a"}\n{"txet": "b", "id": 1}\n', r"line 2: no text under 'text' \(it has txet, id\)"),
-        ("x.jsonl", '{"text": "a"}\n[1]\n', r"line 2: no text under 'text' \(it is no object\)"),
+        ("x.jsonl", '{"text": "a"}\n[1]\n', r"line 2: one JSON object a line is expected, and it is no object"),
         ("x.jsonl", '{"text": "a"}\nno json\n', "line 2: no JSON; one object a line"),
         ("x.jsonl", "", "has no text"),
         ("x.raw", " \n \n", "has no text"),

@@ -11,6 +11,7 @@ from stages.data.text_source import TextSource
 from stages.errors import UsageError
 from stages.tasks.language import Language
 from stages.testing.data import check_data_source
+from tests import hub
 from tests.small_sam import coco, sa1b
 
 
@@ -23,13 +24,25 @@ def data_for(kind, folder):
         return made if kind == "coco" else made / "images"
     if kind == "sa1b":
         return sa1b(folder / "sa1b", 3)
+    if kind == "hf":
+        return "someone/something"
+    if kind == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": ["A line.", "Another one."]}), folder / "rows.parquet")
+        return folder / "rows.parquet"
+    if kind == "jsonl":
+        (folder / "rows.jsonl").write_text('{"text": "A line."}\n{"text": "Another one."}\n')
+        return folder / "rows.jsonl"
     path = folder / "text.txt"
     path.write_text("A line.\n\nAnother one.\n")
     return path
 
 
 @pytest.mark.parametrize("kind", DATA_SOURCES.names)
-def test_every_kind_passes_the_kit(tmp_path, kind):
+def test_every_kind_passes_the_kit(tmp_path, kind, monkeypatch):
+    hub.serve(monkeypatch, {"someone/something": {"train": {"text": ["A line."]}, "test": {"text": ["Another."]}}})
     check_data_source(kind, data_for(kind, tmp_path))
 
 
@@ -83,7 +96,7 @@ def test_the_kit_sees_a_source_that_changes(poems, monkeypatch):
 
 
 def test_forms_say_how_a_source_is_written():
-    language = "c4 c4:PATH wikitext2 wikitext2:PATH ptb ptb:PATH pydocs text:PATH"
+    language = "c4 c4:PATH wikitext2 wikitext2:PATH ptb ptb:PATH pydocs text:PATH jsonl:FILE parquet:FILE hf:REPO"
     assert source_forms("language") == tuple(language.split())
     assert source_forms("vision") == ("sa1b:DIR", "coco:DIR", "images:DIR")
     assert source_kind("c4:gone.txt").kind == "c4"

@@ -1,0 +1,120 @@
+"""Rows of data files as tables: JSON lines and Parquet, with errors that name the file, the row and the columns."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from stages.data.compression import read_bytes, read_text
+from stages.errors import UsageError
+
+
+class Table(Protocol):
+    """Rows with named columns."""
+
+    @property
+    def unit(self) -> str:
+        """What messages call a row: "line", "row"."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns, in their order."""
+        ...
+
+    def column(self, name: str) -> Iterator[tuple[int, Any]]:
+        """Number of each row, from 1, and its value in a column. Raises UsageError for a row without it."""
+        ...
+
+
+@dataclass(frozen=True)
+class JsonRows:
+    """One JSON object a line."""
+
+    name: str  # what messages call the file
+    rows: Sequence[tuple[int, dict[str, Any]]]  # number of the line, and its object
+    unit: str = "line"
+
+    @classmethod
+    def read(cls, path: Path, name: str) -> JsonRows:
+        """The objects of a file: one a line, or one list of them.
+
+        Raises:
+            UsageError: It cannot be read, or a line is no JSON object.
+        """
+        text = read_text(path, name)
+        if text.lstrip().startswith("["):
+            return cls(name, tuple(_list_of_objects(text, name)), "entry")
+        # Only a newline ends a line: str.splitlines would cut at much else.
+        lines = enumerate(text.split("\n"), 1)
+        return cls(name, tuple((number, _object(line, name, number)) for number, line in lines if line.strip()))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(str(key) for _, row in self.rows for key in row))
+
+    def column(self, name: str) -> Iterator[tuple[int, Any]]:
+        for number, row in self.rows:
+            if name not in row:
+                found = ", ".join(map(str, row)) or "nothing"
+                raise UsageError(f"{self.name}, {self.unit} {number}: no text under {name!r} (it has {found})")
+            yield number, row[name]
+
+
+def _object(line: str, name: str, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name}, line {number}: no JSON; one object a line is expected ({error})") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{name}, line {number}: one JSON object a line is expected, and it is no object")
+    return record
+
+
+def _list_of_objects(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is no JSON list, and no JSON object a line ({error})") from error
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UsageError(f"{name}, entry {number}: no JSON object")
+        yield number, record
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """A Parquet file."""
+
+    name: str  # what messages call the file
+    data: Any  # pyarrow.Buffer
+    columns: tuple[str, ...]
+    unit: str = "row"
+
+    @classmethod
+    def read(cls, path: Path, name: str) -> ParquetRows:
+        """The file, whose columns are read when they are asked for. Raises UsageError if it cannot be read."""
+        import pyarrow
+        from pyarrow import parquet
+
+        data = read_bytes(path, name)
+        try:
+            return cls(name, data, tuple(parquet.read_schema(io.BytesIO(data)).names))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UsageError(f"{name} is no Parquet file that can be read ({error})") from error
+
+    def column(self, name: str) -> Iterator[tuple[int, Any]]:
+        import pyarrow
+        from pyarrow import parquet
+
+        if name not in self.columns:
+            raise UsageError(f"{self.name} has no column {name!r} (it has {', '.join(self.columns)})")
+        try:
+            values = parquet.read_table(io.BytesIO(self.data), columns=[name])[name].to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UsageError(f"{self.name} is no Parquet file that can be read ({error})") from error
+        yield from enumerate(values, 1)

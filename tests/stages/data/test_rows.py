@@ -1,0 +1,237 @@
+"""Data sources whose documents are rows: JSON lines, Parquet, the hub; compression, conversations, errors."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from stages.calibrate import draw_tokens
+from stages.data.drawing import Drawing
+from stages.data.registry import parse_source
+from stages.errors import ResourceError, UsageError
+from tests import hub
+from tests.small_models import tokenizer
+
+ROWS = [{"id": 1, "text": "One\r\nrow.", "more": "M1"}, {"id": 2, "text": "Two \u2028 r\u00f6ws.", "more": "M2"}]
+CHAT = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}]},
+]
+SHAREGPT = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+def lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def zstd(data):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+def write(path, data):
+    path.write_bytes(PACK[path.suffix if path.suffix in PACK else ""](data))
+    return path
+
+
+def parquet_bytes(rows):
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def with_template(template=TEMPLATE):
+    made = tokenizer()
+    made.chat_template = template
+    return made
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text"])
+def test_every_kind_of_file_is_unpacked_by_its_ending(tmp_path, kind, packed):
+    data = {"jsonl": lines(ROWS), "parquet": parquet_bytes(ROWS), "text": b"One\r\nrow."}[kind]
+    path = write(tmp_path / f"data.{ {'text': 'txt'}.get(kind, kind) }{packed}", data)
+    source = parse_source(f"{kind}:{path}")
+    source.check()
+    assert list(source.documents("calibration")) == ([r["text"] for r in ROWS] if kind != "text" else ["One\r\nrow."])
+    assert source.digest()["size"] == path.stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_column_is_named_or_found(tmp_path, kind):
+    make = {"jsonl": lines, "parquet": parquet_bytes}[kind]
+    path = write(tmp_path / f"rows.{kind}", make(ROWS))
+    named = parse_source(f"{kind}:rows.{kind}?column=more")
+    assert named.name == f"{kind}:{path}?column=more"
+    assert parse_source(named.name) == named
+    assert named.text("evaluation") == "M1\n\nM2"
+    write(path, make([{"id": 1, "story": "S"}]))
+    assert parse_source(f"{kind}:rows.{kind}").text("evaluation") == "S"
+    write(path, make([{"a": "x", "b": "y"}]))
+    with pytest.raises(UsageError, match=r"no column 'text', 'messages' or 'conversations'.*\?column=.* one of a, b"):
+        parse_source(f"{kind}:rows.{kind}").check()
+    with pytest.raises(UsageError, match=rf"rows\.{kind}\?column=c has no column 'c'.* one of a, b"):
+        parse_source(f"{kind}:rows.{kind}?column=c").check()
+    with pytest.raises(UsageError, match=rf"split=train is not understood; write {kind}:rows.{kind}\?column=NAME"):
+        parse_source(f"{kind}:rows.{kind}?split=train")
+    with pytest.raises(UsageError, match="no such local file"):
+        parse_source(f"{kind}:nowhere?column=c")
+
+
+def test_a_question_mark_in_a_file_name(tmp_path):
+    write(tmp_path / "what?.jsonl", lines(ROWS))
+    assert parse_source("jsonl:what?.jsonl").text("evaluation").startswith("One")
+
+
+def test_a_byte_order_mark_is_no_text_and_line_ends_stay(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfOne\r\ntwo\xef\xbb\xbf")
+    assert parse_source("text:a.txt").text("calibration") == "One\r\ntwo\ufeff"
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines(ROWS))
+    assert parse_source("jsonl:a.jsonl").text("calibration", 1) == "One\r\nrow."
+
+
+def test_a_file_without_its_kind_in_front_gets_the_hint(tmp_path):
+    write(tmp_path / "a.jsonl.gz", lines(ROWS))
+    with pytest.raises(UsageError, match=r"for a file, jsonl:a\.jsonl\.gz"):
+        parse_source("a.jsonl.gz")
+
+
+def test_a_list_of_objects_is_read_too(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    assert parse_source("jsonl:a.json?column=more").text("calibration") == "M1\n\nM2"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("chat.jsonl", "write jsonl:chat.jsonl"),
+        ("chat.jsonl.zst", "write jsonl:chat.jsonl.zst"),
+        ("rows.json.gz", "write jsonl:rows.json.gz"),
+        ("rows.parquet", "write parquet:rows.parquet"),
+    ],
+)
+def test_text_is_not_read_from_another_kind_of_file(tmp_path, name, remedy):
+    write(tmp_path / name, lines(ROWS))
+    with pytest.raises(UsageError, match=remedy):
+        parse_source(f"text:{name}")
+
+
+@pytest.mark.parametrize(
+    ("data", "about"),
+    [
+        (zstd(b"text"), "compressed by zstd; give it the ending .zst"),
+        (gzip.compress(b"text"), "compressed by gzip; give it the ending .gz"),
+        (parquet_bytes(ROWS), "it is Parquet; write parquet:FILE"),
+        ("text".encode("utf-16"), "it is UTF-16"),
+        (b"caf\xe9", r"no UTF-8 text \(byte 3\): convert it"),
+    ],
+)
+def test_what_is_no_text_says_what_it_is(tmp_path, data, about):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UsageError, match=about):
+        parse_source("text:a.txt").check()
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([{"text": "a"}, {"txet": "b"}], r"line 2: no text under 'text' \(it has txet\)"),
+        ([{"text": "a"}, {"text": None}], "line 2: column 'text' holds nothing, not text and no conversation"),
+        ([{"text": 3}], "line 1: column 'text' holds a int"),
+        ([{"text": ""}], r"has no text in column 'text'"),
+        ([], "has no rows"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_said(tmp_path, rows, complaint):
+    write(tmp_path / "a.jsonl", lines(rows))
+    with pytest.raises(UsageError, match=complaint):
+        parse_source("jsonl:a.jsonl").check()
+
+
+@pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
+def test_damaged_archives_are_said_to_be(tmp_path, packed):
+    (tmp_path / f"a.jsonl{packed}").write_bytes(PACK[packed](lines(ROWS))[:-9] + b"123456789")
+    with pytest.raises(UsageError, match=r"jsonl:.*a\.jsonl.* cannot be read"):
+        parse_source(f"jsonl:a.jsonl{packed}").check()
+
+
+@pytest.mark.parametrize(("rows", "num"), [(CHAT, 2), (SHAREGPT, 1)])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_conversations_go_through_the_chat_template(tmp_path, kind, rows, num):
+    if kind == "parquet" and rows is CHAT:
+        rows = rows[:1]  # a column of Parquet has one type
+        num = 1
+    write(tmp_path / f"chat.{kind}", {"jsonl": lines, "parquet": parquet_bytes}[kind](rows))
+    source = parse_source(f"{kind}:chat.{kind}")
+    source.check()
+    rendered = ["[user]Hi[assistant]Hello!", "[user]2+2?"][:num]
+    assert source.for_model(with_template(), "auto").documents("calibration") == rendered
+    assert source.for_model(with_template(), "none").documents("calibration") == ["Hi\n\nHello!", "2+2?"][:num]
+
+
+def test_samples_are_tokens_of_the_rendered_conversations(tmp_path):
+    write(tmp_path / "chat.jsonl", lines(CHAT * 3))
+    made = with_template()
+    expected = torch.tensor(made("\n\n".join(["[user]Hi[assistant]Hello!", "[user]2+2?"] * 3))["input_ids"])
+    drawn = draw_tokens(parse_source("jsonl:chat.jsonl"), made, Drawing(2, 20, "contiguous", 0, 0))
+    assert torch.equal(drawn.flatten(), expected[:40])
+    alone = draw_tokens(parse_source("jsonl:chat.jsonl"), made, Drawing(1, 6, "contiguous", 0, 0, "stream", "none"))
+    assert torch.equal(alone[0], torch.tensor(made("Hi\n\nHe")["input_ids"]))
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        (None, "the model's tokenizer has no chat template; --chat-template none"),
+        ("{{ raise_exception('roles must alternate') }}", r"refuses it \(roles must alternate\); --chat-template none"),
+    ],
+)
+def test_a_conversation_that_cannot_be_rendered(tmp_path, template, complaint):
+    write(tmp_path / "chat.jsonl", lines(CHAT))
+    with pytest.raises(UsageError, match=rf"jsonl:.*chat\.jsonl, line 1, column 'messages': .*{complaint}"):
+        parse_source("jsonl:chat.jsonl").for_model(with_template(template), "auto").documents("calibration")
+
+
+def test_the_hub(monkeypatch):
+    table = {"text": ["a", "b"], "other": ["x", "y"]}
+    calls = hub.serve(monkeypatch, {"me/it": {"train": table, "validation": {"text": ["v"]}}})
+    source = parse_source("hf:me/it")
+    source.check()
+    assert (source.text("calibration"), source.text("evaluation")) == ("a\n\nb", "v")
+    assert [call[2] for call in calls] == ["train", "validation"]
+    named = parse_source("hf:me/it?split=train&column=other&config=en")
+    assert named.name == "hf:me/it?config=en&split=train&column=other"
+    assert parse_source(named.name) == named
+    assert named.text("evaluation") == "x\n\ny"
+    assert calls[-1] == ("me/it", "en", "train")
+    with pytest.raises(
+        UsageError, match=r"hf:me/it\?column=c has no column 'c': write \?column= and one of text, other"
+    ):
+        parse_source("hf:me/it?column=c").text("calibration")
+    with pytest.raises(
+        UsageError, match=r"Unknown split \"tets\". Should be one of .*hf:me/it\?config=NAME&split=NAME"
+    ):
+        parse_source("hf:me/it?split=tets").text("calibration")
+    with pytest.raises(UsageError, match="has no data set me/other"):
+        parse_source("hf:me/other").check()
+    for wrong in ("hf:", "hf:./folder", "hf:a/b/c"):
+        with pytest.raises(UsageError, match="write hf:OWNER/NAME"):
+            parse_source(wrong)
+
+
+def test_the_hub_out_of_reach_names_the_local_alternatives(monkeypatch):
+    hub.refuse(monkeypatch)
+    for act in (lambda source: source.check(), lambda source: source.text("calibration")):
+        with pytest.raises(ResourceError, match=r"hf:me/it comes from .* hub.*no route.*parquet:it\.parquet, jsonl:"):
+            act(parse_source("hf:me/it"))
