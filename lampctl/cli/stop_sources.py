@@ -30,7 +30,7 @@ def watching(config: Settings, stop: StopRequest) -> Iterator[None]:
     with ExitStack() as watchers:
         if config.max_runtime is not None:
             watchers.enter_context(
-                closing(RunTimer(config.max_runtime, parse_duration(config.max_runtime), stop.request))
+                closing(RunTimer(config.max_runtime, parse_duration(config.max_runtime), stop.request_once_advanced))
             )
         if config.watch_preemption != "none":
             watcher = PreemptionWatcher(config.watch_preemption, stop.request, config.preemption_url)

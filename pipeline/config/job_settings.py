@@ -162,7 +162,8 @@ class JobSettings:
     max_runtime: Annotated[
         Annotated[str | None, Before(checks.duration_or_none)],
         Option(
-            "Stop after this time (3h30m, 45m; none: no limit) with exit code 75, for schedulers with a time limit.",
+            "Stop after this time (3h30m, 45m; none: no limit) with exit code 75, for schedulers with a time limit. "
+            "The time counts from the start of the command. At least one step or checkpoint is done first.",
             "Stopping",
             "TIME",
             "never",

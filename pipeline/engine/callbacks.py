@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 
@@ -24,24 +25,46 @@ class StepCallbacks:
         """
         self._job, self._step, self._progress = job, step, progress
         self._saved_at = time.monotonic()
+        self._first: str | None = None  # the figures that the step began with, as JSON
 
     def report(self, done: int, total: int, unit: str, **figures: float) -> None:
         self._job.listener.step_progress(self._step, done, total, unit, figures)
 
     def restore(self) -> Checkpoint | None:
-        return self._progress.restore() if self._progress is not None else None
+        found = self._progress.restore() if self._progress is not None else None
+        if found is not None:
+            self._first = _figures(found)
+        return found
 
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
         stop, every_s = self._job.stop, self._job.checkpoint_every_s
         is_due = every_s > 0 and time.monotonic() - self._saved_at >= every_s
-        if self._progress is not None and (is_due or stop.is_requested) and stop.keeps_progress:
-            with stop.saving():
-                self._progress.save(make())
-            self._saved_at = time.monotonic()
+        is_asked = stop.is_requested or stop.awaits_advance
+        if self._progress is not None and (is_due or is_asked) and stop.keeps_progress:
+            made = make()
+            is_further = self._is_further(made)
+            if is_further or not stop.awaits_advance:
+                with stop.saving():
+                    self._progress.save(made)
+                self._saved_at = time.monotonic()
+            if is_further:
+                stop.advanced()
         stop.check()
+
+    def _is_further(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is further than what this step began with here: the first one may be that itself."""
+        figures = _figures(checkpoint)
+        if self._first is None:
+            self._first = figures
+        return figures != self._first
 
     def check_stop(self) -> None:
         self._job.stop.check()
 
     def warn(self, message: str) -> None:
         self._job.listener.warn(message)
+
+
+def _figures(checkpoint: Checkpoint) -> str:
+    """The figures of a checkpoint as text. They change with every batch that it holds."""
+    return json.dumps(checkpoint.figures, sort_keys=True)

@@ -32,6 +32,7 @@ def advance(job: Job, until: Callable[[Step], bool] = lambda step: False) -> Non
         job.listener.step_started(step, position, len(job.steps))
         job.run.event("step-started", step=step.name)
         commit = _do(job, step)
+        job.stop.advanced()
         job.run.event("step-committed", step=step.name, number=commit.number, elapsed_s=commit.elapsed_s)
         _settle(job)
         job.listener.step_finished(step, commit, position, len(job.steps))

@@ -34,6 +34,8 @@ class StopRequest:
     end_process: Callable[[PipelineError], None]
     grace_s: float = _GRACE_S
     reason: PipelineError | None = None
+    _waiting: PipelineError | None = None  # a reason that waits until this process has advanced
+    _has_advanced: bool = False
     _previous: dict[int, Any] = field(default_factory=dict)
     _is_saving: bool = False
     _has_signal: bool = False
@@ -63,6 +65,25 @@ class StopRequest:
         if self.reason is None:
             self.reason = reason
             threading.Thread(target=self._end_in_time, name="grace", daemon=True).start()
+
+    def request_once_advanced(self, reason: PipelineError) -> None:
+        """Request a stop, but not before this process has advanced: a limit that is too short for that would stop
+        every process at the same place. May be called from any thread.
+        """
+        self._waiting = reason
+        if self._has_advanced:
+            self.request(reason)
+
+    def advanced(self) -> None:
+        """Note that a step was committed, or a checkpoint saved that is further than what this process began with."""
+        self._has_advanced = True
+        if self._waiting is not None:
+            self.request(self._waiting)
+
+    @property
+    def awaits_advance(self) -> bool:
+        """Whether a stop is requested for the moment when this process has advanced."""
+        return self._waiting is not None and not self._has_advanced
 
     @property
     def is_requested(self) -> bool:

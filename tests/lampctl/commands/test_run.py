@@ -216,6 +216,21 @@ def test_status_shows_steps_budget_losses_and_the_next_step(lampctl, tmp_path):
     assert "finished" in lampctl("status", "r").out
 
 
+def test_a_run_time_shorter_than_the_start_finishes_the_run_in_many_calls(lampctl, tmp_path):
+    save(tmp_path / "m")
+    flags = ("--method", "magnitude", "--sparsity", 0.5, "--evaluate", "", "--device", "cpu", "--run-dir", "r")
+    commits = tmp_path / "r" / "commits"
+    for call in range(8):
+        answer = lampctl("run", "m", *flags, "--max-runtime", "0.001s")
+        if answer.code == 0:
+            break
+        assert answer.code == 75, answer.err
+        assert "allowed run time of 0.001s is over" in answer.err
+        assert len(list(commits.iterdir())) > call
+    assert answer.code == 0
+    assert call > 1
+
+
 def test_resume_without_an_argument_takes_the_newest_unfinished_run(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
     common = (original, "--method", "magnitude", "--evaluate", "")
