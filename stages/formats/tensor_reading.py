@@ -30,6 +30,7 @@ DTYPES = {  # in the order in which the library lays them into a file
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_PIECE_BYTES = 1 << 20
 # Those of weights. Another one holds codes, of no use without their scales.
 PLAIN_DTYPES = frozenset(
     DTYPES[name] for name in ("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")
@@ -48,11 +49,16 @@ def entries_of(path: Path) -> dict[str, Entry]:
         return file.entries
 
 
-def load_tensor(path: Path, entry: Entry) -> Tensor:
+def load_tensor(path: Path, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of a file, in memory of its own.
 
     Memory that torch allocated, not a view of the file: the last bits of a matrix product depend on how its operands
     are aligned.
+
+    Args:
+        path: The file.
+        entry: The tensor's place there.
+        dtype: What it is converted to; None: it is not.
 
     Raises:
         ValueError: The file's header is damaged: bytes, shape and dtype of the tensor do not go together.
@@ -61,12 +67,30 @@ def load_tensor(path: Path, entry: Entry) -> Tensor:
     """
     if not _is_whole(entry):
         raise ValueError(f"{path} has a damaged header: {entry.size_bytes:,} bytes for {entry.dtype} {entry.shape}")
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    stored = DTYPES[entry.dtype]
+    tensor = torch.empty(entry.shape, dtype=dtype or stored)
     if tensor.nbytes:
-        data = tensor.reshape(-1).view(torch.uint8).numpy()
         with reading(path), path.open("rb", buffering=0) as file:
-            read_at(file.fileno(), entry.start, memoryview(data))  # type: ignore[arg-type]
+            if tensor.dtype == stored:
+                read_at(file.fileno(), entry.start, _memory(tensor))
+            else:
+                _read_converted(file.fileno(), entry, stored, tensor.reshape(-1))
     return tensor
+
+
+def _read_converted(descriptor: int, entry: Entry, stored: torch.dtype, target: Tensor) -> None:
+    """Fill `target` (E,) piece by piece, through a buffer that stays in the processor's cache."""
+    piece = _PIECE_BYTES // stored.itemsize
+    buffer = torch.empty(min(piece, target.numel()), dtype=stored)
+    for start in range(0, target.numel(), piece):
+        part = target[start : start + piece]
+        read_at(descriptor, entry.start + start * stored.itemsize, _memory(buffer[: part.numel()]))
+        part.copy_(buffer[: part.numel()])
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, to write to."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _is_whole(entry: Entry) -> bool:

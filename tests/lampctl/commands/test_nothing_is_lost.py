@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,26 @@ def test_config_json_names_the_dtype_everywhere_and_no_other_file(lampctl, tmp_p
     model, info = AutoModelForCausalLM.from_pretrained("r/model", output_loading_info=True)
     assert model.dtype == torch.bfloat16
     assert not any(info.values())
+
+
+def test_folders_with_the_names_of_older_versions_open(lampctl, tmp_path, words):
+    save(tmp_path / "m", "llama")
+    assert lampctl("run", "m", *FLAGS).code == 0
+    names = [f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
+    before = [*(f"block-{block:05d}.safetensors" for block in range(3)), "outside-00000.safetensors"]
+    old = tmp_path / "old"
+    shutil.copytree("r/model", old)
+    for name, older in zip(names, before, strict=True):
+        (old / name).rename(old / older)
+    index = old / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    renamed = {key: before[names.index(name)] for key, name in weight_map.items()}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": renamed}))
+    assert exported(old).keys() == exported().keys()
+    figures = [
+        lampctl("evaluate", folder, "--evaluate", "text:words.txt", "--eval-seqlen", "32", "--json").json
+        for folder in ("old", "r/model")
+    ]
+    assert figures[0].pop("model") != figures[1].pop("model")
+    assert figures[0] == figures[1]
+    assert lampctl("export", "old", "--format", "packed", "--out", "small").code == 0

@@ -109,3 +109,16 @@ def test_a_single_pickle_wins_over_stale_shards_of_pickles(folder, caplog):
     assert "delete the one that is not meant" in caplog.text
     (folder / "pytorch_model.bin").unlink()
     assert set(WeightFiles(from_pickles(folder)).keys) == set(stale)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_a_tensor_of_several_pieces_is_converted_as_torch_does(tmp_path, stored, dtype):
+    tensor = torch.randn(1500, 1001).to(stored)
+    save_file({"a": tensor, "count": torch.arange(5), "none": torch.zeros(0, 2)}, tmp_path / "model.safetensors")
+    files = WeightFiles(tmp_path)
+    found = files.load("a", dtype)
+    assert found.dtype == (dtype or stored)
+    assert torch.equal(found, tensor.to(found.dtype))
+    assert files.load("count", dtype).dtype == torch.int64
+    assert files.load("none", dtype).shape == (0, 2)
