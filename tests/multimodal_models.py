@@ -34,11 +34,18 @@ _IMAGES = {
 }
 _QWEN_IMAGES = {"depth": 2, "hidden_size": 64, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 32}
 _ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+_SOUND = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 256,
+    "num_mel_bins": 16,
+}
 _LLAMA4_IMAGES = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
 
 
 def _parts() -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
-    """For each family its model type, its text tower's settings, its image tower's."""
+    """For each family its model type, its text tower's settings, those of its tower for images (or sound)."""
     qwen = {**_TEXT, "rope_parameters": _ROPE}
     linear = {**qwen, "rope_parameters": {**_ROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True}}
     pixtral = {**_IMAGES, "model_type": "pixtral"}
@@ -56,6 +63,7 @@ def _parts() -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
             {**_TEXT, "intermediate_size_mlp": 64, "num_local_experts": 2, "moe_layers": []},
             {**_IMAGES, **_LLAMA4_IMAGES},
         ),
+        "qwen2-audio": ("qwen2_audio", {**_TEXT, "model_type": "qwen2"}, _SOUND),
     }
 
 
@@ -65,7 +73,8 @@ FAMILIES = tuple(_parts())
 def save(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
     """A model folder like one from the hub."""
     model_type, text, images = _parts()[family]
-    config = tf.AutoConfig.for_model(model_type, text_config=dict(text), vision_config=dict(images))
+    tower = "audio_config" if images is _SOUND else "vision_config"
+    config = tf.AutoConfig.for_model(model_type, text_config=dict(text), **{tower: dict(images)})
     torch.manual_seed(0)
     model = tf.AutoModelForMultimodalLM.from_config(config)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -45,6 +46,13 @@ def without_weights() -> AbstractContextManager[None]:
 
     context: AbstractContextManager[None] = init_empty_weights(include_buffers=False)
     return context
+
+
+class AbsentTower(nn.Module):
+    """Stands where a tower was that text does not pass. Some models ask it for its device and dtype all the same."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
 
 
 def text_tower(model: PreTrainedModel) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,8 @@ from typing import Any
 
 from stages.formats.checkpoint_files import NAMED_BY_CONFIG
 from stages.formats.disk_errors import reading
+
+log = logging.getLogger(__name__)
 
 LARGEST_BYTES = 100_000_000  # a larger file is no tokenizer; weights of an unknown form, data or a film
 
@@ -46,9 +49,11 @@ def companion_files(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the companions of a model folder, in the order of their names."""
     for name in companions(_files(folder)):
         path = folder / name
-        if path.stat().st_size <= LARGEST_BYTES:
-            with reading(path):
-                yield name, path.read_bytes()
+        if path.stat().st_size > LARGEST_BYTES:
+            log.warning("%s is left out: no weights, and larger than %d MB", path, LARGEST_BYTES // 1_000_000)
+            continue
+        with reading(path):
+            yield name, path.read_bytes()
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.errors import UsageError
 from stages.formats.checkpoint_files import WeightFiles, match_names
-from stages.models.architecture import build_empty, other_towers, text_tower
+from stages.models.architecture import AbsentTower, build_empty, other_towers, text_tower
 from stages.models.base import BlockCall, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_inputs import CachedBlockInputs
 from stages.models.companion_files import companion_files, exported_config
@@ -204,7 +204,7 @@ class Decoder:
         finally:
             self._model.set_submodule(self._list_name, blocks)
         for tower in self._towers:
-            skeleton.set_submodule(tower, nn.Identity())
+            skeleton.set_submodule(tower, AbsentTower())
         if getattr(skeleton.config, "rescale_every", 0):
             # RWKV halves weights and hidden state every few blocks, against overflow in fp16; the function is the same.
             skeleton.config.rescale_every = 0

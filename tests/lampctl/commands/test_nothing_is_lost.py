@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.rundir.run_directory import RunDirectory
 from stages.formats.checkpoint_files import WeightFiles
-from stages.models.companion_files import companions
+from stages.models.companion_files import LARGEST_BYTES, companion_files, companions
 from tests import small_sam
 from tests.small_models import save
 
@@ -259,3 +259,11 @@ def test_folders_with_the_names_of_older_versions_open(lampctl, tmp_path, words)
     assert figures[0].pop("model") != figures[1].pop("model")
     assert figures[0] == figures[1]
     assert lampctl("export", "old", "--format", "packed", "--out", "small").code == 0
+
+
+def test_a_large_file_beside_the_weights_is_left_out_and_named(tmp_path, caplog):
+    folder = save(tmp_path / "m", "llama")
+    with (folder / "film.avi").open("wb") as file:
+        file.truncate(LARGEST_BYTES + 1)
+    assert "film.avi" not in dict(companion_files(folder))
+    assert "film.avi is left out" in caplog.text
