@@ -135,6 +135,7 @@ def main() -> None:
     """Run the command line and exit with its code."""
     # These libraries read them when they are imported, which happens later.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line for each retry: our error says that it is out of reach
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lampctl", "pipeline", "stages"):
         logger = logging.getLogger(name)

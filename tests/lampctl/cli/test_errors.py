@@ -2,6 +2,10 @@
 
 import errno
 import json
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -353,3 +357,16 @@ def test_resume_without_argument_skips_damaged_runs(lampctl, model):
     assert answer.code == 0, answer.err
     assert "passing over" in answer.err
     assert Path("runs/good/model").is_dir()
+
+
+def test_retries_of_the_hub_are_not_shown_and_the_user_can_show_them():
+    code = (
+        "import sys; from lampctl.app import main; sys.argv = ['lampctl', '--version']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "from huggingface_hub.utils import logging; print(logging.get_verbosity())"
+    )
+    for given, level in (({}, logging.ERROR), ({"HF_HUB_VERBOSITY": "info"}, logging.INFO)):
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), **given}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout.split()[-1] == str(level), done.stderr
