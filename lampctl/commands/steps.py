@@ -41,9 +41,9 @@ def do_step(place: str, kind: str, block: int | None = None) -> None:
     from lampctl.output import tables
     from lampctl.output.progress import listening
     from pipeline.engine.plan import Step, next_steps
-    from pipeline.engine.runner import require_next
     from pipeline.runs.lifecycle import ResumeOptions, reopen, resume
     from pipeline.steps.lamp_plan import steps_of
+    from pipeline.steps.order import require_next
 
     directory, config = reopen(place, is_resuming=True)
     steps = steps_of(directory, config)

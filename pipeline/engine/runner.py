@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from pipeline.engine.callbacks import StepCallbacks
 from pipeline.engine.job import Job
 from pipeline.engine.plan import Step, is_stream, next_steps, releasable
-from pipeline.errors import StepOrderError
 from pipeline.rundir.records import StepCommit
-from pipeline.rundir.run_directory import RunDirectory, StepReport
+from pipeline.rundir.run_directory import StepReport
 from pipeline.rundir.step_checkpoints import StepProgress
 
 
@@ -59,22 +58,6 @@ def _do(job: Job, step: Step) -> StepCommit:
     except BaseException:
         job.run.abandon(attempt)
         raise
-
-
-def require_next(run: RunDirectory, steps: Sequence[Step], wanted: Step) -> None:
-    """Raise StepOrderError, naming the step to do first, unless `wanted` is the next step."""
-    todo = next_steps(steps, [commit.step for commit in run.commits])
-    if not any(step.name == wanted.name for step in steps):
-        raise StepOrderError(f"this run has no step {wanted.name}; its steps: {_brief(steps)}")
-    if not any(step.name == wanted.name for step in todo):
-        raise StepOrderError(f"{wanted.name} is already done; next is {todo[0].name if todo else 'nothing'}")
-    if todo[0].name != wanted.name:
-        raise StepOrderError(f"{wanted.name} comes later: do {todo[0].name} first")
-
-
-def _brief(steps: Sequence[Step]) -> str:
-    names = [step.name for step in steps]
-    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
 
 
 def _settle(job: Job) -> None:

@@ -11,20 +11,21 @@ from pipeline.config.declarations import GivenSettings, flag_of
 from pipeline.config.run_config import RunConfig
 from pipeline.config.settings import Settings
 from pipeline.engine.plan import next_steps
-from pipeline.errors import ConfigError, StepOrderError
+from pipeline.errors import ConfigError
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.same_run import require_same_data, require_same_rows
 from pipeline.steps.evaluate import naming_remedy
 from pipeline.steps.lamp_plan import chain_of
+from pipeline.steps.order import out_of_order
 from pipeline.steps.run_facts import ModelRecord, facts_of
 from pipeline.steps.stage_settings import task_data_of
 
 
 def require_exported(run: RunDirectory, config: RunConfig) -> None:
-    """Raise StepOrderError, naming the step to do first, unless the run has a model to evaluate."""
+    """Raise StepOrderError, naming the command to call first, unless the run has a model to evaluate."""
     todo = next_steps(chain_of(config, facts_of(run).model.num_blocks), [commit.step for commit in run.commits])
     if todo:
-        raise StepOrderError(f"evaluate comes later: do {todo[0].name} first")
+        raise out_of_order(f"lampctl evaluate {run.label}", todo[0], run)
 
 
 def change_evaluation(run: RunDirectory, config: RunConfig, settings: GivenSettings) -> RunConfig:

@@ -14,6 +14,7 @@ from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.lifecycle import reopen
 from pipeline.steps.committed import is_exported
 from pipeline.steps.lamp_plan import steps_of
+from pipeline.steps.order import command_for
 from stages.formats.base import ExportFormat
 from stages.interfaces import Watcher
 
@@ -33,7 +34,7 @@ class Packable:
 def find_packable(place: str) -> Packable:
     """The model of a run, after making sure that it is what was committed; or a folder that is a model itself.
 
-    Raises StepOrderError, naming the step to do first, for a run that is not exported; RunNotFound; DamagedData.
+    Raises StepOrderError, naming the command to call first, for a run that is not exported; RunNotFound; DamagedData.
     """
     is_remote = is_address(place)
     path = Path(place.rstrip("/").rpartition("/")[2] if is_remote else place).resolve()
@@ -41,7 +42,10 @@ def find_packable(place: str) -> Packable:
         run, config = reopen(place if is_remote else path)
         if not is_exported(run):
             todo = next_steps(steps_of(run, config), [commit.step for commit in run.commits])
-            raise StepOrderError(f"there is no model to pack in {run.label} yet: do {todo[0].name} first")
+            raise StepOrderError(
+                f"there is no model to pack in {run.label} yet: call {command_for(todo[0], run.label)} first, or "
+                f"lampctl resume {run.label} for all steps"
+            )
         return Packable(published_model(run), Path(path.name).absolute() if is_remote else path / path.name)
     if not (path / "config.json").exists():
         raise RunNotFound(f"{path} is no run and no model folder: it has neither run.json nor config.json")

@@ -34,7 +34,7 @@ def test_it_is_planned_run_and_shown(lampctl, package, tmp_path, words):
     assert "lampctl count-zeros r" in lampctl("count-zeros", "--help").out.replace("runs/mine", "r")
     refused = lampctl("count-zeros", "r")
     assert refused.code == 2
-    assert "do calibrate first" in refused.err
+    assert "lampctl calibrate" in refused.err
     done = lampctl("resume", "r")
     assert done.code == 0, done.err
     (line,) = (line for line in done.err.splitlines() if "] count-zeros: " in line)

@@ -3,10 +3,10 @@
 import pytest
 
 from pipeline.engine.plan import Step, next_steps, releasable
-from pipeline.engine.runner import require_next
 from pipeline.errors import StepOrderError
 from pipeline.steps.evaluate import evaluation_steps
 from pipeline.steps.lamp_plan import chain
+from pipeline.steps.order import require_next
 from stages.metrics.base import EvaluationProtocol
 
 
@@ -92,20 +92,30 @@ def test_evaluations_of_the_pruned_model_come_first_and_none_twice():
 
 
 class Run:
+    label = "r"
+
     def __init__(self, *done):
         self.commits = [Step(name) for name in done]
         for commit in self.commits:
             object.__setattr__(commit, "step", commit.kind)
 
 
-def test_out_of_order_names_the_step_to_do_first():
+def test_out_of_order_names_the_command_to_call_first():
     steps = chain(2, compensates=True)
     run = Run("calibrate", "capture")
     require_next(run, steps, Step("prune-block", 0))
-    with pytest.raises(StepOrderError, match="compensate-block/1 comes later: do prune-block/0 first"):
+    with pytest.raises(
+        StepOrderError,
+        match=r"^lampctl compensate-block r --block 1: .* later; call lampctl prune-block r --block 0 first",
+    ):
         require_next(run, steps, Step("compensate-block", 1))
-    with pytest.raises(StepOrderError, match="capture is already done; next is prune-block/0"):
+    with pytest.raises(
+        StepOrderError, match=r"^lampctl capture r: .* already done; next is lampctl prune-block r --block 0"
+    ):
         require_next(run, steps, Step("capture"))
-    with pytest.raises(StepOrderError, match="this run has no step compensate-block/0"):
+    with pytest.raises(
+        StepOrderError,
+        match=r"^lampctl compensate-block r --block 0: the run has no such step; its steps are calibrate, ",
+    ):
         require_next(run, steps, Step("compensate-block", 0))
     assert next(s.name for s in next_steps(steps, ["calibrate", "capture"])) == "prune-block/0"

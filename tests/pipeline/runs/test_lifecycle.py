@@ -39,7 +39,9 @@ def test_newest_unfinished_run_is_found_among_others(tmp_path):
 
 
 def test_evaluation_before_the_export_names_the_step_to_do_first(tmp_path):
-    with pytest.raises(StepOrderError, match="evaluate comes later: do export first"):
+    with pytest.raises(
+        StepOrderError, match=r"^lampctl evaluate \S+: this step comes later; call lampctl export \S+ first"
+    ):
         require_exported(*reopen(copy_of_golden(tmp_path / "run", 19)))
     require_exported(*reopen(copy_of_golden(tmp_path / "whole", 20)))
 
