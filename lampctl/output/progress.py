@@ -38,7 +38,7 @@ class ProgressListener:
         """The steps to come are of this run."""
         self._run, self._config, self._known = run, config, None
         state = self._state
-        title = f"{config.method} {config.goal}: {run.label}"
+        title = f"{config.method} {state.goal}: {run.label}"
         if state.is_finished:
             title += " (finished)"
         elif state.num_done:

@@ -207,7 +207,7 @@ def _summary_line(state: RunStatus) -> str:
     achieved = (
         "" if state.sparsity is None else f", {100 * state.sparsity:.4f}% of {state.num_prunable:,} weights masked"
     )
-    return f"{Path(config.model).name}, {method_title(config.method)} at {config.goal}{achieved}"
+    return f"{Path(config.model).name}, {method_title(config.method)} at {state.goal}{achieved}"
 
 
 def _is_current(state: RunStatus, result: EvaluationResult | AccuracyResult) -> bool:
@@ -245,7 +245,7 @@ def _results_table(states: Sequence[RunStatus]) -> Table:
         if _is_current(state, result)
     }
     measured = list(dict.fromkeys(what for _, _, what in found))
-    table = Table(title=f"{Path(main.config.model).name} at {main.config.goal}", title_justify="left")
+    table = Table(title=f"{Path(main.config.model).name} at {main.goal}", title_justify="left")
     table.add_column("method")
     for metric, source in measured:
         table.add_column(f"{metric_of(metric).title}\n{source_label(source)}", justify="right")

@@ -45,7 +45,7 @@ def heading(runs: Sequence[RunReport]) -> tuple[str, str]:
     """Title and subtitle of the page."""
     first = runs[0].state
     if len(runs) == 1:
-        title = f"{Path(first.config.model).name}: {method_title(first.config.method)} at {first.config.goal}"
+        title = f"{Path(first.config.model).name}: {method_title(first.config.method)} at {first.goal}"
         return title, scrub(f"{first.label}, begun {runs[0].created}")
     models = list(dict.fromkeys(Path(run.state.config.model).name for run in runs))
     return f"{', '.join(models)}: {len(runs)} pruning runs", scrub(", ".join(run.name for run in runs))
@@ -63,7 +63,7 @@ def contents(runs: Sequence[RunReport], comparison: Comparison) -> tuple[Section
     for run, name in zip(runs, names, strict=True):
         parts = _figures_of(run.state, f"{name}-" if several else "")
         if several:
-            about = f"{method_title(run.state.config.method)} at {run.state.config.goal}. {_how_far(run.state)}"
+            about = f"{method_title(run.state.config.method)} at {run.state.goal}. {_how_far(run.state)}"
             sections.append(Section(f"run-{name}", name, (Paragraph(about),)))
         sections += [
             Section(f"{anchor}-{name}" if several else anchor, title, found, 3 if several else 2)

@@ -62,8 +62,12 @@ class RunConfig(Settings):
 
     @property
     def goal(self) -> str:
-        """Sparsity and quantization for people: "70%", "2:4, int4"."""
-        what = self.pattern or f"{100 * self.target_sparsity:g}%"
+        """Sparsity and quantization for people: "70%", "2:4, int4". Layers with a sparsity of their own left out."""
+        return self.goal_at(self.target_sparsity)
+
+    def goal_at(self, sparsity: float) -> str:
+        """The goal of a run whose budget comes to this sparsity over all layers."""
+        what = self.pattern or f"{100 * sparsity:g}%"
         grouped = f" in groups of {self.group_size}" if self.group_size else ""
         return what + (f", int{self.bits}{grouped}" if self.bits else "")
 

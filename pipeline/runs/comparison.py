@@ -73,7 +73,7 @@ def summary_of(state: RunStatus) -> ModelSummary:
         label=state.label,
         base=state.config.model,
         method=state.config.method,
-        goal=state.config.goal,
+        goal=state.goal,
         steps_left=len(state.steps) - state.num_done,
         evaluations=state.evaluations,
         num_masked=state.num_masked,

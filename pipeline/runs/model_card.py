@@ -69,7 +69,7 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
         base_model=model.name,
         revision=model.revision,
         method=config.method,
-        goal=config.goal,
+        goal=state.goal,
         num_masked=state.num_masked,
         num_prunable=state.num_prunable,
         num_other_zeros=state.num_other_zeros,

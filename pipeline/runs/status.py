@@ -192,6 +192,14 @@ class RunStatus:
     holder: str | None  # who is working on it now, as far as its lease says
 
     @property
+    def goal(self) -> str:
+        """Sparsity and quantization for people, with the sparsity that the budget of all layers comes to."""
+        if not self.config.layer_sparsity:
+            return self.config.goal
+        budgeted = sum(block.num_masked for block in self.blocks) / self.num_prunable
+        return self.config.goal_at(round(budgeted, 4))
+
+    @property
     def sparsity(self) -> float | None:
         """Masked weights over prunable weights in the exported model."""
         return None if self.num_masked is None else self.num_masked / self.num_prunable

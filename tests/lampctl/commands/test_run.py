@@ -1,6 +1,7 @@
 """`lampctl run` from the user's side, on a small OPT that has learnt something."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def test_steps_one_by_one_give_the_weights_of_run_and_refuse_to_be_done_out_of_o
     for early in (("capture",), ("prune-block",), ("prune-block", "--block", "1"), ("export",), ("evaluate",)):
         refused = lampctl(early[0], "steps", *early[1:])
         assert refused.code == 2, early
-        assert "do calibrate first" in refused.err
+        assert re.search(r"call lampctl calibrate \S*steps first", refused.err)
     order = [
         "calibrate",
         "capture",
@@ -185,7 +186,7 @@ def test_steps_one_by_one_give_the_weights_of_run_and_refuse_to_be_done_out_of_o
         answer = lampctl(name, "steps", *(("--block", block) if block else ()))
         assert answer.code == 0, (step, answer.err)
     assert "already done" in lampctl("prune-block", "steps", "--block", "1").err
-    assert "no step prune-block/7" in lampctl("prune-block", "steps", "--block", "7").err
+    assert "--block 7: the run has no such step" in lampctl("prune-block", "steps", "--block", "7").err
     shards = sorted(p.name for p in Path("whole/model").glob("*.safetensors"))
     assert shards
     for shard in shards:
@@ -229,6 +230,21 @@ def test_a_run_time_shorter_than_the_start_finishes_the_run_in_many_calls(lampct
         assert len(list(commits.iterdir())) > call
     assert answer.code == 0
     assert call > 1
+
+
+def test_a_layer_with_a_sparsity_of_its_own_counts_in_every_headline(lampctl, tmp_path):
+    save(tmp_path / "m", "opt")
+    (tmp_path / "c.yaml").write_text("layer_sparsity: {'.*fc1': 0.5}\n")
+    flags = ("--method", "magnitude", "--sparsity", 0.7, "--config", "c.yaml", "--evaluate", "", "--device", "cpu")
+    done = lampctl("run", "m", *flags, "--run-dir", "r")
+    assert done.code == 0, done.err
+    share = lampctl("status", "r", "--json").json["sparsity"]
+    assert 0.5 < share < 0.69
+    shown = f"{round(100 * share, 2):g}%"
+    card = (tmp_path / "r" / "model" / "README.md").read_text()
+    for text in (done.err, done.out, lampctl("status", "r").out, lampctl("compare", "r").out, card):
+        assert f" {shown}" in text
+        assert " 70%" not in text
 
 
 def test_resume_without_an_argument_takes_the_newest_unfinished_run(lampctl, tmp_path):
@@ -299,7 +315,7 @@ def test_evaluate_of_an_unfinished_run_prunes_nothing(lampctl, tmp_path):
     assert lampctl("init", original, "--sparsity", "0.5", *DATA, "--run-dir", "r").code == 0
     refused = lampctl("evaluate", "r", "--evaluate", "")
     assert refused.code == 2
-    assert "do calibrate first" in refused.err
+    assert re.search(r"call lampctl calibrate \S+ first", refused.err)
     assert not Path("r/commits").exists()
 
 
