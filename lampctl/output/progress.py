@@ -34,11 +34,11 @@ class ProgressListener:
         self._said: set[str] = set()
         self._known: tuple[int, RunStatus] | None = None  # the state at this number of commits
 
-    def attach(self, run: RunDirectory, config: RunConfig) -> None:
-        """The steps to come are of this run."""
+    def attach(self, run: RunDirectory, config: RunConfig, what: str | None = None) -> None:
+        """The steps to come are of this run. what: what it is; None: named by its method and its sparsity."""
         self._run, self._config, self._known = run, config, None
         state = self._state
-        title = f"{config.method} {state.goal}: {run.label}"
+        title = f"{what or f'{config.method} {state.goal}'}: {run.label}"
         if state.is_finished:
             title += " (finished)"
         elif state.num_done:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
@@ -53,7 +53,15 @@ _MEASURES = (
     *("evaluate", "eval_seqlen", "eval_max_tokens", "eval_points", "eval_max_images"),
     *("tasks", "task_data", "task_limit"),
 )
-Begin = Callable[[RunDirectory, RunConfig], None]
+
+
+class Begin(Protocol):
+    """Called with every run before it starts."""
+
+    def __call__(self, run: RunDirectory, config: RunConfig, what: str | None = None, /) -> None:
+        """what: what the run is, if it is no trial."""
+        ...
+
 
 _SPEC = "sweep.json"
 # Settings that decide the calibration set and the first streams. Trials with equal values share a run.
@@ -245,7 +253,7 @@ class Sweep:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         run, config = start(stem, self.place_of("shared", digest[:12]))
         if not any(commit.step == "capture" for commit in run.commits):
-            begin(run, config)
+            begin(run, config, "calibration set and first activations for several trials")
             until_captured = ResumeOptions(until=lambda step: step.kind == "capture")
             resume(run, config, listener, stop, until_captured)
         return run

@@ -36,6 +36,8 @@ def test_grid_sweep_finishes_and_shares_the_first_steps(lampctl, given, tmp_path
     assert [round(t["sparsity"], 2) for t in trials] == [0.5] * 3 + [0.7] * 3
 
     (stem,) = (tmp_path / "s" / "shared").iterdir()
+    (title,) = [line for line in answer.err.splitlines() if line.endswith(str(stem))]
+    assert title.startswith("calibration set and first activations for several trials: ")
     assert list(steps(stem)) == ["calibrate", "capture"]
     for name in ("sparsity-0.5_method-lamp", "sparsity-0.7_method-sparsegpt"):
         trial = steps(tmp_path / "s" / "trials" / name)
