@@ -22,6 +22,7 @@ from pipeline.runs.continuations import Continuation
 from pipeline.runs.status import EvaluationResult, RunStatus, described, side_by_side
 from stages.metrics.registry import metric_of
 from stages.pruners.registry import method_title
+from stages.training.loss import LOSSES
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,8 @@ _Figure = tuple[str, str, Dataset, Callable[[Dataset], bytes], str]  # anchor, t
 
 def _figures_of(state: RunStatus, prefix: str) -> list[tuple[str, str, tuple[Part, ...]]]:
     """(anchor, title, parts) of each figure for which the run's commits have data."""
-    relative = state.config.loss == "token"
+    loss = state.config.loss
+    relative = loss is not None and LOSSES[loss].is_relative
     kept = "" if state.config.held_out else " No samples were held out: all were trained on."
     plan: list[_Figure] = [
         (
