@@ -300,10 +300,10 @@ def _kept(block: LampBlock, target: Any, decoder: Decoder) -> BlockReport:
     """Write a finished block into the model, and report it."""
     import torch
 
-    entries = target.get_submodule(decoder.blocks_path)[block.index].state_dict()
+    entries, parts = target.state_dict(), decoder.stored_parts(block.index)
     with torch.no_grad():
         for name, tensor in block.finished.state.items():
-            entries[name].copy_(tensor)
+            parts[name].of(entries[parts[name].key]).copy_(tensor)
     return BlockReport(block.index, block.finished.layers, block.compensation, block.refinement)
 
 

@@ -6,13 +6,13 @@ the calibration set. One pass of the original model measures the shares; `stages
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from stages.interfaces import Samples, Scratch
-from stages.models.base import BlockModel
+from stages.models.base import BlockModel, LayerInfo
 from stages.runtime.block_context import StageContext
 from stages.runtime.block_runner import Counter
 
@@ -35,13 +35,15 @@ def outlier_shares(context: StageContext, hidden: Samples, prunable: Collection[
     shares = []
     for index in range(model.num_blocks):
         block = context.block(index).load()
-        layers = {x.path: block.get_submodule(x.path) for x in model.layers(index) if x.name in prunable}
+        infos = [x for x in model.layers(index) if x.name in prunable]
+        layers = {x.path: block.get_submodule(x.path) for x in infos}
         squares: dict[str, Tensor] = {}
         handles = [layer.register_forward_pre_hook(_adder(squares, path)) for path, layer in layers.items()]
         runner = context.block(index).runner(block)
         runner.propagate(hidden if index == 0 else passed, passed, context.callbacks.check_stop, counter.advance)
         for handle in handles:
             handle.remove()
+        _share_among_experts(squares, infos)
         shares.append(_outlying_share(model, layers, squares))
     return shares
 
@@ -52,6 +54,13 @@ def _adder(squares: dict[str, Tensor], path: str) -> Callable[[nn.Module, tuple[
         squares[path] = squares.get(path, 0) + x.square().sum(dim=0)
 
     return add
+
+
+def _share_among_experts(squares: dict[str, Tensor], layers: Sequence[LayerInfo]) -> None:
+    """Give experts that received no token the sum of the experts that did."""
+    for unread in [layer for layer in layers if layer.path not in squares]:
+        peers = [x.path for x in layers if x.peers is not None and x.peers == unread.peers and x.path in squares]
+        squares[unread.path] = torch.stack([squares[path] for path in peers]).sum(dim=0)
 
 
 def _outlying_share(model: BlockModel, layers: Mapping[str, nn.Module], squares: Mapping[str, Tensor]) -> float:

@@ -18,9 +18,10 @@ from torch import Tensor
 from stages.formats.checkpoint_files import StateFile, serialized
 from stages.formats.pruning_masks import FOLDER, PrunedWeight
 from stages.formats.safetensors_io import Bytes
+from stages.formats.tensor_parts import gather, scatter
 from stages.machine.device import DTYPES
 from stages.metrics.registry import figure_text, metric_of
-from stages.models.base import BlockModel
+from stages.models.base import BlockModel, stored_parts
 from stages.pruners.registry import method_title
 from stages.sparsity.nm_pattern import Pattern
 from stages.sparsity.outcome import LayerOutcome, PruneOutcome, check_layer
@@ -47,24 +48,30 @@ def block_shard(model: BlockModel, block_index: int, state: Mapping[str, Tensor]
 
     Entries that the files lack, which the model computes itself, are left out.
     """
-    names = model.stored_names(block_index)
-    stored = {names[name]: tensor for name, tensor in state.items() if names[name] in model.weights}
-    return serialized(stored, _METADATA)
+    parts = stored_parts(model, block_index)
+    stored = {name: tensor for name, tensor in state.items() if parts[name].key in model.weights}
+    return serialized(scatter(parts, stored), _METADATA)
 
 
-def block_state(model: BlockModel, block_index: int, path: Path) -> StateFile:
+def block_state(model: BlockModel, block_index: int, path: Path) -> Mapping[str, Tensor]:
     """The block's state, names relative to the block, of its file: `block_shard` undone."""
-    return StateFile(path, model.stored_names(block_index))
+    parts = stored_parts(model, block_index)
+    if any(part.shape is not None for part in parts.values()):
+        file = StateFile(path)
+        return gather({name: part for name, part in parts.items() if part.key in file}, file.__getitem__)
+    return StateFile(path, {name: part.key for name, part in parts.items()})
 
 
 def pruned_weights(model: BlockModel, block_index: int, outcome: PruneOutcome) -> dict[str, PrunedWeight]:
     """Masks and grids of a block as its file of masks holds them, by layer name."""
-    names, infos = model.stored_names(block_index), {info.name: info for info in model.layers(block_index)}
+    parts, infos = stored_parts(model, block_index), {info.name: info for info in model.layers(block_index)}
     layers = outcome.to(torch.device("cpu")).layers
-    return {
-        name: PrunedWeight(names[f"{infos[name].path}.weight"], infos[name].transposed, layer.mask, layer.grid)
-        for name, layer in layers.items()
-    }
+    weights = {}
+    for name, layer in layers.items():
+        part = parts[f"{infos[name].path}.weight"]
+        is_transposed = part.transposed or infos[name].transposed
+        weights[name] = PrunedWeight(part.key, is_transposed, layer.mask, layer.grid, part.expert, part.rows)
+    return weights
 
 
 def outcome_of(weights: Mapping[str, PrunedWeight], pattern: Pattern | None) -> PruneOutcome:
@@ -89,11 +96,11 @@ def count_block(
     Raises AssertionError where a masked weight is not zero, a group breaks its pattern, a row has too many values.
     """
     num_masked = num_other_zeros = num_levels = 0
-    for name, layer in weights.items():
-        stored = shard[layer.key]
-        checked = check_layer(
-            name, stored.T if layer.transposed else stored, LayerOutcome(layer.mask, layer.grid), pattern
-        )
+    key, stored = "", torch.empty(0)
+    for name, layer in sorted(weights.items(), key=lambda item: item[1].key):
+        if layer.key != key:  # experts may share a tensor
+            key, stored = layer.key, shard[layer.key]
+        checked = check_layer(name, layer.matrix_of(stored), LayerOutcome(layer.mask, layer.grid), pattern)
         num_masked += checked.num_masked
         num_other_zeros += checked.num_other_zeros
         num_levels = max(num_levels, checked.num_levels or 0)

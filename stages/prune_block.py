@@ -23,6 +23,7 @@ from stages.pruners.base import LayerProblem, Pruner
 from stages.quantization.grid import fit_grid
 from stages.runtime.block_context import BlockContext, BlockOutput
 from stages.runtime.block_runner import Counter
+from stages.runtime.expert_statistics import ExpertTokens, complete
 from stages.runtime.layer_inputs import LayerInput, LayerInputs, collect
 from stages.sparsity.budget import BlockBudget
 from stages.sparsity.outcome import LayerOutcome, PruneOutcome, require_budget
@@ -35,6 +36,7 @@ class PrunedBlock:
     outcome: PruneOutcome
     state: Mapping[str, Tensor] | None = None  # fp32, for refinement; None: the block is finished
     finished: FinishedBlock | None = None  # in the export dtype; None: the block is not finished
+    experts: ExpertTokens | None = None  # calibration tokens of the experts; None: it has none, or no data was read
 
 
 @torch.no_grad()
@@ -71,10 +73,14 @@ def prune_block(
     kind = pruner.statistics()
     num_passes = int(kind is not None) + int(output is not None and output.stream is not None)
     progress = _Progress(context.callbacks, len(infos) + num_passes * len(context.inputs))
+    experts = None
     if kind is not None:
         if biased is None or not len(context.inputs):
             raise ValueError(f"{pruner.name} needs the calibration set and the biased stream")
         progress.collected = collect(context, block, modules, biased, kind, progress)
+        experts = complete(progress.collected, infos, kind, context.device.torch_device)
+        if experts is not None and experts.num_short:
+            context.callbacks.warn(f"{context.name}: {experts}")
     layers = _Layers(context, pruner, progress.collected)
     # Layers with the same input follow each other, so that only one factorization is in memory.
     for info in layers.ordered(infos):
@@ -85,8 +91,10 @@ def prune_block(
     layers.free()
     require_budget(outcome, budget)
     if output is None:
-        return PrunedBlock(outcome, state={name: tensor.to("cpu") for name, tensor in block.state_dict().items()})
-    return PrunedBlock(outcome, finished=finish_block(context, block, outcome, biased, output, progress))
+        state = {name: tensor.to("cpu") for name, tensor in block.state_dict().items()}
+        return PrunedBlock(outcome, state=state, experts=experts)
+    finished = finish_block(context, block, outcome, biased, output, progress)
+    return PrunedBlock(outcome, finished=finished, experts=experts)
 
 
 class _Progress(Counter):

@@ -17,7 +17,7 @@ from pipeline.steps.block_files import (
 )
 from pipeline.steps.committed import stored_budget
 from pipeline.steps.reporting import BlockReport
-from pipeline.steps.results import FinishedRecord, LayerResult, PruneResult
+from pipeline.steps.results import ExpertsRecord, FinishedRecord, LayerResult, PruneResult
 
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
@@ -80,12 +80,13 @@ class PruneBlock(StepKind[PruneResult]):
             name: LayerResult(relative_error=layer.relative_error, damping=layer.damping)
             for name, layer in result.outcome.layers.items()
         }
+        experts = ExpertsRecord.of(result.experts) if result.experts is not None else None
         if result.state is not None:
             write_state(attempt, payloads.unrefined(block).name, result.state)
-            return PruneResult(layers=layers)
+            return PruneResult(layers=layers, experts=experts)
         assert result.finished is not None
         write_finished(context, attempt, block, result.finished)
-        return PruneResult(layers=layers, finished=FinishedRecord.of(result.finished))
+        return PruneResult(layers=layers, finished=FinishedRecord.of(result.finished), experts=experts)
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         assert step.block is not None

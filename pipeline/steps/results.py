@@ -25,6 +25,7 @@ from stages.metrics.zero_shot import require_possible
 if TYPE_CHECKING:
     from stages.choose_bos import BosChoice
     from stages.finish_block import FinishedBlock
+    from stages.runtime.expert_statistics import ExpertTokens
     from stages.training.trainer import Losses, Training
 
 Which = Literal["dense", "pruned"]
@@ -161,11 +162,36 @@ class LayerResult(_Part):
     damping: Loss | None
 
 
+class ExpertsRecord(_Part):
+    """Calibration tokens that the router of a block sent to its experts.
+
+    Attributes:
+        num_experts: Number of experts.
+        num_short: Experts with fewer tokens than a matrix of theirs has input channels; they were pruned by statistics
+            that those of all experts complete.
+        fewest: Tokens of the expert with the fewest.
+        expert: That expert's path in the block.
+    """
+
+    num_experts: Amount
+    num_short: Amount
+    fewest: Amount
+    expert: str
+
+    @classmethod
+    def of(cls, tokens: ExpertTokens) -> ExpertsRecord:
+        """The record of what a block's experts received."""
+        return cls(
+            num_experts=tokens.num_experts, num_short=tokens.num_short, fewest=tokens.fewest, expert=tokens.expert
+        )
+
+
 class PruneResult(Result):
     """How the pruning of a block went."""
 
     layers: dict[str, LayerResult]
     finished: FinishedRecord | None = None  # None: the block is refined in a later step
+    experts: ExpertsRecord | None = None  # None: the block has none, or the pruner reads no data
 
 
 class CompensateResult(Result):

@@ -21,6 +21,7 @@ from torch import Tensor
 from stages.errors import DamagedFileError
 from stages.formats.disk_errors import reading
 from stages.formats.safetensors_io import TensorFile
+from stages.formats.tensor_parts import TensorPart
 from stages.formats.tensor_reading import load_tensor
 from stages.quantization.grid import Grid
 
@@ -37,6 +38,17 @@ class PrunedWeight:
     transposed: bool  # whether the files hold it as (cols, rows)
     mask: Tensor  # (R, C) bool, True where pruned
     grid: Grid | None
+    expert: int | None = None  # the files hold one tensor for all experts of a block: which one this is
+    rows: tuple[int, int, int] | None = None  # start, stop, step: the layer's rows, where others lie beside them
+
+    def matrix_of(self, stored: Tensor) -> Tensor:
+        """The layer's weights (R, C), as a view of the tensor that the files hold."""
+        return TensorPart(self.key, None, self.expert, self.transposed, self.rows).of(stored)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the layer's weights are a tensor of their own in the files."""
+        return self.expert is None and self.rows is None
 
 
 def mask_file(layers: Mapping[str, PrunedWeight]) -> bytes:
@@ -47,6 +59,8 @@ def mask_file(layers: Mapping[str, PrunedWeight]) -> bytes:
         rows, cols = layer.mask.shape
         tensors[f"{name}.mask"] = pack_bits(layer.mask)
         described[name] = {"key": layer.key, "rows": rows, "cols": cols, "transposed": layer.transposed}
+        if not layer.is_whole:
+            described[name] |= {"expert": layer.expert, "part": layer.rows}
         if layer.grid is not None:
             tensors[f"{name}.scale"] = layer.grid.scale.cpu().contiguous()
             tensors[f"{name}.zero"] = layer.grid.zero.to("cpu", torch.uint8).contiguous()
@@ -80,14 +94,20 @@ def _read(path: Path, only: str | None) -> dict[str, PrunedWeight]:
             scale, zero = (load_tensor(path, entries[f"{name}.{part}"]) for part in ("scale", "zero"))
             grid = Grid(scale, zero.float(), about["bits"], about["group_size"])
         mask = unpack_bits(load_tensor(path, entries[f"{name}.mask"]), about["cols"])
-        layers[name] = PrunedWeight(about["key"], about["transposed"], mask, grid)
+        rows = about.get("part")
+        place = (about.get("expert"), tuple(rows) if rows is not None else None)
+        layers[name] = PrunedWeight(about["key"], about["transposed"], mask, grid, *place)
     return layers
 
 
 def weight_keys(path: Path) -> dict[str, str]:
-    """Which weight of the model's files each layer of one file is, by the layer's name. Raises ValueError."""
+    """Which weight of the model's files each layer of one file is, by the layer's name. Raises ValueError.
+
+    Layers that share a tensor with others (experts in one 3-D tensor) are left out.
+    """
     with reading(path), TensorFile(path) as file:
-        return {name: about["key"] for name, about in _described(path, file.metadata).items()}
+        described = _described(path, file.metadata)
+    return {name: about["key"] for name, about in described.items() if "expert" not in about}
 
 
 def _described(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from stages.formats.file_digest import FileDigest, digest_file
+from stages.formats.tensor_parts import TensorPart
 
 if TYPE_CHECKING:
     from stages.interfaces import Samples
@@ -67,6 +68,8 @@ class LayerInfo:
     rows: int  # output features
     cols: int  # input features
     transposed: bool  # stored as (cols, rows), as GPT-2's Conv1D does
+    peers: str | None = None  # an expert's layer: one name for the same layer of all experts of the block
+    token_share: float = 1.0  # the share of the tokens that it gets, on average
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,15 @@ class Weights(Protocol):
         ...
 
 
+@runtime_checkable
+class StoresParts(Protocol):
+    """A `BlockModel` whose files hold several entries of a block's state in one tensor, or some of them transposed."""
+
+    def stored_parts(self, block_index: int) -> Mapping[str, TensorPart]:
+        """For each entry of a block's state, where it lies in the model's own files."""
+        ...
+
+
 class BlockInputs(Protocol):
     """What the blocks get beside the hidden state. `stages.models.block_inputs` implements it for every family."""
 
@@ -130,6 +142,13 @@ class BlockInputs(Protocol):
     def of(self, inputs: Tensor, choices: DeviceChoices) -> tuple[BlockCall, ...]:
         """One call for each block. inputs: a batch (N, ...) on the device."""
         ...
+
+
+def stored_parts(model: BlockModel, block_index: int) -> Mapping[str, TensorPart]:
+    """Where each entry of a block's state lies in the model's files; for most families a tensor of its own."""
+    if isinstance(model, StoresParts):
+        return model.stored_parts(block_index)
+    return {name: TensorPart(key) for name, key in model.stored_names(block_index).items()}
 
 
 def tokens_of(model: BlockModel, samples: Samples) -> int:

@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.pytorch_utils import Conv1D
 
 from stages.errors import UsageError
 from stages.formats.checkpoint_files import WeightFiles, match_names
+from stages.formats.tensor_parts import TensorPart, gather
 from stages.models.architecture import AbsentTower, build_empty, other_towers, text_tower
 from stages.models.base import BlockCall, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_inputs import CachedBlockInputs
+from stages.models.block_layers import matrix_of, prunable_layers, require_reachable
 from stages.models.companion_files import companion_files, exported_config
 from stages.models.decoder_ends import DecoderEnds, put_recorders
-from stages.models.layer_roles import VITAL, role_of
+from stages.models.expert_names import place_experts
+from stages.models.experts import separate_experts
+from stages.models.layer_roles import VITAL
 from stages.models.meta_init import copied, materialised, require_materialised, require_plain
 from stages.models.probe import probed
 from stages.models.recorder import Tape
-
-# Blocks whose linear layers hold less of their matrix weights than this are refused: the rest would stay dense.
-_SMALLEST_SHARE = 0.95
 
 
 def open_model(folder: ModelFolder) -> Decoder:
@@ -69,14 +69,18 @@ class Decoder:
         self._model = model
         self.name: str = config.model_type
         self._towers = other_towers(model)
+        self._experts = separate_experts(model, self._towers)
         self._list_name, blocks = _find_blocks(model, config.num_hidden_layers)
         self._blocks = tuple(blocks)
         self.num_blocks = len(self._blocks)
         self.vocab_size = len(model.get_input_embeddings().weight)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self._layers = tuple(self._find_layers(index) for index in range(self.num_blocks))
-        for index in range(self.num_blocks):
-            self._require_reachable(index)
+        self._layers = tuple(
+            prunable_layers(block, self._prefix(index), config) for index, block in enumerate(self._blocks)
+        )
+        for index, block in enumerate(self._blocks):
+            require_reachable(block, self._layers[index], index, folder.name)
+        self._parts: dict[str, TensorPart] = {}  # of experts, by their names in the model's state
         self._stored = self._match_weights()
         self._require_own_weights()
         self._traits = probed(copy.deepcopy(self._skeleton), self._list_name, self._blocks, folder.name)
@@ -99,8 +103,14 @@ class Decoder:
         return self._layers[block_index]
 
     def stored_names(self, block_index: int) -> dict[str, str]:
+        return {name: part.key for name, part in self.stored_parts(block_index).items()}
+
+    def stored_parts(self, block_index: int) -> dict[str, TensorPart]:
         prefix = self._prefix(block_index)
-        return {name: self._stored.get(prefix + name, prefix + name) for name in self._blocks[block_index].state_dict()}
+        return {
+            name: self._parts.get(prefix + name) or TensorPart(self._stored.get(prefix + name, prefix + name))
+            for name in self._blocks[block_index].state_dict()
+        }
 
     def entry_sizes(self, block_index: int) -> dict[str, int]:
         return {name: tensor.numel() for name, tensor in self._blocks[block_index].state_dict().items()}
@@ -122,11 +132,8 @@ class Decoder:
         state: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
         if state is None:
-            state = {
-                name: self.weights.load(key, dtype, device)
-                for name, key in self.stored_names(block_index).items()
-                if key in self.weights
-            }
+            parts = {name: part for name, part in self.stored_parts(block_index).items() if part.key in self.weights}
+            state = gather(parts, lambda key: self.weights.load(key, dtype, device))
         else:
             state = {name: copied(tensor, dtype, device) for name, tensor in state.items()}
         return materialised(self._blocks[block_index], state, device, block_index, self.source.name)
@@ -135,12 +142,11 @@ class Decoder:
         return self._traits.layout.run(block, hidden, call)
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        return weight.T if isinstance(layer, Conv1D) else weight
+        return matrix_of(layer)
 
     @torch.no_grad()
     def set_weight_matrix(self, layer: nn.Module, weight: Tensor) -> None:
-        self.weight_matrix(layer).copy_(weight)
+        matrix_of(layer).copy_(weight)
 
     # -- what lies around the blocks
 
@@ -178,7 +184,7 @@ class Decoder:
         return ends
 
     def unused_weights(self) -> tuple[str, ...]:
-        used = set(self._stored.values())
+        used = {*self._stored.values(), *(part.key for part in self._parts.values())}
         return tuple(key for key in self.weights.keys if key not in used)
 
     def export_extras(self, requested_dtype: str) -> Iterator[tuple[str, bytes]]:
@@ -249,54 +255,35 @@ class Decoder:
 
     def _match_weights(self) -> dict[str, str]:
         state = self._model.state_dict(keep_vars=True)
-        renamings = [t for t in get_model_conversion_mapping(self._model) if isinstance(t, WeightRenaming)]
-        matched = match_names(self.weights.keys, state, renamings, self._model.base_model_prefix)
+        transforms, prefix = get_model_conversion_mapping(self._model), self._model.base_model_prefix
+        self._parts = place_experts(self.weights.keys, self._experts, transforms, prefix, self.weights.shape)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        others = [name for name in state if name not in self._parts]
+        matched = match_names(self.weights.keys, others, renamings, prefix)
         # What text does not pass is exported as it is, whatever it is.
         towers = tuple(f"{tower}." for tower in self._towers)
         state = {name: tensor for name, tensor in state.items() if not name.startswith(towers)}
         stored = {name: key for name, key in matched.items() if name in state}
-        found = {id(state[name]) for name in stored}
+        found = {id(state[name]) for name in (*stored, *self._parts)}
         missing = [name for name, tensor in state.items() if tensor.is_meta and id(tensor) not in found]
         if missing:
             raise UsageError(
                 f"{self.source.path} lacks {len(missing)} weights of a {type(self._model).__name__}, {missing[0]} "
                 "among them: the files are incomplete, or stored in a form that cannot be read one block at a time"
             )
-        for name, key in stored.items():
-            if tuple(state[name].shape) != self.weights.shape(key):
+        for name, part in ({name: TensorPart(key) for name, key in stored.items()} | self._parts).items():
+            shape = self.weights.shape(part.key)
+            if part.of(torch.empty(shape, device="meta")).shape != state[name].shape:
                 raise UsageError(
-                    f"{self.source.path}: {key} has shape {self.weights.shape(key)}, its config.json asks for "
+                    f"{self.source.path}: {part.key} has shape {shape}, its config.json asks for "
                     f"{tuple(state[name].shape)}"
                 )
-            require_plain(self.weights, key, self.source.path)
+            require_plain(self.weights, part.key, self.source.path)
         return stored
-
-    def _find_layers(self, block_index: int) -> tuple[LayerInfo, ...]:
-        infos = []
-        for path, module in self._blocks[block_index].named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
-                rows, cols = self.weight_matrix(module).shape
-                name = self._prefix(block_index) + path
-                infos.append(LayerInfo(name, path, role_of(path), rows, cols, isinstance(module, Conv1D)))
-        return tuple(infos)
 
     def _without_uncalled(self, layers: tuple[LayerInfo, ...]) -> tuple[LayerInfo, ...]:
         """The layers but small ones whose input no pruner can see (dt_proj of Mamba): they stay dense."""
         return tuple(layer for layer in layers if layer.role != VITAL or layer.name not in self._traits.uncalled)
-
-    def _require_reachable(self, block_index: int) -> None:
-        block, paths = self._blocks[block_index], {layer.path for layer in self._layers[block_index]}
-        matrices = {name: p.numel() for name, p in block.named_parameters() if p.ndim >= 2}
-        others = {name: size for name, size in matrices.items() if name.rpartition(".")[0] not in paths}
-        total = sum(matrices.values())
-        if total == 0 or total - sum(others.values()) < _SMALLEST_SHARE * total:
-            share = 1 - sum(others.values()) / total if total else 0.0
-            largest = max(others, key=others.__getitem__) if others else "none"
-            raise UsageError(
-                f"{self.source.name}: only {share:.0%} of the matrix weights of block {block_index} lie in linear "
-                f"layers (the largest that does not: {largest}); such models, mixtures of experts among them, "
-                "cannot be pruned"
-            )
 
     def _untied_head(self) -> str:
         """The prefix of the output head's names, if entering the model does without it; else nothing."""

@@ -9,9 +9,9 @@ R: output rows of a weight.    C: its columns, the input channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 from stages.errors import UsageError
 
@@ -61,6 +61,20 @@ class Statistics(Protocol):
     @staticmethod
     def num_numbers(cols: int) -> int:
         """How many fp32 numbers the sums of `cols` input channels hold, for the memory planner."""
+        ...
+
+
+@runtime_checkable
+class PooledStatistics(Statistics, Protocol):
+    """Statistics that experts of a mixture can share: an expert that received few tokens gets mean ones of all."""
+
+    @classmethod
+    def total(cls, parts: Sequence[Any]) -> Self:
+        """The statistics of the tokens of all `parts` together, which stay as they are."""
+        ...
+
+    def complete(self, total: Any, num_tokens: int) -> None:
+        """Add mean tokens of `total` until there are `num_tokens`."""
         ...
 
 

@@ -8,7 +8,7 @@ n: tokens.    C: columns of a weight, the input channels.    R: output rows of a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +62,22 @@ class HessianSum:
             self._is_scaled = True
         return self._sum
 
+    @classmethod
+    def total(cls, parts: Sequence[HessianSum]) -> HessianSum:
+        """The sum over the tokens of all `parts`."""
+        whole = cls(len(parts[0]._sum), parts[0]._sum.device)
+        for part in parts:
+            assert not part._is_scaled, "the Hessian has been read"
+            whole._sum.add_(part._sum)
+            whole._num_tokens += part._num_tokens
+        return whole
+
+    def complete(self, total: HessianSum, num_tokens: int) -> None:
+        """Add mean tokens of `total` until there are `num_tokens`."""
+        assert not self._is_scaled, "the Hessian has been read"
+        self._sum.add_(total._sum, alpha=(num_tokens - self._num_tokens) / total._num_tokens)
+        self._num_tokens = num_tokens
+
     def state(self) -> tuple[Tensor, dict[str, int]]:
         """The sum and the counts, for a checkpoint."""
         return self._sum, {"num_tokens": self._num_tokens, "is_scaled": int(self._is_scaled)}
@@ -98,6 +114,20 @@ class SquareSum:
     def mean_square(self) -> Tensor:
         """The mean of x^2 per input channel, (C,)."""
         return self._sum / self._num_tokens
+
+    @classmethod
+    def total(cls, parts: Sequence[SquareSum]) -> SquareSum:
+        """The sum over the tokens of all `parts`."""
+        whole = cls(len(parts[0]._sum), parts[0]._sum.device)
+        for part in parts:
+            whole._sum.add_(part._sum)
+            whole._num_tokens += part._num_tokens
+        return whole
+
+    def complete(self, total: SquareSum, num_tokens: int) -> None:
+        """Add mean tokens of `total` until there are `num_tokens`."""
+        self._sum.add_(total._sum, alpha=(num_tokens - self._num_tokens) / total._num_tokens)
+        self._num_tokens = num_tokens
 
     def state(self) -> tuple[Tensor, dict[str, int]]:
         """The sum and the count, for a checkpoint."""

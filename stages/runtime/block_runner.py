@@ -71,8 +71,10 @@ class BlockRunner:
         self._model, self._block, self._block_index = model, block, block_index
         self._inputs, self._choices, self._device = inputs, choices, choices.torch_device
         self._calls = model.calls(self._device)
-        # torch reuses the compiled code for all blocks of the same kind: only the first one of a run is compiled.
-        self._trained: nn.Module = torch.compile(block, dynamic=False) if choices.compiles else block  # type: ignore[assignment]
+        # torch reuses the compiled code for all blocks of the same kind: only the first one of a run is compiled. A
+        # block with experts would be compiled again for every number of tokens that an expert gets.
+        compiles = choices.compiles and not any(info.peers is not None for info in model.layers(block_index))
+        self._trained: nn.Module = torch.compile(block, dynamic=False) if compiles else block  # type: ignore[assignment]
 
     def batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
         """The micro-batches of the samples `indices`."""

@@ -26,6 +26,7 @@ class LayerInput:
 
     statistics: Statistics
     paths: list[str] = field(default_factory=list)  # of the layers, in the block
+    num_tokens: int = 0  # that reached the layers
 
     @property
     def is_shared(self) -> bool:
@@ -39,6 +40,7 @@ class LayerInputs:
 
     inputs: list[LayerInput] = field(default_factory=list)
     num_samples: int = 0
+    is_completed: bool = False  # experts with few tokens have got those of others (`stages.runtime.expert_statistics`)
 
     @property
     def by_path(self) -> dict[str, LayerInput]:
@@ -52,8 +54,9 @@ class LayerInputs:
             {_tensor_key(number): sums for number, (sums, _) in enumerate(states)},
             {
                 "num_samples": self.num_samples,
+                "is_completed": self.is_completed,
                 "groups": [
-                    {"paths": found.paths, "counts": counts}
+                    {"paths": found.paths, "counts": counts, "num_tokens": found.num_tokens}
                     for found, (_, counts) in zip(self.inputs, states, strict=True)
                 ],
             },
@@ -66,11 +69,13 @@ class LayerInputs:
             return cls()
         inputs = [
             LayerInput(
-                kind.restored(checkpoint.tensors[_tensor_key(number)], group["counts"], device), list(group["paths"])
+                kind.restored(checkpoint.tensors[_tensor_key(number)], group["counts"], device),
+                list(group["paths"]),
+                group.get("num_tokens", 0),
             )
             for number, group in enumerate(checkpoint.figures["groups"])
         ]
-        return cls(inputs, checkpoint.figures["num_samples"])
+        return cls(inputs, checkpoint.figures["num_samples"], checkpoint.figures.get("is_completed", False))
 
 
 def _tensor_key(number: int) -> str:
@@ -99,7 +104,8 @@ def collect(
         counter: Reports the samples that are done.
 
     Raises:
-        AssertionError: A layer never received an input, or shared its input in one micro-batch and not in another.
+        AssertionError: A layer that is no expert's never received an input, or a layer shared its input in one
+            micro-batch and not in another.
     """
     device = context.device.torch_device
     collected = LayerInputs.restored(context.callbacks.restore(), kind, device)
@@ -124,7 +130,8 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    unread = [path for path in modules if path not in recorder.assigned]
+    of_experts = {info.path for info in context.model.layers(context.index) if info.peers is not None}
+    unread = [path for path in modules if path not in recorder.assigned and path not in of_experts]
     if unread:
         raise AssertionError(f"{context.name}: no input ever reached {', '.join(unread)}")
     return collected
@@ -161,7 +168,9 @@ class _InputRecorder:
                 found.paths.append(path)
             if is_first_reader:
                 self.seen[id(x)] = (x, found)
-                found.statistics.add(x.reshape(-1, cols))
+                tokens = x.reshape(-1, cols)
+                found.statistics.add(tokens)
+                found.num_tokens += len(tokens)
             self.missing.discard(path)
             if not self.missing:
                 raise _AllSeen

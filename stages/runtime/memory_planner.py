@@ -9,6 +9,7 @@ V: vocabulary.    All arithmetic is fp32, 4 bytes per number; bf16 takes no more
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,9 @@ class Shapes:
         """The layers, grouped by the input that they read."""
         groups: dict[str, list[LayerInfo]] = {}
         for layer in self.layers:
-            groups.setdefault(_SHARED.get(layer.role or "", layer.path), []).append(layer)
+            shared = _SHARED.get(layer.role or "", layer.path)
+            expert = f"{layer.path.rpartition('.')[0]}." if layer.peers is not None else ""
+            groups.setdefault(expert + shared, []).append(layer)
         return groups
 
     def chunks(self, num_streams: int, samples: int) -> int:
@@ -73,8 +76,9 @@ class Shapes:
 
     def remembered(self) -> int:
         """Bytes of the activations that a forward pass over one sample keeps for its gradient."""
-        distinct = sum(group[0].cols for group in self.inputs.values())
-        linear = 2 * distinct + 2 * sum(layer.rows for layer in self.layers) + 6 * self.hidden
+        distinct = sum(math.ceil(group[0].token_share * group[0].cols) for group in self.inputs.values())
+        outputs = sum(math.ceil(layer.token_share * layer.rows) for layer in self.layers)
+        linear = 2 * distinct + 2 * outputs + 6 * self.hidden
         return _FP32 * (self.tokens * linear + 2 * self.attention)
 
 
@@ -123,13 +127,15 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str
 def _pruning(shapes: Shapes, work: Work) -> int:
     """Bytes of all statistics of a block and of solving its largest layer."""
     pruner, kind = work.pruner, work.pruner.statistics()
-    sums = most = 0
+    sums = most = pooled = 0
     for group in shapes.inputs.values():
         cols, size = group[0].cols, max(layer.rows * layer.cols for layer in group)
         matrices = pruner.num_matrices(is_shared=len(group) > 1)
-        sums += _FP32 * kind.num_numbers(cols) if kind is not None else 0
+        numbers = _FP32 * kind.num_numbers(cols) if kind is not None else 0
+        sums += numbers
+        pooled = max(pooled, numbers) if group[0].peers is not None else pooled
         most = max(most, _FP32 * (matrices * cols**2 + pruner.num_weight_copies * size))
-    return sums + max(most, 2 * shapes.block)  # the rounded block, 2 bytes per number, is made after solving
+    return sums + max(most, pooled, 2 * shapes.block)  # the rounded block, 2 bytes per number, is made after solving
 
 
 def fit(

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from stages.errors import UsageError
 from stages.models.decoder import open_model
@@ -119,11 +119,12 @@ def test_missing_and_misshapen_weights_are_refused_by_name(folders, tmp_path):
         open_model(resolve(str(folder)))
 
 
-def test_a_mixture_of_experts_is_refused_whole(tmp_path):
-    config = MixtralConfig(
+def test_experts_that_are_not_layers_are_refused_whole(tmp_path):
+    config = Llama4TextConfig(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=64,
+        intermediate_size_mlp=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -135,9 +136,7 @@ def test_a_mixture_of_experts_is_refused_whole(tmp_path):
 
 
 def test_blocks_without_a_linear_layer_are_refused_by_name(folders, monkeypatch):
-    from stages.models.decoder import Decoder
-
-    monkeypatch.setattr(Decoder, "_find_layers", lambda self, block_index: ())
+    monkeypatch.setattr("stages.models.decoder.prunable_layers", lambda block, prefix, config: ())
     with pytest.raises(UsageError, match=r"only 0% of the matrix weights of block 0 lie in linear layers"):
         open_model(resolve(str(folders["llama"])))
 

@@ -1,0 +1,143 @@
+"""Mixtures of experts through every pruner, Algorithm 1 and the export, as the router routes them."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from stages.formats.pruning_masks import read_mask_file
+from stages.in_memory import ListStream
+from stages.lamp import LampSettings, lamp
+from stages.models.decoder import open_model
+from stages.models.in_memory import open_in_memory
+from stages.models.resolve import resolve
+from stages.sparsity.nm_pattern import Pattern
+from stages.training.trainer import TrainingSettings
+from tests.blocks import budget_of, context_of, pruner_named
+from tests.small_experts import FAMILIES, NUM_EXPERTS, build, loaded, save
+from tests.small_models import VOCAB
+from tests.stages.test_lamp import AMOUNT, exported
+
+N, T = 6, 16
+IDS = torch.randint(4, VOCAB, (N, T), generator=torch.Generator().manual_seed(3))
+FEW = ("mixtral", "gpt-oss")
+EVERY = tuple(f if f in FEW else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES)
+
+
+def inputs_of(ids):
+    stream = ListStream(len(ids), (ids.shape[1],), torch.long)
+    for i, sample in enumerate(ids):
+        stream.write(i, sample)
+    return stream
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
+@pytest.mark.parametrize("goal", [0.6, Pattern(2, 4)], ids=str)
+def test_every_pruner_meets_its_budget_in_every_expert(method, goal):
+    model = open_in_memory(build("qwen2-moe"))
+    budget = budget_of(model, goal)
+    pattern = goal if isinstance(goal, Pattern) else None
+    blocks = lamp(
+        context_of(model, inputs_of(IDS)), budget, LampSettings(pruner_named(method, pattern=pattern), None, None)
+    )
+    total = masked = 0
+    for i, block in enumerate(blocks):
+        for info, layer in zip(model.layers(i), budget[i].layers, strict=True):
+            mask = block.outcome.layers[info.name].mask
+            assert int(mask.sum()) == layer.num_masked
+            weight = block.finished.state[f"{info.path}.weight"]
+            assert torch.all(weight[mask] == 0)
+            assert not torch.all(weight[~mask] == 0)
+            if pattern is not None:
+                assert torch.all(mask.reshape(info.rows, -1, 4).sum(2) == 2)
+            total, masked = total + mask.numel(), masked + int(mask.sum())
+    assert masked == round(0.5 * total if pattern else goal * total)
+
+
+def test_an_expert_without_a_token_is_pruned_by_the_statistics_of_all():
+    model = build("gpt-oss")
+    with torch.no_grad():
+        model.model.layers[0].mlp.router.bias[5] = -1000
+    decoder = open_in_memory(model)
+    context = context_of(decoder, inputs_of(IDS))
+    block = next(iter(lamp(context, budget_of(decoder, 0.5), LampSettings(pruner_named("sparsegpt"), None, None))))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        layer = block.outcome.layers[f"model.layers.0.mlp.experts.5.{name}"]
+        assert layer.mask.float().mean() == 0.5
+        assert layer.relative_error is not None
+    assert re.search(r"block 0: \d of 8 experts received fewer .* mlp\.experts\.\d 0:", str(context.callbacks.warnings))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_training_reaches_the_experts_and_keeps_their_masks(bits):
+    model = open_in_memory(build("gpt-oss"))
+    training = TrainingSettings(1, 1e-3, 0.9, False, 0)
+    pruner = pruner_named("sparsegpt", bits=bits)
+    plain = list(lamp(context_of(model, inputs_of(IDS)), budget_of(model, 0.5), LampSettings(pruner, None, None)))
+    trained = list(
+        lamp(context_of(model, inputs_of(IDS)), budget_of(model, 0.5), LampSettings(pruner, training, training))
+    )
+    for i, (before, after) in enumerate(zip(plain, trained, strict=True)):
+        changed = 0
+        for info in model.layers(i):
+            mask, weight = after.outcome.layers[info.name].mask, after.finished.state[f"{info.path}.weight"]
+            assert torch.all(weight[mask] == 0)
+            assert bits is None or all(len(row.unique()) <= 16 for row in weight)
+            is_changed = not torch.equal(weight, before.finished.state[f"{info.path}.weight"])
+            changed += is_changed and info.peers is not None
+        assert bits is not None or changed > NUM_EXPERTS, f"block {i}"
+        assert after.refinement.after.trained < after.refinement.before.trained
+
+
+@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("flags", [("--method", "sparsegpt"), ("--epochs", 1, "--refine-epochs", 1, "--bits", 4)])
+def test_a_run_gives_a_folder_that_transformers_opens(lampctl, tmp_path, words, family, flags):
+    folder = save(tmp_path / "m", family, torch.bfloat16)
+    goal = ("--sparsity", 0.5, "--calibration", f"text:{words}", "--run-dir", "r")
+    answer = lampctl("run", folder, *goal, *flags, *AMOUNT)
+    assert answer.code == 0, answer.err
+    assert "experts received fewer tokens" in answer.out + answer.err
+    run = tmp_path / "r"
+    commits = [json.loads(path.read_text()) for path in sorted((run / "commits").iterdir())]
+    experts = [commit["result"]["experts"] for commit in commits if commit["step"].startswith("prune-block")]
+    assert {block["num_experts"] for block in experts if block} == {NUM_EXPERTS}
+    assert all(0 < block["num_short"] <= NUM_EXPERTS and block["fewest"] >= 0 for block in experts if block)
+    originals, found = exported_of(folder), exported(run)
+    assert found.keys() == originals.keys()
+    assert all(found[key].shape == tensor.shape for key, tensor in originals.items())
+    num_masked = num_weights = 0
+    for path in sorted((run / "model" / "masks").glob("*.safetensors")):
+        for name, layer in read_mask_file(path).items():
+            assert torch.all(layer.matrix_of(found[layer.key])[layer.mask] == 0), name
+            num_masked, num_weights = num_masked + int(layer.mask.sum()), num_weights + layer.mask.numel()
+    assert num_masked == round(0.5 * num_weights)
+    model = open_model(resolve(str(run / "model")))
+    assert num_weights == sum(x.rows * x.cols for i in range(model.num_blocks) for x in model.layers(i))
+    with torch.no_grad():
+        ends = model.load_ends(torch.device("cpu"), "all")
+        entry = ends.enter(IDS[:1])
+        hidden = entry.hidden
+        for index in range(model.num_blocks):
+            hidden = model.run_block(model.load_block(index, hidden.device), hidden, entry.calls[index])
+        own = loaded(run / "model")(IDS[:1], use_cache=False).logits
+        torch.testing.assert_close(ends.leave(IDS[:1], hidden), own, rtol=0, atol=2e-6)
+
+
+def exported_of(folder):
+    """All tensors of a model folder."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_a_folder_with_experts_comes_back_from_its_packed_form(lampctl, tmp_path, words, family):
+    folder = save(tmp_path / "m", family)
+    assert lampctl("run", folder, "--sparsity", 0.5, "--method", "magnitude", "--run-dir", "r", *AMOUNT).code == 0
+    packed = lampctl("export", "r", "--format", "packed", "--out", tmp_path / "m.packed")
+    assert packed.code == 0, packed.err
+    again = lampctl("export", "--unpack", tmp_path / "m.packed", "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    for path in (tmp_path / "r" / "model").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "r" / "model")).read_bytes()
