@@ -9,7 +9,7 @@ import typer
 
 from lampctl.commands.steps import do_step
 from stages.formats.base import ExportFormat
-from stages.formats.registry import EXPORT_FORMATS, file_formats, format_help
+from stages.formats.registry import EXPORT_FORMATS, file_formats, format_help, format_of
 
 
 def export(
@@ -97,12 +97,12 @@ def _pack(place: str, model_format: type[ExportFormat], out: Path | None, force:
     show_packed(model_format.title, target, model_format.sizes(target), as_json)
 
 
-def _unpack(packed: Path, folder: Path, as_json: bool) -> None:
+def _unpack(file: Path, folder: Path, as_json: bool) -> None:
     from lampctl.output.file_progress import showing_files
     from lampctl.output.packed import show_packed
     from pipeline.runs.packing import unpack_model
-    from stages.formats.packed.layout import packed_sizes
 
-    with showing_files(f"unpacking {packed}") as callbacks:
-        unpack_model(packed, folder, callbacks)
-    show_packed("model", folder, packed_sizes(packed), as_json)
+    model_format = format_of(file)
+    with showing_files(f"unpacking {file}") as callbacks:
+        unpack_model(file, folder, callbacks, model_format)
+    show_packed("model", folder, model_format.sizes(file), as_json)

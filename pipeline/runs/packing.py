@@ -93,13 +93,12 @@ def pack_model(
         filesystem.remove_tree(temporary)
 
 
-def unpack_model(packed: Path, folder: Path, callbacks: Watcher) -> None:
-    """Make `folder`, which must be missing or empty, of a packed file.
+def unpack_model(file: Path, folder: Path, callbacks: Watcher, model_format: type[ExportFormat]) -> None:
+    """Make `folder`, which must be missing or empty, of a file of a format that can restore it.
 
-    Raises what `stages.formats.packed.reader.unpack` raises.
+    Raises UsageError where the folder holds something, and what `ExportFormat.restore` raises.
     """
     from stages.errors import UsageError
-    from stages.formats.packed.reader import unpack
     from stages.models.derived_files import derived_files
 
     folder = folder.absolute()
@@ -108,7 +107,7 @@ def unpack_model(packed: Path, folder: Path, callbacks: Watcher) -> None:
     filesystem.make_folder(folder.parent)
     temporary = filesystem.temporary_folder(folder)
     try:
-        unpack(packed, temporary, callbacks, _RewritableFile, derived_files)
+        model_format.restore(file, temporary, callbacks, _RewritableFile, derived_files)
         filesystem.flush_tree(temporary)
         filesystem.rename(temporary, folder)
         filesystem.flush_folder(folder.parent)

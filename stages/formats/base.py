@@ -51,13 +51,15 @@ class ExportFormat(ABC):
     """One form of an exported model.
 
     A format with a `suffix` is one file, made from the exported model folder by `write`. A format without one is the
-    model folder itself, which the export step of a run writes.
+    model folder itself, which the export step of a run writes. A format that `can_restore` makes the folder of its file
+    again, bit for bit: ``lampctl export --unpack FILE``.
     """
 
     name: ClassVar[str]  # the value of --format
     title: ClassVar[str]  # for people
     help: ClassVar[str]  # one line
     suffix: ClassVar[str | None] = None  # of the file's default name, as ".packed.safetensors"
+    can_restore: ClassVar[bool] = False
 
     @classmethod
     def write(
@@ -87,6 +89,40 @@ class ExportFormat(ABC):
     def holds(cls, file: Path, folder: Path) -> bool:
         """Whether a file of this format was written from exactly this model folder."""
         return False
+
+    @classmethod
+    def require_restorable(cls, file: Path) -> None:
+        """Check that `restore` reads this file.
+
+        Raises:
+            UsageError: It is of another format, or of a newer version.
+            DamagedFileError: It is of this format and cannot be read.
+        """
+        raise NotImplementedError(f"{cls.name} does not restore the model folder")
+
+    @classmethod
+    def restore(
+        cls,
+        file: Path,
+        folder: Path,
+        callbacks: Watcher,
+        create: Callable[[Path], Sink],
+        derived: DerivedFiles = no_derived_files,
+    ) -> None:
+        """Make the model folder of a file again. The caller makes it durable and removes it after a failure.
+
+        Args:
+            file: A file that `write` wrote.
+            folder: The folder, which is missing or empty.
+            callbacks: Asked for stops and informed of progress.
+            create: Opens a new file for writing.
+            derived: Gives the files that follow from others and were not stored.
+
+        Raises:
+            UsageError: The file is of another format, or of a newer version.
+            DamagedFileError: What was written does not come back to the last bit.
+        """
+        raise NotImplementedError(f"{cls.name} does not restore the model folder")
 
     @classmethod
     def sizes(cls, file: Path) -> PackedSizes | None:

@@ -21,6 +21,7 @@ class PackedFormat(ExportFormat):
     title = "packed model"
     help = "one file without the masked weights; with --bits, B bits per weight."
     suffix = ".packed.safetensors"
+    can_restore = True
 
     @classmethod
     def write(
@@ -46,6 +47,25 @@ class PackedFormat(ExportFormat):
                 return is_packed_from(read_contents(packed), folder)
         except (UsageError, DamagedFileError):
             return False
+
+    @classmethod
+    def require_restorable(cls, file: Path) -> None:
+        from stages.formats.packed.layout import open_packed
+
+        open_packed(file).close()
+
+    @classmethod
+    def restore(
+        cls,
+        file: Path,
+        folder: Path,
+        callbacks: Watcher,
+        create: Callable[[Path], Sink],
+        derived: DerivedFiles = no_derived_files,
+    ) -> None:
+        from stages.formats.packed.reader import unpack
+
+        unpack(file, folder, callbacks, create, derived)
 
     @classmethod
     def sizes(cls, file: Path) -> PackedSizes:
