@@ -1,7 +1,5 @@
 """Errors that the pipeline raises. `lampctl/cli/exit_codes.py` alone says which exit code each becomes."""
 
-# ruff: noqa: N818 - these names say what happened, as a reader of a traceback wants it
-
 
 class PipelineError(Exception):
     """Base of all errors raised on purpose in `pipeline`."""

@@ -83,7 +83,8 @@ def _save_like(original: Path, model: torch.nn.Module, out: Path) -> None:
             continue
         with safe_open(path, framework="pt") as stored:
             tensors = {}
-            for name in stored.keys():  # noqa: SIM118 (a file, not a dictionary)
+            names = stored.keys()  # of a file, which is not a dictionary
+            for name in names:
                 before = stored.get_tensor(name)
                 after = state[name].detach().to("cpu", before.dtype).contiguous()
                 assert after.shape == before.shape, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,7 @@ _RC: dict[str, Any] = {
 def require_matplotlib() -> None:
     """Raise ConfigError with the install command if matplotlib is missing."""
     try:
-        import matplotlib  # noqa: F401
+        importlib.import_module("matplotlib")
     except ImportError as error:
         raise ConfigError("figures need matplotlib: pip install '.[report]' in the clone of lampctl") from error
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from stages.data.hub_text import HubText
+from stages.data.text_source import Use
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class C4(HubText):
     has_documents = True
     max_documents = 1100
     max_windows = 256
-    files = {  # noqa: RUF012
+    files: ClassVar[Mapping[Use, str] | None] = {
         "calibration": "hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz",
         "evaluation": "hf://datasets/allenai/c4/en/c4-validation.00000-of-00008.json.gz",
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from stages.data.hub_text import HubText
+from stages.data.text_source import Use
 
 _PARQUET = "hf://datasets/ptb-text-only/ptb_text_only@refs/convert/parquet/penn_treebank"
 
@@ -20,7 +23,7 @@ class PennTreebank(HubText):
     column = "sentence"
     joint = " "
     # The data set's own loader is a script, which `datasets` no longer runs; its conversion to Parquet is data.
-    files = {  # noqa: RUF012
+    files: ClassVar[Mapping[Use, str] | None] = {
         "calibration": f"{_PARQUET}/train/*.parquet",
         "evaluation": f"{_PARQUET}/test/*.parquet",
     }

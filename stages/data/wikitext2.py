@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from stages.data.hub_text import HubText
+from stages.data.text_source import Use
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class WikiText2(HubText):
     repo = "Salesforce/wikitext"
     column = "text"
     config = "wikitext-2-raw-v1"
-    split = {"calibration": "train", "evaluation": "test"}  # noqa: RUF012
+    split: ClassVar[Mapping[Use, str]] = {"calibration": "train", "evaluation": "test"}
 
     @classmethod
     def from_line(cls, line: str) -> str:

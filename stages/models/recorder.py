@@ -17,7 +17,7 @@ from stages.models.base import BlockCall
 Returns = Mapping[type[nn.Module], int | None]
 
 
-class StopForward(Exception):  # noqa: N818 - no error: all that was wanted is known
+class StopForward(Exception):
     """Ends a model's forward once its last block has been called."""
 
 

@@ -137,7 +137,7 @@ def collect(
     return collected
 
 
-class _AllSeen(Exception):  # noqa: N818 - not an error: every layer has its input
+class _AllSeen(Exception):
     """Ends a forward pass when every layer has received its input."""
 
 

@@ -85,7 +85,7 @@ class Reading:
                     self._ready.put((numbers, *upload.start(tensors)))
                 del tensors
             self._ready.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+        except BaseException as error:  # raised again in the main thread
             self._ready.put(error)
 
     def _has_room(self) -> bool:
@@ -153,7 +153,7 @@ class Writing:
                         copied.synchronize()
                     for number, sample in zip(numbers, samples, strict=True):
                         self._stream.write(number, sample)
-            except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            except BaseException as error:  # raised again in the main thread
                 self._error = error
             finally:
                 del samples, copied

@@ -28,7 +28,7 @@ FP32 = DeviceChoices("cpu", "float32", 1, "highest", "here")
 BF16 = DeviceChoices("cpu", "bfloat16", 1, "highest", "here")
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     pass
 
 

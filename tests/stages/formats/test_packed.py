@@ -302,7 +302,7 @@ def test_masks_of_another_model_are_refused(tmp_path):
 
 
 def test_progress_is_told_and_a_stop_is_heard(small, tmp_path):
-    class Stop(Exception):  # noqa: N818
+    class Stop(Exception):
         pass
 
     class Callbacks(NullCallbacks):
