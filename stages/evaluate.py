@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from stages.data.base import DataSource, require_task
+from stages.data.base import DataSource
 from stages.metrics.base import EvaluationProtocol, Measurement, Metric, MetricContext
 from stages.metrics.registry import METRICS
 from stages.models.base import BlockModel
-from stages.tasks.registry import task_named
+from stages.tasks.registry import require_readable, task_named
 
 
 def metric_for(model_task: str, name: str | None = None) -> Metric:
@@ -32,7 +32,7 @@ def require_measurable(
         UsageError: It cannot be, with the remedy.
     """
     found = metric_for(model.task, metric)
-    require_task(source, model)
+    require_readable(source, model)
     source.check()
     found.require_measurable(model, source, protocol)
 
@@ -49,5 +49,5 @@ def evaluate(context: MetricContext, metric: str | None = None) -> Measurement:
         ResourceError: The data are out of reach.
     """
     found = metric_for(context.model.task, metric)
-    require_task(context.source, context.model)
+    require_readable(context.source, context.model)
     return found.measure(context)

@@ -68,7 +68,13 @@ def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
                 f"{flag_of(field)}: every sample of {model.source.name} has {model.fixed_tokens} patches; leave it out"
             )
     fixed = {"seqlen": model.fixed_tokens, "eval_seqlen": model.fixed_tokens, "eval_max_tokens": None}
-    points = gathered.values.eval_points or task_named(model.task).default_points
+    usual = task_named(model.task).default_points
+    if usual is None and gathered.given("eval_points"):
+        raise ConfigError(
+            f"{flag_of('eval_points')}: {model.source.name} is a {model.task} model; points are about segmentation "
+            "masks"
+        )
+    points = gathered.values.eval_points or usual
     values = gathered.values.changed(**fixed, eval_points=points)
     return Gathered(values, gathered.origins, gathered.preset)
 
@@ -76,12 +82,13 @@ def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
 def _without_foreign_data(gathered: Gathered, model: BlockModel) -> Gathered:
     """The settings without the data that a preset names for another kind of model."""
     from stages.data.registry import parse_source
+    from stages.tasks.registry import task_named
 
-    settings = gathered.values
+    settings, contents = gathered.values, task_named(model.task).contents
     named = {"calibration": (settings.calibration,), "evaluate": settings.evaluate}
     foreign = [
         field
         for field, names in named.items()
-        if not gathered.given(field) and any(parse_source(name).task != model.task for name in names or () if name)
+        if not gathered.given(field) and any(parse_source(name).contents != contents for name in names or () if name)
     ]
     return Gathered(settings.changed(**dict.fromkeys(foreign)), gathered.origins, gathered.preset)

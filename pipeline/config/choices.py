@@ -14,7 +14,7 @@ from stages.registry import Registry
 _LAMP_PRUNERS = "sparsegpt (as in the paper) or alps"
 _SOURCES = (
     "c4, wikitext2, ptb (from the hub, or a local copy as in c4:PATH), pydocs, text:PATH, jsonl:FILE, "
-    "parquet:FILE, hf:REPO (docs/data.md); for Segment Anything sa1b:DIR, coco:DIR, images:DIR"
+    "parquet:FILE, hf:REPO (docs/data.md); for images sa1b:DIR, coco:DIR, images:DIR"
 )
 
 

@@ -124,7 +124,7 @@ class PruningSettings:
             "Data source of the calibration set: {data_sources}.",
             "Calibration",
             "SRC",
-            "c4; none for Segment Anything",
+            "c4; none for images",
             applies_to="methods with data",
             draws_samples=True,
         ),

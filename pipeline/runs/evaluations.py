@@ -68,6 +68,7 @@ def _require_measurable(run: RunDirectory, config: RunConfig, changes: Mapping[s
     """Raise ConfigError or UsageError unless all metrics can be measured on all data. changes: given now."""
     from stages.data.registry import parse_source
     from stages.evaluate import metric_for
+    from stages.tasks.registry import task_named
 
     model = facts_of(run).model
     for field, look_up in (
@@ -78,7 +79,7 @@ def _require_measurable(run: RunDirectory, config: RunConfig, changes: Mapping[s
             look_up()
     for name in config.evaluate:
         source = parse_source(name)
-        if source.task != model.task:
+        if source.contents != task_named(model.task).contents:
             raise ConfigError(f"{name} is no data for {model.name}, a {model.task} model")
         source.check()
         require_same_data(run, name, source.digest())

@@ -20,14 +20,14 @@ def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str,
     Raises:
         UsageError: A source cannot be read, is too small, or is for another kind of model.
     """
-    from stages.data.base import require_task
     from stages.data.registry import parse_source
     from stages.evaluate import require_measurable
+    from stages.tasks.registry import require_readable
 
     digests: dict[str, SourceDigest | None] = {}
     if config.calibration is not None:
         source = parse_source(config.calibration)
-        require_task(source, model)
+        require_readable(source, model)
         source.check()
         task.require_samples(model, source, drawing_of(config))
         digests[config.calibration] = source.digest()

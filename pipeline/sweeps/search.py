@@ -45,12 +45,14 @@ class Search:
 
     @property
     def _direction(self) -> Literal["minimize", "maximize"]:
-        from stages.data.registry import parse_source
+        from stages.models.registry import family_of
+        from stages.models.resolve import resolve
         from stages.tasks.registry import task_named
 
-        named = self._spec.gathered.values.evaluate
-        task = task_named(parse_source(named[0]).task if named else "language")
-        return "maximize" if metric_of(task.metric).higher_is_better else "minimize"
+        values = self._spec.gathered.values
+        folder = resolve(values.model, values.revision, trusts_code=values.trust_remote_code)
+        metric = metric_of(task_named(family_of(folder).task).metric)
+        return "maximize" if metric.higher_is_better else "minimize"
 
     def drawn(self) -> list[Trial]:
         """All trials so far, in order."""

@@ -27,9 +27,7 @@ class DataSource(ABC):
     kind: ClassVar[str]
     title: ClassVar[str]  # for people
     help: ClassVar[str]  # one line
-    # Name of the task whose models read it (`stages.tasks.registry.TASKS`).
-    task: ClassVar[str]
-    # What it holds, in messages.
+    # What it holds: "text", "images". Models of every task on such contents read it (`stages.tasks.base.Task`).
     contents: ClassVar[str]
     # Whether a path follows the colon.
     path: ClassVar[Literal["none", "optional", "required"]] = "none"
@@ -77,7 +75,7 @@ class DataSource(ABC):
         """What tells this source's contents from others, ready for JSON; None where the contents are not local."""
 
 
-def require_task(source: DataSource, model: BlockModel) -> None:
-    """Raise UsageError where a data source is for another kind of model."""
-    if source.task != model.task:
+def require_contents(source: DataSource, contents: str, model: BlockModel) -> None:
+    """Raise UsageError where a data source holds other contents than those that a kind of model reads."""
+    if source.contents != contents:
         raise UsageError(f"{source.name} holds {source.contents}: {model.source.name} is a {model.task} model")

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stages.data.image_source import ImageRecord, UnusableImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.models.image_processor import ImageProcessor
 
 # What PIL's readers raise for damaged files, in addition to their own errors.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error)
@@ -165,3 +170,12 @@ def prepare(pixels: np.ndarray, side: int) -> Prepared:
     height, width = normalised.shape[1:]
     padded = pad(normalised, (0, side - width, 0, side - height))
     return Prepared(padded, (height, width), (pixels.shape[0], pixels.shape[1]))
+
+
+def processed(record: ImageRecord, processor: ImageProcessor) -> Tensor:
+    """A picture as an image encoder gets it, (3, S, S). Raises UnusableImageError."""
+    picture = read_pixels(record)
+    try:
+        return processor.pixels(picture)
+    except ValueError as error:
+        raise UnusableImageError(str(error)) from error

@@ -65,7 +65,6 @@ class ImageSource(DataSource):
     An image that cannot be used is skipped and counted by reason (`Skipped`).
     """
 
-    task = "vision"
     contents = "images"
     path = "required"
     path_metavar = "DIR"

@@ -59,7 +59,6 @@ def source_kind(name: str) -> type[DataSource] | None:
     return DATA_SOURCES.get(kind) if kind in DATA_SOURCES else None
 
 
-def source_forms(task: str | None = None) -> tuple[str, ...]:
-    """How data sources are written: ("c4", "c4:PATH", ...), of one task or of all."""
-    entries = DATA_SOURCES.entries()
-    return tuple(form for entry in entries if task in (None, entry.task) for form in entry.forms())
+def source_forms() -> tuple[str, ...]:
+    """How data sources are written: ("c4", "c4:PATH", ...)."""
+    return tuple(form for entry in DATA_SOURCES.entries() for form in entry.forms())

@@ -27,7 +27,6 @@ class TextSource(DataSource):
     Where a source is no local file, its text for calibration and its text for evaluation differ.
     """
 
-    task = "language"
     contents = "text"
     # What stands between two documents when they are joined.
     joint: ClassVar[str] = "\n\n"

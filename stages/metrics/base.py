@@ -40,7 +40,7 @@ class EvaluationProtocol:
     @property
     def label(self) -> str:
         """As short as names of steps want it: two protocols with one label are the same."""
-        limit = self.max_images if self.points is not None else self.max_tokens
+        limit = self.max_images if self.max_tokens is None else self.max_tokens
         return f"{self.points or self.seqlen}{f':{limit}' if limit is not None else ''}"
 
 

@@ -44,9 +44,9 @@ class SinglePointIoU(Metric):
 
 
 def _images(source: DataSource, model: BlockModel) -> ImageSource:
-    from stages.data.base import require_task
+    from stages.data.base import require_contents
     from stages.data.image_source import ImageSource
 
-    require_task(source, model)
+    require_contents(source, ImageSource.contents, model)
     assert isinstance(source, ImageSource)
     return source

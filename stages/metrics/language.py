@@ -53,12 +53,12 @@ class LanguageMetric(Metric):
 
     def require_measurable(self, model: BlockModel, source: DataSource, protocol: EvaluationProtocol) -> None:
         """One window at least, in the tokens of this model."""
-        from stages.data.base import require_task
+        from stages.data.base import require_contents
         from stages.data.bos import Framing
         from stages.data.text_source import TextSource
         from stages.data.tokenization import load_tokenizer, require_length
 
-        require_task(source, model)
+        require_contents(source, TextSource.contents, model)
         assert isinstance(source, TextSource)
         tokenizer = load_tokenizer(model.source.path, trusts_code=model.source.trusts_code)
         framing, remedy = Framing.of(tokenizer, protocol.bos), "lower --eval-seqlen or use more text"

@@ -15,6 +15,7 @@ METRICS: Registry[type[Metric]] = Registry(
     {
         "perplexity": "stages.metrics.perplexity:Perplexity",
         "iou": "stages.metrics.iou:SinglePointIoU",
+        "feature_cosine": "stages.metrics.feature_cosine:FeatureCosine",
     },
 )
 

@@ -19,12 +19,12 @@ from stages.data.image_source import Annotation, ImageRecord, ImageSource, Unusa
 from stages.errors import NumericalError, UsageError
 from stages.interfaces import Callbacks, Checkpoint, Scratch, Stream
 from stages.machine.device import DeviceChoices, computing
+from stages.metrics.block_passes import Shaped, num_passes, through_blocks
 from stages.metrics.mask_details import MaskDetails
 from stages.metrics.mask_geometry import bootstrap_interval, box_center, interior_point, mask_iou, random_point, size_of
 from stages.metrics.points import Points
 from stages.models.sam.encoder import SamEncoder, SamEnds
-from stages.runtime.block_runner import BlockRunner, micro_batches
-from stages.runtime.prefetch import Reading, Writing
+from stages.runtime.prefetch import Reading
 
 # Images that pass through a block before the next is loaded.
 _IMAGES_AT_ONCE = 64
@@ -154,7 +154,7 @@ class _Measuring:
         if restored is not None and restored.figures["data"] == self._data:
             self.scores = [MaskScore(*score) for score in restored.figures["scores"]]
             self.skipped, self.num_seen = restored.figures["skipped"], restored.figures["num_seen"]
-        self._passes = model.num_blocks + 2  # in, through each block, out
+        self._passes = num_passes(model)
         self._done = self.num_seen * self._passes
 
     def measure(self, numbers: Sequence[int], stream: Stream) -> None:
@@ -183,23 +183,9 @@ class _Measuring:
 
     def _measure(self, numbers: Sequence[int], records: Sequence[ImageRecord], stream: Stream) -> None:
         pictures = _Pictures(records, self.model.sizes.image_size)
-        ends = self.model.load_ends(self.device, part="enter")
-        tokens = self.model.sizes.grid**2
-        batches = micro_batches(range(len(records)), tokens, self.choices)
-        with Reading(batches, (pictures,), self.device) as read, Writing(stream, self.device) as out:
-            for group, (pixels,) in read:
-                self._boundary()
-                with computing(self.choices):
-                    hidden = ends.enter(pixels).hidden
-                out.write(group, hidden)
-                self._advance(len(group))
-        del ends
-        inputs = _Shaped(len(records), self.model.sizes.image_size)
-        for block_index in range(self.model.num_blocks):
-            block = self.model.load_block(block_index, self.device)
-            block_pass = BlockRunner(self.model, block, block_index, inputs, self.choices)
-            block_pass.propagate(stream, stream, self._boundary, self._advance)
-            del block, block_pass
+        side = self.model.sizes.image_size
+        samples = (pictures, Shaped(len(records), (3, side, side)))
+        through_blocks(self.model, samples, stream, self.choices, self._boundary, self._advance)
         ends = self.model.load_ends(self.device, part="leave")
         new: list[MaskScore] = []
         failed = dict(pictures.failed)
@@ -271,19 +257,6 @@ class _Measuring:
     def _advance(self, count: int = 1, **figures: float) -> None:
         self._done += count
         self.callbacks.report(self._done, len(self.records) * self._passes, "images", **figures)
-
-
-class _Shaped:
-    """Inputs that only tell their shape: no block of an image encoder gets anything else from them."""
-
-    def __init__(self, count: int, side: int) -> None:
-        self._count, self._zeros = count, torch.zeros(3, side, side)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int, /) -> Tensor:
-        return self._zeros
 
 
 def _point_of(annotation: Annotation, mask: np.ndarray, points: str, seed: tuple[int, int]) -> tuple[float, float]:

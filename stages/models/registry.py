@@ -16,6 +16,7 @@ MODEL_FAMILIES: Registry[type[ModelFamily]] = Registry(
     "model family",
     {
         "sam": "stages.models.sam.family:SamFamily",
+        "image-encoder": "stages.models.image_family:ImageFamily",
         "decoder": "stages.models.decoder_family:DecoderFamily",
     },
     group="lampctl.model_families",

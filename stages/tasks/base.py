@@ -35,6 +35,7 @@ class Task(Protocol):
     name: str  # in `stages.tasks.registry.TASKS`
     title: str  # for people
     help: str  # one line
+    contents: str  # what its data sources hold: "text", "images"
     reads_text: bool  # whether prompts, windows of tokens and zero-shot tasks apply to its models
     loader: str  # class that opens an exported folder by `from_pretrained`
     loader_dtype: str  # the `dtype` for it

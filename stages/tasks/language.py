@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stages.calibrate import calibrate
-from stages.data.base import DataSource, require_task
+from stages.data.base import DataSource
 from stages.data.bos import Framing
 from stages.data.drawing import Drawing
 from stages.data.registry import source_kind
@@ -14,6 +14,7 @@ from stages.data.tokenization import load_tokenizer, require_length, require_voc
 from stages.metrics.points import Points
 from stages.models.base import BlockModel, ModelFolder
 from stages.tasks.base import Drawn, Listed
+from stages.tasks.registry import require_readable
 
 
 class Language:
@@ -22,6 +23,7 @@ class Language:
     name = "language"
     title = "language"
     help = "Decoder-only language models: windows of tokens, perplexity and zero-shot accuracy."
+    contents = "text"
     reads_text = True
     loader = "AutoModelForCausalLM"
     loader_dtype = "auto"
@@ -59,7 +61,7 @@ class Language:
 
 
 def _text(source: DataSource, model: BlockModel) -> TextSource:
-    require_task(source, model)
+    require_readable(source, model)
     assert isinstance(source, TextSource)
     return source
 

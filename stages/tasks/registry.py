@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from stages.registry import Registry
 from stages.tasks.base import Task
+
+if TYPE_CHECKING:
+    from stages.data.base import DataSource
+    from stages.models.base import BlockModel
 
 TASKS: Registry[type[Task]] = Registry(
     "task",
     {
         "language": "stages.tasks.language:Language",
         "vision": "stages.tasks.segmentation:Vision",
+        "vision-features": "stages.tasks.vision_features:VisionFeatures",
     },
 )
 
@@ -21,3 +28,10 @@ def task_named(name: str) -> Task:
         UsageError: There is none.
     """
     return TASKS.get(name)()
+
+
+def require_readable(source: DataSource, model: BlockModel) -> None:
+    """Raise UsageError where a data source holds what models of this task do not read."""
+    from stages.data.base import require_contents
+
+    require_contents(source, task_named(model.task).contents, model)

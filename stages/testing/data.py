@@ -56,7 +56,7 @@ def check_data_source(entry: type[DataSource] | str, path: Path | str | None = N
 
 
 def _check_description(entry: type[DataSource]) -> None:
-    for attribute in ("kind", "title", "help", "task", "contents"):
+    for attribute in ("kind", "title", "help", "contents"):
         value = getattr(entry, attribute, None)
         assert isinstance(value, str), f"{entry.__name__}.{attribute} is missing"
         assert value, f"{entry.__name__}.{attribute} is empty"

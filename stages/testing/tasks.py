@@ -46,7 +46,8 @@ def check_task(task: type[Task] | str, model: BlockModel, source: DataSource, fo
     assert any("PATH/TO/THIS/FOLDER" in line for line in chosen.loading), f"{task.__name__}.loading names no folder"
     assert METRICS.get(chosen.metric).task == chosen.name, f"{chosen.metric} does not measure {chosen.name} models"
     assert chosen.default_calibration or chosen.missing_calibration, f"{task.__name__}: no default, and no message"
-    assert model.task == source.task == chosen.name, f"the kit needs a model and data of {chosen.name}"
+    assert model.task == chosen.name, f"the kit needs a model of {chosen.name}"
+    assert source.contents == chosen.contents, f"{task.__name__}.contents: the kit needs data of {chosen.contents}"
     tokens = model.fixed_tokens or 8
     for sampling in ("contiguous", "random"):
         _check_samples(chosen, model, source, Drawing(3, tokens, sampling, 0, 0))

@@ -19,6 +19,7 @@ from stages.metrics.registry import METRICS, figure_text, metric_of
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from stages.testing.metrics import check_metric
+from tests import small_encoders
 from tests.blocks import FP32
 from tests.small_models import save
 from tests.small_sam import coco
@@ -32,6 +33,8 @@ def contexts(tmp_path_factory):
     language = open_model(resolve(str(save(root / "m", "llama"))))
     vision = open_model(resolve(str(save_sam(root / "sam"))))
     coco(root / "images")
+    encoder = open_model(resolve(str(small_encoders.save(root / "encoder", "dinov2"))))
+    small_encoders.pictures(root / "pictures")
     fixed = EvaluationProtocol(vision.fixed_tokens, points="auto")
     return {
         "language": MetricContext(
@@ -41,6 +44,10 @@ def contexts(tmp_path_factory):
         "vision": MetricContext(
             *(vision, vision, parse_source(f"coco:{root / 'images'}"), fixed),
             *(ListScratch(), FP32, NullCallbacks()),
+        ),
+        "vision-features": MetricContext(
+            *(encoder, encoder, parse_source(f"images:{root / 'pictures'}")),
+            *(EvaluationProtocol(encoder.fixed_tokens), ListScratch(), FP32, NullCallbacks()),
         ),
     }
 

@@ -38,7 +38,7 @@ def test_segment_anything_passes_the_kit(tmp_path):
 
 
 def test_every_family_has_a_model_in_these_tests():
-    assert set(MODEL_FAMILIES.names) == {"decoder", "sam"}
+    assert set(MODEL_FAMILIES.names) == {"decoder", "sam", "image-encoder"}  # the last one: test_image_encoder.py
 
 
 def test_the_kit_sees_a_chain_that_differs(tmp_path):

@@ -10,7 +10,7 @@ from stages.models.resolve import resolve
 from stages.tasks.language import Language
 from stages.tasks.registry import TASKS
 from stages.testing.tasks import check_task
-from tests import small_models, small_sam
+from tests import small_encoders, small_models, small_sam
 
 
 @pytest.fixture
@@ -18,7 +18,13 @@ def cases(tmp_path):
     text, images = parse_source("pydocs"), parse_source(f"coco:{small_sam.coco(tmp_path / 'c', 5)}")
     language = open_model(resolve(str(small_models.save(tmp_path / "l", "llama-gqa"))))
     vision = open_model(resolve(str(small_sam.save(tmp_path / "v"))))
-    return {"language": (language, text, images), "vision": (vision, images, text)}
+    encoder = open_model(resolve(str(small_encoders.save(tmp_path / "e", "clip"))))
+    plain = parse_source(f"images:{small_encoders.pictures(tmp_path / 'p')}")
+    return {
+        "language": (language, text, images),
+        "vision": (vision, images, text),
+        "vision-features": (encoder, plain, text),
+    }
 
 
 @pytest.mark.parametrize("name", TASKS.names)
