@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 15  # characters
+_PIECE = 1 << 14  # characters
 _CONTEXT = 512  # characters of the other side that a piece is tokenized with
 _CUT = re.compile(r"(?<=[a-z]) (?=[a-z])")
 # A space inside a vocabulary entry: as it is, as SentencePiece writes it, or as byte-level BPE does.
@@ -73,19 +73,23 @@ def token_pieces(tokenizer: Any, text: str, progress: Progress | None = None) ->
 
 
 def _pieces(tokenizer: Any, text: str) -> Iterator[tuple[Tensor, int]]:
-    """The pieces and where each ends. Stops early before a cut where both sides disagree."""
+    """The pieces and where each ends. Stops early, before a piece with a cut where both sides disagree."""
     start, before = 0, None
+    checked: tuple[Tensor, int] | None = None  # all but its end
     while start < len(text):
         cut = _CUT.search(text, start + _PIECE)
         end = cut.start() if cut is not None else len(text)
         chunk = _Chunk.of(tokenizer, text, max(start - _CONTEXT, 0), min(end + _CONTEXT, len(text)))
         if before is not None and not before.agrees_with(chunk, start):
             return
+        if checked is not None:
+            yield checked
         ids = chunk.between(start, end)
         if ids is None:
             return
-        yield ids, end
-        start, before = end, chunk
+        start, before, checked = end, chunk, (ids, end)
+    if checked is not None:
+        yield checked
 
 
 @dataclass(frozen=True)

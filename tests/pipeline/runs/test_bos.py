@@ -129,3 +129,23 @@ def test_the_papers_preset_is_stream():
 
     assert gather({"model": "m"}, preset="paper", environ={}).values.bos == "stream"
     assert gather({"model": "m"}, preset="quick", environ={}).values.bos is None
+
+
+def test_a_damaged_calibration_set_is_drawn_again_as_it_was(lampctl, needing_bos, tmp_path, monkeypatch):
+    """By the choice in its commit: another measurement could decide otherwise."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    data = ("--calibration", "text:text.txt", "--evaluate", "", "--method", "wanda")
+    assert lampctl("init", needing_bos, *data, *SIZE, "--run-dir", tmp_path / "run").code == 0
+    assert lampctl("calibrate", tmp_path / "run").code == 0
+    run, _ = reopen(tmp_path / "run")
+    before = [run.open_stream("calibration")[index].tolist() for index in range(4)]
+    chunks = [*(tmp_path / "run" / "data").rglob("c.*")]
+    assert chunks
+    for path in chunks:
+        path.write_bytes(b"damaged")
+    monkeypatch.setattr(choose_bos, "choose_bos", None)
+    answer = lampctl("capture", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    assert "calibration is made again" in " ".join(answer.err.split())
+    run, _ = reopen(tmp_path / "run")
+    assert [run.open_stream("calibration")[index].tolist() for index in range(4)] == before

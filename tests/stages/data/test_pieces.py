@@ -166,6 +166,22 @@ def test_where_both_sides_of_a_cut_disagree_the_text_is_tokenized_at_once(small_
     assert tokenize(tokenizer, text).tolist() == tokenizer(text)["input_ids"]
 
 
+def test_a_piece_is_given_out_only_once_its_end_is_checked(small_pieces, monkeypatch):
+    """Where the second cut fails, only the first piece is kept, and the rest comes from the text at once."""
+    told, tokenizer, text = [], trained("gpt2"), strange_text(6000)
+    agrees = pieces._Chunk.agrees_with
+    monkeypatch.setattr(
+        pieces._Chunk,
+        "agrees_with",
+        lambda self, other, cut: told.append(cut) or (len(told) < 2 and agrees(self, other, cut)),
+    )
+    first, rest = pieces.token_pieces(tokenizer, text)
+    assert len(told) == 2
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert first.tolist() + rest.tolist() == whole
+    assert len(first) == len(tokenizer(text[: told[0]], add_special_tokens=False)["input_ids"])
+
+
 def test_ends_of_a_text():
     assert Ends.of(trained("gpt2")) == Ends((1,), (2,))
     plain = trained("unigram")
