@@ -73,7 +73,7 @@ class FaultyProxy:
                     self.close_connection = True
                     self.connection.close()
 
-            do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_one  # noqa: N815
+            do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_one  # names of http.server
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True

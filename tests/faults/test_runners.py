@@ -46,7 +46,7 @@ def test_eight_concurrent_runners_make_one_chain(quiet, tmp_path, num_times):
                 ends.append("finished")
             except (Superseded, FileExists) as error:
                 ends.append(type(error).__name__)
-            except BaseException as error:  # noqa: BLE001 - shown by the assertion below
+            except BaseException as error:  # shown by the assertion below
                 ends.append(repr(error))
 
         threads = [threading.Thread(target=runner) for _ in range(8)]

@@ -22,10 +22,12 @@ def call(*arguments: object) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lampctl", *map(str, arguments)])
+        code = None
         try:
             main()
         except SystemExit as exit_:
-            assert not exit_.code, f"lampctl {arguments[0]} ended with {exit_.code}"  # noqa: PT017
+            code = exit_.code
+        assert not code, f"lampctl {arguments[0]} ended with {code}"
 
 
 @contextlib.contextmanager

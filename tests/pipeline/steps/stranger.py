@@ -38,7 +38,8 @@ class CountZeros(StepKind[CountedZeros]):
         files = [file for file in context.run.payload("model").files if file.path.endswith(".safetensors")]
         for number, file in enumerate(files):
             with safe_open(context.run.open_file("model", context.run.payload("model").inner(file)), "pt") as weights:
-                found.append(sum(int((weights.get_tensor(key) == 0).sum()) for key in weights.keys()))  # noqa: SIM118
+                keys = weights.keys()
+                found.append(sum(int((weights.get_tensor(key) == 0).sum()) for key in keys))
             callbacks.report(number + 1, len(files), "files")
         attempt.write_file(step.writes[0], "zeros.txt", lambda writer: writer.write(repr(found).encode()))
         return CountedZeros(num_zeros=tuple(found))

@@ -61,7 +61,10 @@ def test_a_path_of_reduced_precision_is_never_chosen(monkeypatch):
 
 def test_noise_alone_does_not_change_the_usual_choice(monkeypatch):
     seconds = {(4, "highest"): 1.0, (4, "medium"): 0.97, (2, "highest"): 0.96, (2, "medium"): 0.955}
-    now = lambda: seconds[(torch.get_num_threads(), torch.get_float32_matmul_precision())]  # noqa: E731
+
+    def now():
+        return seconds[(torch.get_num_threads(), torch.get_float32_matmul_precision())]
+
     monkeypatch.setattr(autotune, "_product_s", now)
     monkeypatch.setattr(autotune, "product_error", lambda: 3e-7)
     assert autotune._measure([4, 2]) == Tuning(4, "highest")
