@@ -78,11 +78,11 @@ class Decoder:
         self._layers = tuple(
             prunable_layers(block, self._prefix(index), config) for index, block in enumerate(self._blocks)
         )
+        self._require_own_weights()
         for index, block in enumerate(self._blocks):
             require_reachable(block, self._layers[index], index, folder.name)
         self._parts: dict[str, TensorPart] = {}  # of experts, by their names in the model's state
         self._stored = self._match_weights()
-        self._require_own_weights()
         self._traits = probed(copy.deepcopy(self._skeleton), self._list_name, self._blocks, folder.name)
         self.hidden_size = self._traits.layout.width
         self._layers = tuple(self._without_uncalled(layers) for layers in self._layers)

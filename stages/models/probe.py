@@ -10,6 +10,7 @@ N: samples.    T: tokens.    H: hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from stages.errors import UsageError
 from stages.models.base import BlockCall
 from stages.models.decoder_ends import forward_to_block, put_recorders
-from stages.models.recorder import Returns, Tape, output_of
+from stages.models.recorder import Returns, StopForward, Tape, output_of
 from stages.models.stream_layout import SharedState, StreamLayout
 
 # Blocks with the same are alike: the class, and the names and shapes of the weights.
@@ -31,8 +32,8 @@ _Structure = tuple[type[nn.Module], frozenset[tuple[str, torch.Size]]]
 _CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?att")
 _TOKENS = 4
 _CPU = torch.device("cpu")
-# Larger ones (experts) are zero: pages of memory that nothing writes to.
-_MOST_RANDOM = 2**28
+# Larger ones (experts, embeddings) are zero: pages of memory that nothing writes to.
+_MOST_RANDOM = 2**26
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class _Probe:
             if structure not in self._uncalled:
                 self._forward(index)
                 self._returns[type(block)] = self._num_values(index)
-        self._forward(len(self._blocks) - 1)
+        self._forward_to_head()
         self._require_chain()
         uncalled = (
             f"{self._list_name}.{index}.{path}"
@@ -106,6 +107,17 @@ class _Probe:
         """Run the loop until it has called this block, for one sample."""
         self._outputs = []
         forward_to_block(self._model, self._tape, block_index, torch.arange(_TOKENS, device=_CPU)[None])
+
+    def _forward_to_head(self) -> None:
+        """Run the loop to its end, or until it calls more blocks than there are."""
+        self._outputs = []
+        head = self._model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(_stop) if head is not None else None
+        self._tape.start(len(self._blocks) + 1, None)
+        with contextlib.suppress(StopForward):
+            self._model(input_ids=torch.arange(_TOKENS, device=_CPU)[None], use_cache=False)
+        if handle is not None:
+            handle.remove()
 
     def _new_output(self, hidden: Tensor) -> Tensor:
         """What a recorder returns: like nothing else, so that it can be recognised."""
@@ -142,6 +154,12 @@ class _Probe:
 
     def _require_chain(self) -> None:
         """Raise UsageError unless each block gets what the one before it returned, and nothing else that one made."""
+        called = [next(k for k, block in enumerate(self._blocks) if block is other) for other in self._tape.blocks]
+        if called != list(range(len(self._blocks))):
+            raise UsageError(
+                f"the loop of a {type(self._model).__name__} calls its blocks in the order {called}, not each of them "
+                "once: such models cannot be pruned block by block"
+            )
         known = {id(output): number for number, output in enumerate(self._outputs)}
         for index in range(1, len(self._blocks)):
             hidden = self._tape.hidden[index]
@@ -208,12 +226,18 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
     state = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         shape = tuple(parameter.shape)
-        if parameter.numel() > _MOST_RANDOM or 0 in shape:
+        if parameter.numel() > _MOST_RANDOM:
             state[name] = torch.zeros(shape, dtype=torch.float32, device=_CPU)
+        elif parameter.ndim == 2:
+            state[name] = (0.1 * _normal((sum(shape),), generator)).as_strided(shape, (1, 1))
         else:
-            numbers = 0.1 * _normal((sum(shape) + 1,), generator)
-            state[name] = numbers.as_strided(shape, (1,) * len(shape))
+            state[name] = 0.1 * _normal(shape, generator)
     module.load_state_dict(state, strict=False, assign=True)
+
+
+def _stop(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+    """A hook of the head: what comes after the blocks is not needed."""
+    raise StopForward
 
 
 def _structure(block: nn.Module) -> _Structure:

@@ -34,13 +34,14 @@ class Tape:
         self.returns = returns
         self.calls: list[BlockCall] = []
         self.hidden: list[Tensor] = []  # what each block got
+        self.blocks: list[nn.Module] = []  # that were called
         self._output = output
         self._num_blocks = 0
         self._last_output: Tensor | None = None
 
     def start(self, num_blocks: int, last_output: Tensor | None) -> None:
         """Begin a forward; the last block returns `last_output`, or ends the forward if that is None."""
-        self.calls, self.hidden = [], []
+        self.calls, self.hidden, self.blocks = [], [], []
         self._num_blocks, self._last_output = num_blocks, last_output
 
     def visit(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,6 +49,7 @@ class Tape:
         hidden, call = split_call(args, kwargs)
         self.hidden.append(hidden)
         self.calls.append(call)
+        self.blocks.append(block)
         is_last = len(self.calls) == self._num_blocks
         if is_last and self._last_output is None:
             raise StopForward

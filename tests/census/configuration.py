@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers as tf
 
-from tests.small_models import VOCAB
+from tests.small_models import VOCAB, tokenizer
 
 Kind = Literal[
     "dense",
@@ -21,6 +22,7 @@ Kind = Literal[
     "hybrid state",
     "shared KV",
     "multimodal",
+    "vision",
     "encoder",
 ]
 
@@ -61,18 +63,26 @@ class Configuration:
 
     name: str  # unique in the census; the model_type, with a suffix for a second configuration of a family
     kind: Kind
-    config: Callable[[], tf.PreTrainedConfig]
+    config: Callable[[], tf.PreTrainedConfig] | None = None
+    saved: Callable[[Path], Path] | None = None  # where there is no `config`: writes the folder, and returns it
     verdict: Verdict = WORKS
+
+    def save(self, folder: Path) -> Path:
+        """The model as a folder like one from the hub."""
+        if self.saved is not None:
+            return self.saved(folder)
+        self.model().save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        return folder
 
     def model(self) -> tf.PreTrainedModel:
         """A model with random weights, whose zeros and ones are disturbed (a lost bias of zeros would go unseen)."""
+        assert self.config is not None
         config = self.config()
         torch.manual_seed(0)
         opener = tf.AutoModelForCausalLM
         if config.is_encoder_decoder:
             opener = tf.AutoModelForSeq2SeqLM
-        elif type(config) not in tf.MODEL_FOR_CAUSAL_LM_MAPPING:
-            opener = tf.AutoModelForImageTextToText
         model = opener.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -92,16 +102,5 @@ def tiny(model_type: str, *, without: str = "", **changes: Any) -> Callable[[], 
     def build() -> tf.PreTrainedConfig:
         sizes = {name: value for name, value in _COMMON.items() if name not in without.split()}
         return tf.AutoConfig.for_model(model_type, **{**sizes, **changes})
-
-    return build
-
-
-def with_tower(
-    model_type: str, text: Callable[[], tf.PreTrainedConfig], vision: dict[str, Any], **changes: Any
-) -> Callable[[], tf.PreTrainedConfig]:
-    """A multimodal configuration around a small text model."""
-
-    def build() -> tf.PreTrainedConfig:
-        return tf.AutoConfig.for_model(model_type, text_config=text().to_dict(), vision_config=vision, **changes)
 
     return build

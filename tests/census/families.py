@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from tests.census.configuration import Configuration, Kind, Verdict, tiny, with_tower
+from tests import multimodal_models, small_sam
+from tests.census.configuration import WORKS, Configuration, Kind, Verdict, tiny
 
 _ONLY_VOCABULARY = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -39,20 +41,21 @@ _ROUTED = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+# By the names of several families: each takes its own.
+_ANY_EXPERTS = {
+    **_EXPERTS,
+    **_ROUTED,
+    "num_local_experts": 4,
+    "moe_num_experts": 4,
+    "shared_expert_intermediate_size": 16,
+    "expert_dim": 16,
+}
 _DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-}
-_SIGLIP = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
 }
 _SHARED = {
     **_WINDOWS,
@@ -111,6 +114,11 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     ("GQA", "stablelm", {}),
     ("GQA", "gpt_bigcode", _GPT2),
     ("GQA", "hrm_text", {}),
+    ("GQA", "apertus1p5_text", {}),
+    ("GQA", "beam", {}),
+    ("GQA", "dory", {}),
+    ("GQA", "ministral3_text", {}),
+    ("GQA", "youtu", _MLA),
     ("sliding window", "mistral", {"sliding_window": 8}),
     ("sliding window", "ministral", _WINDOWS),
     ("sliding window", "gemma2", _WINDOWS),
@@ -153,6 +161,19 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     ("MoE", "dbrx", {"without": _ONLY_VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128,
                      "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
                      "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}}),
+    *(
+        ("MoE", name, _ANY_EXPERTS)
+        for name in (
+            "afmoe", "aria_text", "cohere2_moe", "exaone_moe", "flint", "granitemoe_swa", "hy_v3", "kolibri1", "laguna",
+            "mellum", "minimax_m3_vl_text", "solar_open",
+        )
+    ),
+    ("MoE", "axk1", {**_MLA, **_ROUTED}),
+    ("MoE", "deepseek_v4", _ANY_EXPERTS),
+    ("MoE", "glm4_moe_lite", {**_MLA, **_ROUTED}),
+    ("MoE", "inkling_text", _ANY_EXPERTS),
+    ("hybrid state", "bailing_hybrid", _ANY_EXPERTS),
+    ("hybrid state", "lfm3", {}),
     ("hybrid state", "mamba", {"without": _NO_GROUPS, "state_size": 2, "conv_kernel": 2}),
     ("hybrid state", "mamba2", {"without": "num_key_value_heads", "state_size": 8, "num_heads": 8, "n_groups": 2,
                                 "chunk_size": 8}),
@@ -189,22 +210,54 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     ("encoder", "electra", {"without": _NO_GROUPS, "embedding_size": 32}),
     ("encoder", "rembert", {"without": _NO_GROUPS, "input_embedding_size": 32, "output_embedding_size": 32}),
     ("encoder", "xlm-roberta", {"without": _NO_GROUPS}),
+    *(
+        ("encoder", name, {"without": _NO_GROUPS})
+        for name in ("big_bird", "camembert", "data2vec-text", "ernie", "megatron-bert", "roformer")
+    ),
     ("encoder", "bart", {"without": f"{_ONLY_VOCABULARY}", "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
                          "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
                          "decoder_ffn_dim": 64, "max_position_embeddings": 128}),
 ]  # fmt: skip
-_MULTIMODAL = [
-    Configuration("gemma3", "multimodal", with_tower("gemma3", tiny("gemma3_text", **_WINDOWS), _SIGLIP,
-                                                     mm_tokens_per_image=4, image_token_index=290,
-                                                     boi_token_index=291, eoi_token_index=292)),
-]  # fmt: skip
-_TYPE_OF = {"llama-gqa": "llama", "opt-350m": "opt"}
-_VERDICTS: dict[str, Verdict] = {}
+_TYPE_OF = {"llama-gqa": "llama", "opt-350m": "opt", "ministral3_text": "ministral3"}
+_ENCODER = Verdict("refused", "each token sees those after it: this is an encoder", "an encoder")
+_ENCODER_DECODER = Verdict("refused", "no decoder-only language model", "an encoder-decoder")
+_SHARES = Verdict("refused", "are one weight", "blocks share weights")
+_EXPERTS_IN_ONE = Verdict("not yet", r"only \d+% of the matrix weights", "the experts of a layer are one tensor")
+_OTHER_FORM = Verdict("not yet", "stored in a form that cannot be read", "weights are stored in another form")
+_VERDICTS = {
+    "cpmant": Verdict("refused", "each token sees those after it", "its prompt is read in both directions"),
+    "xlm": Verdict(
+        "refused", "changes the hidden state between block 0 and block 1", "its loop is a part of its blocks"
+    ),
+    "xlnet": Verdict("refused", r"only \d+% of the matrix weights", "attention without linear layers"),
+    "dory": Verdict("refused", "not each of them once", "blocks run several times"),
+    "inkling_text": WORKS,
+    "hrm_text": Verdict("refused", "has no list of 24 blocks", "two stacks of blocks, each run several times"),
+    "trocr": Verdict("refused", "reads the output of an encoder", "half of an encoder-decoder"),
+    "zamba": _SHARES,
+    "zamba2": _SHARES,
+    "minimax": _EXPERTS_IN_ONE,
+    "bailing_hybrid": _EXPERTS_IN_ONE,
+    "olmo_hybrid": _OTHER_FORM,
+    "bart": _ENCODER_DECODER,
+}
+_VERDICTS_OF_KINDS: dict[Kind, Verdict] = {"MoE": _EXPERTS_IN_ONE, "encoder": _ENCODER}
+
+
+def _verdict(name: str, kind: Kind) -> Verdict:
+    return _VERDICTS.get(name, _VERDICTS_OF_KINDS.get(kind, WORKS))
+
 
 CENSUS: tuple[Configuration, ...] = (
     *(
-        Configuration(name, kind, tiny(_TYPE_OF.get(name, name), **changes), _VERDICTS.get(name, Verdict("works")))
+        Configuration(name, kind, config=tiny(_TYPE_OF.get(name, name), **changes), verdict=_verdict(name, kind))
         for kind, name, changes in _TINY
     ),
-    *_MULTIMODAL,
+    *(
+        Configuration(name, "multimodal", saved=partial(multimodal_models.save, family=name))
+        for name in multimodal_models.FAMILIES
+    ),
+    Configuration("sam", "vision", saved=small_sam.save),
 )
+# One of each kind: what the default tests take.
+ONE_OF_EACH = ("gpt2", "qwen3", "gemma2", "olmo2", "gptj", "mixtral", "bamba", "gemma4_text", "gemma3", "sam", "bert")

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, SamModel
 
 from stages.formats.pruning_masks import FOLDER, PrunedWeight, read_mask_file
 from stages.models.base import BlockModel
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
+from tests import small_sam
 from tests.census.configuration import Configuration
-from tests.small_models import tokenizer
 
 _CPU = torch.device("cpu")
 SPARSITY = 0.5
-FLAGS = (
-    *("--sparsity", SPARSITY, "--calibration", "text:words.txt", "--num-samples", "3", "--seqlen", "16"),
-    *("--evaluate", "text:words.txt", "--eval-max-tokens", "32", "--epochs", "1", "--device", "cpu"),
-)
+_COMMON = ("--sparsity", SPARSITY, "--num-samples", 3, "--epochs", 1, "--device", "cpu")
+_TEXT = ("--calibration", "text:words.txt", "--seqlen", 16, "--evaluate", "text:words.txt", "--eval-max-tokens", 32)
 
 
-def saved(entry: Configuration, folder: Path) -> Path:
-    """The entry's model as a folder like one from the hub."""
-    entry.model().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+def flags_for(entry: Configuration, folder: Path) -> tuple[object, ...]:
+    """The settings of a run of a few seconds. folder: for pictures; words.txt is in the working directory."""
+    if entry.kind != "vision":
+        return (*_COMMON, *_TEXT)
+    images = f"coco:{small_sam.coco(folder / 'images')}"
+    return (*_COMMON, "--calibration", images, "--evaluate", images)
 
 
-def check_export(source: Path, run: Path) -> None:
+def check_export(entry: Configuration, source: Path, run: Path) -> None:
     """Raise AssertionError where the exported model of a run is not what it should be."""
     exported = run / "model"
     masks = _masks(exported)
@@ -48,7 +48,11 @@ def check_export(source: Path, run: Path) -> None:
             assert _same_bytes(after[key], tensor), f"{key} lies outside the blocks and has changed"
     _check_masks(run, masks, after)
     assert pruned <= in_blocks
-    _check_opens(source, exported)
+    if model.task == "language":
+        opener = AutoModelForMultimodalLM if entry.kind == "multimodal" else AutoModelForCausalLM
+        _check_opens(opener, source, exported)
+    else:
+        _check_opens_images(exported)
 
 
 def _check_masks(run: Path, masks: dict[str, PrunedWeight], weights: dict[str, Tensor]) -> None:
@@ -65,10 +69,10 @@ def _check_masks(run: Path, masks: dict[str, PrunedWeight], weights: dict[str, T
 
 
 @torch.no_grad()
-def _check_opens(source: Path, exported: Path) -> None:
+def _check_opens(opener: Any, source: Path, exported: Path) -> None:
     """transformers opens it whole, and computes what our own chain of blocks computes."""
-    theirs, info = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32, output_loading_info=True)
-    _, usual = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    theirs, info = opener.from_pretrained(exported, dtype=torch.float32, output_loading_info=True)
+    _, usual = opener.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     found = {name: sorted(keys) for name, keys in info.items()}
     assert found == {name: sorted(keys) for name, keys in usual.items()}
     assert not any(found.values()), found
@@ -78,8 +82,18 @@ def _check_opens(source: Path, exported: Path) -> None:
     torch.testing.assert_close(logits, expected)
 
 
+@torch.no_grad()
+def _check_opens_images(exported: Path) -> None:
+    """The same of a model of images."""
+    theirs, info = SamModel.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    pixels = torch.randn(1, 3, small_sam.SIZES.image_size, small_sam.SIZES.image_size)
+    expected = theirs.eval().get_image_embeddings(pixels)
+    torch.testing.assert_close(chain_logits(open_model(resolve(str(exported))), pixels), expected, rtol=1e-4, atol=1e-4)
+
+
 def chain_logits(model: BlockModel, ids: Tensor) -> Tensor:
-    """The logits by the blocks one by one."""
+    """The logits, or the embeddings of images, by the blocks one by one."""
     ends = model.load_ends(_CPU, "all")
     entry = ends.enter(ids)
     hidden = entry.hidden

@@ -1,23 +1,58 @@
 """Every model family that transformers has, from `lampctl run` to the exported model."""
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.census.families import CENSUS
-from tests.census.journey import FLAGS, check_export, saved
+from tests import warm_python
+from tests.census.families import CENSUS, ONE_OF_EACH
+from tests.census.journey import check_export, flags_for
+from tests.killed_runs import BOMB, exported_weights
+
+ENTRIES = {entry.name: entry for entry in CENSUS}
 
 
+@pytest.fixture
+def journey(lampctl, tmp_path, words):
+    """Takes an entry through a run, and checks what the table says of it."""
+
+    def go(entry):
+        source = entry.save(tmp_path / "source")
+        flags = (source, *flags_for(entry, tmp_path))
+        answer = lampctl("run", *flags, "--run-dir", "r", "--baseline", "wanda")
+        verdict = entry.verdict
+        if verdict.word == "works":
+            assert answer.code == 0, answer.err
+            check_export(entry, source, Path("r"))
+            check_export(entry, source, Path("r-wanda"))
+        else:
+            assert answer.code == 2, f"{entry.name} works now, or fails in another way: {answer.err}"
+            assert re.search(verdict.message, answer.err), answer.err
+            assert not Path("r").exists()
+        return flags
+
+    return go
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_one_model_of_each_kind_is_pruned_and_exported_or_refused_by_name(name, journey):
+    journey(ENTRIES[name])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", CENSUS, ids=lambda entry: entry.name)
-def test_a_model_of_each_family_is_pruned_and_exported_or_refused_by_name(entry, lampctl, tmp_path, words):
-    source = saved(entry, tmp_path / entry.name)
-    answer = lampctl("run", source, *FLAGS, "--run-dir", "r", "--baseline", "wanda")
-    if entry.verdict.word == "refused":
-        assert answer.code == 2, answer.err
-        assert re.search(entry.verdict.message, answer.err), answer.err
-        assert not Path("r").exists()
-        return
-    assert answer.code == 0, answer.err
-    check_export(source, Path("r"))
-    check_export(source, Path("r-wanda"))
+def test_every_model_is_pruned_exported_and_resumed_after_a_kill_or_refused_by_name(entry, journey, lampctl):
+    flags = journey(entry)
+    if entry.verdict.word == "works":
+        killed = warm_python.run(BOMB, "compensate-block", "run", *map(str, flags), "--run-dir", "killed")
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        resumed = lampctl("resume", "killed")
+        assert resumed.code == 0, resumed.err
+        assert exported_weights(Path("killed")) == exported_weights(Path("r"))
+
+
+def test_the_census_has_each_kind_and_each_name_once():
+    assert len(ENTRIES) == len(CENSUS) >= 55
+    assert {ENTRIES[name].kind for name in ONE_OF_EACH} == {entry.kind for entry in CENSUS}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import small_sam, warm_python
+from tests.killed_runs import BOMB, exported_weights
 
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 TEXT = ("--calibration", "pydocs", "--seqlen", "64", "--evaluate", "pydocs", "--eval-max-tokens", "512")
@@ -19,40 +20,11 @@ FLAGS = (*COMMON, *TEXT)
 ALL = ("calibrate", "capture", "prune-block", "refine-block", "compensate-block", "export", "evaluate")
 SOME = ("capture", "refine-block")
 
-# Runs the command line with a bomb: the process kills itself when a step of kind sys.argv[1] reports progress
-# for the second time, in the middle of its work.
-BOMB = """
-import os, signal, sys
-from pipeline.engine import runner as engine
-
-kind, count = sys.argv[1], 0
-report = engine.StepCallbacks.report
-
-def explode(self, done, total, unit, **figures):
-    global count
-    report(self, done, total, unit, **figures)
-    count += self._step.kind == kind
-    if count == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-engine.StepCallbacks.report = explode
-sys.argv[:2] = ["lampctl"]
-from lampctl.app import main
-main()
-"""
-
 
 def lampctl(*arguments: str, bomb: str | None = None, cwd: Path) -> subprocess.CompletedProcess:
     if bomb:
         return warm_python.run(BOMB, bomb, *arguments, cwd=cwd)
     return warm_python.run(warm_python.LAMPCTL, *arguments, cwd=cwd)
-
-
-def weights(run: Path) -> dict[str, str]:
-    """SHA-256 of every file of the exported model, by name, as committed."""
-    commits = [json.loads(path.read_text()) for path in sorted((run / "commits").iterdir())]
-    export = next(commit for commit in commits if commit["step"] == "export")
-    return {Path(f["path"]).name: f["sha256"] for f in export["payloads"]["model"]["files"]}
 
 
 def attempts_per_step(run: Path) -> dict[str, int]:
@@ -84,7 +56,7 @@ def quiet_run(begin, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kinds", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_sigkill_once_in_each_kind_of_step_gives_the_same_weights(begin, quiet_run, tmp_path, kinds):
+def test_sigkill_once_in_each_kind_of_step_gives_the_same_exported_weights(begin, quiet_run, tmp_path, kinds):
     first = lampctl(*begin, "--run-dir", "runs/killed", bomb=kinds[0], cwd=tmp_path)
     assert first.returncode == -signal.SIGKILL, first.stderr
     for kind in kinds[1:]:
@@ -94,7 +66,7 @@ def test_sigkill_once_in_each_kind_of_step_gives_the_same_weights(begin, quiet_r
     assert last.returncode == 0, last.stderr
 
     run = tmp_path / "runs" / "killed"
-    assert weights(run) == weights(quiet_run)
+    assert exported_weights(run) == exported_weights(quiet_run)
     quiet, killed_counts = attempts_per_step(quiet_run), attempts_per_step(run)
     redone = {step: n - quiet[step] for step, n in killed_counts.items() if n != quiet[step]}
     # One step of each kind was begun twice; nothing that was committed was done again.
@@ -121,4 +93,4 @@ def test_sigint_stops_at_a_batch_boundary_and_the_run_resumes(number, code, begi
     assert "resume" in stderr
     finished = lampctl("resume", "run", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert weights(tmp_path / "run") == weights(quiet_run)
+    assert exported_weights(tmp_path / "run") == exported_weights(quiet_run)

@@ -1,0 +1,77 @@
+"""docs/models.md, made of the table of the census."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from stages.models.base import BlockModel
+from stages.models.in_memory import open_in_memory
+from stages.models.layer_roles import VITAL
+from stages.models.registry import open_model
+from stages.models.resolve import resolve
+from tests.census.configuration import Configuration
+from tests.census.families import CENSUS
+
+_INTRODUCTION = """# Models
+
+What lampctl does with each model family of transformers {version}. The census (`tests/census`) takes a tiny
+configuration of each through `lampctl run` with LAMP and Wanda, kills and resumes the run, and checks the exported
+model: its names, the weights outside the blocks, the masks, and that transformers opens it whole and computes the same
+logits. `make soak` runs all of it, `make test` one family of each kind. This page is made by
+`python -m tests.census > docs/models.md`; a test says when it is stale.
+
+{counts}
+
+- **works**: all steps, and every check holds.
+- **refused**: lampctl says why and exits with 2 before any work.
+- **not yet**: the same, but it could be done.
+
+A layer with a known role can exchange sparsity with others (`--beta`); one without is pruned all the same. Layers that
+stay dense are small projections that steer a whole block; `--prune-all` prunes them, too.
+
+| family | kind | | known roles | without a role | stay dense | notes |
+|---|---|---|---|---|---|---|
+"""
+
+
+def models_page() -> str:
+    """The text of the page."""
+    from transformers import __version__
+
+    words = Counter(entry.verdict.word for entry in CENSUS)
+    counts = ", ".join(f"{words[word]} {word}" for word in ("works", "refused", "not yet"))
+    counts = f"{len(CENSUS)} configurations: {counts}."
+    return _INTRODUCTION.format(version=__version__, counts=counts) + "".join(_row(entry) for entry in CENSUS)
+
+
+def _row(entry: Configuration) -> str:
+    cells = [entry.name, entry.kind, entry.verdict.word, *_layers(entry), entry.verdict.reason]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _layers(entry: Configuration) -> tuple[str, str, str]:
+    """Known roles, layers without one, layers that stay dense."""
+    if entry.verdict.word != "works":
+        return "", "", ""
+    known, unknown, dense = [], [], []
+    model = _opened(entry)
+    for layer in (layer for index in range(model.num_blocks) for layer in model.layers(index)):
+        name = layer.path.rpartition(".")[2]
+        if layer.role is None:
+            unknown.append(f"`{name}`")
+        elif layer.role == VITAL:
+            dense.append(f"`{name}`")
+        else:
+            known.append(layer.role)
+    # Each once, in the order of the module.
+    known, unknown, dense = (list(dict.fromkeys(names)) for names in (known, unknown, dense))
+    return ", ".join(known), ", ".join(unknown), ", ".join(dense)
+
+
+def _opened(entry: Configuration) -> BlockModel:
+    if entry.saved is None:
+        return open_in_memory(entry.model())
+    with tempfile.TemporaryDirectory() as folder:
+        return open_model(resolve(str(entry.save(Path(folder)))))
