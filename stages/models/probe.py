@@ -85,10 +85,13 @@ class _Probe:
         self._outputs: list[Tensor] = []
         self._list_name = list_name
         self._tape = Tape(self._returns, self._new_output)
+        self._layout = StreamLayout(0)
         self._hidden_size: int = model.config.get_text_config().hidden_size
         put_recorders(model, list_name, blocks, self._tape)
 
     def traits(self) -> BlockTraits:
+        self._forward(0)
+        self._layout = self._hidden_layout()
         structures = [_structure(block) for block in self._blocks]
         for index, (block, structure) in enumerate(zip(self._blocks, structures, strict=True)):
             if structure not in self._uncalled:
@@ -101,7 +104,7 @@ class _Probe:
             for index, structure in enumerate(structures)
             for path in self._uncalled[structure]
         )
-        return BlockTraits(self._returns, self._with_shared_states(self._layout()), frozenset(uncalled))
+        return BlockTraits(self._returns, self._with_shared_states(), frozenset(uncalled))
 
     def _forward(self, block_index: int) -> None:
         """Run the loop until it has called this block, for one sample."""
@@ -133,12 +136,12 @@ class _Probe:
             block.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: uncalled.discard(path))
         if block_index in self._blocks_with("is_kv_shared_layer"):
             self._store_shared_states(block_index)
-        like, call = self._tape.hidden[block_index], self._tape.calls[block_index]
-        hidden = _normal(like.shape, self._generator)
-        changed = hidden.clone()
-        changed[..., -1, :] = _normal(changed[..., -1, :].shape, self._generator)
-        returned = block(hidden.clone(), *call.args, **call.kwargs)
-        first, second = (output_of(r)[..., :-1, :] for r in (returned, block(changed, *call.args, **call.kwargs)))
+        call = self._tape.calls[block_index]
+        packed = _normal((1, _TOKENS, self._layout.width), self._generator)
+        changed = packed.clone()
+        changed[:, -1] = _normal(changed[:, -1].shape, self._generator)
+        returned, other = (block(self._layout.hidden(h.clone()), *call.args, **call.kwargs) for h in (packed, changed))
+        first, second = (self._layout.packed(output_of(r))[:, :-1] for r in (returned, other))
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
             raise UsageError(
                 f"in a {type(self._model).__name__} with this config.json, each token sees those after it: this is an "
@@ -175,30 +178,33 @@ class _Probe:
                     "of the block before it: such models cannot be pruned block by block"
                 )
 
-    def _layout(self) -> StreamLayout:
+    def _hidden_layout(self) -> StreamLayout:
         """How the hidden state lies in a stream."""
-        shape, usual = tuple(self._tape.hidden[0].shape), (1, _TOKENS, self._hidden_size)
-        if shape == usual:
-            return StreamLayout(self._hidden_size)
-        if shape[1:] == usual:
-            return StreamLayout(self._hidden_size, num_hidden=shape[0])
+        shape, size = tuple(self._tape.hidden[0].shape), self._hidden_size
+        if shape == (1, _TOKENS, size):
+            return StreamLayout(size)
+        for order in ((2, 0, 1, 3), (0, 1, 2, 3)):  # Gemma 3n, DeepSeek V4
+            if len(shape) == 4:
+                usual = [shape[order.index(axis)] for axis in range(4)]
+                if (usual[0], usual[1], usual[3]) == (1, _TOKENS, size):
+                    return StreamLayout(size, num_hidden=usual[2], order=order)
         raise UsageError(
             f"the blocks of a {type(self._model).__name__} take a hidden state of an unknown shape {shape}"
         )
 
-    def _with_shared_states(self, layout: StreamLayout) -> StreamLayout:
+    def _with_shared_states(self) -> StreamLayout:
         """The layout with the keys and values that blocks write into an argument for later ones."""
         calls = self._tape.calls
         argument = next((name for name, value in calls[0].kwargs.items() if _is_shared(value, name, calls)), "")
         if not argument or not self._blocks_with("is_kv_shared_layer"):
-            return replace(layout, argument=argument)
+            return replace(self._layout, argument=argument)
         states: MutableMapping[str, Sequence[Tensor]] = calls[0].kwargs[argument]
         self._store_shared_states(len(self._blocks))
         shared = (
             SharedState(key, tuple((tensor.shape[1], tensor.shape[3]) for tensor in states[key]))
             for key in sorted(states)
         )
-        return replace(layout, argument=argument, shared=tuple(shared))
+        return replace(self._layout, argument=argument, shared=tuple(shared))
 
     def _store_shared_states(self, end: int) -> None:
         """Run the blocks before `end` that write keys and values for later ones: into the argument that all get."""

@@ -1,7 +1,7 @@
 """How all that a block hands on to the next lies in one tensor, so that streams keep a single tensor for each sample.
 
-In most families that is the hidden state. Gemma 3n hands on several hidden states side by side; in Gemma 3n and Gemma 4
-the last blocks read keys and values that earlier ones computed, so these travel with the hidden state, too.
+In most families that is the hidden state. Gemma 3n and DeepSeek V4 hand on several hidden states side by side. In Gemma
+3n and Gemma 4 the last blocks read keys and values that earlier ones computed: these travel with the hidden state, too.
 
 N: samples.    T: tokens.    H: hidden size.    S: hidden states side by side.    W: numbers of a token in a stream.
 """
@@ -38,7 +38,8 @@ class StreamLayout:
     """What the blocks of a model hand on, as one tensor (N, T, W)."""
 
     hidden_size: int
-    num_hidden: int = 1  # S; blocks take (S, N, T, H) where it is more than 1
+    num_hidden: int = 1  # S
+    order: tuple[int, ...] = ()  # the axes of (N, T, S, H) as blocks take them: (2, 0, 1, 3); (): they take (N, T, H)
     argument: str = ""  # of a block: the mapping that it puts keys and values into; "": there is none
     shared: tuple[SharedState, ...] = ()
 
@@ -60,10 +61,12 @@ class StreamLayout:
         """As one tensor (N, T, W).
 
         Args:
-            hidden: (N, T, H), or (S, N, T, H).
+            hidden: (N, T, H), or (N, T, S, H) with its axes in `order`.
             states: Tensors (N, heads, T, head size) by key; those that are missing become zeros.
         """
-        parts = [hidden if self.num_hidden == 1 else hidden.permute(1, 2, 0, 3).flatten(2)]
+        if self.order:
+            hidden = hidden.permute([self.order.index(axis) for axis in range(4)]).flatten(2)
+        parts = [hidden]
         for state in self.shared:
             tensors = (states or {}).get(state.key)
             if tensors is None:
@@ -73,12 +76,12 @@ class StreamLayout:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def hidden(self, packed: Tensor) -> Tensor:
-        """What a block takes as its hidden state: (N, T, H), or (S, N, T, H)."""
-        if self.width == self.hidden_size:
+        """What a block takes as its hidden state: (N, T, H), or (N, T, S, H) with its axes in `order`."""
+        if not self.order and not self.shared:
             return packed
         hidden = packed[..., : self.num_hidden * self.hidden_size]
-        if self.num_hidden > 1:
-            hidden = hidden.unflatten(2, (self.num_hidden, self.hidden_size)).permute(2, 0, 1, 3)
+        if self.order:
+            hidden = hidden.unflatten(2, (self.num_hidden, self.hidden_size)).permute(self.order)
         return hidden.contiguous()
 
     def _states(self, packed: Tensor) -> dict[str, tuple[Tensor, ...]]:
