@@ -132,6 +132,8 @@ def parse_head(head: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
         found.sort(key=lambda item: item[:3])
         entries, end = {}, 0
         for start, stop, name, about in found:
+            if not isinstance(about["dtype"], str) or not all(type(n) is int for n in (start, stop, *about["shape"])):
+                raise ValueError(f"{name} has no dtype, shape and offsets")
             if start != end or stop < start:
                 raise ValueError(f"a gap before {name}")
             entries[name] = Entry(about["dtype"], tuple(about["shape"]), len(head) + start, len(head) + stop)

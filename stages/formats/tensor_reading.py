@@ -95,7 +95,7 @@ def _memory(tensor: Tensor) -> memoryview:
 
 def _is_whole(entry: Entry) -> bool:
     """Whether the tensor's shape and dtype make up its bytes."""
-    are_sizes = all(isinstance(size, int) and size >= 0 for size in entry.shape)
+    are_sizes = all(size >= 0 for size in entry.shape)
     return (
         are_sizes
         and entry.dtype in DTYPES

@@ -70,6 +70,10 @@ def test_a_name_may_be_used_once(tmp_path):
         b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}',
         b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 3]}}',
         b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": ["x", "y"]}}',
+        b'{"a": {"dtype": [], "shape": [1], "data_offsets": [0, 2]}}',
+        b'{"a": {"dtype": "U8", "shape": ["1"], "data_offsets": [0, 2]}}',
+        b'{"a": {"dtype": "U8", "shape": [true], "data_offsets": [0, 2]}}',
+        b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2.0]}}',
     ],
 )
 def test_a_header_that_does_not_fit_its_file_is_a_value_error(header, tmp_path):
