@@ -19,6 +19,7 @@ from stages.errors import NumericalError
 from stages.finish_block import FinishedBlock, finish_block
 from stages.interfaces import Callbacks, Samples
 from stages.models.base import LayerInfo
+from stages.models.experts import every_token_to_every_expert
 from stages.pruners.base import LayerProblem, Pruner
 from stages.quantization.grid import fit_grid
 from stages.runtime.block_context import BlockContext, BlockOutput
@@ -77,7 +78,8 @@ def prune_block(
     if kind is not None:
         if biased is None or not len(context.inputs):
             raise ValueError(f"{pruner.name} needs the calibration set and the biased stream")
-        progress.collected = collect(context, block, modules, biased, kind, progress)
+        with every_token_to_every_expert(block, is_on=pruner.options.calibrates_all_experts):
+            progress.collected = collect(context, block, modules, biased, kind, progress)
         experts = complete(progress.collected, infos, kind, context.device.torch_device)
         if experts is not None and experts.num_short:
             context.callbacks.warn(f"{context.name}: {experts}")

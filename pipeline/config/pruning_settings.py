@@ -182,6 +182,16 @@ class PruningSettings:
             draws_samples=True,
         ),
     ] = "auto"
+    moe_calibrate_all_experts: Annotated[
+        bool | None,
+        Option(
+            "Mixtures of experts: collect the statistics of every expert on all tokens, not only on those that the "
+            "router sends it.",
+            "Calibration",
+            default="no",
+            applies_to="methods with data",
+        ),
+    ] = None
     seed: Annotated[
         Annotated[int, Limits(ge=0, lt=2**63)], Option("Random seed.", "Calibration", "N", "0", draws_samples=True)
     ] = 0

@@ -58,7 +58,15 @@ class RunConfig(Settings):
     @property
     def prune_options(self) -> PruneOptions:
         """The options of the pruner."""
-        return PruneOptions(self.damping, self.column_block, self.n_of_m, self.bits, self.group_size, self.seed)
+        return PruneOptions(
+            self.damping,
+            self.column_block,
+            self.n_of_m,
+            self.bits,
+            self.group_size,
+            self.seed,
+            bool(self.moe_calibrate_all_experts),
+        )
 
     @property
     def goal(self) -> str:

@@ -36,8 +36,12 @@ class PrunableLayers:
         """The layers of this model with --ignore, layer_sparsity and --group-size applied.
 
         Raises:
-            ConfigError: One of these settings matches no layer, or a group is wider than every layer.
+            ConfigError: One of these settings matches no layer, a group is wider than every layer, or a setting for
+                experts meets a model without them.
         """
+        layers = (layer for index in range(model.num_blocks) for layer in model.layers(index))
+        if settings.moe_calibrate_all_experts and not any(layer.peers is not None for layer in layers):
+            raise ConfigError(f"--moe-calibrate-all-experts: {settings.model} is no mixture of experts; leave it out")
         blocks = prunable_layers(model, settings.ignore, prune_all=settings.prune_all)
         widest = max(layer.cols for block in blocks for layer in block)
         if settings.group_size is not None and settings.group_size > widest:

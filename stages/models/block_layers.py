@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.errors import UsageError
 from stages.models.base import LayerInfo
 from stages.models.experts import experts_in, is_router, peers_of, token_share
-from stages.models.layer_roles import role_of
+from stages.models.layer_roles import VITAL, role_of
 
 # Blocks whose linear layers hold less of their matrix weights than this are refused: the rest would stay dense.
 _SMALLEST_SHARE = 0.95
@@ -23,7 +23,7 @@ def matrix_of(layer: nn.Module) -> Tensor:
 
 
 def prunable_layers(block: nn.Module, prefix: str, config: Any) -> tuple[LayerInfo, ...]:
-    """The linear layers of a block, in the order of the module; in a block with experts, all but its routers.
+    """The linear layers of a block, in the order of the module; routers among experts are vital, whatever their name.
 
     Args:
         block: On `meta`, its experts separated (`stages.models.experts`).
@@ -33,10 +33,11 @@ def prunable_layers(block: nn.Module, prefix: str, config: Any) -> tuple[LayerIn
     infos = []
     experts = experts_in(block)
     for path, module in block.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or (experts and is_router(path)):
+        if not isinstance(module, nn.Linear | Conv1D):
             continue
         rows, cols = matrix_of(module).shape
-        place = (prefix + path, path, role_of(path), rows, cols, isinstance(module, Conv1D))
+        role = VITAL if experts and is_router(path) else role_of(path)
+        place = (prefix + path, path, role, rows, cols, isinstance(module, Conv1D))
         owner = next((owner for owner in experts if path.startswith(f"{owner}.")), None)
         if owner is None:
             infos.append(LayerInfo(*place))

@@ -10,14 +10,15 @@ S: tokens.    K: experts of a token.    E: experts.    H: hidden size.    I: wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "shared_experts_gate"})
+_ROUTERS = frozenset({"gate", "wg", "router", "shared_expert_gate", "shared_experts_gate"})
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,19 @@ def experts_in(block: nn.Module) -> dict[str, int]:
         if isinstance(module, SeparateExperts)
         or (isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts")
     }
+
+
+@contextlib.contextmanager
+def every_token_to_every_expert(block: nn.Module, *, is_on: bool) -> Iterator[None]:
+    """Context in which all experts see all tokens, so that statistics are collected on them; the output is the same."""
+    modules = [module for module in block.modules() if isinstance(module, SeparateExperts)] if is_on else []
+    for module in modules:
+        module.sees_every_token = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.sees_every_token = False
 
 
 class SeparateExperts(nn.Module):

@@ -34,6 +34,7 @@ class PruneOptions:
     bits: int | None = None  # quantize the kept weights to this many bits; None: do not quantize
     group_size: int | None = None  # columns that share one quantization grid; None: a whole row
     seed: int = 0
+    calibrates_all_experts: bool = False  # statistics of experts on all tokens, not on those that the router sends
 
 
 class Statistics(Protocol):

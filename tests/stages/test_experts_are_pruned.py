@@ -12,11 +12,13 @@ from stages.lamp import LampSettings, lamp
 from stages.models.decoder import open_model
 from stages.models.in_memory import open_in_memory
 from stages.models.resolve import resolve
+from stages.pruners.sparsegpt import SparseGPT
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.trainer import TrainingSettings
 from tests.blocks import budget_of, context_of, pruner_named
 from tests.small_experts import FAMILIES, NUM_EXPERTS, build, loaded, save
 from tests.small_models import VOCAB
+from tests.small_models import save as save_dense
 from tests.stages.test_lamp import AMOUNT, exported
 
 N, T = 6, 16
@@ -67,6 +69,26 @@ def test_an_expert_without_a_token_is_pruned_by_the_statistics_of_all():
         assert layer.mask.float().mean() == 0.5
         assert layer.relative_error is not None
     assert re.search(r"block 0: \d of 8 experts received fewer .* mlp\.experts\.\d 0:", str(context.callbacks.warnings))
+
+
+def test_all_tokens_of_all_experts_give_one_hessian(monkeypatch):
+    """Then the mask of every expert follows from the inputs of the whole layer."""
+    model = open_in_memory(build("mixtral"))
+    seen = []
+    prepare = SparseGPT.prepare
+
+    def counted(self, statistics, **rest):
+        seen.append(statistics)
+        return prepare(self, statistics, **rest)
+
+    monkeypatch.setattr(SparseGPT, "prepare", counted)
+    pruner = pruner_named("sparsegpt", calibrates_all_experts=True)
+    context = context_of(model, inputs_of(IDS))
+    block = next(iter(lamp(context, budget_of(model, 0.5), LampSettings(pruner, None, None))))
+    # q, k and v share one; so do gate and up of all experts; each expert has its own for down.
+    assert len(seen) == 2 + 1 + NUM_EXPERTS
+    assert not context.callbacks.warnings
+    assert len(block.outcome.layers) == len(model.layers(0))
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -141,3 +163,27 @@ def test_a_folder_with_experts_comes_back_from_its_packed_form(lampctl, tmp_path
     assert again.code == 0, again.err
     for path in (tmp_path / "r" / "model").rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "r" / "model")).read_bytes()
+
+
+def test_a_setting_for_experts_is_refused_without_them(lampctl, tmp_path, words):
+    folder = save_dense(tmp_path / "m", "llama")
+    goal = ("--sparsity", 0.5, "--method", "wanda", "--calibration", f"text:{words}", "--run-dir", "r")
+    answer = lampctl("run", folder, *goal, "--moe-calibrate-all-experts", *AMOUNT)
+    assert answer.code == 2
+    assert "--moe-calibrate-all-experts" in answer.err
+    assert "no mixture of experts" in answer.err
+    assert not (tmp_path / "r").exists()
+
+
+def test_all_tokens_for_all_experts_is_part_of_a_runs_identity(lampctl, tmp_path, words):
+    folder = save(tmp_path / "m", "mixtral")
+    command = ("run", folder, "--sparsity", 0.5, "--method", "wanda", "--calibration", f"text:{words}", *AMOUNT)
+    assert lampctl(*command, "--moe-calibrate-all-experts", "--run-dir", "r").code == 0
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["config"]["moe_calibrate_all_experts"] is True
+    assert lampctl(*command, "--no-moe-calibrate-all-experts", "--run-dir", "r").code == 3
+    assert lampctl(*command, "--run-dir", "routed").code == 0
+    every, routed = exported(tmp_path / "r"), exported(tmp_path / "routed")
+    key = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+    assert not torch.equal(every[key], routed[key])
+    attention = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(every[attention], routed[attention])

@@ -16,7 +16,10 @@ PANELS = {
         "export-dtype"
     ),
     "Method": "method pruner baseline",
-    "Calibration": "calibration num-samples seqlen calibration-sampling calibration-skip bos chat-template seed",
+    "Calibration": (
+        "calibration num-samples seqlen calibration-sampling calibration-skip bos chat-template "
+        "moe-calibrate-all-experts seed"
+    ),
     "Training": "effort epochs lr lr-decay loss held-out refine refine-epochs refine-lr",
     "Evaluation": (
         "evaluate metrics evaluate-dense eval-seqlen eval-max-tokens eval-points eval-max-images tasks task-data "

@@ -10,6 +10,7 @@ import lampctl as api
 from stages.errors import UsageError
 from stages.formats.tensor_parts import gather, scatter
 from stages.models.decoder import open_model
+from stages.models.experts import every_token_to_every_expert
 from stages.models.in_memory import open_in_memory
 from stages.models.resolve import resolve
 from tests.small_experts import FAMILIES, NUM_EXPERTS, TOP_K, build, loaded, save
@@ -60,7 +61,9 @@ def test_every_expert_has_three_layers_and_routers_are_no_layers(folders, family
     assert {layer.peers for layer in experts} == {f"mlp.experts.*.{m}_proj" for m in ("gate", "up", "down")}
     assert {layer.role for layer in experts} == {"gate", "up", "fc2"}
     others = {layer.path for layer in layers if layer.peers is None}
-    assert not any(path.endswith(("gate", "router")) for path in others)
+    routers = {path for path in others if path.endswith(("gate", "router"))}
+    assert routers == ({"mlp.shared_expert_gate"} if family == "qwen2-moe" else set())
+    assert all(layer.role == "vital" for layer in layers if layer.path in routers)
     assert all(layer.token_share == 1 for layer in layers if layer.peers is None)
 
 
@@ -121,10 +124,13 @@ def test_statistics_on_every_token_leave_the_output_as_it_is():
     block = model.load_block(0, CPU)
     plain = model.run_block(block, entry.hidden, entry.calls[0])
     counts = []
-    block.mlp.experts.sees_every_token = True
     block.get_submodule("mlp.experts.3.up_proj").register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
-    torch.testing.assert_close(model.run_block(block, entry.hidden, entry.calls[0]), plain, rtol=0, atol=1e-6)
+    with every_token_to_every_expert(block, is_on=True):
+        every = model.run_block(block, entry.hidden, entry.calls[0])
+    torch.testing.assert_close(every, plain, rtol=0, atol=1e-6)
     assert counts == [24]
+    assert torch.equal(model.run_block(block, entry.hidden, entry.calls[0]), plain)
+    assert len(counts) == 1 or counts[1] < 24
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
