@@ -61,7 +61,7 @@ def _check_masks(run: Path, masks: dict[str, PrunedWeight], weights: dict[str, T
     layers = {layer["name"]: layer for block in budget for layer in block["layers"]}
     assert masks.keys() == layers.keys()
     for name, layer in masks.items():
-        weight = weights[layer.key].T if layer.transposed else weights[layer.key]
+        weight = layer.matrix_of(weights[layer.key])
         assert int(layer.mask.sum()) == layers[name]["num_masked"], name
         assert not weight[layer.mask].any(), f"{name}: a masked weight is not zero"
     total = sum(layer["size"] for layer in layers.values())
