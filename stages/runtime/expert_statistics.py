@@ -29,11 +29,13 @@ class ExpertTokens:
     num_short: int  # experts with fewer tokens than one of their matrices has input channels
     fewest: int  # tokens of the expert with the fewest
     expert: str  # that expert, in the block: "mlp.experts.3"
+    is_completed: bool  # the statistics of these experts were completed; otherwise theirs cannot be
 
     def __str__(self) -> str:
+        used = "completed by the mean of all experts'" if self.is_completed else "used as they are"
         return (
             f"{self.num_short} of {self.num_experts} experts received fewer tokens than their matrices have input "
-            f"channels, {self.expert} {self.fewest}: their statistics are completed by the mean of all experts'"
+            f"channels, {self.expert} {self.fewest}: their statistics are {used}"
         )
 
 
@@ -68,7 +70,7 @@ def complete(
         for members in groups.values():
             _complete_group(members, infos[members[0].paths[0]].cols, kind)
     collected.is_completed = True
-    return _count(collected, infos)
+    return _count(collected, infos, is_pooled=issubclass(kind, PooledStatistics))
 
 
 def _peers(paths: Iterable[str], infos: Mapping[str, LayerInfo]) -> tuple[str, ...]:
@@ -118,7 +120,7 @@ def _complete_group(members: list[LayerInput], cols: int, kind: type[Statistics]
         found.statistics.complete(total, cols)
 
 
-def _count(collected: LayerInputs, infos: Mapping[str, LayerInfo]) -> ExpertTokens:
+def _count(collected: LayerInputs, infos: Mapping[str, LayerInfo], *, is_pooled: bool) -> ExpertTokens:
     by_path, received, short = collected.by_path, dict[str, int](), set[str]()
     for path, info in infos.items():
         num_tokens, expert = by_path[path].num_tokens, _expert(info)
@@ -126,4 +128,4 @@ def _count(collected: LayerInputs, infos: Mapping[str, LayerInfo]) -> ExpertToke
         if num_tokens < info.cols:
             short.add(expert)
     fewest = min(received, key=received.__getitem__)
-    return ExpertTokens(len(received), len(short), received[fewest], fewest)
+    return ExpertTokens(len(received), len(short), received[fewest], fewest, is_pooled)

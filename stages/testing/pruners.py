@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import UsageError
-from stages.pruners.base import LayerProblem, PrunedMatrix, PruneOptions, Pruner
+from stages.pruners.base import LayerProblem, PooledStatistics, PrunedMatrix, PruneOptions, Pruner
 from stages.pruners.registry import PRUNERS
 from stages.quantization.grid import fit_grid, most_levels
 from stages.sparsity.nm_pattern import Pattern
@@ -22,8 +22,8 @@ def check_pruner(pruner: type[Pruner] | str) -> None:
 
     Requirements: exactly `num_masked` weights are masked; every masked weight is zero; every N:M group keeps its
     pattern; every quantized row has at most 2^bits distinct values; the result is finite, and bit-identical at every
-    call and from restored statistics; the original weight is unchanged; unsupported options are refused; name, title,
-    help and memory estimates are complete.
+    call and from restored statistics; statistics that experts share add up; the original weight is unchanged;
+    unsupported options are refused; name, title, help and memory estimates are complete.
 
     Args:
         pruner: The class, or its name in the registry.
@@ -52,6 +52,9 @@ def check_pruner(pruner: type[Pruner] | str) -> None:
     weight, x = _layer(8, 16, 64)
     x[:, 3] = 0  # a channel that is zero on every token
     _check_layer(pruner, PruneOptions(), (weight, x), 64)
+    kind = pruner.statistics()
+    if kind is not None and issubclass(kind, PooledStatistics):
+        _check_sharing(pruner, kind)
 
 
 def _check_description(pruner: type[Pruner]) -> None:
@@ -111,6 +114,26 @@ def _check_layer(pruner: type[Pruner], options: PruneOptions, layer: tuple[Tenso
     if options.bits is not None:
         levels = most_levels(first.weight, options.group_size)
         assert levels <= 2**options.bits, f"{where}: a row has {levels} distinct values"
+
+
+def _check_sharing(pruner: type[Pruner], kind: type[PooledStatistics]) -> None:
+    """Statistics of several experts add up, stay as they are, and serve an expert that has none."""
+    weight, x = _layer(8, 16, 64)
+    parts = [kind(16, _CPU), kind(16, _CPU)]
+    parts[0].add(x[:40])
+    parts[1].add(x[40:])
+    before = [part.state()[0].clone() for part in parts]
+    total, whole, empty = kind.total(parts), kind(16, _CPU), kind(16, _CPU)
+    whole.add(x)
+    assert torch.allclose(total.state()[0], whole.state()[0], rtol=1e-4, atol=1e-5), f"{kind.__name__}.total is no sum"
+    unchanged = all(torch.equal(part.state()[0], sums) for part, sums in zip(parts, before, strict=True))
+    assert unchanged, f"{kind.__name__}.total changed its parts"
+    empty.complete(total, 16)
+    entry = pruner(PruneOptions())
+    prepared = entry.prepare(empty, is_shared=False, warn=lambda message: None)
+    found = entry.prune(LayerProblem("layer", weight, 40, None), prepared)
+    assert int(found.mask.sum()) == 40, f"{pruner.name}: {int(found.mask.sum())} weights are masked, not 40"
+    assert bool(torch.isfinite(found.weight).all()), f"{pruner.name}: the result of shared statistics is not finite"
 
 
 def _pruned(

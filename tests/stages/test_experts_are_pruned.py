@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from stages.allocate import outlier_shares
+from stages.capture import capture
 from stages.formats.pruning_masks import read_mask_file
-from stages.in_memory import ListStream
+from stages.in_memory import ListScratch, ListStream
 from stages.lamp import LampSettings, lamp
 from stages.models.decoder import open_model
 from stages.models.in_memory import open_in_memory
@@ -15,9 +18,10 @@ from stages.models.resolve import resolve
 from stages.pruners.sparsegpt import SparseGPT
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.trainer import TrainingSettings
-from tests.blocks import budget_of, context_of, pruner_named
+from tests.blocks import FP32, budget_of, context_of, pruner_named
 from tests.small_experts import FAMILIES, NUM_EXPERTS, build, loaded, save
 from tests.small_models import VOCAB
+from tests.small_models import build as build_dense
 from tests.small_models import save as save_dense
 from tests.stages.test_lamp import AMOUNT, exported
 
@@ -135,7 +139,8 @@ def test_a_run_gives_a_folder_that_transformers_opens(lampctl, tmp_path, words, 
             num_masked, num_weights = num_masked + int(layer.mask.sum()), num_weights + layer.mask.numel()
     assert num_masked == round(0.5 * num_weights)
     model = open_model(resolve(str(run / "model")))
-    assert num_weights == sum(x.rows * x.cols for i in range(model.num_blocks) for x in model.layers(i))
+    prunable = [x for i in range(model.num_blocks) for x in model.layers(i) if x.role != "vital"]
+    assert num_weights == sum(x.rows * x.cols for x in prunable)
     with torch.no_grad():
         ends = model.load_ends(torch.device("cpu"), "all")
         entry = ends.enter(IDS[:1])
@@ -187,3 +192,32 @@ def test_all_tokens_for_all_experts_is_part_of_a_runs_identity(lampctl, tmp_path
     assert not torch.equal(every[key], routed[key])
     attention = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(every[attention], routed[attention])
+
+
+def test_a_budget_that_follows_the_data_counts_an_expert_without_a_token():
+    model = build("gpt-oss")
+    with torch.no_grad():
+        model.model.layers[0].mlp.router.bias[5] = -1000
+    decoder = open_in_memory(model)
+    context = context_of(decoder, inputs_of(IDS))
+    hidden = ListStream(N, (T, decoder.hidden_size), torch.float32)
+    capture(context, hidden, None)
+    names = {layer.name for index in range(decoder.num_blocks) for layer in decoder.layers(index)}
+    shares = outlier_shares(context, hidden, names, ListScratch())
+    others = outlier_shares(context, hidden, {name for name in names if ".experts.5." not in name}, ListScratch())
+    assert len(shares) == decoder.num_blocks
+    assert 0 < shares[0] < 1
+    assert shares[0] != others[0]
+
+
+def test_a_block_with_experts_is_not_compiled(monkeypatch):
+    """torch would compile it again for every number of tokens that an expert gets."""
+    model = open_in_memory(build("mixtral"))
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda block, **_: compiled.append(block) or block)
+    device = replace(FP32, compiles=True)
+    context_of(model, inputs_of(IDS), device).block(0).runner(model.load_block(0, torch.device("cpu")))
+    assert not compiled
+    dense = open_in_memory(build_dense("llama"))
+    context_of(dense, inputs_of(IDS), device).block(0).runner(dense.load_block(0, torch.device("cpu")))
+    assert len(compiled) == 1

@@ -169,7 +169,9 @@ def test_statistics_that_cannot_be_shared_need_a_token_for_every_expert():
     cols = 4
     few = gathered(_Maxima, examples((10, 1), cols), cols)
     before = few.by_path["experts.1.up_proj"].statistics.sums.clone()
-    assert complete(few, infos_of(2, cols), _Maxima, CPU).num_short == 1
+    told = complete(few, infos_of(2, cols), _Maxima, CPU)
+    assert told.num_short == 1
+    assert str(told).endswith("used as they are")
     assert torch.equal(few.by_path["experts.1.up_proj"].statistics.sums, before)
     with pytest.raises(UsageError, match=r"experts\.1\.gate_proj.*_Maxima cannot be shared"):
         complete(gathered(_Maxima, examples((10, 0), cols), cols), infos_of(2, cols), _Maxima, CPU)

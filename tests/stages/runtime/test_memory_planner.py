@@ -68,3 +68,24 @@ def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can():
         fit(shapes, LAMP, GB // 2, int((smallest - 0.1) * GB), [1, 2], "memory")
     # What the process holds by then may be a little more.
     assert fit(shapes, LAMP, int(0.57 * GB), int(smallest * GB), [1, 2], "memory").spills
+
+
+def mixture(num_experts, per_token):
+    width, inner = 1024, 512
+    sizes = [("gate_proj", "gate", inner, width), ("up_proj", "up", inner, width), ("down_proj", "fc2", width, inner)]
+    layers = tuple(
+        LayerInfo(f"b.{n}.{p}", f"experts.{n}.{p}", role, r, c, False, f"experts.*.{p}", per_token / num_experts)
+        for n in range(num_experts)
+        for p, role, r, c in sizes
+    )
+    return Shapes(sum(x.rows * x.cols for x in layers), layers, width, 50272, 2048, 4)
+
+
+def test_every_expert_has_statistics_of_its_own_and_only_those_of_a_token_keep_its_activations():
+    work = Work(PRUNERS.get("sparsegpt"), False, False, 0)
+    few, many = mixture(8, 2), mixture(16, 2)
+    assert len(many.inputs) == 2 * 16
+    more = peaks(many, work, 1, spills=False)["prune-block"] - peaks(few, work, 1, spills=False)["prune-block"]
+    hessians, weights = 4 * 8 * (1024**2 + 512**2), 4 * 8 * 3 * 1024 * 512
+    assert more >= hessians + weights
+    assert many.remembered() == few.remembered() < mixture(8, 8).remembered()
