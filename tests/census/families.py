@@ -238,6 +238,8 @@ _VERDICTS = {
     "zamba2": _SHARES,
     "bailing_hybrid": _OTHER_FORM,
     "jetmoe": _EXPERTS_IN_ONE,
+    "inkling_text": Verdict("not yet", "image_outputs", "the run ends in an error when the dense model is evaluated"),
+    "deepseek_v4": Verdict("not yet", "", "its blocks run one by one, but a run did not end within five minutes"),
     "llama4_text": _EXPERTS_IN_ONE,
     "dbrx": _EXPERTS_IN_ONE,
     "olmo_hybrid": _OTHER_FORM,

@@ -26,7 +26,7 @@ logits. `make soak` runs all of it, `make test` one family of each kind. This pa
 
 - **works**: all steps, and every check holds.
 - **refused**: lampctl says why and exits with 2 before any work.
-- **not yet**: the same, but it could be done.
+- **not yet**: it is refused or fails, and could be done.
 
 A layer with a known role can exchange sparsity with others (`--beta`); one without is pruned all the same. Layers that
 stay dense are small projections that steer a whole block; `--prune-all` prunes them, too.

@@ -19,6 +19,8 @@ def journey(lampctl, tmp_path, words):
     """Takes an entry through a run, and checks what the table says of it."""
 
     def go(entry):
+        if entry.verdict.word == "not yet" and not entry.verdict.message:
+            pytest.skip(entry.verdict.reason)
         source = entry.save(tmp_path / "source")
         flags = (source, *flags_for(entry, tmp_path))
         answer = lampctl("run", *flags, "--run-dir", "r", "--baseline", "wanda")
@@ -28,9 +30,10 @@ def journey(lampctl, tmp_path, words):
             check_export(entry, source, Path("r"))
             check_export(entry, source, Path("r-wanda"))
         else:
-            assert answer.code == 2, f"{entry.name} works now, or fails in another way: {answer.err}"
+            expected = {2} if verdict.word == "refused" else {1, 2}
+            assert answer.code in expected, f"{entry.name} works now, or fails in another way: {answer.err}"
             assert re.search(verdict.message, answer.err), answer.err
-            assert not Path("r").exists()
+            assert answer.code == 1 or not Path("r").exists()
         return flags
 
     return go
