@@ -25,6 +25,7 @@ from stages.models.aliases import ALIASES, HUB_ALIASES, SAM_ALIASES, WHEEL_ALIAS
 from stages.models.base import ModelFolder
 from stages.models.companion_files import companions
 from stages.models.convert import PICKLES, from_gguf, from_pickles, pickle_files
+from stages.models.quantized.folder import plain_folder
 
 log = logging.getLogger(__name__)
 
@@ -79,19 +80,19 @@ def _from_path(model: str, path: Path) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise UsageError(f"{model} is no model: it has no config.json")
     if has_safetensors(path):
-        return ModelFolder(str(path), path, "folder", None)
+        return ModelFolder(str(path), plain_folder(path), "folder", None)
     if not any(path.glob(PICKLES)):
         raise UsageError(f"{model} holds no weights: neither *.safetensors nor {PICKLES}")
-    return ModelFolder(str(path), from_pickles(path), "pickle", None)
+    return ModelFolder(str(path), plain_folder(from_pickles(path)), "pickle", None)
 
 
 def _from_hub(repo: str, revision: str | None, trusts_code: bool) -> ModelFolder:
     snapshot = _cached_snapshot(repo, revision) or _download_snapshot(repo, revision, trusts_code)
     if has_safetensors(snapshot):
-        return ModelFolder(repo, snapshot, "hub", snapshot.name)
+        return ModelFolder(repo, plain_folder(snapshot), "hub", snapshot.name)
     if not any(snapshot.glob(PICKLES)):
         raise UsageError(f"{repo} on the hub holds no weights that can be read: neither safetensors nor {PICKLES}")
-    return ModelFolder(repo, from_pickles(snapshot), "hub", snapshot.name)
+    return ModelFolder(repo, plain_folder(from_pickles(snapshot)), "hub", snapshot.name)
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:

@@ -1,0 +1,162 @@
+"""A folder of quantized weights, dequantized once into a folder of plain ones in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.errors import ResourceError, UsageError
+from stages.formats.checkpoint_files import INDEX, WeightFiles, serialized
+from stages.formats.file_digest import digest_file
+from stages.formats.tensor_reading import PLAIN_DTYPES
+from stages.models.companion_files import companion_files
+from stages.models.convert import cached, converted
+from stages.models.quantized.base import QuantizedFormat
+from stages.models.quantized.compressed_tensors import CompressedTensors
+from stages.models.quantized.fp8 import Fp8
+from stages.models.quantized.gptq import Awq, Gptq
+
+log = logging.getLogger(__name__)
+
+_FORMATS: dict[str, type[QuantizedFormat]] = {found.method: found for found in (Fp8, CompressedTensors, Gptq, Awq)}
+_KEYS = ("quantization_config", "compression_config")
+# Raised by one when a conversion changes what it writes.
+_VERSION = 1
+_SHARD_BYTES = 1_000_000_000
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def plain_folder(folder: Path) -> Path:
+    """The folder itself if its weights are plain; else one in the cache with the same model, dequantized.
+
+    Every other tensor is taken over as it is, and so is every file beside the weights. Weights are written in the
+    dtype that config.json names (bfloat16 if it names none), one in memory at a time.
+
+    Raises:
+        UsageError: It is quantized in a way that is not read here; the message names the way and what to do.
+        ResourceError: A tensor is missing, or the cache has no room.
+    """
+    config = _config(folder)
+    settings = _quantization(config)
+    if settings is None:
+        return folder
+    chosen = _format_of(folder, settings)
+    weights = WeightFiles(folder)
+    coded = chosen.parts(weights)
+    if not coded:
+        raise UsageError(
+            f"{folder}: config.json says that it is quantized by {chosen.method}, but its files hold no weight of that "
+            "kind: take quantization_config out of config.json if they are plain"
+        )
+    with converted(_digest(folder)) as (target, is_new):
+        if is_new:
+            log.info("dequantizing %s (%s), once", folder, chosen.method)
+            _write(target, _dense_tensors(folder, weights, chosen, coded, _dtype(config)))
+            for name, contents in companion_files(folder):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).write_bytes(contents)
+            plain = {key: value for key, value in config.items() if key not in _KEYS}
+            (target / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+    return cached(target)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The contents of config.json; empty if it cannot be read: whoever opens the model explains why."""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = next((config[key] for key in _KEYS if isinstance(config.get(key), dict)), None)
+    if found is None:
+        return None
+    return {"quant_method": "compressed-tensors", **found} if "config_groups" in found else found
+
+
+def _format_of(folder: Path, settings: Mapping[str, Any]) -> QuantizedFormat:
+    method = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "an unknown method")
+    if method not in _FORMATS:
+        raise UsageError(
+            f"{folder} is quantized by {method}, and only {', '.join(_FORMATS)} are read here: name the original "
+            "model, or save a plain copy where transformers can make one (from_pretrained, model.dequantize(), "
+            "save_pretrained)"
+        )
+    try:
+        return _FORMATS[method].of(settings)
+    except UsageError as error:
+        raise UsageError(f"{folder}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{folder}: the quantization_config of its config.json cannot be read ({error!r})") from error
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the plain weights."""
+    parts = (config, config.get("text_config") or {})
+    named = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), "bfloat16")
+    return _DTYPES.get(str(named).removeprefix("torch."), torch.bfloat16)
+
+
+def _digest(folder: Path) -> str:
+    """What tells the converted folder from others: the contents of all that is read."""
+    names = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.is_file()
+    )
+    listing = [f"{name}:{digest_file(folder / name).sha256}" for name in names]
+    return hashlib.sha256("\n".join([f"dequantized {_VERSION}", *listing]).encode()).hexdigest()
+
+
+def _dense_tensors(
+    folder: Path,
+    weights: WeightFiles,
+    chosen: QuantizedFormat,
+    coded: Mapping[str, Mapping[str, str]],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the plain model, by its name."""
+    consumed = {key for parts in coded.values() for key in parts.values()}
+    for name, parts in coded.items():
+        try:
+            yield name, chosen.dense({part: weights.load(key) for part, key in parts.items()}).to(dtype)
+        except (ValueError, KeyError, IndexError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ResourceError(
+                f"{folder}: {name} cannot be dequantized ({reason}): its tensors and config.json do not go together"
+            ) from error
+    for key in weights.keys:
+        if key in consumed or key.rpartition(".")[2] in chosen.dropped:
+            continue
+        if weights.dtype(key) not in PLAIN_DTYPES:
+            raise UsageError(f"{folder}: {key} is quantized in a way that {chosen.method} does not explain")
+        yield key, weights.load(key)
+
+
+def _write(target: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Files of weights, each no larger than a shard or one tensor, and their index."""
+    weight_map: dict[str, str] = {}
+    group: dict[str, Tensor] = {}
+    number = 0
+
+    def flush() -> None:
+        nonlocal group, number
+        filename = f"model-{number:05d}.safetensors"
+        with (target / filename).open("xb") as out:
+            out.writelines(serialized(group, {"format": "pt"}))
+        weight_map.update(dict.fromkeys(group, filename))
+        group, number = {}, number + 1
+
+    for name, tensor in tensors:
+        if group and sum(held.nbytes for held in group.values()) + tensor.nbytes > _SHARD_BYTES:
+            flush()
+        group[name] = tensor
+    flush()
+    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

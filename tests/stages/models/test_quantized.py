@@ -1,0 +1,257 @@
+"""Quantized folders: dequantized once, to the weights that the definition of each format gives; others are refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from stages.errors import ResourceError, UsageError
+from stages.formats.checkpoint_files import WeightFiles
+from stages.models.registry import open_model
+from stages.models.resolve import resolve
+from tests import small_models
+
+E4M3 = torch.float8_e4m3fn
+
+
+def quantized(folder, code, settings):
+    """A small Llama whose matrices in blocks are replaced by the tensors that `code(matrix)` names."""
+    small_models.save(folder, "llama-gqa")
+    dense, stored = load_file(folder / "model.safetensors"), {}
+    expected = dict(dense)
+    for name, tensor in dense.items():
+        if tensor.ndim == 2 and "layers." in name:
+            tensors, expected[name] = code(tensor)
+            stored |= {name.removesuffix("weight") + part: value for part, value in tensors.items()}
+            stored[name.removesuffix("weight") + "input_scale"] = torch.ones(1)
+        else:
+            stored[name] = tensor
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")
+    edit(folder, quantization_config=settings)
+    return expected
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32", **changes}))
+
+
+def entries(shape) -> Iterator[tuple[int, int]]:
+    return itertools.product(*map(range, shape))
+
+
+def fp8_blocks(matrix, block=(5, 7), scale_dtype=torch.float32):
+    """Each block by its own scale, an entry at a time; the last blocks are smaller."""
+    grid = [math.ceil(size / side) for size, side in zip(matrix.shape, block, strict=True)]
+    scales = torch.rand(grid, generator=torch.Generator().manual_seed(0)).add(0.01)
+    if scale_dtype == torch.uint8:  # exponents
+        exponents = torch.randint(118, 130, grid, generator=torch.Generator().manual_seed(0))
+        scales, kept = torch.pow(2.0, exponents - 127), exponents.to(torch.uint8)
+    else:
+        scales = scales.to(scale_dtype).float()
+        kept = scales.to(scale_dtype)
+    codes, expected = torch.empty(matrix.shape, dtype=E4M3), torch.empty(matrix.shape)
+    for row, col in entries(matrix.shape):
+        scale = scales[row // block[0], col // block[1]]
+        codes[row, col] = (matrix[row, col] / scale).clamp(-448, 448).to(E4M3)
+        expected[row, col] = codes[row, col].float() * scale
+    return {"weight": codes, "weight_scale_inv": kept}, expected
+
+
+def fp8_rows(matrix):
+    scales = matrix.abs().amax(1, keepdim=True).div(448).bfloat16()
+    codes = (matrix / scales.float()).clamp(-448, 448).to(E4M3)
+    return {"weight": codes, "weight_scale": scales}, codes.double().mul(scales.double()).float()
+
+
+def int8_rows(matrix):
+    scales, zeros = matrix.abs().amax(1, keepdim=True).div(100), torch.full((len(matrix), 1), 3, dtype=torch.int8)
+    codes = torch.round(matrix / scales + 3).to(torch.int8)
+    tensors = {"weight": codes, "weight_scale": scales, "weight_zero_point": zeros}
+    return tensors, ((codes.double() - 3) * scales.double()).float()
+
+
+def words_of(numbers, bits):
+    """Rows of unsigned numbers in 32-bit words, the first in the lowest bits."""
+    count, packed = 32 // bits, []
+    for row in numbers.tolist():
+        row = row + [0] * (-len(row) % count)
+        groups = (row[start : start + count] for start in range(0, len(row), count))
+        packed.append([sum(number << (bits * place) for place, number in enumerate(group)) for group in groups])
+    return torch.tensor([[word - 2**32 if word >= 2**31 else word for word in row] for row in packed]).to(torch.int32)
+
+
+def groups_of(matrix, bits, group):
+    """Codes (R, C), zero points and scales (R, groups) of an asymmetric grid, and the weight that they stand for."""
+    rows, cols = matrix.shape
+    zeros = torch.randint(0, 2**bits, (rows, cols // group), generator=torch.Generator().manual_seed(1))
+    scales = matrix.abs().reshape(rows, -1, group).amax(2).div(2 ** (bits - 1)).half().float() + 2**-10
+    codes, expected = torch.empty(matrix.shape, dtype=torch.int64), torch.empty(matrix.shape)
+    for row, col in entries(matrix.shape):
+        scale, zero = scales[row, col // group], zeros[row, col // group]
+        codes[row, col] = torch.round(matrix[row, col] / scale + zero).clamp(0, 2**bits - 1)
+        expected[row, col] = (codes[row, col] - zero) * scale
+    return codes, zeros, scales, expected
+
+
+def packed_ints(matrix, bits=4, group=8):
+    codes, zeros, scales, expected = groups_of(matrix, bits, group)
+    return {
+        "weight_packed": words_of(codes, bits),
+        "weight_scale": scales,
+        "weight_zero_point": words_of(zeros.T, bits).T,
+        "weight_shape": torch.tensor(matrix.shape),
+    }, expected
+
+
+def gptq(matrix, bits=4, group=8, offset=1, order=None):
+    codes, zeros, scales, expected = groups_of(matrix, bits, group)
+    tensors = {
+        "qzeros": words_of((zeros.T - offset) % 2**bits, bits),
+        "scales": scales.T,
+    }
+    cols = matrix.shape[1]
+    group_of = torch.arange(cols) // group
+    if order is not None:  # activation order: neighbours are of different groups
+        shuffled = torch.randperm(cols, generator=torch.Generator().manual_seed(order))
+        group_of, codes, expected = group_of[shuffled], codes[:, shuffled], expected[:, shuffled]
+        tensors["g_idx"] = group_of.to(torch.int32)
+    tensors["qweight"] = words_of(codes, bits).T
+    return tensors, expected
+
+
+def awq(matrix, group=8):
+    codes, zeros, scales, expected = groups_of(matrix, 4, group)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]  # AutoAWQ: place i of a word holds neighbour order[i]
+
+    def words(numbers):
+        turned = torch.stack([numbers[:, start + place] for start in range(0, numbers.shape[1], 8) for place in order])
+        return words_of(turned.T, 4)
+
+    return {"qweight": words(codes.T), "qzeros": words(zeros.T), "scales": scales.T}, expected
+
+
+def compressed(form, **weights):
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, **weights}}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+
+
+CASES = {
+    "fp8": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [5, 7]}),
+    "fp8-ue8m0": (
+        lambda matrix: fp8_blocks(matrix, (8, 8), torch.uint8),
+        {"quant_method": "fp8", "weight_block_size": [8, 8], "scale_fmt": "ue8m0"},
+    ),
+    "fp8-one-scale": (
+        lambda matrix: fp8_blocks(matrix, tuple(matrix.shape)),
+        {"quant_method": "fp8", "weight_block_size": None},
+    ),
+    "compressed-fp8-rows": (fp8_rows, compressed("float-quantized")),
+    "compressed-fp8-blocks": (
+        lambda matrix: (lambda t, e: ({"weight": t["weight"], "weight_scale": t["weight_scale_inv"]}, e))(
+            *fp8_blocks(matrix)
+        ),
+        compressed("float-quantized", strategy="block", block_structure=[5, 7]),
+    ),
+    "compressed-int8": (int8_rows, compressed("int-quantized")),
+    "compressed-packed-4": (packed_ints, compressed("pack-quantized", num_bits=4)),
+    "compressed-packed-8": (lambda matrix: packed_ints(matrix, 8), compressed("pack-quantized", num_bits=8)),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 8}),
+    "gptq-2-v2": (
+        lambda matrix: gptq(matrix, 2, 16, 0),
+        {"quant_method": "gptq", "bits": 2, "group_size": 16, "checkpoint_format": "gptq_v2"},
+    ),
+    "gptq-8-activation-order": (
+        lambda matrix: gptq(matrix, 8, 8, 1, order=3),
+        {"quant_method": "gptq", "bits": 8, "group_size": 8, "desc_act": True},
+    ),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_quantized_folders_become_the_weights_that_their_format_defines(tmp_path, case):
+    code, settings = CASES[case]
+    expected = quantized(tmp_path / "m", code, settings)
+    found = resolve(str(tmp_path / "m"))
+    weights = WeightFiles(found.path)
+    assert set(weights.keys) == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(weights.load(name), tensor), name
+    assert "quantization_config" not in json.loads((found.path / "config.json").read_text())
+    assert (found.name, found.source) == (str(tmp_path / "m"), "folder")
+    assert open_model(found).num_blocks == 3
+    before = (found.path / "model-00000.safetensors").stat().st_mtime_ns
+    assert resolve(str(tmp_path / "m")).path == found.path
+    assert (found.path / "model-00000.safetensors").stat().st_mtime_ns == before, "it is dequantized once"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_gives_the_weights_that_transformers_gives(tmp_path, dtype):
+    quantized(tmp_path / "m", lambda m: fp8_blocks(m, (8, 8)), {"quant_method": "fp8", "weight_block_size": [8, 8]})
+    edit(tmp_path / "m", dtype=dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=getattr(torch, dtype)).state_dict()
+    weights = WeightFiles(resolve(str(tmp_path / "m")).path)
+    names = [name for name in weights.keys if "layers." in name and weights.load(name).ndim == 2]
+    assert len(names) == 21
+    for name in names:
+        assert torch.equal(weights.load(name), theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "is quantized by bitsandbytes, and only fp8"),
+        ({"load_in_4bit": True}, "is quantized by bitsandbytes"),
+        ({"quant_method": "mxfp4"}, r"is quantized by mxfp4, and only .*save a plain copy where transformers can"),
+        ({"quant_method": "gptq", "bits": 3}, "quantized by gptq with bits 3 are not read here"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "with the format marlin"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "with the version gemv"),
+        (compressed("nvfp4-pack-quantized"), "with the format nvfp4-pack-quantized"),
+        ({"quant_method": "fp8", "expert_dtype": "fp4"}, "with expert_dtype fp4"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 1]}, "is no size of blocks"),
+        (compressed("pack-quantized") | {"config_groups": {"a": 1}}, "cannot be read"),
+        ({"quant_method": "fp8"}, "its files hold no weight of that kind"),
+    ],
+)
+def test_other_quantized_models_are_refused_by_name(lampctl, tmp_path, settings, says):
+    small_models.save(tmp_path / "m", "llama-gqa")
+    edit(tmp_path / "m", quantization_config=settings)
+    with pytest.raises(UsageError, match=says):
+        resolve(str(tmp_path / "m"))
+    answer = lampctl("run", tmp_path / "m", "--sparsity", "0.5", "--run-dir", tmp_path / "run")
+    assert answer.code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensors_that_do_not_go_together_are_named(tmp_path):
+    code, settings = CASES["fp8"]
+    quantized(tmp_path / "m", code, settings)
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    scale = next(name for name in stored if name.endswith("scale_inv"))
+    save_file({**stored, scale: torch.ones(11, 13)}, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ResourceError, match=r"cannot be dequantized \(1[13] scales for"):
+        resolve(str(tmp_path / "m"))
+    del stored[scale]
+    save_file(stored, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(UsageError, match="is stored in FP8 without a scale"):
+        resolve(str(tmp_path / "m"))
+
+
+def test_an_fp8_model_is_pruned_and_exported_as_a_plain_one(lampctl, tmp_path):
+    expected = quantized(tmp_path / "m", *CASES["fp8"])
+    flags = ("--sparsity", "0.5", "--method", "magnitude", "--evaluate", "", "--run-dir", "run")
+    answer = lampctl("run", tmp_path / "m", *flags)
+    assert answer.code == 0, answer.err
+    theirs, said = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
+    assert not any(said[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), said
+    found = theirs.state_dict()["model.layers.1.mlp.up_proj.weight"]
+    kept = found != 0
+    assert torch.equal(found[kept], expected["model.layers.1.mlp.up_proj.weight"][kept])
