@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from stages.models.decoder import Decoder
     from stages.sparsity.outcome import PrunedLayer
     from stages.training.trainer import Training
+
+# The work changes settings of torch that hold for the whole process, and puts them back.
+_WORKING = threading.RLock()
 
 # A data source by name, texts, or token ids (N, T).
 Calibration = "str | Sequence[str] | Tensor | Sequence[Tensor]"
@@ -77,7 +81,8 @@ def prune(
 ) -> Pruned:
     """Prune a decoder-only language model of transformers that is in memory (Algorithm 1 of LAMP).
 
-    Nothing is written to disk, and nothing can be resumed: for large models use `lampctl.run`.
+    Nothing is written to disk, and nothing can be resumed: for large models use `lampctl.run`. Calls from several
+    threads run one after the other.
 
     Args:
         model: The model, on any device. Its mode and dtype stay.
@@ -103,7 +108,7 @@ def prune(
     from stages.runtime.block_context import StageContext
 
     told = callbacks if callbacks is not None else NullCallbacks()
-    with _usual_modes():
+    with _WORKING, _usual_modes():
         decoder = open_in_memory(model)
         gathered = _gathered({**settings, "model": decoder.source.name}, preset, calibration)
         planned = _planned(gathered, decoder)
@@ -215,6 +220,10 @@ def _samples(calibration: Any, tokenizer: Any, planned: PlannedPruning, decoder:
     source = source_of(calibration)
     if tokenizer is None:
         raise ConfigError("text needs a tokenizer: prune(model, ..., tokenizer=AutoTokenizer.from_pretrained(...))")
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise ConfigError(
+            f"tokenizer= is {_described(tokenizer)}, no tokenizer of transformers: AutoTokenizer.from_pretrained(...)"
+        )
     drawing = drawing_of(config)
     if config.bos == "auto":
         drawing = replace(drawing, bos=_chosen_bos(source, tokenizer, planned, decoder))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import contextlib
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -19,6 +21,9 @@ from stages.machine.hub import reason_of
 from stages.models.base import ModelFolder
 
 _OTHER_INPUTS = ("image", "video", "audio")
+
+# `init_empty_weights` replaces a method of `nn.Module` and puts back what it found: two threads must not overlap.
+_BUILDING = threading.RLock()
 
 
 def build_empty(folder: ModelFolder) -> PreTrainedModel:
@@ -40,12 +45,25 @@ def build_empty(folder: ModelFolder) -> PreTrainedModel:
     return model
 
 
-def without_weights() -> AbstractContextManager[None]:
-    """Build models on `meta`. Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed."""
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Build models on `meta`. Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed.
+
+    Only models of the calling thread are built so: other threads may build and load models meanwhile.
+    """
     from accelerate import init_empty_weights
 
-    context: AbstractContextManager[None] = init_empty_weights(include_buffers=False)
-    return context
+    builder = threading.get_ident()
+    with _BUILDING:
+        usual = nn.Module.register_parameter
+        with init_empty_weights(include_buffers=False):
+            on_meta = nn.Module.register_parameter
+
+            def register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+                (on_meta if threading.get_ident() == builder else usual)(module, name, param)
+
+            nn.Module.register_parameter = register_parameter  # type: ignore[assignment, method-assign]
+            yield
 
 
 class AbsentTower(nn.Module):

@@ -4,6 +4,7 @@ import doctest
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,26 @@ def test_texts_are_a_calibration_set_and_threads_are_as_before(words):
     )
     assert report.sparsity == 0.5
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (threads, precision)
+
+
+@pytest.mark.parametrize("wrong", ["models/opt", 3, str.split])
+def test_a_tokenizer_that_is_none_is_refused(words, wrong):
+    with pytest.raises(ConfigError, match=r"tokenizer= is a \w+, no tokenizer of transformers"):
+        lampctl.prune(
+            build("llama"), [words.read_text()], tokenizer=wrong, sparsity=0.5, method="wanda", num_samples=4, seqlen=16
+        )
+
+
+def test_calls_from_several_threads_give_the_same_bits_and_leave_torch_as_it_was():
+    model, settings = build("llama"), {"sparsity": 0.5, "pruner": "sparsegpt", "epochs": 1, "refine_epochs": 1}
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    alone, _ = lampctl.prune(model, TOKENS, **settings)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: lampctl.prune(model, TOKENS, **settings).model, range(4)))
+    for other in found:
+        assert all(torch.equal(tensor, alone.state_dict()[name]) for name, tensor in other.state_dict().items())
+    assert torch.are_deterministic_algorithms_enabled() == is_deterministic
+    assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
 @pytest.mark.parametrize(

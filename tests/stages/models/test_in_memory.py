@@ -1,9 +1,12 @@
 """A model in memory gives the blocks, inputs and names that its folder gives."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from stages.errors import UsageError
+from stages.models.architecture import without_weights
 from stages.models.decoder import open_model
 from stages.models.in_memory import open_in_memory
 from stages.models.resolve import resolve
@@ -58,3 +61,10 @@ def test_what_is_no_decoder_in_memory_is_refused():
         empty = tf.LlamaForCausalLM(build("llama").config)
     with pytest.raises(UsageError, match="meta device"):
         open_in_memory(empty)
+
+
+def test_only_models_of_the_same_thread_are_built_on_meta():
+    with ThreadPoolExecutor(1) as other, without_weights():
+        assert torch.nn.Linear(2, 2).weight.is_meta
+        assert not other.submit(lambda: torch.nn.Linear(2, 2).weight.is_meta).result()
+    assert not torch.nn.Linear(2, 2).weight.is_meta
