@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -51,7 +52,8 @@ class Registry(Generic[T]):
             kind: What one entry is called in messages, in the singular: "pruner".
             builtin: ``"module:object"`` by name.
             group: Entry point group; default: ``lampctl.<kind>s`` with spaces as underscores.
-            base: ``"module:object"`` of the class that every entry of a package is a subclass of; None: not checked.
+            base: ``"module:object"`` of the class that every entry of a package is a subclass of, with every attribute
+                and method that it declares; None: not checked.
             reserved: Names that no entry may have, because they mean something else where a name is chosen.
         """
         self.kind = kind
@@ -151,22 +153,34 @@ class Registry(Generic[T]):
         package = _owner(point)
         try:
             entry = point.load()
-        except Exception as error:  # a package that is not ours may raise anything
+        except (Exception, SystemExit) as error:  # a package that is not ours may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(
-                f"{self.kind} {name} of the package {package} cannot be imported ({type(error).__name__}: {error}): "
+                f"{self.kind} {name} of the package {package} cannot be imported ({reason}): "
                 f"update or uninstall {package}"
             ) from error
-        if self._base is not None and not (isinstance(entry, type) and issubclass(entry, _load(self._base))):
-            raise UsageError(
-                f"{self.kind} {name} of the package {package} is no subclass of {self._base.replace(':', '.')}: update "
-                f"or uninstall {package}"
-            )
+        fault = _fault_of(entry, self._base) if self._base is not None else None
+        if fault is not None:
+            raise UsageError(f"{self.kind} {name} of the package {package} {fault}: update or uninstall {package}")
         return cast(T, entry)
 
     def _unknown(self, name: str) -> str:
         near = difflib.get_close_matches(name, self.names, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         return f"no {self.kind} is called {name}{meant}: choose one of {', '.join(self.names)}"
+
+
+def _fault_of(entry: object, base: str) -> str | None:
+    """Why an entry is no complete subclass of `base` ("module:object"); None: it is one."""
+    parent = _load(base)
+    if not (isinstance(entry, type) and issubclass(entry, parent)):
+        return f"is no subclass of {base.replace(':', '.')}"
+    declared = (inspect.get_annotations(owner) for owner in parent.__mro__)
+    described = {name for own in declared for name, kind in own.items() if str(kind).startswith("ClassVar")}
+    absent = sorted(
+        {*getattr(entry, "__abstractmethods__", ()), *(name for name in described if not hasattr(entry, name))}
+    )
+    return f"lacks {', '.join(absent)}" if absent else None
 
 
 def _owner(point: EntryPoint) -> str:

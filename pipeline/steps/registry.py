@@ -23,6 +23,7 @@ STEP_KINDS: Registry[type[StepKind[Any]]] = Registry(
         "evaluate": "pipeline.steps.evaluate:Evaluate",
         "zero-shot": "pipeline.steps.zero_shot:ZeroShotStep",
     },
+    base="pipeline.steps.base:StepKind",
 )
 
 # Help of the kinds that have a command of their own, in the order of the steps: `lampctl --help` imports no kind.

@@ -26,6 +26,7 @@ DATA_SOURCES: Registry[type[DataSource]] = Registry(
         "coco": "stages.data.coco:COCO",
         "images": "stages.data.image_folder:ImageFolder",
     },
+    base="stages.data.base:DataSource",
 )
 
 

@@ -15,6 +15,7 @@ EXPORT_FORMATS: Registry[type[ExportFormat]] = Registry(
         "packed": "stages.formats.packed.format:PackedFormat",
     },
     group="lampctl.export_formats",
+    base="stages.formats.base:ExportFormat",
 )
 
 

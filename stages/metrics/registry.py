@@ -17,6 +17,7 @@ METRICS: Registry[type[Metric]] = Registry(
         "iou": "stages.metrics.iou:SinglePointIoU",
         "feature_cosine": "stages.metrics.feature_cosine:FeatureCosine",
     },
+    base="stages.metrics.base:Metric",
 )
 
 

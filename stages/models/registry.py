@@ -20,6 +20,7 @@ MODEL_FAMILIES: Registry[type[ModelFamily]] = Registry(
         "decoder": "stages.models.decoder_family:DecoderFamily",
     },
     group="lampctl.model_families",
+    base="stages.models.family:ModelFamily",
 )
 
 

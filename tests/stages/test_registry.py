@@ -67,6 +67,8 @@ def test_a_plugin_that_cannot_be_imported_names_its_package(fruits):
         ("def (", "SyntaxError"),
         ("Thing = 3", "no subclass of"),
         ("class Thing: pass", "no subclass of"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        (r"raise RuntimeError('one\ntwo')", "RuntimeError: one two"),
     ],
 )
 def test_a_broken_plugin_takes_away_its_own_entry_only(install, monkeypatch, tmp_path, caplog, text, said):
@@ -80,6 +82,29 @@ def test_a_broken_plugin_takes_away_its_own_entry_only(install, monkeypatch, tmp
     assert fruits.items() == (("path", Path),)
     assert fruits.entries() == (Path,)
     assert caplog.text.count(said) == 1
+
+
+PRUNER = """
+from stages.pruners.base import Pruner
+class Thing(Pruner):
+    name = "thing"
+    title = "thing"
+    help = "Does nothing."
+    def prune(self, layer, prepared): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "lacks"), [(("title", "help"), "help, title"), (("def prune",), "prune"), (("name",), "name")]
+)
+def test_a_plugin_whose_class_is_not_complete_says_what_it_lacks(install, monkeypatch, tmp_path, lines, lacks):
+    kept = [line for line in PRUNER.splitlines() if not line.strip().startswith(lines)]
+    (tmp_path / "thin_pruner.py").write_text("\n".join(kept))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "thin_pruner", raising=False)
+    install(thing="thin_pruner:Thing")
+    with pytest.raises(UsageError, match=rf"fruit thing of the package stall lacks {lacks}: update"):
+        Registry("fruit", {}, base="stages.pruners.base:Pruner").get("thing")
 
 
 def test_a_reserved_name_and_a_built_in_one_are_not_for_plugins(install, caplog):
