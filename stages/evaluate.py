@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stages.data.base import DataSource
+from stages.errors import UsageError
 from stages.metrics.base import EvaluationProtocol, Measurement, Metric, MetricContext
 from stages.metrics.registry import METRICS
 from stages.models.base import BlockModel
@@ -15,8 +16,6 @@ def metric_for(model_task: str, name: str | None = None) -> Metric:
     Raises:
         UsageError: There is none, or it measures another kind of model.
     """
-    from stages.errors import UsageError
-
     found = METRICS.get(name or task_named(model_task).metric)
     if found.task != model_task:
         raise UsageError(f"the metric {found.name} measures {found.task} models; this is a {model_task} model")
@@ -45,9 +44,29 @@ def evaluate(context: MetricContext, metric: str | None = None) -> Measurement:
         metric: Name of the metric; None: the usual one of this kind of model.
 
     Raises:
-        UsageError: The data are of no use for this model.
+        UsageError: The data are of no use for this model, or the metric's package is broken.
         ResourceError: The data are out of reach.
     """
-    found = metric_for(context.model.task, metric)
+    name = metric or task_named(context.model.task).metric
+    found = metric_for(context.model.task, name)
     require_readable(context.source, context.model)
-    return found.measure(context)
+    measured = found.measure(context)
+    try:
+        _require_valid(measured, name, found, context.source)
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"the metric {name} is broken ({error}): update its package, or leave it out of --metrics"
+        ) from error
+    return measured
+
+
+def _require_valid(measured: object, name: str, metric: Metric, source: DataSource) -> None:
+    """Raise ValueError or TypeError for what no commit may hold: a class of another package may return anything."""
+    if not isinstance(measured, Measurement):
+        raise TypeError(f"it returned a {type(measured).__name__}, no Measurement")
+    if (measured.metric, measured.source) != (name, source.name):
+        raise ValueError(f"it returned a measurement of {measured.metric} on {measured.source}, not on {source.name}")
+    metric.require_possible(measured.value)
+    if not isinstance(measured.details, metric.details):
+        raise TypeError(f"its details are of {type(measured.details).__name__}, not of {metric.details.__name__}")
+    metric.details.from_json(measured.details.as_json())

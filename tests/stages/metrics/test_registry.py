@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -135,3 +135,39 @@ def test_titles_need_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=sys.path[0] or None)
     assert done.returncode == 0, done.stderr
     assert torch is not None
+
+
+class Wrong(Perplexity):
+    """A metric of another package whose measurements no commit may hold."""
+
+    name, title = "wrong", "wrong"
+    least, most = 0.0, 1.0
+    returned: object = None
+
+    def measure(self, context):
+        return self.returned
+
+
+GOOD = TextDetails(num_windows=1, num_tokens=16, num_tokens_available=16, seqlen=16)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (None, "returned a NoneType"),
+        (Measurement("else", 0.5, "pydocs", False, GOOD), "of else on pydocs"),
+        (Measurement("wrong", 0.5, "elsewhere", False, GOOD), "on elsewhere, not on pydocs"),
+        (Measurement("wrong", 5.0, "pydocs", False, GOOD), r"must lie in \[0, 1\]"),
+        (Measurement("wrong", float("nan"), "pydocs", False, GOOD), "wrong is nan"),
+        (Measurement("wrong", 0.5, "pydocs", False), "of OpenDetails, not of TextDetails"),
+        (Measurement("wrong", 0.5, "pydocs", False, replace(GOOD, num_windows="x")), "num_windows"),
+        (Measurement("wrong", 0.5, "pydocs", False, replace(GOOD, num_windows=object())), "JSON"),
+    ],
+)
+def test_a_measurement_that_no_commit_may_hold_is_refused_before_it_is_committed(contexts, returned, said):
+    METRICS.register("wrong", type("Wrong", (Wrong,), {"returned": returned}))
+    try:
+        with pytest.raises(UsageError, match=rf"the metric wrong is broken \(.*{said}.*leave it out of --metrics"):
+            evaluate(contexts["language"], "wrong")
+    finally:
+        METRICS.unregister("wrong")
