@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.config.run_config import RunConfig
+from pipeline.errors import DamagedData
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs.status import AccuracyResult, described, side_by_side, status
 from pipeline.steps.committed import is_exported
@@ -61,8 +62,8 @@ def card_facts(run: RunDirectory, config: RunConfig) -> Any:
     )
     settings = {k: v for k, v in config.identity.items() if k not in ("model", "revision")}
     model = facts_of(run).model
-    assert state.num_masked is not None
-    assert state.num_other_zeros is not None
+    if state.num_masked is None or state.num_other_zeros is None:
+        raise DamagedData(f"{run.label} is damaged: its exported model is not the result of a step that exports")
     return CardFacts(
         task=model.task,
         loader=task_named(model.task).loader,

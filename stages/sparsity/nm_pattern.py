@@ -28,7 +28,7 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Parse "N:M". Raises UsageError unless 0 < N < M <= 32."""
-        match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text.strip())
+        match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", text.strip())
         pattern = cls(*map(int, match.groups())) if match else None
         if pattern is None or not 0 < pattern.num_zero < pattern.group <= LARGEST_GROUP:
             raise UsageError(

@@ -3,17 +3,18 @@
 import pytest
 
 from pipeline.engine.stop import StopRequest
-from pipeline.errors import ConfigError, ConfigMismatch, RunNotFound, StepOrderError
+from pipeline.errors import ConfigError, ConfigMismatch, DamagedData, RunNotFound, StepOrderError
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.runs import environment
 from pipeline.runs.environment import settle_environment
 from pipeline.runs.evaluations import change_evaluation, require_exported
 from pipeline.runs.lifecycle import is_finished, newest_unfinished, reopen, resume
+from pipeline.runs.model_card import card_facts
 from pipeline.runs.status import status
 from pipeline.steps.run_facts import EnvironmentRecord, environment_of
 from stages.errors import UsageError
 from tests.faults.small_run import Silent
-from tests.pipeline.runs.golden_copy import copy_of_golden
+from tests.pipeline.runs.golden_copy import change_newest, copy_of_golden
 
 
 def test_run_is_finished_when_every_step_has_a_commit(tmp_path):
@@ -44,6 +45,13 @@ def test_evaluation_before_the_export_names_the_step_to_do_first(tmp_path):
     ):
         require_exported(*reopen(copy_of_golden(tmp_path / "run", 19)))
     require_exported(*reopen(copy_of_golden(tmp_path / "whole", 20)))
+
+
+def test_a_model_that_no_export_step_committed_is_damaged(tmp_path):
+    place = copy_of_golden(tmp_path / "run", 20)
+    change_newest(place, step="another-step")
+    with pytest.raises(DamagedData, match="its exported model is not the result of a step that exports"):
+        card_facts(*reopen(place))
 
 
 def test_other_environment_is_refused_or_recorded(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ def test_patterns_are_read(text):
     assert pattern.sparsity == pattern.num_zero / pattern.group
 
 
-@pytest.mark.parametrize("text", ["4:4", "0:4", "5:4", "2:33", "2/4", "2:4:8", "", "a:b", "-1:4", "2.0:4"])
+@pytest.mark.parametrize("text", ["4:4", "0:4", "5:4", "2:33", "2/4", "2:4:8", "", "a:b", "-1:4", "2.0:4", "٢:٤"])
 def test_what_is_no_pattern_is_refused(text):
     with pytest.raises(UsageError, match="expected N:M"):
         Pattern.parse(text)
