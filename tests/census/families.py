@@ -225,6 +225,7 @@ _ENCODER_DECODER = Verdict("refused", "no decoder-only language model", "an enco
 _SHARES = Verdict("refused", "are one weight", "blocks share weights")
 _EXPERTS_IN_ONE = Verdict("not yet", r"only \d+% of the matrix weights", "the experts of a layer are one tensor")
 _OTHER_FORM = Verdict("not yet", "stored in a form that cannot be read", "weights are stored in another form")
+_NOT_ENDED = Verdict("not yet", "", "its blocks run one by one, but a run did not end within five minutes")
 _VERDICTS = {
     "cpmant": Verdict("refused", "a hidden state of an unknown shape", "it puts a prompt before the text"),
     "xlm": Verdict(
@@ -238,8 +239,8 @@ _VERDICTS = {
     "zamba2": _SHARES,
     "bailing_hybrid": _OTHER_FORM,
     "jetmoe": _EXPERTS_IN_ONE,
-    "inkling_text": Verdict("not yet", "image_outputs", "the run ends in an error when the dense model is evaluated"),
-    "deepseek_v4": Verdict("not yet", "", "its blocks run one by one, but a run did not end within five minutes"),
+    "inkling_text": _NOT_ENDED,
+    "deepseek_v4": _NOT_ENDED,
     "llama4_text": _EXPERTS_IN_ONE,
     "dbrx": _EXPERTS_IN_ONE,
     "olmo_hybrid": _OTHER_FORM,

@@ -20,6 +20,9 @@ from tests.census.configuration import Configuration
 
 _CPU = torch.device("cpu")
 SPARSITY = 0.5
+# RWKV's own loop rescales the hidden state and ours does not; the other families agree much closer.
+_TOLERANCES = {"rwkv": 1e-4}
+_TOLERANCE = 5e-6
 _COMMON = ("--sparsity", SPARSITY, "--num-samples", 3, "--epochs", 1, "--device", "cpu")
 _TEXT = ("--calibration", "text:words.txt", "--seqlen", 16, "--evaluate", "text:words.txt", "--eval-max-tokens", 32)
 
@@ -50,7 +53,7 @@ def check_export(entry: Configuration, source: Path, run: Path) -> None:
     assert pruned <= in_blocks
     if model.task == "language":
         opener = AutoModelForMultimodalLM if entry.kind == "multimodal" else AutoModelForCausalLM
-        _check_opens(opener, source, exported)
+        _check_opens(entry.name, opener, source, exported)
     else:
         _check_opens_images(exported)
 
@@ -69,18 +72,20 @@ def _check_masks(run: Path, masks: dict[str, PrunedWeight], weights: dict[str, T
 
 
 @torch.no_grad()
-def _check_opens(opener: Any, source: Path, exported: Path) -> None:
+def _check_opens(name: str, opener: Any, source: Path, exported: Path) -> None:
     """transformers opens it whole, and computes what our own chain of blocks computes."""
     theirs, info = opener.from_pretrained(exported, dtype=torch.float32, output_loading_info=True)
     _, usual = opener.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    found = {name: sorted(keys) for name, keys in info.items()}
-    assert found == {name: sorted(keys) for name, keys in usual.items()}
+    found = {kind: sorted(keys) for kind, keys in info.items()}
+    assert found == {kind: sorted(keys) for kind, keys in usual.items()}
     assert not any(found.values()), found
     ids = torch.randint(4, 250, (2, 16), generator=torch.Generator().manual_seed(1))
-    expected = theirs.eval()(ids, use_cache=False).logits
+    # transformers 5.24: the whole Llama-4 fails on text ('image_outputs'), its text tower does not.
+    reference = theirs.language_model if name == "llama4" else theirs
+    expected = reference.eval()(ids, use_cache=False).logits
     logits = chain_logits(open_model(resolve(str(exported))), ids)
-    # RWKV's own loop rescales, ours does not: they differ by rounding.
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    tolerance = _TOLERANCES.get(name, _TOLERANCE)
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()
@@ -90,7 +95,7 @@ def _check_opens_images(exported: Path) -> None:
     assert not any(info.values()), info
     pixels = torch.randn(1, 3, small_sam.SIZES.image_size, small_sam.SIZES.image_size)
     expected = theirs.eval().get_image_embeddings(pixels)
-    torch.testing.assert_close(chain_logits(open_model(resolve(str(exported))), pixels), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(chain_logits(open_model(resolve(str(exported))), pixels), expected, rtol=1e-5, atol=1e-5)
 
 
 def chain_logits(model: BlockModel, ids: Tensor) -> Tensor:
