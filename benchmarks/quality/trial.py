@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality.texts import EMBEDDED, SHARED, as_text_file, say_embedded
+from stages.data.drawing import Drawing
 from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, load_tokenizer
 from stages.evaluate import evaluate
@@ -45,7 +46,9 @@ def main() -> None:
     calibration = _text(args.calibration, SHARED / "c4_demo.jsonl", "calibration", args.work)
     evaluation = _text(args.evaluate, SHARED / "c4_prompts.pf-decoding.jsonl", "evaluation", args.work)
     tokenizer = load_tokenizer(model.source.path)
-    tokens = calibration_tokens(parse_source(calibration), tokenizer, args.num_samples, args.seqlen, None, 0, 0)
+    tokens = calibration_tokens(
+        parse_source(calibration), tokenizer, Drawing(args.num_samples, args.seqlen, None, 0, 0)
+    )
     inputs = ListStream(len(tokens), (args.seqlen,), tokens.dtype)
     for index, sample in enumerate(tokens):
         inputs.write(index, sample)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy
 
+from stages.data.drawing import Drawing
 from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, load_tokenizer
 from stages.models.resolve import resolve
@@ -30,7 +31,7 @@ def main() -> None:
     folder = resolve(args.model).path.resolve()
     tokenizer = load_tokenizer(folder)
     source = parse_source(args.source)
-    tokens = calibration_tokens(source, tokenizer, args.num_samples, args.seqlen, "contiguous", args.skip)
+    tokens = calibration_tokens(source, tokenizer, Drawing(args.num_samples, args.seqlen, "contiguous", args.skip))
     args.folder.mkdir(parents=True, exist_ok=True)
     link = args.folder / "model"
     link.unlink(missing_ok=True)

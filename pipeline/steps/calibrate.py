@@ -51,7 +51,7 @@ class Calibrate(StepKind[CalibrateResult]):
             protocol = replace(config.evaluation_protocol, seqlen=config.seqlen)
             chosen = bos_for(context, source, protocol, "calibration", attempt, callbacks)
             drawing = replace(drawing, bos=chosen.mode)
-        drawn = context.task.draw(context.model, source, drawing)
+        drawn = context.task.draw(context.model, source, drawing, callbacks)
         samples, first = drawn.samples, drawn.samples[0]
         name = payloads.CALIBRATION.name
         stream = attempt.stream(name, len(samples), tuple(first.shape), first.dtype, is_precious=True)

@@ -15,7 +15,7 @@ class Drawing:
     num_samples: int
     tokens: int  # of a sample
     sampling: str | None  # "contiguous", "random"; None: contiguous
-    skip: int  # samples to leave out first
-    seed: int
+    skip: int = 0  # samples to leave out first
+    seed: int = 0
     bos: Bos = "stream"  # where BOS stands; it is one of the tokens of a sample
     chat_template: ChatTemplate = "auto"  # how conversations become text

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.data.drawing import Drawing
 from stages.data.pieces import Ends, Progress, token_pieces
 from stages.data.text_source import TextSource, Use
 from stages.errors import UsageError
@@ -59,23 +60,27 @@ def _ids(ids: Sequence[int]) -> Tensor:
 
 
 def calibration_tokens(
-    source: TextSource,
-    tokenizer: Any,
-    num_samples: int,
-    seqlen: int,
-    sampling: str | None,
-    skip: int = 0,
-    seed: int = 0,
+    source: TextSource, tokenizer: Any, drawing: Drawing, progress: Progress | None = None
 ) -> Tensor:
-    """Token ids (num_samples, seqlen).
+    """Token ids (samples, tokens) of a drawing, with BOS where the tokenizer puts it.
 
-    sampling: "contiguous": windows one after the other from the start; "random": windows anywhere in the text, or,
-    where the source is made of documents (C4), one crop of one random document each. skip: leave out so many
-    windows, or draws, first. Raises UsageError if the source holds too few tokens, with the numbers.
+    Args:
+        source: The data source.
+        tokenizer: Makes the tokens.
+        drawing: Which samples. "contiguous": windows one after the other from the start; "random": windows anywhere in
+            the text, or, where the source is made of documents (C4), one crop of one random document each.
+        progress: Called while a long text is tokenized.
+
+    Raises:
+        UsageError: The source holds too few tokens; with the numbers.
     """
-    if sampling == "random":
-        draw = _draw_from_documents if source.has_documents else _draw_from_text
-        return draw(source, tokenizer, skip + num_samples, seqlen, random.Random(seed))[skip:]
+    num_samples, seqlen, skip = drawing.num_samples, drawing.tokens, drawing.skip
+    if drawing.sampling == "random":
+        count, rng = skip + num_samples, random.Random(drawing.seed)
+        if source.has_documents:
+            return _draw_from_documents(source, tokenizer, count, seqlen, rng)[skip:]
+        tokens = tokenize(tokenizer, source.text("calibration"), progress)
+        return _draw_windows(source, tokens, count, seqlen, rng)[skip:]
     needed = (skip + num_samples) * seqlen
     tokens = _first_tokens(source, tokenizer, needed)
     if len(tokens) < needed:
@@ -104,8 +109,7 @@ def _first_tokens(source: TextSource, tokenizer: Any, needed: int) -> Tensor:
         num_documents *= 2
 
 
-def _draw_from_text(source: TextSource, tokenizer: Any, count: int, seqlen: int, rng: random.Random) -> Tensor:
-    tokens = tokenize(tokenizer, source.text("calibration"))
+def _draw_windows(source: TextSource, tokens: Tensor, count: int, seqlen: int, rng: random.Random) -> Tensor:
     if len(tokens) <= seqlen:
         raise UsageError(f"{source.name} has {len(tokens):,} tokens, not more than one sample of --seqlen {seqlen}")
     starts = [rng.randint(0, len(tokens) - seqlen - 1) for _ in range(count)]

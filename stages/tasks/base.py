@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from stages.data.base import DataSource
     from stages.data.drawing import Drawing
-    from stages.interfaces import Samples
+    from stages.interfaces import Samples, Watcher
     from stages.metrics.points import Points
     from stages.models.base import BlockModel
 
@@ -55,8 +55,8 @@ class Task(Protocol):
         """Raise UsageError, with the numbers, where a local source is too small or no use for this model."""
         ...
 
-    def draw(self, model: BlockModel, source: DataSource, drawing: Drawing) -> Drawn:
-        """The calibration set."""
+    def draw(self, model: BlockModel, source: DataSource, drawing: Drawing, watcher: Watcher) -> Drawn:
+        """The calibration set. watcher: shows progress, and may stop the work."""
         ...
 
 

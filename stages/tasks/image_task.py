@@ -12,6 +12,7 @@ from stages.data.base import DataSource
 from stages.data.drawing import Drawing
 from stages.data.image_source import ImageRecord, ImageSource, Skipped, UnusableImageError, chosen
 from stages.errors import UsageError
+from stages.interfaces import Watcher
 from stages.metrics.points import Points
 from stages.models.base import BlockModel
 from stages.tasks.base import Drawn
@@ -50,7 +51,7 @@ class ImageTask(ABC):
                 + (" or --calibration-skip" if drawing.skip else "")
             )
 
-    def draw(self, model: BlockModel, source: DataSource, drawing: Drawing) -> Drawn:
+    def draw(self, model: BlockModel, source: DataSource, drawing: Drawing, watcher: Watcher) -> Drawn:
         records, skipped = _images(source, model).records()
         read, needed = self.pixel_reader(model), drawing.skip + drawing.num_samples
         order = chosen(records, drawing.seed, is_random=drawing.sampling == "random")

@@ -11,6 +11,7 @@ from stages.data.drawing import Drawing
 from stages.data.registry import source_kind
 from stages.data.text_source import TextSource
 from stages.data.tokenization import load_tokenizer, require_length, require_vocabulary
+from stages.interfaces import Watcher
 from stages.metrics.points import Points
 from stages.models.base import BlockModel, ModelFolder
 from stages.tasks.base import Drawn, Listed
@@ -54,8 +55,8 @@ class Language:
         needed = num_windows * framing.text_tokens(drawing.tokens) + is_random
         require_length(text, framing.tokenizer, "calibration", needed, model.vocab_size, remedy)
 
-    def draw(self, model: BlockModel, source: DataSource, drawing: Drawing) -> Drawn:
-        tokens = calibrate(_text(source, model), model.source, drawing)
+    def draw(self, model: BlockModel, source: DataSource, drawing: Drawing, watcher: Watcher) -> Drawn:
+        tokens = calibrate(_text(source, model), model.source, drawing, watcher)
         require_vocabulary(tokens, model.vocab_size, model.source.name)
         return Drawn(Listed(tokens), tokens.numel(), "tokens")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from stages.data.base import DataSource
 from stages.data.drawing import Drawing
 from stages.errors import UsageError
+from stages.in_memory import NullCallbacks
 from stages.metrics.registry import METRICS
 from stages.models.base import BlockModel
 from stages.tasks.base import Task
@@ -69,7 +70,7 @@ def _check_samples(task: Task, model: BlockModel, source: DataSource, drawing: D
 
 
 def _samples(task: Task, model: BlockModel, source: DataSource, drawing: Drawing) -> Tensor:
-    drawn = task.draw(model, source, drawing)
+    drawn = task.draw(model, source, drawing, NullCallbacks())
     assert drawn.amount > 0, f"{task.name}: draws samples of no data"
     assert re.fullmatch("[a-z]{1,40}", drawn.unit), f"{task.name}: {drawn.unit!r} is no unit of data"
     return torch.stack([drawn.samples[index] for index in range(len(drawn.samples))])

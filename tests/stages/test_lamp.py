@@ -11,7 +11,7 @@ from stages.allocate import outlier_shares
 from stages.calibrate import calibrate
 from stages.data.drawing import Drawing
 from stages.data.registry import parse_source
-from stages.in_memory import ListScratch, ListStream
+from stages.in_memory import ListScratch, ListStream, NullCallbacks
 from stages.lamp import LampSettings, lamp
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
@@ -88,7 +88,7 @@ def drawn(folder, words):
     """The model, and the calibration set that a run samples."""
     model = open_model(resolve(str(folder)))
     source = parse_source(f"text:{words}")
-    tokens = calibrate(source, model.source, Drawing(N, T, "contiguous", skip=0, seed=0))
+    tokens = calibrate(source, model.source, Drawing(N, T, "contiguous"), NullCallbacks())
     inputs = ListStream(N, (T,), torch.long)
     for index, sample in enumerate(tokens):
         inputs.write(index, sample)

@@ -1,16 +1,20 @@
 """Tokens of a long text, piece by piece: the ids of the text at once, and no more work than needed."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from stages.calibrate import calibrate
 from stages.data import pieces
+from stages.data.drawing import Drawing
 from stages.data.pieces import Ends
 from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, first_tokens, require_length, tokenize
+from stages.in_memory import NullCallbacks
 
 # What tokenizers treat specially: runs of spaces, line ends of both kinds, numbers, accents in two forms, emoji,
 # scripts without spaces, the signs that stand for a space inside vocabularies, and special tokens.
@@ -197,7 +201,7 @@ def test_contiguous_samples_take_as_long_from_a_long_text_as_from_a_short_one(tm
     for name in ("short", "long"):
         counting, source = Counting(tokenizer), parse_source(f"text:{name}.txt")
         require_length(source, counting, "calibration", 32 * 128, 10**6, "")
-        drawn = calibration_tokens(source, counting, 32, 128, "contiguous")
+        drawn = calibration_tokens(source, counting, Drawing(32, 128, "contiguous"))
         cost[name] = counting.num_characters
         whole = whole if whole is not None else torch.tensor(tokenizer(text)["input_ids"][: 32 * 128]).view(32, 128)
         assert torch.equal(drawn, whole)
@@ -209,8 +213,26 @@ def test_random_samples_read_a_text_once(tmp_path):
     (tmp_path / "long.txt").write_text(text, newline="")
     counting, source = Counting(trained("gpt2")), parse_source("text:long.txt")
     require_length(source, counting, "calibration", 129, 10**6, "")
-    calibration_tokens(source, counting, 8, 128, "random")
+    calibration_tokens(source, counting, Drawing(8, 128, "random"))
     assert counting.num_characters < 1.3 * len(text)
+
+
+def test_random_samples_show_progress_and_can_be_stopped(tmp_path, small_pieces):
+    (tmp_path / "long.txt").write_text(strange_text(6000), newline="")
+    trained("gpt2").save_pretrained(tmp_path / "model")
+    model, source = SimpleNamespace(path=tmp_path / "model", trusts_code=False), parse_source("text:long.txt")
+    watcher, told = NullCallbacks(), []
+    watcher.report = lambda done, total, unit: told.append((done, total, unit))
+    calibrate(source, model, Drawing(2, 8, "random"), watcher)
+    assert len(told) > 5
+    assert told[-1][0] == told[-1][1] == len(source.text("calibration"))
+
+    def stop():
+        raise KeyboardInterrupt
+
+    watcher.check_stop = stop
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, model, Drawing(2, 8, "random"), watcher)
 
 
 def test_progress_counts_characters(small_pieces):

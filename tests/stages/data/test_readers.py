@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stages.data.c4 import C4
+from stages.data.drawing import Drawing
 from stages.data.hub_text import HubText
 from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, evaluation_tokens
@@ -60,7 +61,7 @@ def test_a_local_copy_gives_the_tokens_that_the_hub_gives(tmp_path, monkeypatch,
     hub = parse_source(name)
     assert local.documents("evaluation") == ROWS[name]
     assert torch.equal(evaluation_tokens(local, TOKENIZER), evaluation_tokens(hub, TOKENIZER))
-    drawn = [calibration_tokens(source, TOKENIZER, 2, 8, "random") for source in (local, hub)]
+    drawn = [calibration_tokens(source, TOKENIZER, Drawing(2, 8, "random")) for source in (local, hub)]
     assert torch.equal(*drawn)
     assert local.max_windows == hub.max_windows
 

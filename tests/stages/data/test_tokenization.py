@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from stages.data.drawing import Drawing
 from stages.data.hub_text import HubText
 from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, evaluation_tokens, tokenize
@@ -25,18 +26,18 @@ def test_a_text_file_is_cut_into_windows_from_its_start(words):
     source = parse_source("text:words.txt")
     assert source.name == f"text:{words.resolve()}"
     whole = ids(words.read_text())
-    drawn = calibration_tokens(source, TOKENIZER, 3, 100, "contiguous", skip=2)
+    drawn = calibration_tokens(source, TOKENIZER, Drawing(3, 100, "contiguous", skip=2))
     assert torch.equal(drawn, whole[200:500].view(3, 100))
     with pytest.raises(UsageError, match=rf"has {len(whole):,} tokens; 50 samples of 100 need 5,000"):
-        calibration_tokens(source, TOKENIZER, 50, 100, "contiguous")
+        calibration_tokens(source, TOKENIZER, Drawing(50, 100, "contiguous"))
 
 
 def test_random_windows_depend_on_the_seed_alone_and_lie_in_the_text(words):
     source, whole = parse_source("text:words.txt"), ids(words.read_text())
-    drawn = calibration_tokens(source, TOKENIZER, 4, 64, "random", seed=5)
-    assert torch.equal(drawn, calibration_tokens(source, TOKENIZER, 4, 64, "random", seed=5))
-    assert not torch.equal(drawn, calibration_tokens(source, TOKENIZER, 4, 64, "random", seed=6))
-    assert torch.equal(drawn[1:], calibration_tokens(source, TOKENIZER, 3, 64, "random", skip=1, seed=5))
+    drawn = calibration_tokens(source, TOKENIZER, Drawing(4, 64, "random", seed=5))
+    assert torch.equal(drawn, calibration_tokens(source, TOKENIZER, Drawing(4, 64, "random", seed=5)))
+    assert not torch.equal(drawn, calibration_tokens(source, TOKENIZER, Drawing(4, 64, "random", seed=6)))
+    assert torch.equal(drawn[1:], calibration_tokens(source, TOKENIZER, Drawing(3, 64, "random", skip=1, seed=5)))
     everywhere = whole.unfold(0, 64, 1)
     assert all((everywhere == window).all(1).any() for window in drawn)
 
@@ -44,7 +45,7 @@ def test_random_windows_depend_on_the_seed_alone_and_lie_in_the_text(words):
 def test_c4_draws_as_sparsegpts_code_does(monkeypatch):
     documents = [f"document {i} " * (i % 7) for i in range(200)]
     monkeypatch.setattr(HubText, "hub_rows", lambda source, use: documents)
-    drawn = calibration_tokens(parse_source("c4"), TOKENIZER, 6, 40, "random", seed=0)
+    drawn = calibration_tokens(parse_source("c4"), TOKENIZER, Drawing(6, 40, "random", seed=0))
     rng, expected = random.Random(0), []
     while len(expected) < 6:
         tokens = ids(documents[rng.randint(0, len(documents) - 1)])
@@ -53,7 +54,7 @@ def test_c4_draws_as_sparsegpts_code_does(monkeypatch):
             expected.append(tokens[start : start + 40])
     assert torch.equal(drawn, torch.stack(expected))
     with pytest.raises(UsageError, match=r"of 2,000 documents drawn from c4, 0 have more than 500 tokens"):
-        calibration_tokens(parse_source("c4"), TOKENIZER, 6, 500, "random", seed=0)
+        calibration_tokens(parse_source("c4"), TOKENIZER, Drawing(6, 500, "random", seed=0))
 
 
 def test_hub_texts_are_joined_as_the_field_does(monkeypatch):

@@ -34,8 +34,8 @@ def test_every_task_passes_the_kit(cases, name):
 
 def test_the_kit_sees_a_task_that_ignores_skip(cases):
     class Forgetful(Language):
-        def draw(self, model, source, drawing):
-            return super().draw(model, source, type(drawing)(**{**vars(drawing), "skip": 0}))
+        def draw(self, model, source, drawing, watcher):
+            return super().draw(model, source, type(drawing)(**{**vars(drawing), "skip": 0}), watcher)
 
     with pytest.raises(AssertionError, match="skip does not leave out the first sample"):
         check_task(Forgetful, *cases["language"])
