@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 # The work changes settings of torch that hold for the whole process, and puts them back.
 _WORKING = threading.RLock()
 
-# A data source by name, texts, or token ids (N, T).
-Calibration = "str | Sequence[str] | Tensor | Sequence[Tensor]"
-
 
 @dataclass(frozen=True)
 class BlockReport:

@@ -20,7 +20,6 @@ value in the same run directory is refused. Runtime settings may change at any r
 `lampctl config show` prints the values that were given and where they came from, `lampctl config schema` the JSON
 Schema of the file. This page is made by `lampctl config reference > docs/settings.md`.
 """
-_HEAD = "| setting | flag | values | default | scope | |\n|---|---|---|---|---|---|\n"
 
 
 def given_table(values: Mapping[str, Any], origins: Mapping[str, str]) -> Table:

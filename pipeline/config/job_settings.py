@@ -16,7 +16,10 @@ Folder = Annotated[str | None, Before(checks.absolute_folder)]
 
 @dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)  # `Settings` has these methods
 class JobSettings:
-    """Settings that do not change how the model is pruned. None: the default."""
+    """Settings of the job: what is measured, on which machine, when it stops. None: the default.
+
+    Most may change at a resume. Those of the machine that change bits (scope identity) may not.
+    """
 
     evaluate: Annotated[
         Names,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
@@ -137,10 +137,3 @@ def published() -> dict[tuple[str, str, str, str, str], float]:
             (f"table{row['table']}", row["model"], row["dataset"], row["method"], row["strategy"]): float(row["value"])
             for row in csv.DictReader(file)
         }
-
-
-def published_rows(table: Table, model: str) -> Iterable[tuple[str, str, str, float]]:
-    """(dataset, method, strategy, value) of one model in one table."""
-    for (name, of, dataset, method, strategy), value in published().items():
-        if name == table.name and of == model:
-            yield dataset, method, strategy, value

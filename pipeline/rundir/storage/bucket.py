@@ -24,7 +24,6 @@ from stages.machine.cache import cache_dir
 
 # transformers opens no folder without it: written last and deleted first, it makes a view whole or useless.
 _OPENER = "config.json"
-_LINES = "events.jsonl"
 
 
 def working_folder(address: str) -> Path:
