@@ -18,6 +18,8 @@ from stages.errors import UsageError
 from tests.bos_model import BOS, TEXT, bos_tokenizer, save_needing_bos
 from tests.small_models import VOCAB, build, save, tokenizer
 
+pytestmark = pytest.mark.long  # seconds of tokenizing, conversion or pruning
+
 ROOT = Path(__file__).parents[2]
 TOKENS = torch.randint(4, VOCAB, (6, 16), generator=torch.Generator().manual_seed(0))
 QUICK = {"sparsity": 0.6, "pruner": "sparsegpt", "epochs": 1, "refine_epochs": 1, "threads": 1, "micro_batch": 1}

@@ -25,6 +25,8 @@ from tests.small_models import build as build_dense
 from tests.small_models import save as save_dense
 from tests.stages.test_lamp import AMOUNT, exported
 
+pytestmark = pytest.mark.long  # seconds of tokenizing, conversion or pruning
+
 N, T = 6, 16
 IDS = torch.randint(4, VOCAB, (N, T), generator=torch.Generator().manual_seed(3))
 FEW = ("mixtral", "gpt-oss")

@@ -16,6 +16,8 @@ from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, first_tokens, require_length, tokenize
 from stages.in_memory import NullCallbacks
 
+pytestmark = pytest.mark.long  # seconds of tokenizing, conversion or pruning
+
 # What tokenizers treat specially: runs of spaces, line ends of both kinds, numbers, accents in two forms, emoji,
 # scripts without spaces, the signs that stand for a space inside vocabularies, and special tokens.
 STRANGE = [

@@ -131,7 +131,7 @@ def test_text_is_not_read_from_another_kind_of_file(tmp_path, name, remedy):
     ("data", "about"),
     [
         (zstd(b"text"), "compressed by zstd; give it the ending .zst"),
-        (gzip.compress(b"text"), "compressed by gzip; give it the ending .gz"),
+        (gzip.compress(b"text", mtime=0), "compressed by gzip; give it the ending .gz"),
         (parquet_bytes(ROWS), "it is Parquet; write parquet:FILE"),
         ("text".encode("utf-16"), "it is UTF-16"),
         (b"caf\xe9", r"no UTF-8 text \(byte 3\): convert it"),

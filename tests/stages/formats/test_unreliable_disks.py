@@ -17,6 +17,8 @@ from stages.formats.file_digest import digest_file
 from stages.models.convert import from_pickles
 from tests.small_models import save
 
+pytestmark = pytest.mark.long
+
 BIG = {"first": torch.arange(3.0), "second": torch.randn(700_000)}
 
 

@@ -16,6 +16,8 @@ from stages.models.resolve import resolve
 from tests.small_experts import FAMILIES, NUM_EXPERTS, TOP_K, build, loaded, save
 from tests.small_models import VOCAB
 
+pytestmark = pytest.mark.long  # seconds of tokenizing, conversion or pruning
+
 CPU = torch.device("cpu")
 IDS = torch.randint(4, VOCAB, (1, 24), generator=torch.Generator().manual_seed(1))
 

@@ -16,6 +16,8 @@ from stages.testing.models import check_model_family
 from tests import small_encoders
 from tests.small_encoders import SIDE
 
+pytestmark = pytest.mark.long
+
 
 def pixels(side: int = SIDE) -> torch.Tensor:
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))

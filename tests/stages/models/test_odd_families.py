@@ -11,6 +11,8 @@ from stages.testing.models import check_model_family
 from tests.census.families import CENSUS
 from tests.small_models import tokenizer
 
+pytestmark = pytest.mark.long
+
 ENTRIES = {entry.name: entry for entry in CENSUS}
 
 

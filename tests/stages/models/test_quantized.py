@@ -18,6 +18,8 @@ from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from tests import small_models
 
+pytestmark = pytest.mark.long  # seconds of tokenizing, conversion or pruning
+
 E4M3 = torch.float8_e4m3fn
 
 

@@ -15,6 +15,8 @@ from stages.quantization.grid import fit_grid
 from stages.sparsity.nm_pattern import Pattern
 from stages.sparsity.topk import smallest
 
+pytestmark = pytest.mark.long
+
 
 def layer(rows=24, cols=160, tokens=400, dtype=torch.float64, seed=0):
     """A weight, and inputs correlated like a transformer's."""

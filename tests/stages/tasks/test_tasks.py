@@ -12,6 +12,8 @@ from stages.tasks.registry import TASKS
 from stages.testing.tasks import check_task
 from tests import small_encoders, small_models, small_sam
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def cases(tmp_path):
