@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +19,19 @@ from transformers.core_model_loading import WeightRenaming
 
 from stages.errors import UsageError
 from stages.formats.checkpoint_files import WeightFiles, match_names
-from stages.formats.tensor_parts import TensorPart, gather
+from stages.formats.tensor_parts import TensorPart
 from stages.models.architecture import AbsentTower, build_empty, other_towers, text_tower
 from stages.models.base import BlockCall, LayerInfo, ModelFolder, Part, Weights
-from stages.models.block_inputs import CachedBlockInputs
-from stages.models.block_layers import matrix_of, prunable_layers, require_reachable
+from stages.models.block_layers import prunable_layers, require_reachable
 from stages.models.companion_files import companion_files, exported_config
 from stages.models.decoder_ends import DecoderEnds, put_recorders
 from stages.models.expert_names import place_experts
 from stages.models.experts import separate_experts
 from stages.models.layer_roles import VITAL
-from stages.models.meta_init import copied, materialised, require_materialised, require_plain
+from stages.models.meta_init import require_materialised, require_plain
 from stages.models.probe import probed
 from stages.models.recorder import Tape
+from stages.models.stored_model import StoredModel
 
 
 def open_model(folder: ModelFolder) -> Decoder:
@@ -45,14 +44,12 @@ def open_model(folder: ModelFolder) -> Decoder:
     return Decoder(folder, model, WeightFiles(folder.path))
 
 
-class Decoder:
+class Decoder(StoredModel[DecoderEnds]):
     """A `stages.models.base.BlockModel`. Build one with `open_model`."""
 
     task = "language"
     fixed_tokens: int | None = None
     input_bytes_per_token = 8  # token ids
-    attention_numbers = 0
-    has_other_forms = False
 
     def __init__(self, folder: ModelFolder, model: PreTrainedModel, files: Weights) -> None:
         """Wrap a model that has no weights yet.
@@ -63,14 +60,15 @@ class Decoder:
             files: The weights, by their names in the model's own files.
         """
         config = model.config.get_text_config()
-        self.source, self.config, self.weights = folder, config, files
+        super().__init__(folder, files)
+        self.config = config
         model.eval().requires_grad_(False)
         model.tie_weights()
         self._model = model
         self.name: str = config.model_type
         self._towers = other_towers(model)
         self._experts = separate_experts(model, self._towers)
-        self._list_name, blocks = _find_blocks(model, config.num_hidden_layers)
+        self._blocks_path, blocks = _find_blocks(model, config.num_hidden_layers)
         self._blocks = tuple(blocks)
         self.num_blocks = len(self._blocks)
         self.vocab_size = len(model.get_input_embeddings().weight)
@@ -81,88 +79,23 @@ class Decoder:
         self._require_own_weights()
         for index, block in enumerate(self._blocks):
             require_reachable(block, self._layers[index], index, folder.name)
-        self._parts: dict[str, TensorPart] = {}  # of experts, by their names in the model's state
         self._stored = self._match_weights()
-        self._traits = probed(copy.deepcopy(self._skeleton), self._list_name, self._blocks, folder.name)
+        self._traits = probed(copy.deepcopy(self._skeleton), self._blocks_path, self._blocks, folder.name)
         self.hidden_size = self._traits.layout.width
         self._layers = tuple(self._without_uncalled(layers) for layers in self._layers)
-        self._ends: tuple[torch.device, Part, DecoderEnds] | None = None
-        self._calls: dict[torch.device, CachedBlockInputs] = {}
-
-    # -- what is in it
 
     @property
     def blocks_path(self) -> str:
         """Where the list of blocks is in the model: "model.layers"."""
-        return self._list_name
+        return self._blocks_path
 
     def hidden_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*input_shape, self.hidden_size)
 
-    def layers(self, block_index: int) -> tuple[LayerInfo, ...]:
-        return self._layers[block_index]
-
-    def stored_names(self, block_index: int) -> dict[str, str]:
-        return {name: part.key for name, part in self.stored_parts(block_index).items()}
-
-    def stored_parts(self, block_index: int) -> dict[str, TensorPart]:
-        prefix = self._prefix(block_index)
-        return {
-            name: self._parts.get(prefix + name) or TensorPart(self._stored.get(prefix + name, prefix + name))
-            for name in self._blocks[block_index].state_dict()
-        }
-
-    def entry_sizes(self, block_index: int) -> dict[str, int]:
-        return {name: tensor.numel() for name, tensor in self._blocks[block_index].state_dict().items()}
-
-    def original_dtypes(self, block_index: int) -> dict[str, torch.dtype]:
-        state = self._blocks[block_index].state_dict()
-        return {
-            name: self.weights.dtype(key) if key in self.weights else state[name].dtype
-            for name, key in self.stored_names(block_index).items()
-        }
-
-    # -- blocks
-
-    def load_block(
-        self,
-        block_index: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        state: Mapping[str, Tensor] | None = None,
-    ) -> nn.Module:
-        if state is None:
-            parts = {name: part for name, part in self.stored_parts(block_index).items() if part.key in self.weights}
-            state = gather(parts, lambda key: self.weights.load(key, dtype, device))
-        else:
-            state = {name: copied(tensor, dtype, device) for name, tensor in state.items()}
-        return materialised(self._blocks[block_index], state, device, block_index, self.source.name)
-
     def run_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         return self._traits.layout.run(block, hidden, call)
 
-    def weight_matrix(self, layer: nn.Module) -> Tensor:
-        return matrix_of(layer)
-
-    @torch.no_grad()
-    def set_weight_matrix(self, layer: nn.Module, weight: Tensor) -> None:
-        matrix_of(layer).copy_(weight)
-
-    # -- what lies around the blocks
-
-    def calls(self, device: torch.device) -> CachedBlockInputs:
-        if device not in self._calls:
-            self._calls[device] = CachedBlockInputs(lambda: self.load_ends(device, "enter"), self._drop_ends)
-        return self._calls[device]
-
-    def _drop_ends(self) -> None:
-        self._ends = None
-
-    def load_ends(self, device: torch.device, part: Part = "all") -> DecoderEnds:
-        """The last instance is kept until somebody has no more use for it: it holds the embeddings."""
-        if self._ends is not None and self._ends[0] == device and self._ends[1] in (part, "all"):
-            return self._ends[2]
-        self._ends = None
+    def _read_ends(self, device: torch.device, part: Part) -> DecoderEnds:
         skeleton = copy.deepcopy(self._skeleton)
         head = "" if part != "enter" else self._untied_head()
         state: dict[str, Tensor] = {}
@@ -173,42 +106,29 @@ class Decoder:
         skeleton.load_state_dict(state, strict=False, assign=True)
         skeleton.tie_weights()
         tape = Tape(self._traits.returns)
-        put_recorders(skeleton, self._list_name, self._blocks, tape)
+        put_recorders(skeleton, self._blocks_path, self._blocks, tape)
         ends = DecoderEnds(skeleton, self._traits.layout, tape, self.num_blocks)
         for name, module in skeleton.named_modules():
             if not (head and (name + ".").startswith(head)):
                 require_materialised(module, f"{name} of {self.source.name}", recurse=False)
                 for key, buffer in module.named_buffers(recurse=False):
                     setattr(module, key, buffer.to(device))
-        self._ends = (device, part, ends)
         return ends
-
-    def unused_weights(self) -> tuple[str, ...]:
-        used = {*self._stored.values(), *(part.key for part in self._parts.values())}
-        return tuple(key for key in self.weights.keys if key not in used)
 
     def export_extras(self, requested_dtype: str) -> Iterator[tuple[str, bytes]]:
         settings = json.loads((self.source.path / "config.json").read_text())
         yield "config.json", exported_config(settings, requested_dtype)
         yield from ((name, contents) for name, contents in companion_files(self.source.path) if name != "config.json")
 
-    def other_forms(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Callable[[IO[bytes]], None]]]:
-        yield from ()
-
-    # -- inside
-
-    def _prefix(self, block_index: int) -> str:
-        return f"{self._list_name}.{block_index}."
-
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
         """The model on `meta` with nothing where its blocks, and its towers for other inputs, were."""
-        blocks = self._model.get_submodule(self._list_name)
-        self._model.set_submodule(self._list_name, nn.ModuleList())
+        blocks = self._model.get_submodule(self._blocks_path)
+        self._model.set_submodule(self._blocks_path, nn.ModuleList())
         try:
             skeleton = copy.deepcopy(self._model)
         finally:
-            self._model.set_submodule(self._list_name, blocks)
+            self._model.set_submodule(self._blocks_path, blocks)
         for tower in self._towers:
             skeleton.set_submodule(tower, AbsentTower())
         if getattr(skeleton.config, "rescale_every", 0):
@@ -221,7 +141,7 @@ class Decoder:
         """Entries of the state that lie outside the blocks: (names that are tied together, name in the files)."""
         groups: dict[int, list[str]] = {}
         for name, tensor in self._model.state_dict(keep_vars=True).items():
-            if not name.startswith(f"{self._list_name}."):
+            if not name.startswith(f"{self._blocks_path}."):
                 groups.setdefault(id(tensor), []).append(name)
         outside = []
         for names in groups.values():

@@ -10,8 +10,8 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,26 +32,23 @@ from stages.errors import UsageError
 from stages.formats.checkpoint_files import WeightFiles, match_names
 from stages.machine.hub import reason_of
 from stages.models.architecture import without_weights
-from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part, Weights
-from stages.models.block_inputs import CachedBlockInputs
+from stages.models.base import Entry, ModelFolder, Part
 from stages.models.companion_files import companion_files, exported_config
 from stages.models.decoder_ends import put_recorders
 from stages.models.image_processor import ImageProcessor
-from stages.models.layer_roles import role_of
-from stages.models.meta_init import copied, materialised, require_materialised, require_plain
+from stages.models.meta_init import require_materialised, require_plain
 from stages.models.recorder import StopForward, Tape
+from stages.models.stored_model import StoredModel
 
 _PROJECTION = "visual_projection.weight"
 
 
-class ImageEncoder:
+class ImageEncoder(StoredModel["ImageEnds"]):
     """A `stages.models.base.BlockModel`: the encoder alone, without what is built on its features."""
 
     task = "vision-features"
     vocab_size = 0
-    has_other_forms = False
     max_positions: int | None = None  # every sample has `fixed_tokens`
-    attention_numbers = 0  # torch's fused attention
 
     def __init__(self, folder: ModelFolder) -> None:
         """Open a folder. Reads no weight.
@@ -60,124 +57,46 @@ class ImageEncoder:
             UsageError: The configuration, the image processor or the weights cannot be used, with the reason.
             ResourceError: A file of the weights is missing.
         """
-        self.source = folder
-        self.weights: Weights = WeightFiles(folder.path)
+        super().__init__(folder, WeightFiles(folder.path))
         config = _read_config(folder)
         self.name: str = config.model_type
         self.processor = ImageProcessor.of(folder.path)
         with without_weights():
             self._model = _tower(config, has_projection=_PROJECTION in self.weights).eval().requires_grad_(False)
         own = self._model.config
-        self._list_name, blocks = _block_list(self._model, own.num_hidden_layers)
+        self._blocks_path, blocks = _block_list(self._model, own.num_hidden_layers)
         self._blocks = tuple(blocks)
         self.num_blocks = len(self._blocks)
         self.hidden_size: int = own.hidden_size
         self.fixed_tokens: int | None = _num_tokens(self._model, self.processor.size, folder)
         # fp32, rounded up
         self.input_bytes_per_token = math.ceil(3 * math.prod(self.processor.size) * 4 / self.fixed_tokens)
-        self._layers = tuple(self._find_layers(index) for index in range(self.num_blocks))
+        self._layers = tuple(self._linear_layers(index) for index in range(self.num_blocks))
         self._stored = self._match_weights()
-        self._calls: dict[torch.device, CachedBlockInputs] = {}
-        self._ends: tuple[torch.device, ImageEnds] | None = None
-
-    # -- what is in it
 
     def hidden_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         assert self.fixed_tokens is not None
         return (self.fixed_tokens, self.hidden_size)
 
-    def layers(self, block_index: int) -> tuple[LayerInfo, ...]:
-        return self._layers[block_index]
-
-    def stored_names(self, block_index: int) -> dict[str, str]:
-        prefix = f"{self._list_name}.{block_index}."
-        return {name: self._stored[prefix + name] for name in self._blocks[block_index].state_dict()}
-
-    def entry_sizes(self, block_index: int) -> dict[str, int]:
-        return {name: tensor.numel() for name, tensor in self._blocks[block_index].state_dict().items()}
-
-    def original_dtypes(self, block_index: int) -> dict[str, torch.dtype]:
-        return {name: self.weights.dtype(key) for name, key in self.stored_names(block_index).items()}
-
-    # -- blocks
-
-    def load_block(
-        self,
-        block_index: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        state: Mapping[str, Tensor] | None = None,
-    ) -> nn.Module:
-        if state is None:
-            names = self.stored_names(block_index)
-            state = {name: self.weights.load(key, dtype, device) for name, key in names.items()}
-        else:
-            state = {name: copied(tensor, dtype, device) for name, tensor in state.items()}
-        return materialised(self._blocks[block_index], state, device, block_index, self.source.name)
-
-    def run_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-        out: Tensor = block(hidden, *call.args, **call.kwargs)
-        return out
-
-    def weight_matrix(self, layer: nn.Module) -> Tensor:
-        return layer.weight  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def set_weight_matrix(self, layer: nn.Module, weight: Tensor) -> None:
-        self.weight_matrix(layer).copy_(weight)
-
-    # -- what lies around the blocks
-
-    def calls(self, device: torch.device) -> CachedBlockInputs:
-        if device not in self._calls:
-            self._calls[device] = CachedBlockInputs(lambda: self.load_ends(device, "enter"), self._drop_ends)
-        return self._calls[device]
-
-    def _drop_ends(self) -> None:
-        self._ends = None
-
     def load_ends(self, device: torch.device, part: Part = "all") -> ImageEnds:
         """The whole of the model outside its blocks, whichever part is asked for: it is small."""
-        if self._ends is not None and self._ends[0] == device:
-            return self._ends[1]
+        return super().load_ends(device, "all")
+
+    def _read_ends(self, device: torch.device, part: Part) -> ImageEnds:
         tape = Tape({type(block): None for block in self._blocks})
         skeleton = copy.deepcopy(self._model)
-        put_recorders(skeleton, self._list_name, self._blocks, tape)
-        outside = {name: key for name, key in self._stored.items() if not name.startswith(f"{self._list_name}.")}
+        put_recorders(skeleton, self._blocks_path, self._blocks, tape)
+        outside = {name: key for name, key in self._stored.items() if not name.startswith(f"{self._blocks_path}.")}
         state = {name: self.weights.load(key, torch.float32, device) for name, key in outside.items()}
         skeleton.load_state_dict(state, strict=False, assign=True)
         skeleton.to(device)
         require_materialised(skeleton, self.source.name)
-        self._ends = (device, ImageEnds(skeleton, tape, self.num_blocks))
-        return self._ends[1]
-
-    def unused_weights(self) -> tuple[str, ...]:
-        used = set(self._stored.values())
-        return tuple(key for key in self.weights.keys if key not in used)
+        return ImageEnds(skeleton, tape, self.num_blocks)
 
     def export_extras(self, requested_dtype: str) -> Iterator[tuple[str, bytes]]:
         settings = json.loads((self.source.path / "config.json").read_text())
         extras = dict(companion_files(self.source.path)) | {"config.json": exported_config(settings, requested_dtype)}
         yield from sorted(extras.items())
-
-    def other_forms(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Callable[[IO[bytes]], None]]]:
-        yield from ()
-
-    # -- inside
-
-    def _find_layers(self, block_index: int) -> tuple[LayerInfo, ...]:
-        return tuple(
-            LayerInfo(
-                f"{self._list_name}.{block_index}.{path}",
-                path,
-                role_of(path),
-                module.out_features,
-                module.in_features,
-                transposed=False,
-            )
-            for path, module in self._blocks[block_index].named_modules()
-            if isinstance(module, nn.Linear)
-        )
 
     def _match_weights(self) -> dict[str, str]:
         """For each weight of the model, its name in the files."""
@@ -208,7 +127,7 @@ class ImageEncoder:
 
     def _beyond(self) -> list[str]:
         """What the weights of one more block would be called."""
-        return [f"{self._list_name}.{self.num_blocks}.{name}" for name in self._blocks[0].state_dict()]
+        return [f"{self._prefix(self.num_blocks)}{name}" for name in self._blocks[0].state_dict()]
 
 
 class ImageEnds:

@@ -110,12 +110,12 @@ def test_both_streams_are_what_the_whole_models_compute(folder, model, inputs, m
     original = AutoModelForCausalLM.from_pretrained(folder).eval()
     pruned = AutoModelForCausalLM.from_pretrained(folder).eval()
     for block in blocks:
-        pruned.get_submodule(model._list_name)[block.index].load_state_dict(block.finished.state)
+        pruned.get_submodule(model.blocks_path)[block.index].load_state_dict(block.finished.state)
     assert set(biased) == set(range(model.num_blocks))
     assert set(dense) == set(range(1, model.num_blocks + 1))
     for sample in range(N):
-        through_original = block_inputs(original, model._list_name, inputs[sample])
-        through_pruned = block_inputs(pruned, model._list_name, inputs[sample])
+        through_original = block_inputs(original, model.blocks_path, inputs[sample])
+        through_pruned = block_inputs(pruned, model.blocks_path, inputs[sample])
         for i in range(model.num_blocks):
             assert torch.equal(biased[i][sample], through_pruned[i])
             if i:
@@ -177,7 +177,7 @@ def test_weights_that_diverged_in_the_last_step_are_refused(model, inputs):
 def test_wanda_masks_come_from_the_inputs_that_each_layer_really_gets(folder, model, inputs):
     result, _ = first_pruned(model, inputs, "wanda")
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
-    block = whole.get_submodule(model._list_name)[0]
+    block = whole.get_submodule(model.blocks_path)[0]
     for layer in model.layers(0):
         module, squares = block.get_submodule(layer.path), []
         handle = module.register_forward_pre_hook(

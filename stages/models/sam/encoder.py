@@ -16,25 +16,25 @@ from torch import Tensor, nn
 
 from stages.errors import ResourceError, UsageError
 from stages.formats.checkpoint_files import WeightFiles
-from stages.models.base import BlockCall, Entry, LayerInfo, ModelFolder, Part, Weights
-from stages.models.block_inputs import CachedBlockInputs
+from stages.models.base import BlockCall, Entry, ModelFolder, Part
 from stages.models.companion_files import companion_files, exported_config
-from stages.models.layer_roles import role_of
-from stages.models.meta_init import copied, materialised, require_materialised, require_plain
+from stages.models.meta_init import require_materialised, require_plain
 from stages.models.sam.checkpoint import META_CHECKPOINT, preprocessor_config
 from stages.models.sam.modules import SamSizes, build_image_encoder, build_sam, sam_sizes
 from stages.models.sam.names import BLOCKS, FOLDER_POSITIONS, folder_name
+from stages.models.stored_model import StoredModel
 
 _CALL = BlockCall((), {})
 
 
-class SamEncoder:
+class SamEncoder(StoredModel["SamEnds"]):
     """A `stages.models.base.BlockModel`: the image encoder, and what its embedding is for."""
 
     name = "sam"
     task = "vision"
     vocab_size = 0
     has_other_forms = True
+    _blocks_path = BLOCKS
 
     def __init__(self, folder: ModelFolder) -> None:
         """Raises UsageError for a configuration that is not of Meta's form, ResourceError for missing weights."""
@@ -42,12 +42,11 @@ class SamEncoder:
             self._config: dict[str, Any] = json.loads((folder.path / "config.json").read_text())
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{folder.name}: its config.json cannot be read ({error})") from error
-        self.source = folder
         self.sizes: SamSizes = sam_sizes(self._config, folder.name)
-        self.weights: Weights = WeightFiles(folder.path)
+        super().__init__(folder, WeightFiles(folder.path))
         with torch.device("meta"):
             self._encoder = build_image_encoder(self.sizes).requires_grad_(False)
-        self._blocks: tuple[nn.Module, ...] = tuple(self._encoder.blocks)  # type: ignore[arg-type]
+        self._blocks = tuple(self._encoder.blocks)  # type: ignore[arg-type]
         self.num_blocks = len(self._blocks)
         self.hidden_size = self.sizes.embed_dim
         self.max_positions: int | None = self.sizes.grid**2
@@ -55,69 +54,17 @@ class SamEncoder:
         self.attention_numbers = 3 * self.sizes.num_heads * self.sizes.grid**4
         self.fixed_tokens: int | None = self.sizes.grid**2
         self.input_bytes_per_token = 3 * self.sizes.patch_size**2 * 4  # fp32
-        self._layers = tuple(self._find_layers(index) for index in range(self.num_blocks))
+        self._layers = tuple(self._linear_layers(index) for index in range(self.num_blocks))
         self._stored = self._match_weights()
-        self._calls: dict[torch.device, CachedBlockInputs] = {}
-        self._ends: tuple[torch.device, Part, SamEnds] | None = None
-
-    # -- what is in it
 
     def hidden_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.sizes.grid, self.sizes.grid, self.sizes.embed_dim)
-
-    def layers(self, block_index: int) -> tuple[LayerInfo, ...]:
-        return self._layers[block_index]
-
-    def stored_names(self, block_index: int) -> dict[str, str]:
-        prefix = f"{BLOCKS}.{block_index}."
-        return {name: self._stored[prefix + name] for name in self._blocks[block_index].state_dict()}
-
-    def entry_sizes(self, block_index: int) -> dict[str, int]:
-        return {name: tensor.numel() for name, tensor in self._blocks[block_index].state_dict().items()}
-
-    def original_dtypes(self, block_index: int) -> dict[str, torch.dtype]:
-        return {name: self.weights.dtype(key) for name, key in self.stored_names(block_index).items()}
-
-    # -- blocks
-
-    def load_block(
-        self,
-        block_index: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        state: Mapping[str, Tensor] | None = None,
-    ) -> nn.Module:
-        if state is None:
-            names = self.stored_names(block_index)
-            state = {name: self.weights.load(key, dtype, device) for name, key in names.items()}
-        else:
-            state = {name: copied(tensor, dtype, device) for name, tensor in state.items()}
-        return materialised(self._blocks[block_index], state, device, block_index, self.source.name)
 
     def run_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         out: Tensor = block(hidden)
         return out
 
-    def weight_matrix(self, layer: nn.Module) -> Tensor:
-        return layer.weight  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def set_weight_matrix(self, layer: nn.Module, weight: Tensor) -> None:
-        self.weight_matrix(layer).copy_(weight)
-
-    # -- what lies around the blocks
-
-    def calls(self, device: torch.device) -> CachedBlockInputs:
-        if device not in self._calls:
-            self._calls[device] = CachedBlockInputs(lambda: self.load_ends(device, "enter"), self._drop_ends)
-        return self._calls[device]
-
-    def _drop_ends(self) -> None:
-        self._ends = None
-
-    def load_ends(self, device: torch.device, part: Part = "all") -> SamEnds:
-        if self._ends is not None and self._ends[0] == device and self._ends[1] in (part, "all"):
-            return self._ends[2]
+    def _read_ends(self, device: torch.device, part: Part) -> SamEnds:
         with torch.device("meta"):
             sam: Any = build_sam(self.sizes)
         sam.image_encoder.blocks = nn.ModuleList()
@@ -127,9 +74,7 @@ class SamEncoder:
         sam.load_state_dict(state, strict=True, assign=True)
         sam.to(device).eval().requires_grad_(False)
         require_materialised(sam, self.source.name)
-        ends = SamEnds(sam, self.num_blocks)
-        self._ends = (device, part, ends)
-        return ends
+        return SamEnds(sam, self.num_blocks)
 
     def unused_weights(self) -> tuple[str, ...]:
         used = {*self._stored.values(), *FOLDER_POSITIONS}
@@ -150,16 +95,6 @@ class SamEncoder:
             torch.save({name: tensors[key].contiguous() for name, key in self._stored.items()}, file)
 
         yield META_CHECKPOINT, write
-
-    # -- inside
-
-    def _find_layers(self, block_index: int) -> tuple[LayerInfo, ...]:
-        infos = []
-        for path, module in self._blocks[block_index].named_modules():
-            if isinstance(module, nn.Linear):
-                name = f"{BLOCKS}.{block_index}.{path}"
-                infos.append(LayerInfo(name, path, role_of(path), module.out_features, module.in_features, False))
-        return tuple(infos)
 
     def _match_weights(self) -> dict[str, str]:
         """For each weight under Meta's name, its name in the files."""
