@@ -63,12 +63,6 @@ def probed(model: PreTrainedModel, list_name: str, blocks: tuple[nn.Module, ...]
         with torch.no_grad():
             _fill(model, generator)
             return _Probe(model, list_name, blocks, generator).traits()
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"{name}: the blocks of a {type(model).__name__} cannot be run one by one "
-            f"({type(error).__name__}: {reason})"
-        ) from error
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
 
@@ -109,7 +103,8 @@ class _Probe:
     def _forward(self, block_index: int) -> None:
         """Run the loop until it has called this block, for one sample."""
         self._outputs = []
-        forward_to_block(self._model, self._tape, block_index, torch.arange(_TOKENS, device=_CPU)[None])
+        with _foreign_code(self._model):
+            forward_to_block(self._model, self._tape, block_index, torch.arange(_TOKENS, device=_CPU)[None])
 
     def _forward_to_head(self) -> None:
         """Run the loop to its end, or until it calls more blocks than there are."""
@@ -117,7 +112,7 @@ class _Probe:
         head = self._model.get_output_embeddings()
         handle = head.register_forward_pre_hook(_stop) if head is not None else None
         self._tape.start(len(self._blocks) + 1, None)
-        with contextlib.suppress(StopForward):
+        with contextlib.suppress(StopForward), _foreign_code(self._model):
             self._model(input_ids=torch.arange(_TOKENS, device=_CPU)[None], use_cache=False)
         if handle is not None:
             handle.remove()
@@ -140,8 +135,10 @@ class _Probe:
         packed = _normal((1, _TOKENS, self._layout.width), self._generator)
         changed = packed.clone()
         changed[:, -1] = _normal(changed[:, -1].shape, self._generator)
-        returned, other = (block(self._layout.hidden(h.clone()), *call.args, **call.kwargs) for h in (packed, changed))
-        first, second = (self._layout.packed(output_of(r))[:, :-1] for r in (returned, other))
+        with _foreign_code(self._model):
+            inputs = (self._layout.hidden(h.clone()) for h in (packed, changed))
+            returned, other = (block(hidden, *call.args, **call.kwargs) for hidden in inputs)
+            first, second = (self._layout.packed(output_of(r))[:, :-1] for r in (returned, other))
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
             raise UsageError(
                 f"in a {type(self._model).__name__} with this config.json, each token sees those after it: this is an "
@@ -210,8 +207,9 @@ class _Probe:
         """Run the blocks before `end` that write keys and values for later ones: into the argument that all get."""
         for index in self._blocks_with("store_full_length_kv"):
             if index < end:
-                call = self._tape.calls[index]
-                self._block(index)(self._tape.hidden[index], *call.args, **call.kwargs)
+                call, block = self._tape.calls[index], self._block(index)
+                with _foreign_code(self._model):
+                    block(self._tape.hidden[index], *call.args, **call.kwargs)
 
     def _blocks_with(self, attribute: str) -> list[int]:
         """The blocks with a module whose `attribute` is true."""
@@ -225,6 +223,18 @@ class _Probe:
         block = copy.deepcopy(self._blocks[block_index])
         _fill(block, self._generator)
         return block
+
+
+@contextlib.contextmanager
+def _foreign_code(model: PreTrainedModel) -> Iterator[None]:
+    """Raise UsageError where a model's own code fails; an error anywhere else in the probe is a bug of ours."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"the blocks of a {type(model).__name__} cannot be run one by one ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _fill(module: nn.Module, generator: torch.Generator) -> None:

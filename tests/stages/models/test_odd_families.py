@@ -94,3 +94,25 @@ def test_a_bert_that_is_a_decoder_is_none_of_the_encoders(tmp_path):
     config.is_decoder = True
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert open_model(resolve(str(tmp_path))).num_blocks == 3
+
+
+def test_a_bug_in_the_probe_is_not_called_the_fault_of_the_model(tmp_path, monkeypatch):
+    folder = saved("gpt2", tmp_path)
+
+    def broken(*_):
+        raise AttributeError("ours")
+
+    monkeypatch.setattr("stages.models.probe._Probe._hidden_layout", broken)
+    with pytest.raises(AttributeError, match="ours"):
+        open_model(folder)
+
+
+def test_a_block_that_fails_is_the_fault_of_the_model(tmp_path, monkeypatch):
+    folder = saved("gpt2", tmp_path)
+
+    def broken(*_, **__):
+        raise AttributeError("theirs")
+
+    monkeypatch.setattr("transformers.models.gpt2.modeling_gpt2.GPT2Block.forward", broken)
+    with pytest.raises(UsageError, match=r"GPT2LMHeadModel cannot be run one by one \(AttributeError: theirs"):
+        open_model(folder)
