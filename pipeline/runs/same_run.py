@@ -11,6 +11,7 @@ from pipeline.runs.prepare import Prepared
 from pipeline.steps.committed import accuracies_of, measurements_of
 from pipeline.steps.run_facts import config_of, facts_of
 from pipeline.steps.stage_settings import task_data_of
+from stages.models.deciding_files import changed_files
 
 if TYPE_CHECKING:
     from stages.data.base import SourceDigest
@@ -20,8 +21,8 @@ def require_same(run: RunDirectory, prepared: Prepared) -> None:
     """Raise ConfigMismatch if the run's identity differs from what is asked for now."""
     identity = facts_of(run).identity
     differing = differing_fields(config_of(run).identity, prepared.config.identity)
-    if identity.model != prepared.model.files:
-        differing["model files"] = ("as they were", "changed since")
+    if changed := changed_files(identity.model, prepared.model.files):
+        differing[f"model files ({', '.join(changed)})"] = ("as they were", "changed since")
     calibration = prepared.config.calibration
     if calibration and identity.data.get(calibration) != prepared.data.get(calibration):
         differing["calibration text"] = ("as it was", "changed since")

@@ -47,6 +47,7 @@ class StepContext:
     def model(self) -> BlockModel:
         """The original model, checked to be the one that the run began with."""
         from stages.errors import ResourceError
+        from stages.models.deciding_files import changed_files
         from stages.models.registry import open_model
         from stages.models.resolve import resolve
 
@@ -59,8 +60,7 @@ class StepContext:
         folder = resolve(self.config.model, recorded.revision, trusts_code=self.config.trust_remote_code)
         found = {name: digest.sha256 for name, digest in folder.files.items()}
         expected = {name: digest.sha256 for name, digest in recorded.files.items()}
-        if found != expected:
-            changed = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))
+        if changed := changed_files(expected, found):
             raise ConfigMismatch(
                 f"{self.config.model} is no longer the model that this run began with "
                 f"(changed: {', '.join(changed)}); put the old files back or start a new run"

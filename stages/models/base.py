@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stages.formats.file_digest import FileDigest, digest_file
 from stages.formats.tensor_parts import TensorPart
+from stages.models.deciding_files import decides
 
 if TYPE_CHECKING:
     from stages.interfaces import Samples
@@ -38,24 +39,8 @@ class ModelFolder:
     @cached_property
     def files(self) -> dict[str, FileDigest]:
         """Size and sha256 of every file that decides what the model computes."""
-        names = sorted(p.name for p in self.path.iterdir() if self._decides(p))
+        names = sorted(p.name for p in self.path.iterdir() if decides(p.name, trusts_code=self.trusts_code))
         return {name: digest_file(self.path / name) for name in names}
-
-    def _decides(self, path: Path) -> bool:
-        return path.name in _DECIDING or path.suffix == ".safetensors" or (self.trusts_code and path.suffix == ".py")
-
-
-_DECIDING = {
-    "config.json",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-}
 
 
 @dataclass(frozen=True)
