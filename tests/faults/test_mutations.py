@@ -256,9 +256,7 @@ MUTATIONS = (
     ),
     Mutation("digests are not compared by verify", verify, "_digest_damage", nothing, damages),
     Mutation("records are not compared with their digests", Record, "from_bytes", None, damages),
-    Mutation(
-        "chunks are not compared when they are read", zarr_store, "_is", lambda data, file: True, reads_damaged
-    ),
+    Mutation("chunks are not compared when they are read", zarr_store, "_is", lambda data, file: True, reads_damaged),
     Mutation("files are not compared when they are read", run_directory, "FileDigest", None, reads_damaged),
 )
 
