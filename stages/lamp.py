@@ -10,9 +10,12 @@
     8      B^(i+1)  <- argmin |B^(i+1)(z^i) - z'^(i+1)|^2   over all parameters of the dense block (Eq. 9)
     9  B^n <- prune(B^n)
 
-The paper counts blocks from 1, the code from 0. Refinement is not in the paper: it trains the kept weights of a pruned
-block with its pruning mask fixed. `lampctl run` takes the same steps over streams on disk, commits each of them
-(`pipeline.steps`), and gives bit-identical weights.
+The paper counts blocks from 1, the code from 0. The loop of `lamp` is rotated against the paper's: its iteration for a
+block compensates this block, which ends the paper's iteration for the block before (lines 6-8), and then prunes it
+(lines 4-5; of the last block: line 9). The operations and their order are the same; line 6 needs none.
+
+Refinement is not in the paper: it trains the kept weights of a pruned block with its pruning mask fixed. `lampctl run`
+takes the same steps over streams on disk, commits each of them (`pipeline.steps`), and gives bit-identical weights.
 
 N: samples.    T: tokens of a sample.    H: hidden size.
 """
@@ -84,33 +87,33 @@ def lamp(context: StageContext, budget: Budget, settings: LampSettings) -> Itera
     trains = settings.compensation is not None
     reads_data = trains or settings.pruner.needs_data
     biased = _new_stream(context) if reads_data else None  # z
-    dense = _new_stream(context) if trains else None  # z'
+    dense_out = _new_stream(context) if trains else None  # z': the dense output of the newest block
     if biased is not None:
-        capture(context, biased, dense)  # lines 1-2
+        capture(context, biased, dense_out)  # lines 1-2
     blocks = _resolve(budget, biased)
 
-    for i, block_budget in enumerate(blocks):  # line 3
-        block, is_last = context.block(i), i == len(blocks) - 1
+    for i, block_budget in enumerate(blocks):
+        block_context, is_last = context.block(i), i == len(blocks) - 1
         state = compensation = refinement = None
 
-        if i > 0 and settings.compensation is not None:  # line 6
+        if i > 0 and settings.compensation is not None:  # lines 6-8 of the paper's iteration for block i-1
             assert biased is not None
-            assert dense is not None
-            dense_out = _new_stream(context)
-            compensated = compensate_block(block, biased, dense, dense_out, settings.compensation)  # lines 7-8
-            state, compensation, dense = compensated.state, compensated.training, dense_out
+            assert dense_out is not None
+            next_dense_out = _new_stream(context)
+            compensated = compensate_block(block_context, biased, dense_out, next_dense_out, settings.compensation)
+            state, compensation, dense_out = compensated.state, compensated.training, next_dense_out
 
         biased_out = _new_stream(context) if reads_data and not is_last else None
         output = BlockOutput(block_dtypes(context.model, i, settings.export_dtype), biased_out)
         if settings.refinement is None:
-            pruned = prune_block(block, settings.pruner, block_budget, biased, state=state, output=output)  # 4-5, 9
-            finished = pruned.finished
+            pruned = prune_block(block_context, settings.pruner, block_budget, biased, state=state, output=output)
+            finished = pruned.finished  # lines 4-5, 9
         else:
             assert biased is not None
-            assert dense is not None
-            pruned = prune_block(block, settings.pruner, block_budget, biased, state=state, output=None)  # 4, 9
-            refined = refine_block(block, pruned, biased, dense, settings.refinement, output)  # not in the paper; 5
-            finished, refinement = refined.finished, refined.training
+            assert dense_out is not None
+            pruned = prune_block(block_context, settings.pruner, block_budget, biased, state=state, output=None)  # 4, 9
+            refined = refine_block(block_context, pruned, biased, dense_out, settings.refinement, output)
+            finished, refinement = refined.finished, refined.training  # line 5, of the refined block
         assert finished is not None
         yield LampBlock(i, finished, pruned.outcome, compensation, refinement)
         biased = biased_out
