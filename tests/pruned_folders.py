@@ -20,7 +20,7 @@ MaskOf = Callable[[Tensor], Tensor]
 
 
 def share(sparsity: float) -> MaskOf:
-    """Masks of exactly so many weights, anywhere."""
+    """Masks of the given share of the weights, at random places."""
 
     def mask(weight: Tensor) -> Tensor:
         chosen = torch.randperm(weight.numel())[: round(sparsity * weight.numel())]

@@ -94,7 +94,7 @@ class Table:
 def run_cells(cells: Sequence[Cell], table: Table, jobs: int = 1, threads: int = 1) -> list[str]:
     """Run the cells that have no row yet, `jobs` side by side. Returns the names of those that failed.
 
-    A failed cell is told and passed over; what it left lies in its folder.
+    A failed cell is reported and skipped; its files stay in its folder.
     """
     missing = [cell for cell in cells if not table.has(cell, table.rows())]
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done", file=sys.stderr, flush=True)
@@ -152,7 +152,7 @@ class _CommandError(Exception):
 
 
 class _Processes:
-    """Child processes with so many threads each, ended when we are."""
+    """Child processes with the given number of threads each, which end with this process."""
 
     def __init__(self, threads: int) -> None:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -120,7 +120,7 @@ def _do(wanted: Cells, gathered: Gathered, out: str, as_json: bool) -> None:
 
     table = wanted.table
     for model in wanted.models:
-        # Whether all models can be had, and fit, is known before hours are spent on the first.
+        # Check that all models open and fit the table before hours are spent on the first.
         require_fitting(table, gathered, open_model(resolve(model)).task, model)
     cells, failed = [], []
     with listening() as listener, stopping(gathered.values) as stop:

@@ -102,7 +102,7 @@ class StoredLayerBudget(_Part):
     num_masked: int = Field(ge=0)
 
     @model_validator(mode="after")
-    def _has_so_many(self) -> Self:
+    def _is_possible(self) -> Self:
         if self.num_masked > self.size:
             raise ValueError("more weights are masked than there are")
         return self

@@ -16,7 +16,7 @@ from stages.data.text_source import TextSource, Use
 from stages.errors import UsageError
 from stages.machine.hub import reason_of
 
-# A source in which so many documents in a row are too short is taken to have no long ones.
+# After this many documents in a row that are too short, a source is taken to have no long ones.
 _MAX_REJECTIONS = 2000
 
 
@@ -41,9 +41,9 @@ def tokenize(tokenizer: Any, text: str, progress: Progress | None = None) -> Ten
 
 
 def first_tokens(tokenizer: Any, text: str, needed: int) -> Tensor:
-    """The first token ids of a text, at least `needed` if it has so many. The rest may be left out.
+    """The first token ids of a text: at least `needed` of them, or all if the text has fewer.
 
-    Takes as long for a long text as for a short one.
+    Reads a long text only as far as needed, if the tokenizer can tokenize it piece by piece.
     """
     ends = Ends.of(tokenizer)
     found, num_found = [_ids(ends.head)], len(ends.head)

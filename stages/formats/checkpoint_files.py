@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-NAMED_BY_CONFIG = "transformers_weights"  # the key of config.json by which transformers is told another file
+NAMED_BY_CONFIG = (
+    "transformers_weights"  # key of config.json with the name of the weight file, if it is not the usual one
+)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
 
@@ -223,7 +225,7 @@ def _named_by_config(folder: Path) -> str | None:
     try:
         named = json.loads((folder / "config.json").read_text()).get(NAMED_BY_CONFIG)
     except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # what is wrong with config.json is told where the model is opened
+        return None  # opening the model reports what is wrong with config.json
     if named is None:
         return None
     if not isinstance(named, str) or ".." in Path(named).parts or not (folder / named).is_file():

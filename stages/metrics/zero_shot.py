@@ -106,7 +106,7 @@ class ZeroShot:
             )
 
     def measure(self, task: str, data: TaskData | None, limit: int | None, callbacks: Watcher) -> TaskResult:
-        """Accuracy on one task. data: where its rows lie; None: they come from the hub. limit: only so many rows.
+        """Accuracy on one task. data: where its rows lie; None: they come from the hub. limit: the most rows.
 
         Raises ResourceError where the hub is out of reach, UsageError for a task that the harness refuses.
         """

@@ -42,7 +42,7 @@ class BlockTraits:
 
     returns: Returns
     layout: StreamLayout
-    # Linear layers whose weight a block uses without calling them: no statistics of their input can be had.
+    # Linear layers whose weight a block uses without calling them, so that no hook can observe their input.
     uncalled: frozenset[str]  # by their name in the model
 
 

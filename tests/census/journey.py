@@ -59,7 +59,7 @@ def check_export(entry: Configuration, source: Path, run: Path) -> None:
 
 
 def _check_masks(run: Path, masks: dict[str, PrunedWeight], weights: dict[str, Tensor]) -> None:
-    """Every layer of the budget has its mask of exactly so many weights, all of them zero; the sum is the target."""
+    """Each layer's mask has the count of the budget, masked weights are zero, and the counts add up to the target."""
     budget = json.loads((run / "run.json").read_text())["budget"]
     layers = {layer["name"]: layer for block in budget for layer in block["layers"]}
     assert masks.keys() == layers.keys()

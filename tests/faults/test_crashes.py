@@ -2,7 +2,7 @@
 
     pytest -n0 -s -m 'slow or not slow' tests/faults/test_crashes.py
 
-takes every instant; the default run takes every so many, always the same. A *kill* leaves what the process had written,
+takes every instant; the default run takes a fixed selection of them. A *kill* leaves what the process had written,
 a *power cut* loses, keeps or garbles what was not flushed (`disks.py`).
 """
 

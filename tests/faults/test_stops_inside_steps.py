@@ -12,7 +12,7 @@ from tests.faults.test_kill_in_every_stage import FLAGS, TINY_OPT
 from tests.killed_runs import exported_weights
 
 KINDS = ("compensate-block", "prune-block", "refine-block", "evaluate")  # in the order in which block 1 meets them
-# Sends itself a signal at a batch boundary of a step of this kind, once so many have passed.
+# Sends itself a signal at a batch boundary of a step of this kind, after a given number of boundaries.
 BOMB = """
 import os, signal, sys
 from pipeline.engine import runner as engine

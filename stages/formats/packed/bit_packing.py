@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Eight codes end at a byte's end, whatever their width: pieces of so many do not touch each other.
+# Eight codes end at a byte's end, whatever their width: pieces of a multiple of eight codes share no byte.
 _PIECE = 1 << 20
 
 
@@ -46,7 +46,7 @@ def unpack_codes(packed: Tensor, bits: int, num_codes: int) -> Tensor:
 
 
 def packed_length(num_codes: int, bits: int) -> int:
-    """How many bytes `pack_codes` makes of so many codes."""
+    """How many bytes `pack_codes` makes of this many codes."""
     return (num_codes * bits + 7) // 8
 
 

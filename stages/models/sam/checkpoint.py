@@ -45,7 +45,7 @@ def checkpoint_place(published: MetaCheckpoint) -> Path:
 def published_checkpoint(published: MetaCheckpoint) -> Path:
     """The checkpoint in the user's cache, fetched if it is not there, and the very one that Meta publishes.
 
-    Raises ResourceError where it can be had from nowhere, or is another file than the published one.
+    Raises ResourceError where no source has it, or the file is not the published one.
     """
     path = checkpoint_place(published)
     if not path.exists():
@@ -195,7 +195,7 @@ def sizes_of_state(state: Mapping[str, Tensor], path: Path) -> SamSizes:
             global_attn_indexes=tuple(index for index, length in enumerate(reach) if length == 2 * grid - 1),
             prompt_dim=prompt_dim,
             decoder_depth=decoder_depth,
-            decoder_heads=8,  # no shape tells; Meta's three models have so many
+            decoder_heads=8,  # no shape shows it; 8 in all three of Meta's models
             decoder_mlp_dim=len(state[f"{decoder}0.mlp.lin1.weight"]),
             iou_head_depth=1 + max(int(name.split(".")[3]) for name in state if name.startswith(iou_head)),
             iou_head_hidden_dim=len(state[f"{iou_head}0.weight"]),

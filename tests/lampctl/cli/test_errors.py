@@ -208,7 +208,7 @@ def test_a_missing_chunk_and_a_corrupt_weight_are_named_and_made_again(lampctl, 
 
 
 class FullAfter(filesystem.Calls):
-    """A disk with so many bytes left."""
+    """A disk with the given number of bytes left."""
 
     def __init__(self, room):
         self.room = room

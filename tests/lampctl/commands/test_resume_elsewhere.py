@@ -85,7 +85,7 @@ def test_other_device_is_refused_by_name(lampctl, begun, monkeypatch):
 
 
 def test_a_lost_stream_that_has_other_bits_on_another_machine_is_committed_anew(lampctl, begun, monkeypatch):
-    """As on a new machine with an empty scratch disk: other bits are all that can be had there."""
+    """As on a new machine with an empty scratch disk, which can only compute other bits."""
     import shutil
 
     lost = next(c for c in records() if c["step"] == "prune-block/0")["payloads"]

@@ -697,7 +697,7 @@ def test_a_crash_at_any_operation_changes_nothing_in_the_end(
 
 
 class FullDisk(Calls):
-    """A disk with room for so many bytes more."""
+    """A disk with room for the given number of bytes."""
 
     def __init__(self, room: int) -> None:
         self._room = room
