@@ -1,8 +1,13 @@
 """Errors that the pipeline raises. `lampctl/cli/exit_codes.py` alone says which exit code each becomes."""
 
+from stages.errors import one_line
+
 
 class PipelineError(Exception):
-    """Base of all errors raised on purpose in `pipeline`."""
+    """Base of all errors raised on purpose in `pipeline`. Each argument is one line of the message."""
+
+    def __str__(self) -> str:
+        return "\n".join(one_line(str(line)) for line in self.args)
 
 
 class ConfigError(PipelineError):

@@ -1,8 +1,21 @@
 """Errors that a stage raises. `lampctl/cli/exit_codes.py` alone says which exit code each becomes."""
 
+import unicodedata
+
+# Control characters, and Unicode's own ends of lines and paragraphs.
+_BREAKING = ("Cc", "Zl", "Zp")
+
+
+def one_line(text: str) -> str:
+    """The text with control characters as Python writes them: a value from outside cannot break or repaint a line."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _BREAKING else c for c in text)
+
 
 class StageError(Exception):
-    """Base of all errors raised on purpose in `stages`."""
+    """Base of all errors raised on purpose in `stages`. Each argument is one line of the message."""
+
+    def __str__(self) -> str:
+        return "\n".join(one_line(str(line)) for line in self.args)
 
 
 class UsageError(StageError):

@@ -9,6 +9,7 @@ import sys
 from pipeline import errors as pipeline_errors
 from pipeline.rundir.redact import scrub
 from stages import errors as stage_errors
+from stages.errors import one_line
 from stages.formats.disk_errors import PASSING
 
 BUG = 1
@@ -82,7 +83,7 @@ def _message(error: BaseException) -> str:
         return "there is not enough memory: use a smaller --seqlen"
     if isinstance(error, OSError):
         where = str(error.filename or "")
-        return f"{error.strerror}: {where if len(where) < 200 else where[:200] + '...'}"
+        return one_line(f"{error.strerror}: {where if len(where) < 200 else where[:200] + '...'}")
     return str(error)
 
 

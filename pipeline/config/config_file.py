@@ -27,7 +27,7 @@ def read_config_file(path: Path) -> dict[str, object]:
         else:
             raise ConfigError(f"--config {path}: the name must end in .toml, .yaml or .yml")
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from error  # YAML's take several lines
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected one setting per line, as `name: value`")
     return {str(key): value for key, value in content.items()}

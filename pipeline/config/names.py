@@ -52,7 +52,7 @@ def require_known_variables(environ: Mapping[str, str]) -> None:
     """
     unknown = {name: setting for setting, name in given_variables(environ).items() if setting not in known_names()}
     if unknown:
-        raise ConfigError("\n".join(no_setting(setting, f"environment {name}") for name, setting in unknown.items()))
+        raise ConfigError(*(no_setting(setting, f"environment {name}") for name, setting in unknown.items()))
 
 
 def current_name(name: str) -> str:

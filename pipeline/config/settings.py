@@ -56,7 +56,7 @@ class Settings(JobSettings, PruningSettings):
         try:
             return cls.recorded(values)
         except ValidationError as error:
-            raise ConfigError(_explain(error, origins or {})) from error
+            raise ConfigError(*_explain(error, origins or {})) from error
 
     @classmethod
     def recorded(cls, values: GivenSettings) -> Self:
@@ -86,7 +86,7 @@ def _adapter(kind: type[Settings]) -> TypeAdapter[Any]:
 _ADAPTERS: dict[type[Settings], TypeAdapter[Any]] = {}
 
 
-def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
     """One line per wrong setting: its flag, the value, its origin and what would be right."""
     lines = []
     for problem in error.errors():
@@ -104,4 +104,4 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
             where = "" if origin == "flag" else f" ({origin})"
             hint = " (a share, not a percentage: 70% is 0.7)" if problem["type"] == "less_than" else ""
             lines.append(f"{flag} {given}{where}: {message[0].lower()}{message[1:]}{hint}")
-    return "\n".join(lines)
+    return lines

@@ -33,8 +33,9 @@ def require_same(run: RunDirectory, prepared: Prepared) -> None:
     if differing:
         lines = [f"  {field}: {old!r} there, {new!r} asked for" for field, (old, new) in differing.items()]
         raise ConfigMismatch(
-            f"{run.label} holds another run:\n" + "\n".join(lines) + "\n"
-            "use another --run-dir, or the same settings to resume that run"
+            f"{run.label} holds another run:",
+            *lines,
+            "use another --run-dir, or the same settings to resume that run",
         )
 
 
