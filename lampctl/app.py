@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Mapping
 from types import FrameType
 from typing import Annotated, Any, ClassVar
@@ -153,13 +152,9 @@ def main() -> None:
 
         code = exit_code(error)
         if code == BUG:
-            from pipeline.rundir.redact import scrub
+            from lampctl.cli.unexpected import report_of
 
-            print(
-                "lampctl: this is a bug of ours; please report it with the lines below. What was committed is safe.",
-                file=sys.stderr,
-            )
-            print(scrub("".join(traceback.format_exception(error))), file=sys.stderr)
+            print(report_of(error), file=sys.stderr)
             sys.exit(BUG)
         print(f"lampctl: {message(error)}", file=sys.stderr)
         sys.exit(code)

@@ -26,8 +26,22 @@ def entry_points_of(group: str) -> list[EntryPoint]:
     return sorted(entry_points(group=group), key=lambda point: point.name)
 
 
+def packages_of_modules() -> dict[str, str]:
+    """The package that adds entries to a registry, by the top-level name of the modules that hold them."""
+    if not may_have_entries("lampctl."):
+        return {}
+    from importlib.metadata import distributions
+
+    return {
+        point.module.partition(".")[0]: dist.name
+        for dist in distributions()
+        for point in dist.entry_points
+        if point.group.startswith("lampctl.")
+    }
+
+
 def may_have_entries(group: str) -> bool:
-    """Whether a package on `sys.path` may have an entry in this group. False only if there is none."""
+    """Whether a package on `sys.path` may have an entry in a group that begins with this. False: there is none."""
     others = [finder for finder in sys.meta_path if finder is not PathFinder]
     if any(hasattr(finder, "find_distributions") for finder in others):
         return True

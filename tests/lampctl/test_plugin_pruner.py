@@ -69,6 +69,28 @@ def test_lamp_prunes_with_it(lampctl, tmp_path, plugin):
 
 
 @pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("raise RuntimeError('no\\nscore')", "RuntimeError: no\\nscore"),
+        ("layer.weight @ layer.weight[0, :1]", "RuntimeError: size mismatch"),  # inside torch, which it calls
+    ],
+)
+def test_an_error_of_its_code_names_its_package_and_module(lampctl, tmp_path, plugin, monkeypatch, line, reason):
+    path = tmp_path / "site" / "l1_pruner.py"
+    start = "        scores = "
+    assert path.read_text().count(start) == 1
+    path.write_text(path.read_text().replace(start, f"        {line}\n{start}"))
+    monkeypatch.delitem(sys.modules, "l1_pruner", raising=False)
+    answer = lampctl("run", save(tmp_path / "m", "opt"), "--method", "l1", *AMOUNT, "--run-dir", "r")
+    monkeypatch.delitem(sys.modules, "l1_pruner")
+    assert answer.code == 1
+    first, *rest = answer.err[answer.err.index("lampctl: ") :].splitlines()
+    assert first.startswith(f"lampctl: the package l1-pruner failed in its module l1_pruner ({reason}")
+    assert rest[0].startswith("Traceback")
+    assert "bug of ours" not in answer.err
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--method", "l1", "--bits", 4), "L1 score pruning cannot quantize"),
