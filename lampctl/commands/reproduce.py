@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from lampctl.cli.options import Chosen, with_request, with_settings
 
 if TYPE_CHECKING:
     from pipeline.config.gather import Gathered
+    from pipeline.paper.estimates import Estimate
     from pipeline.paper.tables import Table
 
 # Settings that the table fixes.
@@ -145,17 +146,18 @@ def _plan(wanted: Cells, gathered: Gathered, out: str, as_json: bool) -> None:
     from stages.machine import device
 
     table = wanted.table
+    scales = {model: scale_of(model) for model in wanted.models}
     choices = device.choose(gathered.values.device, gathered.values.dtype, gathered.values.threads)
     device.apply(choices)
     rate = best_rate(choices.torch_device)
-    estimates: dict[str, Any] = {}
+    estimates: dict[str, Estimate] = {}
     cells = []
     for model in wanted.models:
-        states, estimate = planned(table, model, gathered, wanted.columns, out, scale_of(model), rate)
+        states, estimate = planned(table, model, gathered, wanted.columns, out, scales[model], rate)
         estimates[model] = estimate
         cells += cells_of(table, model, wanted.columns, states)
     if as_json:
-        plan = {model: asdict(found) if found is not None else None for model, found in estimates.items()}
+        plan = {model: asdict(found) for model, found in estimates.items()}
         record = {"table": table.name, "flops_per_s": rate, "plan": plan, "cells": [asdict(cell) for cell in cells]}
         print(json.dumps(record, indent=2))
         return

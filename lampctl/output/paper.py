@@ -44,7 +44,7 @@ def show_cells(table: Table, columns: Sequence[str], cells: Sequence[Cell], fail
         console.print(f"failed: {line}", soft_wrap=True, highlight=False)
 
 
-def show_plan(table: Table, estimates: Mapping[str, Estimate | None], device: str, rate: float) -> None:
+def show_plan(table: Table, estimates: Mapping[str, Estimate], device: str, rate: float) -> None:
     """Print the estimated cost of each model."""
     console = _console()
     shown = RichTable(title=f"{table.name}: {table.title}", title_justify="left")
@@ -52,11 +52,8 @@ def show_plan(table: Table, estimates: Mapping[str, Estimate | None], device: st
     for title in ("runs", "time", "disk", "download"):
         shown.add_column(title, justify="right")
     for model, found in estimates.items():
-        if found is None:
-            shown.add_row(model, "?", "?", "?", "not known: it is not on this machine")
-        else:
-            download = size(found.download_bytes) if found.download_bytes else "-"
-            shown.add_row(model, str(found.num_runs), duration(found.seconds), size(found.disk_bytes), download)
+        download = size(found.download_bytes) if found.download_bytes else "-"
+        shown.add_row(model, str(found.num_runs), duration(found.seconds), size(found.disk_bytes), download)
     console.print(shown)
     console.print(
         f"Estimated for {device}, whose matrix products were just measured at {rate / 1e12:.2f} TFLOP/s; evaluation "

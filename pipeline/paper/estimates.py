@@ -57,19 +57,20 @@ class Estimate:
     download_bytes: int
 
 
-def scale_of(model: str) -> Scale | None:
-    """Sizes of a model of the paper or of one on this machine; None if unknown."""
+def scale_of(model: str) -> Scale:
+    """Sizes of a model of the paper, which needs none of its files, or of any other.
+
+    Raises:
+        UsageError: There is no such model, or it cannot be pruned.
+        ResourceError: Its files are out of reach.
+    """
     if model in KNOWN:
         return KNOWN[model]
-    from stages.errors import StageError
     from stages.models.aliases import WHEEL_ALIASES
     from stages.models.registry import open_model
     from stages.models.resolve import resolve
 
-    try:
-        opened = open_model(resolve(model))
-    except StageError:
-        return None
+    opened = open_model(resolve(model))
     block = sum(opened.entry_sizes(0).values())
     download = 1_000_000 * WHEEL_ALIASES[model].size_mb if model in WHEEL_ALIASES else 0
     return Scale(opened.num_blocks, opened.hidden_size, block, download, opened.task, opened.fixed_tokens)

@@ -17,7 +17,7 @@ from pipeline.config.run_config import RUNTIME_FIELDS, RunConfig
 from pipeline.errors import ConfigError
 from pipeline.paper.estimates import Estimate, Scale, estimate
 from pipeline.paper.tables import Table, published, settings_of
-from pipeline.rundir.storage.locate import locate
+from pipeline.rundir.storage.locate import locate, require_named
 from pipeline.runs.status import RunStatus
 from pipeline.sweeps.spec import SweepSpec, name_of, settings_at
 from pipeline.sweeps.sweep import Sweep
@@ -45,7 +45,11 @@ class Cell:
 
 
 def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence[str], root: str) -> Sweep:
-    """The runs of a table for one model. gathered: settings that all runs share, except the model."""
+    """The runs of a table for one model. gathered: settings that all runs share, except the model.
+
+    Raises UnsupportedPlace where `root` names no place.
+    """
+    require_named(root)
     points = [
         found
         for strategy in strategies
@@ -66,11 +70,16 @@ def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence
     return Sweep(place, locate(place), spec)
 
 
-def require_fitting(table: Table, gathered: Gathered, task: str, model: str) -> None:
-    """Raise ConfigError if the model or the data fits no cell of the table."""
+def require_task(table: Table, task: str, model: str) -> None:
+    """Raise ConfigError if the table is about models of another task."""
     wanted = METRICS.get(table.metric).task if table.metric in METRICS else "language"  # zero-shot accuracy
     if task != wanted:
         raise ConfigError(f"{table.name} is about {wanted} models, and {model} is a {task} model")
+
+
+def require_fitting(table: Table, gathered: Gathered, task: str, model: str) -> None:
+    """Raise ConfigError if the model or the data fits no cell of the table."""
+    require_task(table, task, model)
     if table.metric not in ("perplexity", "iou"):
         return
     sources = gathered.values.evaluate or ()
@@ -87,14 +96,16 @@ def planned(
     gathered: Gathered,
     strategies: Sequence[str],
     root: str,
-    scale: Scale | None,
+    scale: Scale,
     flops_per_s: float,
-) -> tuple[list[TrialState], Estimate | None]:
-    """State of a model's runs, and the estimated cost of the unfinished ones (None: unknown)."""
+) -> tuple[list[TrialState], Estimate]:
+    """State of a model's runs, and the estimated cost of the unfinished ones.
+
+    Raises ConfigError if the table is about other models.
+    """
+    require_task(table, scale.task, model)
     sweep = sweep_for(table, model, gathered, strategies, root)
     states = sweep.states()
-    if scale is None:
-        return states, None
     todo = [settings_at(sweep.spec.gathered, state.trial.point) for state in states if state.state != "done"]
     return states, estimate(scale, [_usual(found, model, scale) for found in todo], flops_per_s)
 
