@@ -14,7 +14,8 @@ _OF_MODEL = ("device", "dtype", "bos", "chat_template", "revision", "trust_remot
 
 @with_changes(
     *("evaluate", "tasks", "task_data", "task_limit", "metrics"),
-    *("eval_seqlen", "eval_max_tokens", "eval_points", "eval_max_images", *_OF_MODEL),
+    *("eval_seqlen", "eval_max_tokens", "eval_points", "eval_max_images", *_OF_MODEL, "allow_environment_change"),
+    environment=("allow_environment_change",),
     flags={
         "evaluate": "--data",
         "task_limit": "--limit",

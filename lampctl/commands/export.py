@@ -7,12 +7,16 @@ from typing import Annotated
 
 import typer
 
+from lampctl.cli.options import with_changes
 from lampctl.commands.steps import do_step
+from pipeline.config.declarations import GivenSettings
 from stages.formats.base import ExportFormat
 from stages.formats.registry import EXPORT_FORMATS, file_formats, format_help, format_of
 
 
+@with_changes("allow_environment_change", environment=("allow_environment_change",))
 def export(
+    changes: GivenSettings,
     run: Annotated[
         str | None,
         typer.Argument(metavar="RUN", help="A run directory; with --format packed, also an exported model folder."),
@@ -67,7 +71,7 @@ def export(
         formats = " or ".join(file_formats())
         raise ConfigError(f"--out, --force and --json belong to --format {formats}; the folder is always RUN/model")
     if not _show_again(run):
-        do_step(run, "export")
+        do_step(run, "export", changes)
 
 
 def _show_again(place: str) -> bool:

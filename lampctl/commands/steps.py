@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lampctl.cli.options import with_changes
+from pipeline.config.declarations import GivenSettings
 from pipeline.steps.registry import STEP_KINDS
 from stages.errors import UsageError
 
@@ -22,21 +24,26 @@ def command_of(name: str) -> Callable[..., None]:
     if kind.command != name:
         raise UsageError(f"the step kind {name} has no command of its own")
 
-    def next_step(run: RunPath) -> None:
-        do_step(run, name)
+    def next_step(changes: GivenSettings, run: RunPath) -> None:
+        do_step(run, name, changes)
 
-    def step_of_block(run: RunPath, block: Block = None) -> None:
-        do_step(run, name, block)
+    def step_of_block(changes: GivenSettings, run: RunPath, block: Block = None) -> None:
+        do_step(run, name, changes, block)
 
     command: Callable[..., None] = step_of_block if kind.is_per_block else next_step
     example = f"\n\x08\nlampctl {name} runs/mine"
     of_block = f"\nlampctl {name} runs/mine --block 3" if kind.is_per_block else ""
     command.__doc__ = f"{kind.help}\n{example}{of_block}\n"
-    return command
+    allowing = with_changes("allow_environment_change", environment=("allow_environment_change",))
+    found: Callable[..., None] = allowing(command)
+    return found
 
 
-def do_step(place: str, kind: str, block: int | None = None) -> None:
-    """Do the next step of this kind, or the step of this block, and print the step after it."""
+def do_step(place: str, kind: str, changes: GivenSettings, block: int | None = None) -> None:
+    """Do the next step of this kind, or the step of this block, and print the step after it.
+
+    changes: runtime settings from now on.
+    """
     from lampctl.cli.stop_sources import stopping
     from lampctl.output import tables
     from lampctl.output.progress import listening
@@ -45,7 +52,7 @@ def do_step(place: str, kind: str, block: int | None = None) -> None:
     from pipeline.steps.lamp_plan import steps_of
     from pipeline.steps.order import require_next
 
-    directory, config = reopen(place, is_resuming=True)
+    directory, config = reopen(place, is_resuming=True, runtime=changes)
     steps = steps_of(directory, config)
     if block is not None:
         wanted = Step(kind, block)

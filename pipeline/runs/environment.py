@@ -34,14 +34,15 @@ def settle_environment(run: RunDirectory, config: RunConfig, listener: Listener)
     environment, changes = environment_here(run, config)
     if not changes:
         return
-    lines = "\n".join(f"  {change}" for change in changes)
+    lines = [f"  {change}" for change in changes]
     if not config.allow_environment_change:
         raise ConfigMismatch(
-            f"{run.label} was begun elsewhere, and its result could differ in the last bits here:\n{lines}\n"
-            "resume where it was begun, or allow it: lampctl resume --allow-environment-change (or "
-            "LAMPCTL_ALLOW_ENVIRONMENT_CHANGE=1)"
+            f"{run.label} was begun elsewhere, and its result could differ in the last bits here:",
+            *lines,
+            "go on where it was begun, or allow it: the same command with --allow-environment-change (or "
+            "LAMPCTL_ALLOW_ENVIRONMENT_CHANGE=1)",
         )
-    listener.warn(f"from here on, the run is done elsewhere:\n{lines}")
+    listener.warn("\n".join(("from here on, the run is done elsewhere:", *lines)))
     run.change_environment(environment.model_dump(mode="json"), changes, config.runtime)
     run.event("environment-changed", changes=changes)
 

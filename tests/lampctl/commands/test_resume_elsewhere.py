@@ -77,6 +77,32 @@ def test_allow_other_versions_by_environment_variable(lampctl, begun, monkeypatc
     assert lampctl("resume", "r").code == 0
 
 
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_other_versions_can_be_allowed_by_every_command_that_does_steps(lampctl, begun, words, monkeypatch, how):
+    allowed = ("--allow-environment-change",) if how == "flag" else ()
+    variable = "LAMPCTL_ALLOW_ENVIRONMENT_CHANGE"
+
+    def allowing(*call):
+        with monkeypatch.context() as patch:
+            if how == "variable":
+                patch.setenv(variable, "1")
+            return lampctl(*call, *allowed)
+
+    pretend(monkeypatch, "torch", "99.0")
+    assert lampctl("refine-block", "r").code == 3
+    answer = allowing("refine-block", "r")
+    assert answer.code == 0, answer.err
+    assert lampctl("resume", "r", "--refuse-environment-change").code == 0
+    pretend(monkeypatch, "torch", "99.1")
+    measure = ("evaluate", "r", "--data", f"text:{words}", "--seqlen", "32")
+    refused = lampctl(*measure)
+    assert refused.code == 3
+    assert "the same command with --allow-environment-change" in refused.err
+    answer = allowing(*measure)
+    assert answer.code == 0, answer.err
+    assert "torch is 99.1 here" in answer.err
+
+
 def test_other_device_is_refused_by_name(lampctl, begun, monkeypatch):
     monkeypatch.setattr("stages.machine.device._processor_name", lambda: "Another Processor 9000")
     answer = lampctl("resume", "r")
