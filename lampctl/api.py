@@ -140,7 +140,7 @@ def run(
     prepared = prepare(gather({**settings, "model": str(model)}, file, preset))
     for notice in prepared.notices:
         log.warning("%s", notice)
-    directory, config = start(prepared, run_dir or prepared.default_run_dir)
+    directory, config = start(prepared, run_dir if run_dir is not None else prepared.default_run_dir)
     return Run(directory, config).resume(listener=listener, takeover=takeover)
 
 

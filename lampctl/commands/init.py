@@ -25,5 +25,5 @@ def init(chosen: Chosen, run_dir: RunDir = None) -> None:
     from pipeline.steps.lamp_plan import steps_of
 
     prepared = prepare(chosen.gather())
-    run, config = start(prepared, run_dir or prepared.default_run_dir)
+    run, config = start(prepared, run_dir if run_dir is not None else prepared.default_run_dir)
     tables.begun(run, config, prepared.origins, prepared.notices, steps_of(run, config))

@@ -59,7 +59,7 @@ def run(
         if method in (prepared.config.method, *(other.config.method for other in others)):
             raise ConfigError(f"--baseline {method}: this method runs already; leave it out")
         others.append(prepare(sibling(gathered, method)))
-    place = run_dir or prepared.default_run_dir
+    place = run_dir if run_dir is not None else prepared.default_run_dir
     beside = [
         other.default_run_dir if run_dir is None else _sibling_of(run_dir, other.config.method) for other in others
     ]

@@ -17,13 +17,21 @@ def locate(place: Place) -> Storage:
     """The storage of a folder or of an address such as s3://bucket/prefix; a storage is returned as it is.
 
     Raises:
-        UnsupportedPlace: The address is of another kind, or what it needs is not installed or not configured.
+        UnsupportedPlace: The name is empty, the address is of another kind, or what it needs is not installed or not
+            configured.
     """
     if not isinstance(place, str | Path):
         return place
+    require_named(place)
     if isinstance(place, str) and is_address(place):
         return STORAGES.get(place.partition("://")[0]).at(place)
     return STORAGES.get(LOCAL).at(str(place))
+
+
+def require_named(place: str | Path) -> None:
+    """Raise UnsupportedPlace for an empty name, which would mean the working directory."""
+    if place == "":
+        raise UnsupportedPlace("the name of the run directory is empty: give a folder, or leave it out for the default")
 
 
 def is_address(place: str) -> bool:

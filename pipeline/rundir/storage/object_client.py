@@ -193,7 +193,10 @@ class Objects:
             ) from error
         except exceptions.BaseError as error:
             _require_bucket(error, f"cannot {doing} {shown}")
-            raise BucketError(f"cannot {doing} {shown}: {_reason(error)}. The run is safe: try again") from error
+            raise BucketError(
+                f"cannot {doing} {shown}: {_reason(error)}. The run is safe: check the network, and in the environment "
+                "the endpoint, the region and the credentials; then try again"
+            ) from error
 
 
 def _require_bucket(error: Exception, what: str) -> None:

@@ -54,6 +54,7 @@ BAD = [
     (("--sparsity", "0.5", "--run-dir", "words.txt"), "words.txt is a file", 2),
     (("--sparsity", "0.5", "--run-dir", "words.txt/sub"), "words.txt is a file", 2),
     (("--sparsity", "0.5", "--run-dir", "n" * 300), "File name too long", 2),
+    (("--sparsity", "0.5", "--run-dir", ""), "the name of the run directory is empty", 2),
 ]
 
 
@@ -79,6 +80,49 @@ def test_wrong_input_is_one_line_and_changes_no_file(lampctl, model, flags, mess
     assert "Traceback" not in answer.err
     assert answer.out == ""
     assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("run", "no\nsuch", "--sparsity", "0.5"),
+        ("run", "m", "--sparsity", "0.5", "--method", "la\nmp"),
+        ("run", "m", "--config", "no\nsuch.yaml"),
+        ("run", "m", "--config", "a\nb.yaml"),
+        ("run", "m", "--sparsity", "0.5", "--calibration", "text:no\nsuch.txt"),
+        ("status", "no\nsuch"),
+        ("compare", "no\nsuch"),
+        ("evaluate", "runs/no\nsuch"),
+        ("export", "no\r\x1b[2Jsuch\n"),
+        ("reproduce", "table\n1"),
+        ("sweep", "status", "no\nsuch"),
+    ],
+    ids=lambda call: " ".join(call).replace("\n", "/"),
+)
+def test_a_line_break_in_a_value_does_not_break_the_message(lampctl, call):
+    Path("a\nb.yaml").write_text("x: [1,\ny: 2")
+    answer = lampctl(*call)
+    assert answer.code == 2
+    assert answer.err.startswith("lampctl: ")
+    assert answer.err.count("\n") == 1, answer.err
+    assert "\\n" in answer.err
+    assert "\x1b" not in answer.err
+
+
+def test_messages_of_several_lines_keep_them(lampctl, monkeypatch):
+    monkeypatch.setenv("LAMPCTL_COLOUR", "red")
+    monkeypatch.setenv("LAMPCTL_SIZE", "1")
+    assert len(lampctl("run", "m", "--sparsity", "0.5").err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", ["status", "resume", "verify", "gc", "export", "calibrate"])
+def test_an_empty_run_directory_is_not_the_working_directory(lampctl, model, command):
+    begin(lampctl, model)
+    for path in [*Path("r").iterdir()]:
+        path.rename(path.name)
+    answer = lampctl(command, "")
+    assert answer.code == 2
+    assert "the name of the run directory is empty" in answer.err
 
 
 @pytest.mark.parametrize(
@@ -118,6 +162,26 @@ def test_unreachable_hub_names_the_alternative(lampctl, monkeypatch):
     assert answer.code == 5
     assert "facebook/opt-125m comes from the Hugging Face hub, which is out of reach" in answer.err
     assert "local folder or GGUF" in answer.err
+
+
+@pytest.mark.parametrize("command", ["status", "resume"])
+def test_a_bucket_out_of_reach_names_what_to_check(lampctl, monkeypatch, command):
+    from pipeline.rundir.storage import object_client
+
+    monkeypatch.setattr(object_client, "_NUM_TRIES", 1)
+    monkeypatch.setitem(object_client._RETRIES, "max_retries", 0)
+    for name, value in (
+        ("AWS_ENDPOINT", "http://127.0.0.1:9"),
+        ("AWS_ALLOW_HTTP", "true"),
+        ("AWS_ACCESS_KEY_ID", "x"),
+        ("AWS_SECRET_ACCESS_KEY", "y"),
+    ):
+        monkeypatch.setenv(name, value)
+    answer = lampctl(command, "s3://bucket/run")
+    assert answer.code == 5
+    assert "cannot read s3://bucket/run/run.json" in answer.err
+    assert "check the network" in answer.err
+    assert "credentials" in answer.err
 
 
 def hub_error(kind):

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.paper.tables import TABLES, published, require_columns, settings_of, table_named
+from tests.lampctl.cli.test_errors import hub_error
 from tests.small_models import save
 
 
@@ -55,6 +56,34 @@ def test_dry_run_of_reproduce_needs_no_model(lampctl):
     for name in TABLES:
         data = ("--calibration", "pydocs") if TABLES[name].metric == "iou" else ()
         assert lampctl("reproduce", name, "--dry-run", *data).code == 0, name
+
+
+def test_dry_run_refuses_what_a_run_would_refuse(lampctl, monkeypatch):
+    from huggingface_hub import HfApi
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    def missing(*args, **kwargs):
+        raise hub_error("RepositoryNotFoundError")
+
+    for answers, model, code, says in (
+        (missing, "nosuch", 2, "no such folder, alias or public model"),
+        (unreachable, "mine/opt", 5, "which is out of reach"),
+        (unreachable, "sam-vit-b", 2, "is about language models"),
+    ):
+        monkeypatch.setattr(HfApi, "model_info", answers)
+        refused = lampctl("reproduce", "table1", "--models", f"opt-125m,{model}", "--dry-run")
+        assert refused.code == code, refused.err
+        assert f"{model}" in refused.err
+        assert says in refused.err
+        assert refused.out == ""
+
+
+def test_an_empty_folder_for_the_runs_is_refused(lampctl):
+    answer = lampctl("reproduce", "table1", "--models", "opt-125m", "--dry-run", "--out", "")
+    assert answer.code == 2
+    assert "is empty" in answer.err
 
 
 def test_unreachable_model_of_a_table_is_one_line(lampctl, monkeypatch):
