@@ -39,6 +39,9 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
+# Sizes that a table's row does not name are those of the published model. The memory and time of a run grow with the
+# cube of the widest matrix: one of 8192 channels takes longer than a test may.
+_WIDEST = 512
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,19 @@ class Configuration:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn(parameter.shape))
+            for name, buffer in model.named_buffers():
+                if name.endswith(("e_score_correction_bias", "layer_scalar")):
+                    buffer.add_(0.02 * torch.randn(buffer.shape))
+                elif name.endswith("tid2eid"):  # DeepSeek-V4: the experts of each token of the vocabulary
+                    buffer.copy_(torch.rand(len(buffer), 4).argsort(-1)[:, : buffer.shape[1]])
+        _require_tiny(self.name, model)
         return model.eval()
+
+
+def _require_tiny(name: str, model: torch.nn.Module) -> None:
+    """Raise AssertionError, naming the weight, if a matrix is wider than a run of a few seconds allows."""
+    widest, key = max((max(p.shape[-2:]), key) for key, p in model.named_parameters() if p.ndim >= 2)
+    assert widest <= _WIDEST, f"{name} is not tiny: {key} has a side of {widest}, and {_WIDEST} is the most"
 
 
 def tiny(model_type: str, *, without: str = "", **changes: Any) -> Callable[[], tf.PreTrainedConfig]:

@@ -87,7 +87,8 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     ("dense", "modernbert-decoder", {"without": _NO_GROUPS}),
     ("dense", "trocr", {"without": f"{_ONLY_VOCABULARY}", "d_model": 32, "decoder_layers": 3,
                         "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "max_position_embeddings": 128}),
-    ("dense", "cpmant", {"without": _NO_GROUPS, "dim_head": 8, "dim_ff": 64}),
+    ("dense", "cpmant", {"without": _NO_GROUPS, "dim_head": 8, "dim_ff": 64, "prompt_types": 2, "prompt_length": 2,
+                         "segment_types": 2, "position_bias_num_buckets": 8}),
     ("dense", "xlm", {"without": _ONLY_VOCABULARY, "emb_dim": 32, "n_layers": 3, "n_heads": 4,
                       "max_position_embeddings": 128}),
     ("dense", "xlnet", {"without": _ONLY_VOCABULARY, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 64}),
@@ -166,13 +167,26 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
         ("MoE", name, _ANY_EXPERTS)
         for name in (
             "afmoe", "aria_text", "cohere2_moe", "exaone_moe", "flint", "granitemoe_swa", "hy_v3", "kolibri1", "laguna",
-            "mellum", "minimax_m3_vl_text", "solar_open",
+            "mellum", "solar_open",
         )
     ),
     ("MoE", "axk1", {**_MLA, **_ROUTED}),
-    ("MoE", "deepseek_v4", _ANY_EXPERTS),
+    # Each kind of attention and of router that the family has; compressed entries from the fourth token on.
+    ("MoE", "deepseek_v4", {
+        **_ANY_EXPERTS, "num_key_value_heads": 1, "num_hidden_layers": 4, "q_lora_rank": 16, "o_groups": 2,
+        "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 2, "hc_mult": 2, "sliding_window": 8,
+        "partial_rotary_factor": 0.5, "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"],
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"] * 2,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    }),
     ("MoE", "glm4_moe_lite", {**_MLA, **_ROUTED}),
-    ("MoE", "inkling_text", _ANY_EXPERTS),
+    ("MoE", "inkling_text", {
+        **_ANY_EXPERTS, "num_local_experts": 32, "n_shared_experts": 1, "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 8, "d_rel": 2, "rel_extent": 8,
+        "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"],
+    }),
+    ("MoE", "minimax_m3_vl_text", {**_ANY_EXPERTS, "dense_intermediate_size": 64, "shared_intermediate_size": 16,
+                                   "index_head_dim": 8, "rotary_dim": 8}),
     ("hybrid state", "bailing_hybrid", _ANY_EXPERTS),
     ("hybrid state", "lfm3", {}),
     ("hybrid state", "mamba", {"without": _NO_GROUPS, "state_size": 2, "conv_kernel": 2}),
@@ -205,7 +219,7 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     ("shared KV", "gemma3n_text", {**_SHARED, "laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": 64,
                                    "activation_sparsity_pattern": None}),
     ("shared KV", "gemma4_text", {**_SHARED, "global_head_dim": 16}),
-    ("shared KV", "gemma4_unified_text", _WINDOWS),
+    ("shared KV", "gemma4_unified_text", {**_WINDOWS, "global_head_dim": 16}),
     ("encoder", "bert", {"without": _NO_GROUPS}),
     ("encoder", "roberta", {"without": _NO_GROUPS}),
     ("encoder", "electra", {"without": _NO_GROUPS, "embedding_size": 32}),
@@ -225,7 +239,6 @@ _ENCODER_DECODER = Verdict("refused", "no decoder-only language model", "an enco
 _SHARES = Verdict("refused", "are one weight", "blocks share weights")
 _EXPERTS_IN_ONE = Verdict("not yet", r"only \d+% of the matrix weights", "the experts of a layer are one tensor")
 _OTHER_FORM = Verdict("not yet", "stored in a form that cannot be read", "weights are stored in another form")
-_NOT_ENDED = Verdict("not yet", "", "its blocks run one by one, but a run did not end within five minutes")
 _VERDICTS = {
     "cpmant": Verdict("refused", "a hidden state of an unknown shape", "it puts a prompt before the text"),
     "xlm": Verdict(
@@ -239,8 +252,6 @@ _VERDICTS = {
     "zamba2": _SHARES,
     "bailing_hybrid": _OTHER_FORM,
     "jetmoe": _EXPERTS_IN_ONE,
-    "inkling_text": _NOT_ENDED,
-    "deepseek_v4": _NOT_ENDED,
     "llama4_text": _EXPERTS_IN_ONE,
     "dbrx": _EXPERTS_IN_ONE,
     "olmo_hybrid": _OTHER_FORM,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import warm_python
+from tests.census.configuration import Configuration, tiny
 from tests.census.families import CENSUS, ONE_OF_EACH
 from tests.census.journey import check_export, flags_for
 from tests.killed_runs import BOMB, exported_weights
@@ -59,3 +60,11 @@ def test_every_model_is_pruned_exported_and_resumed_after_a_kill_or_refused_by_n
 def test_the_census_has_each_kind_and_each_name_once():
     assert len(ENTRIES) == len(CENSUS) >= 55
     assert {ENTRIES[name].kind for name in ONE_OF_EACH} == {entry.kind for entry in CENSUS}
+
+
+def test_a_configuration_that_leaves_a_size_at_that_of_the_published_model_is_none():
+    entry = Configuration("wide", "dense", config=tiny("llama", intermediate_size=4096))
+    with pytest.raises(
+        AssertionError, match=r"wide is not tiny: model\.layers\.\d\.mlp\.\w+\.weight has a side of 4096"
+    ):
+        entry.model()
