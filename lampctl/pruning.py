@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from pipeline.runs.prepare import PlannedPruning
     from stages.data.text_source import Bos, TextSource
     from stages.interfaces import Callbacks
-    from stages.lamp import LampBlock, LampSettings
+    from stages.lamp import Budget, LampBlock, LampSettings
     from stages.machine.device import DeviceChoices
     from stages.models.decoder import Decoder
+    from stages.runtime.block_context import StageContext
     from stages.sparsity.outcome import PrunedLayer
     from stages.training.trainer import Training
 
@@ -277,29 +278,17 @@ def _settings(planned: PlannedPruning) -> LampSettings:
     return LampSettings(pruner_of(config), compensation, refinement)
 
 
-def _budget(planned: PlannedPruning, context: Any) -> Any:
+def _budget(planned: PlannedPruning, context: StageContext) -> Budget:
     """The budget of each block, or how it follows from the data."""
-    config = planned.config
-    if config.budget != "outliers":
+    if planned.config.budget != "outliers":
         return planned.budget
-    from pipeline.steps.stage_settings import fixed_sparsities, prunable_layers
-    from stages.allocate import outlier_shares
+    from pipeline.steps.stage_settings import outlier_settings
+    from stages.allocate import allocate_by_outliers
     from stages.in_memory import ListScratch
-    from stages.sparsity.owl import budget_by_outliers
 
-    layers = prunable_layers(context.model, config.ignore, prune_all=config.prune_all)
-    fixed = fixed_sparsities(layers, config.layer_sparsity)
-    names = {layer.name for block in layers for layer in block}
-    spread, alpha, beta = config.budget_spread, config.alpha, config.beta
-    assert spread is not None
-    assert alpha is not None
-    assert beta is not None
-
-    def follow(hidden: Any) -> Any:
-        shares = outlier_shares(context, hidden, names, ListScratch())
-        return budget_by_outliers(layers, shares, spread, config.target_sparsity, alpha, beta, fixed)[0]
-
-    return follow
+    names = {layer.name for block in planned.budget for layer in block.layers}
+    settings = outlier_settings(planned.config, context.model, names)
+    return lambda hidden: allocate_by_outliers(context, hidden, settings, ListScratch()).blocks
 
 
 def _kept(block: LampBlock, target: Any, decoder: Decoder) -> BlockReport:

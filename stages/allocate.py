@@ -7,6 +7,7 @@ the calibration set. One pass of the original model measures the shares; `stages
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,55 @@ from stages.interfaces import Samples, Scratch
 from stages.models.base import BlockModel, LayerInfo
 from stages.runtime.block_context import StageContext
 from stages.runtime.block_runner import Counter
+from stages.sparsity.budget import BlockBudget, LayerShape
+from stages.sparsity.owl import budget_by_outliers
 
 _OUTLYING = 5.0  # times the layer's mean of |w| |x|
+
+
+@dataclass(frozen=True)
+class OutlierSettings:
+    """What a budget by outliers depends on beside the data (`stages.sparsity.owl.budget_by_outliers`)."""
+
+    blocks: Sequence[Sequence[LayerShape]]  # the prunable layers of each block
+    spread: float  # half of the difference between the largest and the smallest sparsity of a block
+    sparsity: float
+    alpha: float
+    beta: float
+    fixed: Mapping[str, float] = field(default_factory=dict)  # sparsity by layer name
+
+
+@dataclass(frozen=True)
+class OutlierBudget:
+    """A budget by outliers, and what it was computed from."""
+
+    blocks: tuple[BlockBudget, ...]
+    shares: tuple[float, ...]  # of outlying weights, of each block
+    spread: float  # that was used
+
+
+def allocate_by_outliers(
+    context: StageContext, hidden: Samples, settings: OutlierSettings, scratch: Scratch
+) -> OutlierBudget:
+    """Give each block its share of the sparsity by its outlying weights. Warns if the spread had to be smaller.
+
+    Args:
+        context: The model and its N samples.
+        hidden: The input of block 0, N samples (T, H).
+        settings: Prunable layers, spread and sparsity.
+        scratch: Space for the hidden states between the blocks.
+
+    Raises:
+        BudgetError: The budget is infeasible even with a spread of 0.
+    """
+    names = {layer.name for block in settings.blocks for layer in block}
+    shares = outlier_shares(context, hidden, names, scratch)
+    budget, spread = budget_by_outliers(
+        *(settings.blocks, shares, settings.spread, settings.sparsity, settings.alpha, settings.beta, settings.fixed)
+    )
+    if spread != settings.spread:
+        context.callbacks.warn(f"the spread of the budget is {spread:g}: no layer can be pruned above 100% or below 0%")
+    return OutlierBudget(budget, tuple(shares), spread)
 
 
 @torch.no_grad()

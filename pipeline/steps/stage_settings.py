@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.quantities import parse_size
@@ -13,7 +13,9 @@ from stages.pruners.registry import PRUNERS
 
 if TYPE_CHECKING:
     from pipeline.steps.run_facts import StoredBlockBudget
+    from stages.allocate import OutlierSettings
     from stages.data.drawing import Drawing
+    from stages.models.base import BlockModel
     from stages.pruners.base import Pruner
     from stages.runtime.memory_planner import Fit
     from stages.sparsity.budget import BlockBudget
@@ -110,6 +112,19 @@ def fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, fl
             raise ConfigError(f"layer_sparsity {pattern}: no prunable layer has such a name")
         fixed.update(dict.fromkeys(names, sparsity))
     return fixed
+
+
+def outlier_settings(config: RunConfig, model: BlockModel, names: Collection[str]) -> OutlierSettings:
+    """The settings of a budget by outliers. names: the layers that may be pruned."""
+    from stages.allocate import OutlierSettings
+
+    assert config.budget_spread is not None
+    assert config.alpha is not None
+    assert config.beta is not None
+    every = prunable_layers(model, config.ignore, prune_all=True)
+    blocks = [[layer for layer in block if layer.name in names] for block in every]
+    fixed = fixed_sparsities(blocks, config.layer_sparsity)
+    return OutlierSettings(blocks, config.budget_spread, config.target_sparsity, config.alpha, config.beta, fixed)
 
 
 def drawing_of(config: RunConfig) -> Drawing:

@@ -64,6 +64,17 @@ def test_pruning_in_memory_gives_the_bits_of_a_run(family, tmp_path, words):
     assert [len(block.layers) for block in report.blocks] == [len(block.layers) for block in run.budget]
 
 
+def test_a_spread_that_does_not_fit_is_a_warning_and_a_message_to_the_callbacks():
+    from stages.in_memory import NullCallbacks
+
+    settings = {"sparsity": 0.9, "method": "sparsegpt", "budget": "outliers", "budget_spread": 0.4}
+    with pytest.warns(UserWarning, match=r"the spread of the budget is 0\.\d+: no layer can be pruned above 100%"):
+        lampctl.prune(build("llama"), TOKENS, **settings)
+    told = NullCallbacks()
+    lampctl.prune(build("llama"), TOKENS, callbacks=told, **settings)
+    assert [message for message in told.warnings if "the spread of the budget is" in message]
+
+
 def test_in_place_the_model_itself_changes_to_the_same_bits():
     model, other = build("llama"), build("llama")
     copied = lampctl.prune(other, TOKENS, **QUICK).model
