@@ -63,7 +63,7 @@ class PruneReport:
 class Pruned(NamedTuple):
     """A pruned model, and how it was made."""
 
-    model: Any
+    model: PreTrainedModel
     report: PruneReport
 
 
@@ -291,7 +291,7 @@ def _budget(planned: PlannedPruning, context: StageContext) -> Budget:
     return lambda hidden: allocate_by_outliers(context, hidden, settings, ListScratch()).blocks
 
 
-def _kept(block: LampBlock, target: Any, decoder: Decoder) -> BlockReport:
+def _kept(block: LampBlock, target: PreTrainedModel, decoder: Decoder) -> BlockReport:
     """Write a finished block into the model, and report it."""
     import torch
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from lampctl.cli.options import with_changes
 from pipeline.config.declarations import GivenSettings
 from pipeline.steps.registry import STEP_KINDS
 from stages.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.engine.plan import Step
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory made by lampctl init or run.")]
 Block = Annotated[
@@ -66,7 +69,7 @@ def do_step(place: str, kind: str, changes: GivenSettings, block: int | None = N
     tables.next_step(directory, config)
 
 
-def _first(steps: Any, todo: Any, kind: str) -> Any:
+def _first(steps: Sequence[Step], todo: Sequence[Step], kind: str) -> Step:
     """The next step of this kind. If none is left: a done one, or one outside the plan, which is then refused."""
     from pipeline.engine.plan import Step
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pipeline.sweeps.sweep import Sweep
     from pipeline.sweeps.trial import TrialState
+    from stages.metrics.base import Metric
 
 _OWN = ("trial", "state", "metric", "data", "which", "value", "is_partial")
 
@@ -192,7 +193,7 @@ def _trials(sweep: Sweep, states: Sequence[TrialState]) -> Section:
     return Section("trials", "Trials", (*parts, *(Paragraph(line) for line in failed)))
 
 
-def _metric(data: Dataset) -> Any:
+def _metric(data: Dataset) -> type[Metric]:
     return metric_of(str(data.column("metric")[0]))
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.run_config import RunConfig
 from stages.pruners.registry import reads_data
+
+if TYPE_CHECKING:
+    import torch
 
 # Share of the best rate of matrix products that passes over blocks reach (docs/performance.md, P1).
 _REACHED = 0.55
@@ -98,7 +101,7 @@ def _stream_bytes(scale: Scale, config: RunConfig) -> int:
     return (config.num_samples or 0) * config.seqlen * scale.hidden * 4
 
 
-def best_rate(device: Any) -> float:
+def best_rate(device: torch.device) -> float:
     """Measure the FLOP per second of a matrix product: fp32 on a processor, bf16 on a GPU."""
     import torch
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.run_config import RunConfig
 from pipeline.errors import DamagedData
@@ -12,6 +12,9 @@ from pipeline.runs.status import AccuracyResult, described, side_by_side, status
 from pipeline.steps.committed import is_exported
 from pipeline.steps.run_facts import facts_of
 from stages.version import VERSION
+
+if TYPE_CHECKING:
+    from stages.export import CardFacts
 
 
 class ModelView:
@@ -36,8 +39,8 @@ class ModelView:
         self._num_commits = len(run.commits)
 
 
-def card_facts(run: RunDirectory, config: RunConfig) -> Any:
-    """What the exported model's card tells (`stages.export.CardFacts`)."""
+def card_facts(run: RunDirectory, config: RunConfig) -> CardFacts:
+    """What the exported model's card says."""
     from stages.export import CardFacts, CardFigure
     from stages.tasks.registry import task_named
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.completion import usual_tasks
 from pipeline.config.declarations import GivenSettings
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stages.data.chat import ChatTemplate
     from stages.data.text_source import Bos
     from stages.interfaces import Checkpoint, Watcher
+    from stages.machine.device import DeviceChoices
     from stages.metrics.base import Measurement
     from stages.metrics.harness_tasks import TaskData
     from stages.metrics.zero_shot import TaskResult
@@ -188,7 +189,7 @@ def _seqlen(request: EvaluationRequest, model: BlockModel) -> int:
 
 
 def _measured(
-    model: BlockModel, request: EvaluationRequest, seqlen: int, choices: Any, showing: Showing
+    model: BlockModel, request: EvaluationRequest, seqlen: int, choices: DeviceChoices, showing: Showing
 ) -> tuple[Measurement, ...]:
     from pipeline.rundir.activation_store import ScratchStreams
     from stages.data.registry import parse_source
@@ -217,7 +218,12 @@ def _measured(
 
 
 def _with_bos(
-    model: BlockModel, source: DataSource, protocol: EvaluationProtocol, bos: str, choices: Any, showing: Showing
+    model: BlockModel,
+    source: DataSource,
+    protocol: EvaluationProtocol,
+    bos: str,
+    choices: DeviceChoices,
+    showing: Showing,
 ) -> EvaluationProtocol:
     """The protocol with BOS where it was asked for, or, by "auto", where the model itself has it best."""
     from pipeline.rundir.activation_store import ScratchStreams

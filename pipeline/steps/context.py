@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.plan import Step
@@ -15,6 +15,7 @@ from pipeline.steps import payloads
 from pipeline.steps.run_facts import environment_of, facts_of
 
 if TYPE_CHECKING:
+    from pipeline.rundir.activation_store import ActivationStream
     from stages.interfaces import Callbacks, Scratch, Stream
     from stages.machine.device import DeviceChoices
     from stages.models.base import BlockModel, ModelFolder
@@ -84,7 +85,7 @@ class StepContext:
         """Shape of one sample's activations."""
         return self.model.hidden_shape(tuple(self.calibration[0].shape))
 
-    def activations(self, attempt: Attempt, name: str) -> Any:
+    def activations(self, attempt: Attempt, name: str) -> ActivationStream:
         """A new activation stream with one sample for each sample of the calibration set."""
         return attempt.stream(name, len(self.calibration), self.hidden_shape, self.choices.torch_dtype)
 

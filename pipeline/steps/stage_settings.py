@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.quantities import parse_size
 from pipeline.config.run_config import RunConfig
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from pipeline.steps.run_facts import StoredBlockBudget
     from stages.allocate import OutlierSettings
     from stages.data.drawing import Drawing
+    from stages.machine.device import DeviceChoices
+    from stages.metrics.harness_tasks import TaskData
     from stages.models.base import BlockModel
     from stages.pruners.base import Pruner
     from stages.runtime.memory_planner import Fit
-    from stages.sparsity.budget import BlockBudget
+    from stages.sparsity.budget import BlockBudget, LayerShape
     from stages.training.trainer import TrainingSettings
 
 
@@ -46,7 +48,7 @@ def block_budget(stored: StoredBlockBudget) -> BlockBudget:
     return BlockBudget(tuple(layers))
 
 
-def fit_memory(model: Any, config: RunConfig, choices: Any, at_once: Sequence[int]) -> Fit:
+def fit_memory(model: BlockModel, config: RunConfig, choices: DeviceChoices, at_once: Sequence[int]) -> Fit:
     """The memory that a run will take, and the choices that keep it within --memory-limit.
 
     at_once: numbers of samples that may share a forward pass, rising. Raises ResourceError where none will do.
@@ -70,11 +72,13 @@ def fit_memory(model: Any, config: RunConfig, choices: Any, at_once: Sequence[in
     )
 
 
-def prunable_layers(model: Any, ignore: Sequence[str], *, prune_all: bool | None = None) -> list[list[Any]]:
-    """The layers of each block that may be pruned (`stages.sparsity.budget.LayerShape`).
+def prunable_layers(
+    model: BlockModel, ignore: Sequence[str], *, prune_all: bool | None = None
+) -> list[list[LayerShape]]:
+    """The layers of each block that may be pruned.
 
     Args:
-        model: A `stages.models.base.BlockModel`.
+        model: The model.
         ignore: Regular expressions of the names of layers that stay dense.
         prune_all: Layers with the role "vital" are among them.
 
@@ -103,7 +107,7 @@ def prunable_layers(model: Any, ignore: Sequence[str], *, prune_all: bool | None
     return blocks
 
 
-def fixed_sparsities(blocks: Sequence[Sequence[Any]], overrides: Mapping[str, float]) -> dict[str, float]:
+def fixed_sparsities(blocks: Sequence[Sequence[LayerShape]], overrides: Mapping[str, float]) -> dict[str, float]:
     """The sparsity of each layer, by name, that has one of its own. Raises ConfigError for a name that no layer has."""
     fixed: dict[str, float] = {}
     for pattern, sparsity in overrides.items():
@@ -143,8 +147,8 @@ def drawing_of(config: RunConfig) -> Drawing:
     )
 
 
-def task_data_of(config: RunConfig) -> Any:
-    """The rows of tasks on this machine (`stages.metrics.harness_tasks.TaskData`), if any. Raises UsageError."""
+def task_data_of(config: RunConfig) -> TaskData | None:
+    """The rows of tasks on this machine, if any. Raises UsageError."""
     from stages.metrics.harness_tasks import TaskData
 
     return TaskData.at(config.task_data) if config.task_data is not None else None

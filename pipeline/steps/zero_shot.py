@@ -80,7 +80,7 @@ class ZeroShotStep(ModelMeasurement[ZeroShotResult]):
             harness_version=result.harness_version,
             is_partial=result.is_partial,
             task_data=what.data,
-            task_data_digest=data.digest(what.task) if data is not None else None,
+            task_data_digest=dict(data.digest(what.task)) if data is not None else None,
         )
 
     @classmethod

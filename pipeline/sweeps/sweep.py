@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import ValidationError
 
@@ -48,6 +48,9 @@ from pipeline.runs.status import status
 from pipeline.sweeps.spec import SweepSpec, name_of, points_of, settings_at
 from pipeline.sweeps.trial import Trial, TrialState
 from stages.errors import StageError
+
+if TYPE_CHECKING:
+    from pipeline.sweeps.search import Search
 
 _MEASURES = (
     *("evaluate", "eval_seqlen", "eval_max_tokens", "eval_points", "eval_max_images"),
@@ -202,7 +205,7 @@ class Sweep:
         named = self.spec.grid.get("method", ())
         return tuple(dict.fromkeys((*named, *(str(p["method"]) for p in self.spec.points if "method" in p))))
 
-    def _search(self) -> Any:
+    def _search(self) -> Search:
         from pipeline.sweeps.search import Search
 
         if self.spec.database is None and is_address(self.place):

@@ -99,7 +99,6 @@ class Fit:
     samples_at_once: int  # in a forward pass without gradients
     spills: bool  # the best weights so far are stored on disk while a block is trained
     peak_bytes: int
-    step: str  # the kind of step with the peak
 
 
 def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str, int]:
@@ -158,10 +157,9 @@ def fit(
     """
     options = [(samples, spills) for spills in (False, True) for samples in reversed(candidates)]
     for samples, spills in options:
-        found = peaks(shapes, work, samples, spills=spills)
-        step = max(found, key=found.__getitem__)
-        if limit_bytes is None or base_bytes + found[step] <= limit_bytes:
-            return Fit(samples, spills, base_bytes + found[step], step)
+        peak = base_bytes + max(peaks(shapes, work, samples, spills=spills).values())
+        if limit_bytes is None or peak <= limit_bytes:
+            return Fit(samples, spills, peak)
     smallest = int(_NOISE * base_bytes) + max(peaks(shapes, work, candidates[0], spills=True).values())
     details = peaks(shapes, work, candidates[0], spills=True)
     assert limit_bytes is not None
