@@ -14,7 +14,7 @@ from pipeline.rundir.run_directory import RunDirectory
 from pipeline.steps.committed import CommittedResult, results_of, stored_budget
 from pipeline.steps.lamp_plan import steps_of
 from pipeline.steps.reporting import BlockReport, BlockTraining, Series
-from pipeline.steps.results import EvaluateResult, LossRecord, ZeroShotResult
+from pipeline.steps.results import EvaluateResult, LossRecord, ZeroShotResult, judged
 from pipeline.steps.run_facts import StoredBlockBudget, facts_of
 from stages.metrics.details import Details
 
@@ -52,14 +52,6 @@ class LayerState:
 
 
 @dataclass(frozen=True)
-class MeanLoss:
-    """Mean losses of a block: over the samples trained on, and over the held-out ones. None: overflowed, or none."""
-
-    trained: float | None
-    held_out: float | None
-
-
-@dataclass(frozen=True)
 class TrainingState:
     """One training of a block.
 
@@ -72,17 +64,15 @@ class TrainingState:
     """
 
     name: str
-    before: MeanLoss
-    after: MeanLoss
-    epochs: tuple[MeanLoss, ...]
+    before: LossRecord
+    after: LossRecord
+    epochs: tuple[LossRecord, ...]
     kept_epoch: int
 
     @property
     def judged(self) -> tuple[float | None, float | None]:
         """Loss before and after, on the held-out samples where there are any."""
-        if self.before.held_out is not None:
-            return self.before.held_out, self.after.held_out
-        return self.before.trained, self.after.trained
+        return judged(self.before, self.after)
 
 
 @dataclass(frozen=True)
@@ -358,12 +348,8 @@ def _training_state(training: BlockTraining) -> TrainingState:
     record = training.record
     return TrainingState(
         name=training.name,
-        before=_mean_loss(record.before),
-        after=_mean_loss(record.after),
-        epochs=tuple(_mean_loss(epoch) for epoch in record.epoch_losses),
+        before=record.before,
+        after=record.after,
+        epochs=record.epoch_losses,
         kept_epoch=record.kept_epoch,
     )
-
-
-def _mean_loss(record: LossRecord) -> MeanLoss:
-    return MeanLoss(record.trained, record.held_out)

@@ -25,9 +25,9 @@ class BlockTraining:
     @property
     def headline(self) -> str:
         """The loss before and after, on the held-out samples where there are any."""
-        before, after = self.record.before, self.record.after
-        held_out = before.held_out is not None
-        first, last = (before.held_out, after.held_out) if held_out else (before.trained, after.trained)
+        from pipeline.steps.results import judged
+
+        first, last = judged(self.record.before, self.record.after)
         if not self.record.kept_epoch:
             return f"loss {_loss(first)} (no epoch improved it; kept the weights from before)"
         return f"loss {_loss(first)} -> {_loss(last)}"

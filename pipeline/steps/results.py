@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.dataclasses import dataclass
 
 from pipeline.rundir.records import Bytes, JsonObject, Result, Sha256
 from pipeline.steps.run_facts import StoredBlockBudget
@@ -38,16 +39,31 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
-class LossRecord(_Part):
-    """Mean losses: over the samples that were trained on, and over the held-out ones (None: there are none)."""
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", ser_json_inf_nan="constants"))
+class LossRecord:
+    """Mean losses of a block: over the samples that were trained on, and over the held-out ones.
+
+    `lampctl status --json` shows it, so it is a dataclass.
+    """
 
     trained: Loss | None  # None: it overflowed
-    held_out: Loss | None
+    held_out: Loss | None  # None: there are none, or it overflowed
 
     @classmethod
     def of(cls, losses: Losses) -> LossRecord:
         """The record of a training's losses."""
         return cls(trained=losses.trained, held_out=losses.held_out)
+
+
+def judged(before: LossRecord, after: LossRecord) -> tuple[float | None, float | None]:
+    """The loss before and after a training: over the held-out samples if there are any, else over the others.
+
+    As `stages.training.trainer.Losses.judged`, for losses that may have overflowed (None): samples are held out if the
+    loss before, which is finite, was measured on them.
+    """
+    if before.held_out is not None:
+        return before.held_out, after.held_out
+    return before.trained, after.trained
 
 
 class TrainingRecord(_Part):

@@ -1,9 +1,11 @@
 """Results of steps, as commits hold them. A forged value is refused when it is read."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
-from pipeline.steps.results import EvaluateResult, ZeroShotResult
+from pipeline.steps.results import EvaluateResult, TrainingRecord, ZeroShotResult, judged
 
 TEXT = {"num_tokens": 64, "num_tokens_available": 640, "num_windows": 2, "seqlen": 32, "bos": "stream"}
 RESULT = {
@@ -91,3 +93,22 @@ def test_an_impossible_accuracy_is_refused(metrics):
     assert ZeroShotResult.model_validate(ACCURACY).metrics["acc"] == 0.5
     with pytest.raises(ValidationError, match=next(iter(metrics))):
         ZeroShotResult.model_validate({**ACCURACY, "metrics": metrics})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ((1.0, 2.0), (0.5, 1.5), (2.0, 1.5)),
+        ((1.0, None), (0.5, None), (1.0, 0.5)),
+        ((1.0, 2.0), (0.5, None), (2.0, None)),  # overflowed on the held-out samples: no other loss stands in for it
+    ],
+)
+def test_held_out_samples_judge_a_training_if_there_are_any(before, after, expected):
+    records = [{"trained": trained, "held_out": held_out} for trained, held_out in (before, after)]
+    fields = {"before": records[0], "after": records[1], "epoch_losses": [], "kept_epoch": 0, "num_steps": 0}
+    record = TrainingRecord.model_validate_json(json.dumps(fields), strict=True)
+    assert judged(record.before, record.after) == expected
+    assert json.loads(record.model_dump_json()) == fields
+    for odd in ({**records[0], "extra": 1.0}, {**records[0], "trained": -1.0}):
+        with pytest.raises(ValidationError):
+            TrainingRecord.model_validate_json(json.dumps({**fields, "before": odd}), strict=True)
