@@ -15,7 +15,7 @@ from lampctl.output.labels import measured_label
 from lampctl.output.units import duration, size
 from pipeline.runs.comparison import ModelSummary
 from pipeline.runs.status import EvaluationResult, MeasuredOn
-from stages.metrics.registry import metric_of
+from stages.metrics.registry import figure_text, metric_of
 from stages.pruners.registry import method_title
 
 Unit = Literal["share", "bytes", "seconds"]
@@ -31,16 +31,14 @@ class Column:
 
     def shown(self, value: float | None) -> str:
         """A value as text."""
-        if value is None:
-            return "-"
-        if math.isinf(value):
-            return "infinite"
         show: dict[str, Callable[[float], str]] = {
             "share": lambda v: f"{100 * v:.4f}%",
             "bytes": size,
             "seconds": duration,
         }
-        return show[self.unit](value) if self.unit in show else f"{value:,.{metric_of(self.unit).digits}f}"
+        if self.unit not in show:
+            return figure_text(self.unit, value)
+        return "-" if value is None else show[self.unit](value)
 
     def shown_delta(self, value: float | None, first: float | None) -> str:
         """Difference from the first row as text; empty if one of them is unknown."""

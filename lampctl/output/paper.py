@@ -65,12 +65,12 @@ def show_plan(table: Table, estimates: Mapping[str, Estimate], device: str, rate
 
 def _number(cell: Cell) -> str:
     if cell.ours is not None:
-        return f"{cell.ours:.2f}"
+        return f"{cell.ours:,.2f}"
     return {"impossible": "x", "failed": "!"}.get(cell.state, "-")
 
 
 def _published(cell: Cell, table: Table) -> str:
-    return "" if table.is_figure else "(-)" if cell.published is None else f"({cell.published:g})"
+    return "" if table.is_figure else "(-)" if cell.published is None else f"({cell.published:,g})"
 
 
 def _console() -> Console:

@@ -28,7 +28,7 @@ from pipeline.runs.status import (
 )
 from pipeline.runs.status import status as status_of
 from pipeline.steps.registry import STEP_KINDS
-from stages.metrics.registry import figure_text, metric_of
+from stages.metrics.registry import metric_of, recorded_text
 from stages.models.loader import loader_of
 from stages.pruners.registry import method_title
 from stages.tasks.registry import task_named
@@ -323,7 +323,7 @@ def _marked(result: EvaluationResult | None) -> str:
 def _value(result: EvaluationResult | None) -> str:
     if result is None:
         return "-"
-    return "infinite" if result.value is None else figure_text(result.metric, result.value)
+    return recorded_text(result.metric, result.value)
 
 
 def _settings_table(config: RunConfig, origins: Mapping[str, str]) -> Table:

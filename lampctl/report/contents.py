@@ -20,7 +20,7 @@ from lampctl.report.page import Paragraph, Part, Picture, Section, Table, Texts,
 from pipeline.rundir.redact import scrub, scrub_values
 from pipeline.runs.continuations import Continuation
 from pipeline.runs.status import EvaluationResult, RunStatus, described, side_by_side
-from stages.metrics.registry import metric_of
+from stages.metrics.registry import metric_of, recorded_text
 from stages.pruners.registry import method_title
 from stages.training.loss import LOSSES
 
@@ -129,9 +129,7 @@ def _tiles(state: RunStatus) -> Tiles:
 
 
 def _value_of(result: EvaluationResult) -> str:
-    if result.value is None:
-        return "infinite"
-    return f"{result.value:,.{metric_of(result.metric).digits}f}"
+    return recorded_text(result.metric, result.value)
 
 
 def _measured(states: Sequence[RunStatus]) -> list[Section]:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from stages.metrics.base import Metric
+
 # Colours of the kinds of steps in the order of their registry, and of the trainings of a block.
 _KINDS = (GREY, "#56b4e9", "#b08a00", ORANGE, GREEN, BLUE, "#cc79a7", PURPLE, RED)
 _TRAININGS = (BLUE, GREEN, PURPLE, RED)
@@ -63,7 +65,7 @@ def _measured_panel(axes: Axes, data: Dataset, series: list[Cell], metric: str, 
     if dense:
         axes.axhline(dense[0], color=INK, linestyle=(0, (4, 3)), linewidth=1.4)
         axes.annotate(
-            f"dense {dense[0]:,.{kind.digits}f}", (0.995, dense[0]), xycoords=("axes fraction", "data"),
+            f"dense {kind.text(dense[0])}", (0.995, dense[0]), xycoords=("axes fraction", "data"),
             xytext=(0, -5), textcoords="offset points", fontsize=10, ha="right", va="top",
         )  # fmt: skip
     ends: list[tuple[float, float]] = []
@@ -79,7 +81,7 @@ def _measured_panel(axes: Axes, data: Dataset, series: list[Cell], metric: str, 
         ends.append((y[-1], x[-1]))
     if not kind.higher_is_better:  # a perplexity may be anything; an IoU lies between 0 and 1
         log_axis(axes, data.numbers("value"))
-        _label_ends(axes, ends)
+        _label_ends(axes, ends, kind)
     axes.margins(x=0.12)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set(title=title, xlabel="sparsity achieved", ylabel=kind.title)
@@ -87,7 +89,7 @@ def _measured_panel(axes: Axes, data: Dataset, series: list[Cell], metric: str, 
         axes.legend(loc="lower left" if kind.higher_is_better else "upper left")
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, float]]) -> None:
+def _label_ends(axes: Axes, ends: list[tuple[float, float]], kind: type[Metric]) -> None:
     """Write the last value of each line beside it, without overlaps."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     gap, free_from = 0.05 * (high - low), -math.inf
@@ -95,7 +97,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float]]) -> None:
         place = max(math.log(value), free_from)
         free_from = place + gap
         axes.annotate(
-            f"{value:,.1f}", (x, math.exp(place)), xytext=(8, 0), textcoords="offset points", va="center", fontsize=10
+            kind.text(value), (x, math.exp(place)), xytext=(8, 0), textcoords="offset points", va="center", fontsize=10
         )
 
 

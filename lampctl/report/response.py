@@ -151,13 +151,13 @@ def _finish(axes: Axes, data: Dataset, across: str | None) -> None:
     if dense is not None and min(values) - span <= dense <= max(values) + span:
         axes.axhline(dense, color=INK, linestyle=(0, (4, 3)), linewidth=1.4)
         axes.annotate(
-            f"dense {dense:,.{kind.digits}f}", (0.995, dense), xycoords=("axes fraction", "data"), xytext=(0, 4),
+            f"dense {kind.text(dense)}", (0.995, dense), xycoords=("axes fraction", "data"), xytext=(0, 4),
             textcoords="offset points", fontsize=10, ha="right", va="bottom",
         )  # fmt: skip
         values.append(dense)
     elif dense is not None:  # so far away that it would leave no room for the response
         axes.annotate(
-            f"dense {dense:,.{kind.digits}f} (not to scale)", (0.995, 0.98), xycoords="axes fraction", fontsize=10,
+            f"dense {kind.text(dense)} (not to scale)", (0.995, 0.98), xycoords="axes fraction", fontsize=10,
             ha="right", va="top",
         )  # fmt: skip
     if not kind.higher_is_better and max(values) > 2 * min(values):

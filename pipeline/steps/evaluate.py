@@ -95,10 +95,10 @@ class Evaluate(ModelMeasurement[EvaluateResult]):
 
     @classmethod
     def headline(cls, result: EvaluateResult) -> str:
-        from stages.metrics.registry import figure_text, metric_of
+        from stages.metrics.registry import metric_of, recorded_text
 
         partial = " (partial)" if result.is_partial else ""
-        shown = "infinite" if result.value is None else figure_text(result.metric, result.value)
+        shown = recorded_text(result.metric, result.value)
         return f"{metric_of(result.metric).title} {shown}{partial}"
 
     @classmethod

@@ -106,10 +106,10 @@ class Metric(ABC):
 
     @classmethod
     def text(cls, value: float | None) -> str:
-        """A value as tables show it; "-" where there is none, "infinite" where it overflowed."""
+        """A value as people see it everywhere; "-" where there is none, "infinite" where it overflowed."""
         if value is None:
             return "-"
-        return f"{value:.{cls.digits}f}" if math.isfinite(value) else "infinite"
+        return f"{value:,.{cls.digits}f}" if math.isfinite(value) else "infinite"
 
     @classmethod
     def require_possible(cls, value: float | None) -> None:

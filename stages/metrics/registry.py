@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from stages.errors import UsageError
@@ -32,5 +33,10 @@ def metric_of(name: str) -> type[Metric]:
 
 
 def figure_text(metric: str, value: float | None) -> str:
-    """A value as tables show it; "-" where there is none, "infinite" where it overflowed."""
+    """A value as people see it everywhere; "-" where there is none, "infinite" where it overflowed."""
     return metric_of(metric).text(value)
+
+
+def recorded_text(metric: str, value: float | None) -> str:
+    """A recorded value, which is None where it overflowed, as people see it everywhere."""
+    return figure_text(metric, math.inf if value is None else value)

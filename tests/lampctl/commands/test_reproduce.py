@@ -110,7 +110,7 @@ def test_reproduce_runs_a_table_on_another_model(lampctl, tmp_path, words):
     assert all(cell["ours"] > 0 and cell["state"] == "done" and cell["published"] is None for cell in cells)
     again = lampctl("reproduce", "table1", *flags, *text)
     assert again.code == 0
-    assert f"{cells[-1]['ours']:.2f}" in again.out
+    assert f"{cells[-1]['ours']:,.2f}" in again.out
     assert "[1/" not in again.err
 
 

@@ -278,7 +278,7 @@ def test_model_card_lists_settings_and_metrics(lampctl, tmp_path):
     answer = lampctl("run", original, "--sparsity", "0.5", *DATA, "--method", "wanda", "--run-dir", "r", "--json")
     card = Path("r/model/README.md").read_text()
     for result in answer.json["evaluations"]:
-        assert f"{result['perplexity']:.2f}" in card
+        assert f"{result['perplexity']:,.2f}" in card
     assert "50.0000%" in card
     assert "- num_samples: 4" in card
 
@@ -299,7 +299,7 @@ def test_metrics_of_other_evaluation_settings_are_measured_again(lampctl, tmp_pa
     card = Path("r/model/README.md").read_text()
     for tokens, figures in ((512, first), (1024, other)):
         dense, pruned = figures["dense"][1], figures["pruned"][1]
-        assert f"| {dense:.2f} | {pruned:.2f} | 64 tokens a window, partial: first {tokens} tokens |" in card
+        assert f"| {dense:,.2f} | {pruned:,.2f} | 64 tokens a window, partial: first {tokens} tokens |" in card
     # A pruned figure without a dense one gets a row of its own.
     more = lampctl(
         *("run", original, "--sparsity", "0.5", *DATA, "--eval-max-tokens", "256", "--run-dir", "r"),

@@ -151,7 +151,7 @@ def test_sweep_report_lists_every_trial(lampctl, given, tmp_path):
     assert pruned == {t["trial"]: t["value"] for t in done.json["trials"]}
     page = (tmp_path / "page" / "index.html").read_text()
     for trial in done.json["trials"]:
-        assert f"{trial['value']:.2f}" in page
+        assert f"{trial['value']:,.2f}" in page
     assert len(list((tmp_path / "page" / "figures").glob("*.png"))) == 1
 
 

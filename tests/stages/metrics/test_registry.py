@@ -1,5 +1,6 @@
 """Every metric passes the conformance kit; a metric of another package is a line of tables like the built-in ones."""
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from lampctl.output.comparison import Column
 from stages.data.registry import parse_source
 from stages.errors import UsageError
 from stages.evaluate import evaluate, metric_for, require_measurable
@@ -15,7 +17,7 @@ from stages.metrics.base import EvaluationProtocol, Measurement, MetricContext
 from stages.metrics.details import Details, OpenDetails
 from stages.metrics.language import TextDetails
 from stages.metrics.perplexity import Perplexity
-from stages.metrics.registry import METRICS, figure_text, metric_of
+from stages.metrics.registry import METRICS, figure_text, metric_of, recorded_text
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from stages.testing.metrics import check_metric
@@ -111,6 +113,14 @@ def test_a_metric_for_another_kind_of_model_is_refused(contexts):
     language = contexts["language"]
     with pytest.raises(UsageError, match="lower --eval-seqlen"):
         require_measurable(language.model, language.source, EvaluationProtocol(10**6))
+
+
+def test_large_values_have_separators_wherever_people_read_them():
+    assert figure_text("perplexity", 12345.678) == recorded_text("perplexity", 12345.678) == "12,345.68"
+    assert Column("x", "x", "perplexity").shown(12345.678) == "12,345.68"
+    assert [figure_text("perplexity", value) for value in (None, math.inf)] == ["-", "infinite"]
+    assert [Column("x", "x", "perplexity").shown(value) for value in (None, math.inf)] == ["-", "infinite"]
+    assert recorded_text("perplexity", None) == "infinite"
 
 
 def test_a_result_of_a_package_that_is_gone_can_still_be_shown():
