@@ -25,7 +25,7 @@ class Scale:
     hidden: int
     block: int  # number of weights of a block
     download_bytes: int  # 0: it is on this machine
-    task: str = "language"
+    task: str  # a name of `stages.tasks.registry.TASKS`
     tokens: int | None = None  # tokens of a sample, if the model fixes them
 
 
@@ -34,7 +34,7 @@ def _sam(num_blocks: int, hidden: int, megabytes: int) -> Scale:
 
 
 def _opt(num_blocks: int, hidden: int, megabytes: int) -> Scale:
-    return Scale(num_blocks, hidden, 12 * hidden**2, megabytes * 1_000_000)
+    return Scale(num_blocks, hidden, 12 * hidden**2, megabytes * 1_000_000, "language")
 
 
 # The models of the paper's tables: an estimate does not need their files.
@@ -43,7 +43,7 @@ KNOWN = {
     "opt-1.3b": _opt(24, 2048, 2_630),
     "opt-2.7b": _opt(32, 2560, 5_300),
     "opt-6.7b": _opt(32, 4096, 13_300),
-    "llama-2-7b": Scale(32, 4096, 4 * 4096**2 + 3 * 4096 * 11_008, 13_480_000_000),
+    "llama-2-7b": Scale(32, 4096, 4 * 4096**2 + 3 * 4096 * 11_008, 13_480_000_000, "language"),
     "sam-vit-b": _sam(12, 768, 375),
     "sam-vit-l": _sam(24, 1024, 1_250),
     "sam-vit-h": _sam(32, 1280, 2_565),

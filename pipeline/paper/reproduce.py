@@ -15,7 +15,7 @@ from pipeline.config.completion import complete
 from pipeline.config.gather import Gathered
 from pipeline.config.run_config import RUNTIME_FIELDS, RunConfig
 from pipeline.errors import ConfigError
-from pipeline.paper.estimates import Estimate, Scale, estimate
+from pipeline.paper.estimates import KNOWN, Estimate, Scale, estimate
 from pipeline.paper.tables import Table, published, settings_of
 from pipeline.rundir.storage.locate import locate, require_named
 from pipeline.runs.status import RunStatus
@@ -23,7 +23,6 @@ from pipeline.sweeps.spec import SweepSpec, name_of, settings_at
 from pipeline.sweeps.sweep import Sweep
 from pipeline.sweeps.trial import TrialState
 from stages.formats.file_digest import local_path
-from stages.metrics.registry import METRICS
 from stages.tasks.registry import task_named
 from stages.training.presets import published as published_settings
 
@@ -72,7 +71,7 @@ def sweep_for(table: Table, model: str, gathered: Gathered, strategies: Sequence
 
 def require_task(table: Table, task: str, model: str) -> None:
     """Raise ConfigError if the table is about models of another task."""
-    wanted = METRICS.get(table.metric).task if table.metric in METRICS else "language"  # zero-shot accuracy
+    wanted = KNOWN[table.models[0]].task
     if task != wanted:
         raise ConfigError(f"{table.name} is about {wanted} models, and {model} is a {task} model")
 

@@ -17,6 +17,7 @@ from pipeline.config.run_config import RUNTIME_FIELDS, RunConfig
 from pipeline.errors import DamagedData
 from pipeline.rundir.records import Bytes, JsonObject, Sha256, first_reason
 from pipeline.rundir.run_directory import RunDirectory
+from stages.tasks.registry import UNNAMED_TASK
 
 if TYPE_CHECKING:
     from stages.machine.device import DeviceChoices
@@ -46,7 +47,7 @@ class ModelRecord(_Part):
     revision: str | None
     files: dict[str, DigestRecord]
     model_type: str
-    task: str = "language"
+    task: str = UNNAMED_TASK
     num_blocks: int = Field(ge=1, le=10_000)
     hidden_size: int = Field(ge=1, le=1_000_000)
     max_positions: int | None = Field(ge=1, le=2**40)

@@ -121,7 +121,7 @@ class Metric(ABC):
 class UnknownMetric(Metric):
     """Stands for a metric whose package is gone, so that its runs can still be shown."""
 
-    title, help, task = "?", "A metric of a package that is not installed.", "language"
+    title, help, task = "?", "A metric of a package that is not installed.", "?"
     digits, higher_is_better = 4, True
 
     def measure(self, context: MetricContext) -> Measurement:

@@ -20,6 +20,9 @@ TASKS: Registry[type[Task]] = Registry(
     },
 )
 
+# The task of records that name none: they are older than the second task.
+UNNAMED_TASK = TASKS.builtin_names[0]
+
 
 def task_named(name: str) -> Task:
     """The task of this name.

@@ -8,7 +8,10 @@ from importlib import resources
 import pytest
 
 from pipeline.errors import ConfigError
+from pipeline.paper.estimates import KNOWN
 from pipeline.paper.tables import TABLES, published, require_columns, settings_of, table_named
+from stages.metrics.registry import METRICS
+from stages.tasks.registry import TASKS
 from tests.lampctl.cli.test_errors import hub_error
 from tests.small_models import save
 
@@ -26,6 +29,14 @@ def test_every_number_of_the_paper_has_a_cell():
     assert {strategy for *_, strategy in left} <= {"dense"}
     with resources.files("pipeline.paper").joinpath("results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(published()) == 887
+
+
+def test_every_model_of_the_paper_has_sizes_and_each_table_is_about_one_task():
+    for table in TABLES.values():
+        (task,) = {KNOWN[model].task for model in table.models}
+        assert task in TASKS
+        if table.metric in METRICS:
+            assert METRICS.get(table.metric).task == task
 
 
 def test_table_columns_become_settings():

@@ -20,6 +20,7 @@ from stages.metrics.perplexity import Perplexity
 from stages.metrics.registry import METRICS, figure_text, metric_of, recorded_text
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
+from stages.tasks.registry import TASKS
 from stages.testing.metrics import check_metric
 from tests import small_encoders
 from tests.blocks import FP32
@@ -125,6 +126,7 @@ def test_large_values_have_separators_wherever_people_read_them():
 
 def test_a_result_of_a_package_that_is_gone_can_still_be_shown():
     assert metric_of("gone").title == "gone"
+    assert metric_of("gone").task not in TASKS
     assert figure_text("gone", 0.25) == "0.2500"
     details = metric_of("gone").details.from_json({"seqlen": 8, "num_cats": 3})
     assert details.described(is_partial=True) == "num_cats 3, seqlen 8, partial"
