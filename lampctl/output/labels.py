@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from stages.data.registry import source_kind
+
 
 def source_label(source: str) -> str:
     """Name of a data source without the path of its file or folder."""
@@ -26,5 +28,17 @@ def measured_label(source: str, protocol: str) -> str:
 
 
 def step_label(name: str) -> str:
-    """Name of a step with local files by their names: their whole paths do not fit a line."""
-    return re.sub(r"([:@])/.*/", r"\1", name)
+    """Name of a step for people.
+
+    Local files stand by their names: their whole paths do not fit a line. Tokens of a window stand only where windows
+    are of text: an encoder of images takes as many for each image.
+    """
+    short = re.sub(r"([:@])/.*/", r"\1", name)
+    measured = re.fullmatch(r"(evaluate/\w+/)(.+)@\d+(?::(\d+))?((?::[^:@]+)?)", short)
+    if measured is None:
+        return short
+    which, source, limit, metric = measured.groups()
+    kind = source_kind(source)
+    if kind is None or kind.contents == "text":
+        return short
+    return which + source + (f" (first {limit})" if limit else "") + metric

@@ -83,7 +83,7 @@ def _measured_panel(axes: Axes, data: Dataset, series: list[Cell], metric: str, 
         log_axis(axes, data.numbers("value"))
         _label_ends(axes, ends, kind)
     axes.margins(x=0.12)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set(title=title, xlabel="sparsity achieved", ylabel=kind.title)
     if ends:
         axes.legend(loc="lower left" if kind.higher_is_better else "upper left")
@@ -171,6 +171,8 @@ def pruning_error_by_layer(data: Dataset) -> bytes:
 
 def sparsity_by_layer(data: Dataset) -> bytes:
     """Two heat maps: sparsity of the budget, and of the exported weights."""
+    from matplotlib.ticker import PercentFormatter
+
     layers = [*(name for name in data.distinct("layer") if name != WHOLE_BLOCK), WHOLE_BLOCK]
     blocks = [int(value) for value in data.distinct("block") if isinstance(value, int)]
     known = [v for name in ("budget", "achieved") for v in data.numbers(name) if not math.isnan(v)]
@@ -201,7 +203,7 @@ def sparsity_by_layer(data: Dataset) -> bytes:
             panels[1].set_xticks(range(len(blocks)), [str(block) for block in blocks])
         assert image is not None
         bar = figure.colorbar(image, ax=list(panels), shrink=0.85, aspect=30, pad=0.015)
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))  # with the digits that tell its ticks apart
         bar.outline.set_visible(False)
 
     return png(draw, height)

@@ -286,6 +286,29 @@ def test_plots_draw_infinite_zero_and_missing_values(state):
     assert all(png.startswith(b"\x89PNG") for png in drawn)
 
 
+def test_no_two_ticks_of_a_picture_have_one_name(monkeypatch):
+    """Also where all sparsities are the same, and the axis is a hundredth long."""
+    from matplotlib.figure import Figure
+
+    def ticks(draw, height):
+        figure = Figure(figsize=(8, height), layout="constrained")
+        draw(figure)
+        figure.draw_without_rendering()
+        bar, first = figure.axes[-1], figure.axes[0]
+        axis = bar.yaxis if bar is not first else first.xaxis
+        return [text.get_text() for text in axis.get_ticklabels()]
+
+    monkeypatch.setattr(plots, "png", ticks)
+    columns = ("block", "layer", "num_weights", "num_budgeted", "num_found", "budget", "achieved")
+    uniform = data.Dataset(columns, tuple((0, name, 10, 7, 7, 0.7, 0.7) for name in ("q", data.WHOLE_BLOCK)))
+    runs = ("model", "metric", "data", "amount", "series", "run", "sparsity", "value")
+    same = data.Dataset(runs, tuple(("m", "perplexity", "d", 640, name, name, 0.7, 9.0) for name in ("LAMP", "Wanda")))
+    for named in (plots.sparsity_by_layer(uniform), plots.measured_by_sparsity(same)):
+        assert len(named) > 2
+        assert len(set(named)) == len(named)
+        assert all(name.endswith("%") for name in named)
+
+
 def test_report_refuses_prompt_with_no_text(lampctl, folder):
     answer = lampctl("report", folder / "lamp", "--out", "out", "--no-text", "--prompt", "Once")
     assert answer.code == 2
