@@ -71,8 +71,10 @@ def pack_model(
         OutOfDisk: The disk is full.
         DiskError: The disk cannot be written.
     """
+    from stages.formats.base import FormatContext
     from stages.models.derived_files import derived_files
 
+    context = FormatContext(callbacks, _RewritableFile, derived_files)
     target = target.absolute()
     if target.resolve().is_relative_to(source.folder.resolve()):
         raise ConfigError(f"--out {target} lies inside the model that is packed: name another place")
@@ -85,7 +87,7 @@ def pack_model(
     filesystem.make_folder(target.parent)
     temporary = filesystem.temporary_folder(target)
     try:
-        model_format.write(source.folder, temporary / target.name, callbacks, _RewritableFile, derived_files)
+        model_format.write(source.folder, temporary / target.name, context)
         filesystem.flush_tree(temporary)
         filesystem.rename(temporary / target.name, target)
         filesystem.flush_folder(target.parent)
@@ -99,15 +101,17 @@ def unpack_model(file: Path, folder: Path, callbacks: Watcher, model_format: typ
     Raises UsageError where the folder holds something, and what `ExportFormat.restore` raises.
     """
     from stages.errors import UsageError
+    from stages.formats.base import FormatContext
     from stages.models.derived_files import derived_files
 
+    context = FormatContext(callbacks, _RewritableFile, derived_files)
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--out {folder} is there already and is not an empty folder: name a new one")
     filesystem.make_folder(folder.parent)
     temporary = filesystem.temporary_folder(folder)
     try:
-        model_format.restore(file, temporary, callbacks, _RewritableFile, derived_files)
+        model_format.restore(file, temporary, context)
         filesystem.flush_tree(temporary)
         filesystem.rename(temporary, folder)
         filesystem.flush_folder(folder.parent)

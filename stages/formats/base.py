@@ -47,6 +47,15 @@ class PackedSizes:
         return {**asdict(self), "ratio": self.ratio}
 
 
+@dataclass(frozen=True)
+class FormatContext:
+    """What writing and restoring a file need beside the two paths."""
+
+    callbacks: Watcher  # asked for stops and informed of progress
+    create: Callable[[Path], Sink]  # opens a new file for writing
+    derived: DerivedFiles = no_derived_files  # the files that follow from others, which need not be stored
+
+
 class ExportFormat(ABC):
     """One form of an exported model.
 
@@ -62,22 +71,13 @@ class ExportFormat(ABC):
     can_restore: ClassVar[bool] = False
 
     @classmethod
-    def write(
-        cls,
-        folder: Path,
-        target: Path,
-        callbacks: Watcher,
-        create: Callable[[Path], Sink],
-        derived: DerivedFiles = no_derived_files,
-    ) -> None:
+    def write(cls, folder: Path, target: Path, context: FormatContext) -> None:
         """Write a model folder as one file. The caller makes it durable and removes it after a failure.
 
         Args:
             folder: The model folder, with pruning masks.
             target: The file, which does not exist.
-            callbacks: Asked for stops and informed of progress.
-            create: Opens a new file for writing.
-            derived: Gives the files that follow from others and need not be stored.
+            context: Progress, and how files are opened.
 
         Raises:
             UsageError: The folder is no pruned model, or this format cannot hold it.
@@ -101,22 +101,13 @@ class ExportFormat(ABC):
         raise NotImplementedError(f"{cls.name} does not restore the model folder")
 
     @classmethod
-    def restore(
-        cls,
-        file: Path,
-        folder: Path,
-        callbacks: Watcher,
-        create: Callable[[Path], Sink],
-        derived: DerivedFiles = no_derived_files,
-    ) -> None:
+    def restore(cls, file: Path, folder: Path, context: FormatContext) -> None:
         """Make the model folder of a file again. The caller makes it durable and removes it after a failure.
 
         Args:
             file: A file that `write` wrote.
             folder: The folder, which is missing or empty.
-            callbacks: Asked for stops and informed of progress.
-            create: Opens a new file for writing.
-            derived: Gives the files that follow from others and were not stored.
+            context: Progress, and how files are opened.
 
         Raises:
             UsageError: The file is of another format, or of a newer version.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.formats.base import DerivedFiles, ExportFormat, no_derived_files
+from stages.formats.base import ExportFormat
 
 if TYPE_CHECKING:
-    from stages.formats.base import PackedSizes
-    from stages.formats.safetensors_io import Sink
-    from stages.interfaces import Watcher
+    from stages.formats.base import FormatContext, PackedSizes
 
 
 class PackedFormat(ExportFormat):
@@ -24,17 +21,10 @@ class PackedFormat(ExportFormat):
     can_restore = True
 
     @classmethod
-    def write(
-        cls,
-        folder: Path,
-        target: Path,
-        callbacks: Watcher,
-        create: Callable[[Path], Sink],
-        derived: DerivedFiles = no_derived_files,
-    ) -> None:
+    def write(cls, folder: Path, target: Path, context: FormatContext) -> None:
         from stages.formats.packed.writer import pack
 
-        pack(folder, target, callbacks, create, derived)
+        pack(folder, target, context)
 
     @classmethod
     def holds(cls, file: Path, folder: Path) -> bool:
@@ -55,17 +45,10 @@ class PackedFormat(ExportFormat):
         open_packed(file).close()
 
     @classmethod
-    def restore(
-        cls,
-        file: Path,
-        folder: Path,
-        callbacks: Watcher,
-        create: Callable[[Path], Sink],
-        derived: DerivedFiles = no_derived_files,
-    ) -> None:
+    def restore(cls, file: Path, folder: Path, context: FormatContext) -> None:
         from stages.formats.packed.reader import unpack
 
-        unpack(file, folder, callbacks, create, derived)
+        unpack(file, folder, context)
 
     @classmethod
     def sizes(cls, file: Path) -> PackedSizes:

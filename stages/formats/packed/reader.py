@@ -11,22 +11,15 @@ import torch
 from torch import Tensor
 
 from stages.errors import DamagedFileError, StageError, UsageError
-from stages.formats.base import DerivedFiles, no_derived_files
+from stages.formats.base import DerivedFiles, FormatContext
 from stages.formats.packed.layer import FLOATS, decode, implied_mask, raw_bytes
 from stages.formats.packed.layout import AGAIN, Contents, PackedFile, PackedLayer, open_packed, read_contents
 from stages.formats.pruning_masks import pack_bits, unpack_bits
-from stages.formats.safetensors_io import Bytes, Entry, Sink, TensorFile, open_new, parse_head
-from stages.interfaces import Watcher
+from stages.formats.safetensors_io import Bytes, Entry, Sink, TensorFile, parse_head
 from stages.quantization.grid import Grid
 
 
-def unpack(
-    packed: Path,
-    target_folder: Path,
-    callbacks: Watcher,
-    create: Callable[[Path], Sink] = open_new,
-    derived: DerivedFiles = no_derived_files,
-) -> None:
+def unpack(packed: Path, target_folder: Path, context: FormatContext) -> None:
     """Make the folder that was packed. One layer is in memory at a time.
 
     The caller makes the files durable, and removes them after a failure.
@@ -34,9 +27,8 @@ def unpack(
     Args:
         packed: The packed file.
         target_folder: The folder, which is missing or empty.
-        callbacks: Asked for stops and informed of progress.
-        create: Opens a new file for writing.
-        derived: Gives the files that follow from others, by the folder as unpacked so far.
+        context: Progress, how files are opened, and the files that follow from others, by the folder as unpacked so
+            far.
 
     Raises:
         UsageError: The folder is not empty; the file is not a packed one, or a newer version wrote it.
@@ -49,24 +41,24 @@ def unpack(
         unpacking = _Unpacking(file, contents)
         # What follows from the other files comes last.
         for number, about in enumerate(sorted(contents.files, key=lambda file: file.is_derived), 1):
-            callbacks.check_stop()
+            context.callbacks.check_stop()
             path = target_folder / _relative(file.path, about)
             path.parent.mkdir(parents=True, exist_ok=True)
             sha256 = hashlib.sha256()
-            with create(path) as sink:
+            with context.create(path) as sink:
 
                 def take(piece: Bytes, sink: Sink = sink, sha256: Any = sha256) -> None:
                     sha256.update(piece)
                     sink.write(piece)
 
                 if about.is_derived:
-                    _derive(file.path, about, derived, target_folder)(take)
+                    _derive(file.path, about, context.derived, target_folder)(take)
                 else:
                     for piece in unpacking.pieces(about):
                         take(piece)
             if sha256.hexdigest() != about.sha256:
                 raise DamagedFileError(f"{packed} is damaged: {about.path} in it is not what was packed. {AGAIN}")
-            callbacks.report(number, len(contents.files), "files")
+            context.callbacks.report(number, len(contents.files), "files")
 
 
 def _derive(

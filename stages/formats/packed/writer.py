@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from stages.errors import ResourceError, UsageError
 from stages.formats import pruning_masks
-from stages.formats.base import DerivedFiles, PackedSizes, Write, no_derived_files
+from stages.formats.base import FormatContext, PackedSizes, Write
 from stages.formats.disk_errors import reading
 from stages.formats.file_digest import FileDigest, digest_file
 from stages.formats.packed.layer import FLOATS, Form, encode
@@ -23,17 +23,10 @@ from stages.formats.packed.layout import (
     packed_sizes,
 )
 from stages.formats.pruning_masks import PrunedWeight, pack_bits, read_mask_file
-from stages.formats.safetensors_io import Bytes, Entry, Sink, TensorFile, TensorWriter, open_new
-from stages.interfaces import Watcher
+from stages.formats.safetensors_io import Bytes, Entry, TensorFile, TensorWriter
 
 
-def pack(
-    model_folder: Path,
-    target: Path,
-    callbacks: Watcher,
-    create: Callable[[Path], Sink] = open_new,
-    derived: DerivedFiles = no_derived_files,
-) -> PackedSizes:
+def pack(model_folder: Path, target: Path, context: FormatContext) -> PackedSizes:
     """Write a model folder as one file, from which `stages.formats.packed.reader.unpack` makes the folder again.
 
     Hidden files (".git") are left out. One layer is in memory at a time. Arguments and errors are those of
@@ -42,18 +35,18 @@ def pack(
     Returns:
         The sizes of the file's parts.
     """
-    packing = _Packing(model_folder, callbacks, derived)
+    packing = _Packing(model_folder, context)
     tensors: list[tuple[str, tuple[int, ...]]] = [(f"{name}:", ()) for name in (*packing.files, CONTENTS)]
     for name in packing.files:
         if name.endswith(".safetensors"):
             with _opened(model_folder / name) as file:
                 tensors += [(f"{name}:{key}", entry.shape) for key, entry in file.entries.items()]
-    with create(target) as sink:
+    with context.create(target) as sink:
         writer = TensorWriter(sink, tensors, {"format": FORMAT, "version": str(VERSION)})
         for number, name in enumerate(packing.files, 1):
-            callbacks.check_stop()
+            context.callbacks.check_stop()
             packing.add(name, writer)
-            callbacks.report(number, len(packing.files), "files")
+            context.callbacks.report(number, len(packing.files), "files")
         contents = packing.contents().model_dump_json().encode()
         writer.add(CONTENTS, "U8", [len(contents)], [contents])
         writer.finish()
@@ -80,11 +73,11 @@ def is_packed_from(contents: Contents, folder: Path) -> bool:
 class _Packing:
     """What is known of a folder while it is packed."""
 
-    def __init__(self, folder: Path, callbacks: Watcher, derived: DerivedFiles) -> None:
-        self._folder, self._callbacks = folder, callbacks
+    def __init__(self, folder: Path, context: FormatContext) -> None:
+        self._folder, self._callbacks = folder, context.callbacks
         self.files = folder_files(folder)
         self._masks_of = _masks_of(folder, [name for name in self.files if is_mask_file(name)])
-        self._derived = derived(folder)
+        self._derived = context.derived(folder)
         self._digests: list[PackedFile] = []
         self._layers: dict[str, PackedLayer] = {}  # by "F:L" of its masks
 

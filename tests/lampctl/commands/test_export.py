@@ -203,8 +203,8 @@ class TextFormat(ExportFormat):
     suffix = ".txt"
 
     @classmethod
-    def write(cls, folder, target, callbacks, create, derived):
-        with create(target) as file:
+    def write(cls, folder, target, context):
+        with context.create(target) as file:
             for path in sorted(folder.iterdir()):
                 file.write(f"{path.name}\n".encode())
 

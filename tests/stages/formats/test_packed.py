@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stages.errors import DamagedFileError, ResourceError, UsageError
+from stages.formats.base import FormatContext
 from stages.formats.packed.layout import open_packed, packed_sizes, read_contents
 from stages.formats.packed.reader import unpack
 from stages.formats.packed.writer import pack
-from stages.formats.safetensors_io import TensorFile
+from stages.formats.safetensors_io import TensorFile, open_new
 from stages.in_memory import NullCallbacks
 from tests.pruned_folders import contents_of, pruned_folder, share, two_of_four
 
+QUIET = FormatContext(NullCallbacks(), open_new)
 MODELS = [
     ("llama", torch.bfloat16),
     ("gpt2", torch.float32),
@@ -40,8 +42,8 @@ KINDS = {
 def packed_again(folder: Path, tmp_path: Path) -> tuple[dict, NullCallbacks]:
     """Packs and unpacks the folder, and compares every byte of every file."""
     callbacks = NullCallbacks()
-    sizes = pack(folder, tmp_path / "small", callbacks)
-    unpack(tmp_path / "small", tmp_path / "back", NullCallbacks())
+    sizes = pack(folder, tmp_path / "small", FormatContext(callbacks, open_new))
+    unpack(tmp_path / "small", tmp_path / "back", QUIET)
     assert contents_of(tmp_path / "back") == contents_of(folder)
     assert sizes.packed_bytes == (tmp_path / "small").stat().st_size
     parts = {name: size for name, size in sizes.record().items() if name.endswith("_bytes")}
@@ -114,7 +116,7 @@ def test_a_mask_that_costs_more_than_it_saves_is_not_stored(tmp_path):
         pruned_folder(tmp_path / name, "llama", torch.float16, share(s)) for name, s in (("b", 0.05), ("a", 0.08))
     )
     for folder, form in ((below, ("zeros", False)), (above, ("stored", True))):
-        pack(folder, tmp_path / f"{folder.name}-small", NullCallbacks())
+        pack(folder, tmp_path / f"{folder.name}-small", QUIET)
         assert {(layer.mask, layer.kept_only) for layer in read_layers(tmp_path / f"{folder.name}-small")} == {form}
     assert packed_sizes(tmp_path / "b-small").masks_bytes == 0
 
@@ -167,8 +169,8 @@ def test_a_weight_beside_its_grid_is_stored_by_its_value_with_a_warning(tmp_path
 
 def test_a_packed_file_is_safetensors_and_the_same_every_time(tmp_path):
     folder = pruned_folder(tmp_path / "m", "llama", torch.bfloat16, bits=4)
-    pack(folder, tmp_path / "one", NullCallbacks())
-    pack(folder, tmp_path / "two", NullCallbacks())
+    pack(folder, tmp_path / "one", QUIET)
+    pack(folder, tmp_path / "two", QUIET)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     embedding = load_file(folder / "model-00004-of-00004.safetensors")["model.embed_tokens.weight"]
     with safe_open(tmp_path / "one", "pt") as file:
@@ -187,14 +189,14 @@ def test_other_files_and_folders_come_back_and_hidden_ones_do_not(tmp_path):
     packed_again(folder, tmp_path)
     (folder / ".git").mkdir()
     (folder / ".git" / "config").touch()
-    pack(folder, tmp_path / "small2", NullCallbacks())
-    unpack(tmp_path / "small2", tmp_path / "back2", NullCallbacks())
+    pack(folder, tmp_path / "small2", QUIET)
+    unpack(tmp_path / "small2", tmp_path / "back2", QUIET)
     assert contents_of(tmp_path / "back2") == contents_of(tmp_path / "back")
 
 
 @pytest.fixture
 def small(tmp_path):
-    pack(pruned_folder(tmp_path / "m", "llama", torch.float16, bits=4), tmp_path / "small", NullCallbacks())
+    pack(pruned_folder(tmp_path / "m", "llama", torch.float16, bits=4), tmp_path / "small", QUIET)
     return tmp_path / "small"
 
 
@@ -218,7 +220,7 @@ def test_one_flipped_bit_is_noticed(entry, small, tmp_path):
     data[place] ^= 0x40
     small.write_bytes(data)
     with pytest.raises(DamagedFileError, match=r"small .*pack the model again"):
-        unpack(small, tmp_path / "back", NullCallbacks())
+        unpack(small, tmp_path / "back", QUIET)
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.9, 0.999])
@@ -226,7 +228,7 @@ def test_a_file_cut_short_is_damaged(keep, small, tmp_path):
     data = small.read_bytes()
     small.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(DamagedFileError, match="is damaged"):
-        unpack(small, tmp_path / "back", NullCallbacks())
+        unpack(small, tmp_path / "back", QUIET)
     assert not (tmp_path / "back").exists()
 
 
@@ -234,15 +236,15 @@ def test_what_is_no_packed_file_or_a_newer_one_is_refused(small, tmp_path):
     for name, contents in (("text", b"hello, world" * 9), ("short", b"x"), ("none", b"")):
         (tmp_path / name).write_bytes(contents)
         with pytest.raises(UsageError, match="is no packed model"):
-            unpack(tmp_path / name, tmp_path / "back", NullCallbacks())
+            unpack(tmp_path / name, tmp_path / "back", QUIET)
     with pytest.raises(UsageError, match="is no packed model"):
-        unpack(tmp_path / "m" / "model-00001-of-00004.safetensors", tmp_path / "back", NullCallbacks())
+        unpack(tmp_path / "m" / "model-00001-of-00004.safetensors", tmp_path / "back", QUIET)
     with pytest.raises(UsageError, match="no such file"):
-        unpack(tmp_path / "gone", tmp_path / "back", NullCallbacks())
+        unpack(tmp_path / "gone", tmp_path / "back", QUIET)
     data = small.read_bytes()
     small.write_bytes(data.replace(b'"version":"1"', b'"version":"2"', 1))
     with pytest.raises(UsageError, match=r"newer lampctl .format 2"):
-        unpack(small, tmp_path / "back", NullCallbacks())
+        unpack(small, tmp_path / "back", QUIET)
 
 
 def test_a_filled_target_is_left_alone(small, tmp_path):
@@ -251,10 +253,10 @@ def test_a_filled_target_is_left_alone(small, tmp_path):
     (tmp_path / "file").touch()
     for target in ("full", "file"):
         with pytest.raises(UsageError, match="name a new one"):
-            unpack(small, tmp_path / target, NullCallbacks())
+            unpack(small, tmp_path / target, QUIET)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine"]
     (tmp_path / "hollow").mkdir()
-    unpack(small, tmp_path / "hollow", NullCallbacks())
+    unpack(small, tmp_path / "hollow", QUIET)
     assert (tmp_path / "hollow" / "config.json").exists()
 
 
@@ -270,27 +272,27 @@ def test_a_forged_path_does_not_lead_out_of_the_folder(path, tmp_path):
     (tmp_path / "forged").write_bytes(struct.pack("<Q", len(header)) + header + contents)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(DamagedFileError, match="not safe to unpack"):
-        unpack(tmp_path / "forged", tmp_path / "back", NullCallbacks())
+        unpack(tmp_path / "forged", tmp_path / "back", QUIET)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_folder_that_cannot_be_packed_says_why(tmp_path):
     folder = pruned_folder(tmp_path / "m")
     with pytest.raises(FileExistsError):
-        pack(folder, folder / "config.json", NullCallbacks())
+        pack(folder, folder / "config.json", QUIET)
     shard = (folder / "model-00003-of-00004.safetensors").read_bytes()
     (folder / "model-00003-of-00004.safetensors").write_bytes(shard[:-4])
     with pytest.raises(ResourceError, match=r"model-00003-of-00004.safetensors cannot be read"):
-        pack(folder, tmp_path / "s1", NullCallbacks())
+        pack(folder, tmp_path / "s1", QUIET)
     (folder / "model-00003-of-00004.safetensors").unlink()
     with pytest.raises(UsageError, match=r"a mask for model.layers.2.* no such weight"):
-        pack(folder, tmp_path / "s2", NullCallbacks())
+        pack(folder, tmp_path / "s2", QUIET)
     for path in (folder / "masks").iterdir():
         path.unlink()
     with pytest.raises(UsageError, match="has no masks/"):
-        pack(folder, tmp_path / "s3", NullCallbacks())
+        pack(folder, tmp_path / "s3", QUIET)
     with pytest.raises(UsageError, match=r"no config.json"):
-        pack(folder / "masks", tmp_path / "s4", NullCallbacks())
+        pack(folder / "masks", tmp_path / "s4", QUIET)
 
 
 def test_masks_of_another_model_are_refused(tmp_path):
@@ -299,7 +301,7 @@ def test_masks_of_another_model_are_refused(tmp_path):
         (other / "masks" / "block-00000.safetensors").read_bytes()
     )
     with pytest.raises(UsageError, match=r"its mask \(16, 32\).*not of this model"):
-        pack(folder, tmp_path / "small", NullCallbacks())
+        pack(folder, tmp_path / "small", QUIET)
 
 
 def test_progress_is_told_and_a_stop_is_heard(small, tmp_path):
@@ -321,7 +323,7 @@ def test_progress_is_told_and_a_stop_is_heard(small, tmp_path):
     num_files = len(contents_of(tmp_path / "m"))
     for name, work, source in (("packed", pack, tmp_path / "m"), ("unpacked", unpack, small)):
         whole = Callbacks(None)
-        work(source, tmp_path / name, whole)
+        work(source, tmp_path / name, FormatContext(whole, open_new))
         assert whole.seen == [(i + 1, num_files) for i in range(num_files)]
         with pytest.raises(Stop):
-            work(source, tmp_path / f"part-{name}", Callbacks(2))
+            work(source, tmp_path / f"part-{name}", FormatContext(Callbacks(2), open_new))

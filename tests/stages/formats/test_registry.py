@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.errors import UsageError
-from stages.formats.base import ExportFormat
+from stages.formats.base import ExportFormat, FormatContext
 from stages.formats.registry import EXPORT_FORMATS, file_formats, format_help, format_of, restoring_formats
 from stages.formats.safetensors_io import open_new
 from stages.in_memory import NullCallbacks
@@ -30,7 +30,7 @@ def test_every_format_describes_itself(name):
 def test_a_file_format_holds_exactly_its_folder(tmp_path, name):
     entry, folder = EXPORT_FORMATS.get(name), pruned_folder(tmp_path / "m", "llama", torch.float32)
     file = tmp_path / f"m{entry.suffix}"
-    entry.write(folder, file, NullCallbacks(), open_new)
+    entry.write(folder, file, FormatContext(NullCallbacks(), open_new))
     assert entry.holds(file, folder)
     sizes = entry.sizes(file)
     assert sizes is None or sizes.packed_bytes == file.stat().st_size
@@ -49,7 +49,7 @@ class Archive(ExportFormat):
     can_restore = True
 
     @classmethod
-    def write(cls, folder, target, callbacks, create, derived=None):
+    def write(cls, folder, target, context):
         shutil.make_archive(str(target.with_suffix("")), "zip", folder)
 
     @classmethod
@@ -58,7 +58,7 @@ class Archive(ExportFormat):
             raise UsageError(f"{file} is no archive")
 
     @classmethod
-    def restore(cls, file, folder, callbacks, create, derived=None):
+    def restore(cls, file, folder, context):
         shutil.unpack_archive(file, folder)
 
 
@@ -73,10 +73,10 @@ def archive():
 def test_a_format_that_restores_is_found_and_gives_every_file_back(archive, tmp_path, name):
     entry, folder = EXPORT_FORMATS.get(name), pruned_folder(tmp_path / "m", "llama", torch.float32)
     file = tmp_path / f"m{entry.suffix}"
-    entry.write(folder, file, NullCallbacks(), open_new)
+    entry.write(folder, file, FormatContext(NullCallbacks(), open_new))
     assert format_of(file) is entry
     (tmp_path / "back").mkdir()
-    entry.restore(file, tmp_path / "back", NullCallbacks(), open_new)
+    entry.restore(file, tmp_path / "back", FormatContext(NullCallbacks(), open_new))
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert names == sorted(
         str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*") if path.is_file()
