@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages.data.row_file import RowFile
-from stages.data.table import JsonRows, Table
-from stages.data.text_source import Use
+from stages.data.table import JsonRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +15,4 @@ class JsonLinesFile(RowFile):
     kind = "jsonl"
     title = "JSON lines"
     help = "A file with one JSON object a line: ?column= names its text or conversations; also .gz, .bz2, .xz, .zst."
-
-    def table(self, use: Use) -> Table:
-        return JsonRows.read(self.file, self.name)
+    rows = JsonRows

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages.data.row_file import RowFile
-from stages.data.table import ParquetRows, Table
-from stages.data.text_source import Use
+from stages.data.table import ParquetRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +15,4 @@ class ParquetFile(RowFile):
     kind = "parquet"
     title = "Parquet"
     help = "A Parquet file: ?column= names its text or conversations."
-
-    def table(self, use: Use) -> Table:
-        return ParquetRows.read(self.file, self.name)
+    rows = ParquetRows

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from stages.data.query import split_query, with_query
 from stages.data.row_text import RowText
-from stages.data.text_source import local_file
+from stages.data.table import ReadableTable, Table
+from stages.data.text_source import Use, local_file
 from stages.formats.file_digest import digest_file, local_path
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ class RowFile(RowText):
     path = "required"
     path_metavar = "FILE"
 
+    rows: ClassVar[type[ReadableTable]]  # how a file of this kind is read
+
     file: Path
 
     @classmethod
@@ -32,6 +35,9 @@ class RowFile(RowText):
         file = local_file(cls.kind, path)
         column = options.get("column")
         return cls(with_query(f"{cls.kind}:{file}", {"column": column}), column, file=file)
+
+    def table(self, use: Use) -> Table:
+        return self.rows.read(self.file, self.name)
 
     @property
     def is_local(self) -> bool:

@@ -31,6 +31,15 @@ class Table(Protocol):
         ...
 
 
+class ReadableTable(Table, Protocol):
+    """A table that is read from a file."""
+
+    @classmethod
+    def read(cls, path: Path, name: str) -> Table:
+        """The rows of a file. name: what messages call it. Raises UsageError if it cannot be read."""
+        ...
+
+
 @dataclass(frozen=True)
 class JsonRows:
     """One JSON object a line."""
