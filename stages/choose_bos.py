@@ -9,7 +9,7 @@ from typing import Any
 from stages.data.bos import Framing, adds_bos
 from stages.data.text_source import Bos, TextSource, Use
 from stages.data.tokenization import first_tokens, require_vocabulary
-from stages.interfaces import Callbacks, Checkpoint
+from stages.in_memory import WithoutCheckpoints
 from stages.metrics.base import MetricContext
 from stages.metrics.language import windows
 from stages.metrics.perplexity import PerplexityScore, perplexity
@@ -61,31 +61,9 @@ def choose_bos(context: MetricContext, tokenizer: Any, use: Use) -> BosChoice:
     text = first_tokens(framing.tokenizer, source.text(use), needed)[:needed]
     require_vocabulary(text, context.model.vocab_size, context.model.source.name)
     plain = windows(text, framing.text_tokens(seqlen))
-    context = replace(context, callbacks=_Brief(context.callbacks))
+    context = replace(context, callbacks=WithoutCheckpoints(context.callbacks))
     without, with_bos = (
         perplexity(window_values(context, tokens, PerplexityScore())) for tokens in (plain, framing.framed(plain))
     )
     is_better = with_bos < (1 - _CLEAR_SHARE) * without and math.isfinite(with_bos)
     return BosChoice("window" if is_better else "stream", without, with_bos)
-
-
-class _Brief:
-    """`Callbacks` of a part of a step that is too short for checkpoints of its own."""
-
-    def __init__(self, callbacks: Callbacks) -> None:
-        self._callbacks = callbacks
-
-    def report(self, done: int, total: int, unit: str, **metrics: float) -> None:
-        self._callbacks.report(done, total, unit, **metrics)
-
-    def check_stop(self) -> None:
-        self._callbacks.check_stop()
-
-    def warn(self, message: str) -> None:
-        self._callbacks.warn(message)
-
-    def restore(self) -> Checkpoint | None:
-        return None
-
-    def checkpoint(self, make: Any) -> None:
-        self._callbacks.check_stop()

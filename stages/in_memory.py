@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.interfaces import Checkpoint
+from stages.interfaces import Checkpoint, Watcher
 
 
 class ListStream:
@@ -38,6 +38,29 @@ class ListScratch:
 
     def stream(self, name: str, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> ListStream:
         return ListStream(num_samples, sample_shape, dtype)
+
+
+class WithoutCheckpoints:
+    """`Callbacks` of work that keeps no checkpoint: stopped, it begins at the beginning. A watcher gets the rest."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def report(self, done: int, total: int, unit: str, **metrics: float) -> None:
+        self._watcher.report(done, total, unit, **metrics)
+
+    def restore(self) -> Checkpoint | None:
+        """Return None: there is no checkpoint."""
+        return None
+
+    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        self._watcher.check_stop()
+
+    def check_stop(self) -> None:
+        self._watcher.check_stop()
+
+    def warn(self, message: str) -> None:
+        self._watcher.warn(message)
 
 
 class NullCallbacks:

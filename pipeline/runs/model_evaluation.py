@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stages.data.base import DataSource
     from stages.data.chat import ChatTemplate
     from stages.data.text_source import Bos
-    from stages.interfaces import Checkpoint, Watcher
+    from stages.interfaces import Watcher
     from stages.machine.device import DeviceChoices
     from stages.metrics.base import Measurement
     from stages.metrics.harness_tasks import TaskData
@@ -194,6 +194,7 @@ def _measured(
     from pipeline.rundir.activation_store import ScratchStreams
     from stages.data.registry import parse_source
     from stages.evaluate import evaluate, require_measurable
+    from stages.in_memory import WithoutCheckpoints
     from stages.metrics.base import MetricContext
 
     decided = "stream" if request.bos == "auto" else request.bos
@@ -211,7 +212,7 @@ def _measured(
             tempfile.TemporaryDirectory(prefix="lampctl-") as place,
             showing(f"measuring on {source.name.partition(':')[0]}") as watcher,
         ):
-            scratch, callbacks = ScratchStreams(Path(place)), _Unkept(watcher)
+            scratch, callbacks = ScratchStreams(Path(place)), WithoutCheckpoints(watcher)
             context = MetricContext(model, model, source, protocol, scratch, choices, callbacks)
             found.append(evaluate(context, metric))
     return tuple(found)
@@ -229,6 +230,7 @@ def _with_bos(
     from pipeline.rundir.activation_store import ScratchStreams
     from stages.choose_bos import choose_bos
     from stages.data.tokenization import load_tokenizer
+    from stages.in_memory import WithoutCheckpoints
     from stages.metrics.base import MetricContext
     from stages.tasks.registry import task_named
 
@@ -236,7 +238,8 @@ def _with_bos(
         return protocol
     tokenizer = load_tokenizer(model.source.path, trusts_code=model.source.trusts_code)
     with tempfile.TemporaryDirectory(prefix="lampctl-") as place, showing("choosing where BOS stands") as watcher:
-        context = MetricContext(model, model, source, protocol, ScratchStreams(Path(place)), choices, _Unkept(watcher))
+        scratch, callbacks = ScratchStreams(Path(place)), WithoutCheckpoints(watcher)
+        context = MetricContext(model, model, source, protocol, scratch, choices, callbacks)
         choice = choose_bos(context, tokenizer, "evaluation")
         if choice.sentence is not None:
             watcher.warn(f"--bos auto: {choice.sentence}")
@@ -253,25 +256,3 @@ def _accuracies(
         with showing(task) as watcher:
             found.append(model.measure(task, data, request.task_limit, watcher))
     return tuple(found)
-
-
-class _Unkept:
-    """`stages.interfaces.Callbacks` of work that keeps nothing: stopped, it begins at the beginning."""
-
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
-
-    def report(self, done: int, total: int, unit: str, **figures: float) -> None:
-        self._watcher.report(done, total, unit, **figures)
-
-    def check_stop(self) -> None:
-        self._watcher.check_stop()
-
-    def warn(self, message: str) -> None:
-        self._watcher.warn(message)
-
-    def restore(self) -> Checkpoint | None:
-        return None
-
-    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
-        self._watcher.check_stop()
