@@ -70,7 +70,8 @@ def pruned_weights(model: BlockModel, block_index: int, outcome: PruneOutcome) -
     for name, layer in layers.items():
         part = parts[f"{infos[name].path}.weight"]
         is_transposed = part.transposed or infos[name].transposed
-        weights[name] = PrunedWeight(part.key, is_transposed, layer.mask, layer.grid, part.expert, part.rows)
+        place = (part.expert, part.rows, part.cols)
+        weights[name] = PrunedWeight(part.key, is_transposed, layer.mask, layer.grid, *place)
     return weights
 
 

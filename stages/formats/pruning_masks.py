@@ -40,15 +40,16 @@ class PrunedWeight:
     grid: Grid | None
     expert: int | None = None  # the files hold one tensor for all experts of a block: which one this is
     rows: tuple[int, int, int] | None = None  # start, stop, step: the layer's rows, where others lie beside them
+    cols: tuple[int, int, int] | None = None  # the same of its columns
 
     def matrix_of(self, stored: Tensor) -> Tensor:
         """The layer's weights (R, C), as a view of the tensor that the files hold."""
-        return TensorPart(self.key, None, self.expert, self.transposed, self.rows).of(stored)
+        return TensorPart(self.key, None, self.expert, self.transposed, self.rows, self.cols).of(stored)
 
     @property
     def is_whole(self) -> bool:
         """Whether the layer's weights are a tensor of their own in the files."""
-        return self.expert is None and self.rows is None
+        return self.expert is None and self.rows is None and self.cols is None
 
 
 def mask_file(layers: Mapping[str, PrunedWeight]) -> bytes:
@@ -61,6 +62,8 @@ def mask_file(layers: Mapping[str, PrunedWeight]) -> bytes:
         described[name] = {"key": layer.key, "rows": rows, "cols": cols, "transposed": layer.transposed}
         if not layer.is_whole:
             described[name] |= {"expert": layer.expert, "part": layer.rows}
+        if layer.cols is not None:
+            described[name]["part_of_cols"] = layer.cols
         if layer.grid is not None:
             tensors[f"{name}.scale"] = layer.grid.scale.cpu().contiguous()
             tensors[f"{name}.zero"] = layer.grid.zero.to("cpu", torch.uint8).contiguous()
@@ -94,16 +97,15 @@ def _read(path: Path, only: str | None) -> dict[str, PrunedWeight]:
             scale, zero = (load_tensor(path, entries[f"{name}.{part}"]) for part in ("scale", "zero"))
             grid = Grid(scale, zero.float(), about["bits"], about["group_size"])
         mask = unpack_bits(load_tensor(path, entries[f"{name}.mask"]), about["cols"])
-        rows = about.get("part")
-        place = (about.get("expert"), tuple(rows) if rows is not None else None)
-        layers[name] = PrunedWeight(about["key"], about["transposed"], mask, grid, *place)
+        rows, cols = (tuple(place) if place else None for place in (about.get("part"), about.get("part_of_cols")))
+        layers[name] = PrunedWeight(about["key"], about["transposed"], mask, grid, about.get("expert"), rows, cols)
     return layers
 
 
 def weight_keys(path: Path) -> dict[str, str]:
     """Which weight of the model's files each layer of one file is, by the layer's name. Raises ValueError.
 
-    Layers that share a tensor with others (experts in one 3-D tensor) are left out.
+    Layers that share a tensor with others (experts in one tensor) are left out.
     """
     with reading(path), TensorFile(path) as file:
         described = _described(path, file.metadata)

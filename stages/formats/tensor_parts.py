@@ -1,7 +1,7 @@
 """Entries of a block's state as parts of larger tensors in a model's files.
 
-Most entries are a tensor of their own. The matrices of experts may be stored in one 3-D tensor for all experts of a
-block, gate and up together, transposed or not.
+Most entries are a tensor of their own. The matrices of experts may be stored in one tensor for all experts of a block,
+gate and up together, transposed or not.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ class TensorPart:
     expert: int | None = None  # index into the first dimension
     transposed: bool = False  # the files have (cols, rows)
     rows: tuple[int, int, int] | None = None  # start, stop, step among the rows; None: all
+    cols: tuple[int, int, int] | None = None  # the same among the columns
 
     def of(self, stored: Tensor) -> Tensor:
         """A view of this part of the stored tensor, rows first."""
         part = stored if self.expert is None else stored[self.expert]
         part = part.mT if self.transposed else part
-        return part if self.rows is None else part[slice(*self.rows)]
+        part = part if self.rows is None else part[slice(*self.rows)]
+        return part if self.cols is None else part[:, slice(*self.cols)]
 
 
 def gather(parts: Mapping[str, TensorPart], load: Callable[[str], Tensor]) -> dict[str, Tensor]:

@@ -58,8 +58,16 @@ def require_reachable(block: nn.Module, layers: tuple[LayerInfo, ...], block_ind
     total = sum(matrices.values())
     if total == 0 or total - sum(others.values()) < _SMALLEST_SHARE * total:
         share = 1 - sum(others.values()) / total if total else 0.0
-        largest = max(others, key=others.__getitem__) if others else "none"
+        largest = max(others, key=others.__getitem__) if others else None
         raise UsageError(
             f"{model}: only {share:.0%} of the matrix weights of block {block_index} lie in linear layers (the "
-            f"largest that does not: {largest}); such models cannot be pruned"
+            f"largest that does not: {_described(block, largest)}); such models cannot be pruned"
         )
+
+
+def _described(block: nn.Module, key: str | None) -> str:
+    """A weight by its name, shape and the class that holds it: "experts.weight, (8, 64, 32) in a ParallelExperts"."""
+    if key is None:
+        return "none"
+    owner = type(block.get_submodule(key.rpartition(".")[0])).__name__
+    return f"{key}, {tuple(block.get_parameter(key).shape)} in a {owner}"

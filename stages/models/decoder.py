@@ -26,7 +26,7 @@ from stages.models.block_layers import prunable_layers, require_reachable
 from stages.models.companion_files import companion_files, exported_config
 from stages.models.decoder_ends import DecoderEnds, put_recorders
 from stages.models.expert_names import place_experts
-from stages.models.experts import separate_experts
+from stages.models.expert_separation import separate_experts
 from stages.models.layer_roles import VITAL
 from stages.models.meta_init import require_materialised, require_plain
 from stages.models.probe import probed

@@ -1,8 +1,8 @@
 """Where the matrices of experts lie in a model's files.
 
 Most checkpoints hold each expert's matrices as tensors of their own, under the names of the family's first
-implementation (`block_sparse_moe.experts.3.w1.weight`). Others hold those of all experts of a block in one 3-D tensor,
-as transformers does in memory. Which name means what is read from transformers' own table of conversions.
+implementation (`block_sparse_moe.experts.3.w1.weight`). Others hold those of all experts of a block in one tensor, as
+transformers does in memory. Which name means what is read from transformers' own table of conversions.
 
 E: experts.    I: width of an expert.    H: hidden size.
 """
@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from stages.formats.tensor_parts import TensorPart
-from stages.models.experts import ExpertShape
+from stages.models.expert_separation import ExpertParameter, ExpertShape
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -34,21 +34,17 @@ class _Held:
     """One parameter of transformers' module, which holds the matrices or biases of all experts."""
 
     shape: ExpertShape
-    name: str  # "gate_up_proj", "up_proj", "down_proj"; a bias ends with "_bias"
-
-    @property
-    def is_bias(self) -> bool:
-        return self.name.endswith("_bias")
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The layers of an expert that it holds, in their order."""
-        plain = self.name.removesuffix("_bias")
-        return ("gate_proj", "up_proj") if plain == "gate_up_proj" else (plain,)
+    parameter: ExpertParameter
 
     def entry(self, number: int, layer: str) -> str:
         """The name of one expert's matrix or bias in the model's state."""
-        return f"{self.shape.path}.{number}.{layer}.{'bias' if self.is_bias else 'weight'}"
+        return f"{self.shape.path}.{number}.{layer}.{'bias' if self.parameter.is_bias else 'weight'}"
+
+    def members(self) -> Iterator[tuple[int, str]]:
+        """Each expert and layer whose rows it holds."""
+        for number in range(self.shape.num_experts):
+            for layer in self.parameter.layers:
+                yield number, layer
 
 
 def place_experts(
@@ -69,8 +65,8 @@ def place_experts(
         prefix: Of the base model, which names in the files may lack or have in addition.
         shape_of: The shape of a stored tensor.
     """
-    held = {f"{held.shape.path}.{held.name}": held for shape in shapes for held in _held_by(shape)}
-    own = {held.entry(number, layer): None for held in held.values() for number, layer in _members(held)}
+    held = {f"{shape.path}.{part.name}": _Held(shape, part) for shape in shapes for part in shape.parameters}
+    own = {held.entry(number, layer): None for held in held.values() for number, layer in held.members()}
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     found: dict[str, TensorPart] = {}
@@ -100,19 +96,6 @@ class _Converted:
     operations: tuple[Any, ...] = ()
 
 
-def _held_by(shape: ExpertShape) -> Iterator[_Held]:
-    for name in ("gate_up_proj" if shape.is_gated else "up_proj", "down_proj"):
-        yield _Held(shape, name)
-        if shape.has_bias:
-            yield _Held(shape, f"{name}_bias")
-
-
-def _members(held: _Held) -> Iterator[tuple[int, str]]:
-    for number in range(held.shape.num_experts):
-        for layer in held.layers:
-            yield number, layer
-
-
 def _with_prefixes(names: Iterable[str], prefix: str) -> Iterator[str]:
     for name in names:
         yield from (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
@@ -137,38 +120,41 @@ def _parts(
     held: _Held, converted: _Converted, key: str, stored_shape: tuple[int, ...]
 ) -> Iterator[tuple[str, TensorPart]]:
     """The entries that one stored tensor holds. None for a conversion that is not known here."""
-    kinds = [type(operation) for operation in converted.operations]
+    kinds, parameter = [type(operation) for operation in converted.operations], held.parameter
     if converted.number is not None and kinds in ([MergeModulelist], [MergeModulelist, Concatenate]):
-        is_transposed = held.shape.is_transposed and not held.is_bias
-        part = TensorPart(key, stored_shape, transposed=True) if is_transposed else TensorPart(key)
-        yield held.entry(converted.number, held.layers[converted.source]), part
+        part = TensorPart(key, stored_shape, transposed=True) if parameter.is_transposed else TensorPart(key)
+        yield held.entry(converted.number, parameter.layers[converted.source]), part
+        return
+    if parameter.is_flat:
+        if not kinds and stored_shape == (held.shape.num_experts * parameter.shape[0], parameter.shape[1]):
+            yield from _flat_parts(held, key, stored_shape)
         return
     if stored_shape[0] != held.shape.num_experts or any(kind not in (Transpose, Interleave) for kind in kinds):
         return
-    is_transposed = held.shape.is_transposed
+    is_transposed = parameter.is_transposed
     for operation in converted.operations:
         if isinstance(operation, Transpose):
-            is_transposed ^= not operation.check_dims or stored_shape[1:] != _held_shape(held)[1:]
-    is_interleaved = held.shape.is_interleaved ^ (Interleave in kinds)
-    for number, layer in _members(held):
-        rows = _rows(held, layer, is_interleaved=is_interleaved)
-        yield (
-            held.entry(number, layer),
-            TensorPart(key, stored_shape, number, transposed=is_transposed and not held.is_bias, rows=rows),
-        )
+            is_transposed ^= not operation.check_dims or stored_shape[1:] != parameter.shape
+    is_interleaved = parameter.is_interleaved ^ (Interleave in kinds)
+    for number, layer in held.members():
+        rows = _rows(parameter, layer, is_interleaved=is_interleaved)
+        transposed = is_transposed and not parameter.is_bias
+        yield held.entry(number, layer), TensorPart(key, stored_shape, number, transposed=transposed, rows=rows)
 
 
-def _held_shape(held: _Held) -> tuple[int, ...]:
-    shape = held.shape
-    rows, cols = (shape.width * len(held.layers), shape.hidden)
-    if held.name.startswith("down_proj"):
-        rows, cols = shape.hidden, shape.width
-    return (shape.num_experts, cols, rows) if shape.is_transposed else (shape.num_experts, rows, cols)
+def _flat_parts(held: _Held, key: str, stored_shape: tuple[int, ...]) -> Iterator[tuple[str, TensorPart]]:
+    """The entries of a tensor that holds the experts' matrices one below the other."""
+    size, is_transposed = held.parameter.shape[0], held.parameter.is_transposed
+    for number, layer in held.members():
+        place = (number * size, (number + 1) * size, 1)
+        rows, cols = (None, place) if is_transposed else (place, None)
+        part = TensorPart(key, stored_shape, transposed=is_transposed, rows=rows, cols=cols)
+        yield held.entry(number, layer), part
 
 
-def _rows(held: _Held, layer: str, *, is_interleaved: bool) -> tuple[int, int, int] | None:
+def _rows(parameter: ExpertParameter, layer: str, *, is_interleaved: bool) -> tuple[int, int, int] | None:
     """Which rows of the stored matrix are those of the layer; None: all."""
-    if len(held.layers) == 1:
+    if len(parameter.layers) == 1:
         return None
-    width, place = held.shape.width, held.layers.index(layer)
+    width, place = parameter.num_outputs, parameter.layers.index(layer)
     return (place, 2 * width, 2) if is_interleaved else (place * width, (place + 1) * width, 1)

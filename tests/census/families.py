@@ -237,7 +237,6 @@ _TYPE_OF = {"llama-gqa": "llama", "opt-350m": "opt", "ministral3_text": "ministr
 _ENCODER = Verdict("refused", "each token sees those after it: this is an encoder", "an encoder")
 _ENCODER_DECODER = Verdict("refused", "no decoder-only language model", "an encoder-decoder")
 _SHARES = Verdict("refused", "are one weight", "blocks share weights")
-_EXPERTS_IN_ONE = Verdict("not yet", r"only \d+% of the matrix weights", "the experts of a layer are one tensor")
 _OTHER_FORM = Verdict("not yet", "stored in a form that cannot be read", "weights are stored in another form")
 _VERDICTS = {
     "cpmant": Verdict("refused", "a hidden state of an unknown shape", "it puts a prompt before the text"),
@@ -251,9 +250,9 @@ _VERDICTS = {
     "zamba": _SHARES,
     "zamba2": _SHARES,
     "bailing_hybrid": _OTHER_FORM,
-    "jetmoe": _EXPERTS_IN_ONE,
-    "llama4_text": _EXPERTS_IN_ONE,
-    "dbrx": _EXPERTS_IN_ONE,
+    "jetmoe": Verdict(
+        "refused", r"only \d+% of the matrix weights .* in a JetMoeParallelExperts", "attention is a mixture of experts"
+    ),
     "olmo_hybrid": _OTHER_FORM,
     "bart": _ENCODER_DECODER,
 }
@@ -271,7 +270,7 @@ CENSUS: tuple[Configuration, ...] = (
     ),
     *(
         Configuration(name, "multimodal", saved=partial(multimodal_models.save, family=name))
-        for name in multimodal_models.FAMILIES
+        for name in (*multimodal_models.FAMILIES, *multimodal_models.MIXTURES)
     ),
     Configuration("sam", "vision", saved=small_sam.save),
 )

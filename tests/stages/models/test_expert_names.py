@@ -5,24 +5,19 @@ import torch
 from transformers.core_model_loading import Interleave, Transpose, WeightConverter, WeightRenaming
 
 from stages.models.expert_names import place_experts
-from stages.models.experts import ExpertShape
+from stages.models.expert_separation import ExpertParameter, ExpertShape
 
 E, H, WIDTH = 4, 6, 10
 PATH = "model.layers.0.mlp.experts"
 
 
-def shape(**changes):
-    usual = {
-        "path": PATH,
-        "num_experts": E,
-        "hidden": H,
-        "width": WIDTH,
-        "is_gated": True,
-        "is_transposed": False,
-        "is_interleaved": False,
-        "has_bias": False,
-    }
-    return ExpertShape(**{**usual, **changes})
+def shape(is_gated=True):
+    inner = ("gate_up_proj", ("gate_proj", "up_proj")) if is_gated else ("up_proj", ("up_proj",))
+    parameters = (
+        ExpertParameter(*inner, (WIDTH * len(inner[1]), H)),
+        ExpertParameter("down_proj", ("down_proj",), (H, WIDTH)),
+    )
+    return ExpertShape(PATH, E, parameters)
 
 
 def placed(stored, expert_shape, transforms):
