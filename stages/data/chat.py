@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from stages.data.pieces import Ends
 from stages.errors import UsageError
 
 # "auto": by the chat template; "none": the contents of the messages, separated by empty lines.
@@ -49,13 +50,17 @@ def contents_alone(messages: Messages) -> str:
 def renderer(tokenizer: Any, chat_template: ChatTemplate) -> Render:
     """How a conversation becomes text for a model.
 
-    BOS at the head, which some templates write, is left out: where it stands is decided elsewhere (`stages.data.bos`).
+    Where the tokenizer adds BOS to a text, BOS that the template writes at the head of a conversation is left out:
+    `stages.data.bos` decides where it stands. A tokenizer that adds none may use the same token for something else (of
+    ChatML, ``<|im_start|>`` before each message), so the text stays as the template made it.
 
     Raises (when it is called):
         UsageError: The tokenizer has no chat template, or it refuses the conversation.
     """
     if chat_template == "none":
         return contents_alone
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in Ends.of(tokenizer).head
+    own_bos = tokenizer.bos_token if adds_bos else ""
 
     def render(messages: Messages) -> str:
         import jinja2
@@ -67,6 +72,6 @@ def renderer(tokenizer: Any, chat_template: ChatTemplate) -> Render:
             text: str = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise UsageError(f"the chat template of the model's tokenizer refuses it ({error}); {remedy}") from error
-        return text.removeprefix(tokenizer.bos_token or "")
+        return text.removeprefix(own_bos)
 
     return render

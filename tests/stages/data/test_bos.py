@@ -1,5 +1,7 @@
 """Where BOS stands in windows: each keeps its length, and BOS takes the first position."""
 
+import json
+
 import pytest
 import torch
 
@@ -55,3 +57,52 @@ def test_a_window_without_room_for_text_is_refused():
     with pytest.raises(UsageError, match="leave no room for text"):
         Framing.of(bos_tokenizer(), "window").text_tokens(1)
     assert Framing.of(bos_tokenizer(), "stream").text_tokens(2) == 2
+
+
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+LLAMA = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+TWO_CHATS = [
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+    [{"role": "user", "content": "?"}],
+]
+
+
+def chat_samples(made, bos, length, num_samples, folder):
+    """The text of samples of so many tokens, drawn from two conversations."""
+    (folder / "two.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in TWO_CHATS))
+    drawing = Drawing(num_samples, length, "contiguous", 0, 0, bos=bos)
+    return [made.decode(ids) for ids in draw_tokens(parse_source("jsonl:two.jsonl"), made, drawing)]
+
+
+@pytest.mark.parametrize("bos", ["stream", "none"])
+def test_a_role_marker_that_is_the_bos_token_stays_before_every_message(tmp_path, bos):
+    """SmolLM2: its bos_token is <|im_start|>, and its tokenizer adds none."""
+    made = tokenizer()
+    made.add_special_tokens({"bos_token": "<|im_start|>"})
+    made.chat_template = CHATML
+    first = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
+    expected = f"{first}\n\n<|im_start|>user\n?<|im_end|>\n"
+    assert chat_samples(made, bos, len(made(expected)["input_ids"]), 1, tmp_path) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("bos", "length", "expected"),
+    [
+        ("stream", 31, ["<s>[user]Hi[assistant]Ho\n\n[user]?"]),
+        ("none", 30, ["[user]Hi[assistant]Ho\n\n[user]?"]),
+        ("window", 16, ["<s>[user]Hi[assist", "<s>ant]Ho\n\n[user]?"]),
+    ],
+)
+def test_bos_of_a_template_is_not_doubled(tmp_path, bos, length, expected):
+    """Llama 3: the template writes BOS at the head of a conversation, and the tokenizer adds it to a text."""
+    made = bos_tokenizer()
+    made.chat_template = LLAMA
+    assert chat_samples(made, bos, length, len(expected), tmp_path) == expected
+
+
+@pytest.mark.parametrize("bos", ["stream", "none"])
+def test_bos_of_a_template_stays_where_the_tokenizer_adds_none(tmp_path, bos):
+    """OLMo 2: each conversation begins with the BOS token that its template writes."""
+    made = tokenizer()
+    made.chat_template = LLAMA
+    assert chat_samples(made, bos, 32, 1, tmp_path) == ["<s>[user]Hi[assistant]Ho\n\n<s>[user]?"]

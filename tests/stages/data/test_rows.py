@@ -23,7 +23,7 @@ CHAT = [
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}]},
 ]
 SHAREGPT = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}]
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
 def lines(rows):
