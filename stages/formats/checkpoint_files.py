@@ -49,6 +49,11 @@ class WeightFiles:
         """All names."""
         return self._place.keys()
 
+    @property
+    def filenames(self) -> tuple[str, ...]:
+        """The files that hold them, relative to the folder."""
+        return tuple(sorted({filename for filename, _ in self._place.values()}))
+
     def dtype(self, key: str) -> torch.dtype:
         """How the tensor is stored. Raises UsageError for a dtype that torch does not have (a quantized model)."""
         name = self._place[key][1].dtype

@@ -8,59 +8,55 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pickle
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from stages.errors import ResourceError, UsageError
 from stages.formats.checkpoint_files import INDEX, files_of_weights, serialized
 from stages.formats.disk_errors import reading
 from stages.formats.file_digest import digest_file
-from stages.machine.cache import cache_dir
 from stages.models.companion_files import companion_files
+from stages.models.converted_folders import cached, converted, with_files
 
 log = logging.getLogger(__name__)
 
 PICKLES = "pytorch_model*.bin"
-# Raised by one when a conversion changes what it writes.
-_VERSION = 2
 
 
 def from_pickles(folder: Path) -> Path:
-    """A folder in the cache with the same model as safetensors, under the same names.
+    """A folder in the cache with the same model as safetensors, under the same names, and its other files as they are.
 
     Raises ResourceError for a file that is no pickle of tensors.
     """
-    import torch
-
     files = pickle_files(folder)
-    digests = [f"{path.name}:{digest_file(path).sha256}" for path in (folder / "config.json", *files)]
-    with converted(hashlib.sha256("\n".join(digests).encode()).hexdigest()) as (target, is_new):
+    digests = [digest_file(path).sha256 for path in files]
+    with converted(hashlib.sha256("\n".join(["pickles", *digests]).encode()).hexdigest()) as (target, is_new):
         if is_new:
             log.info("converting %s to safetensors, once", folder)
-            weight_map: dict[str, str] = {}
-            for number, path in enumerate(files):
-                try:
-                    # Not mapped: a mapped file that goes away ends the process by SIGBUS.
-                    with reading(path), path.open("rb") as file:
-                        tensors = torch.load(file, map_location="cpu", weights_only=True)
-                except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-                    reason = str(error).splitlines()[0]
-                    raise ResourceError(f"{path} cannot be read as a pickle of plain tensors: {reason}") from error
-                name = f"model-{number:05d}.safetensors"
-                whole = {k: t for k, t in tensors.items() if isinstance(t, torch.Tensor)}
-                with (target / name).open("xb") as out:
-                    out.writelines(serialized(whole, {"format": "pt"}))
-                weight_map.update(dict.fromkeys(whole, name))
-            (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-            for name, contents in companion_files(folder):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                (target / name).write_bytes(contents)
-    return cached(target)
+            _write_tensors(files, target)
+    return with_files(cached(target), companion_files(folder))
+
+
+def _write_tensors(files: Iterable[Path], target: Path) -> None:
+    """The tensors of each pickle as one safetensors file, and their index."""
+    import torch
+
+    weight_map: dict[str, str] = {}
+    for number, path in enumerate(files):
+        try:
+            # Not mapped: a mapped file that goes away ends the process by SIGBUS.
+            with reading(path), path.open("rb") as file:
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ResourceError(f"{path} cannot be read as a pickle of plain tensors: {reason}") from error
+        name = f"model-{number:05d}.safetensors"
+        whole = {k: t for k, t in tensors.items() if isinstance(t, torch.Tensor)}
+        with (target / name).open("xb") as out:
+            out.writelines(serialized(whole, {"format": "pt"}))
+        weight_map.update(dict.fromkeys(whole, name))
+    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def pickle_files(folder: Path) -> list[Path]:
@@ -117,46 +113,3 @@ def _convert_gguf(path: Path, target: Path) -> None:
     plain.generation_config = read.generation_config
     plain.save_pretrained(target)
     AutoTokenizer.from_pretrained(**where).save_pretrained(target)
-
-
-@contextmanager
-def converted(digest: str) -> Iterator[tuple[Path, bool]]:
-    """A folder to fill, and whether it is new; it takes its place in the cache only once it is full."""
-    final = cache_dir() / "models" / f"{digest[:24]}-v{_VERSION}"
-    if final.is_dir():
-        yield final, False
-        return
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    except OSError as error:
-        raise ResourceError(
-            f"the cache {cache_dir()} cannot be written ({error.strerror}): set LAMPCTL_CACHE to a folder that can"
-        ) from error
-    try:
-        yield temporary, True
-        _take_place(temporary, final)
-    except OSError as error:
-        raise ResourceError(f"no room to convert the model in {cache_dir()}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _take_place(temporary: Path, final: Path) -> None:
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    try:
-        temporary.rename(final)
-    except OSError:
-        # Another process was first, with the same contents.
-        if not final.is_dir():
-            raise
-
-
-def cached(target: Path) -> Path:
-    """The place in the cache that a folder given by `converted` has taken."""
-    if not target.name.startswith("."):
-        return target
-    return target.parent / target.name.removeprefix(".").rpartition(".")[0]

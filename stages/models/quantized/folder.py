@@ -17,7 +17,7 @@ from stages.formats.checkpoint_files import INDEX, WeightFiles, serialized
 from stages.formats.file_digest import digest_file
 from stages.formats.tensor_reading import PLAIN_DTYPES
 from stages.models.companion_files import companion_files
-from stages.models.convert import cached, converted
+from stages.models.converted_folders import cached, converted, with_files
 from stages.models.quantized.base import QuantizedFormat
 from stages.models.quantized.compressed_tensors import CompressedTensors
 from stages.models.quantized.fp8 import Fp8
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _FORMATS: dict[str, type[QuantizedFormat]] = {found.method: found for found in (Fp8, CompressedTensors, Gptq, Awq)}
 _KEYS = ("quantization_config", "compression_config")
 # Raised by one when a conversion changes what it writes.
-_VERSION = 1
+_VERSION = 2
 _SHARD_BYTES = 1_000_000_000
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -55,16 +55,14 @@ def plain_folder(folder: Path) -> Path:
             f"{folder}: config.json says that it is quantized by {chosen.method}, but its files hold no weight of that "
             "kind: take quantization_config out of config.json if they are plain"
         )
-    with converted(_digest(folder)) as (target, is_new):
+    dtype = _dtype(config)
+    with converted(_digest(folder, weights, settings, dtype)) as (target, is_new):
         if is_new:
             log.info("dequantizing %s (%s), once", folder, chosen.method)
-            _write(target, _dense_tensors(folder, weights, chosen, coded, _dtype(config)))
-            for name, contents in companion_files(folder):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                (target / name).write_bytes(contents)
-            plain = {key: value for key, value in config.items() if key not in _KEYS}
-            (target / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
-    return cached(target)
+            _write(target, _dense_tensors(folder, weights, chosen, coded, dtype))
+    plain = {key: value for key, value in config.items() if key not in _KEYS}
+    others = {**dict(companion_files(folder)), "config.json": (json.dumps(plain, indent=2) + "\n").encode()}
+    return with_files(cached(target), others.items())
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -106,13 +104,11 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
     return _DTYPES.get(str(named).removeprefix("torch."), torch.bfloat16)
 
 
-def _digest(folder: Path) -> str:
-    """What tells the converted folder from others: the contents of all that is read."""
-    names = sorted(
-        path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".json") and path.is_file()
-    )
-    listing = [f"{name}:{digest_file(folder / name).sha256}" for name in names]
-    return hashlib.sha256("\n".join([f"dequantized {_VERSION}", *listing]).encode()).hexdigest()
+def _digest(folder: Path, weights: WeightFiles, settings: Mapping[str, Any], dtype: torch.dtype) -> str:
+    """What tells the dequantized weights from others: all that they are computed from."""
+    files = [f"{name}:{digest_file(folder / name).sha256}" for name in weights.filenames]
+    listing = [f"dequantized {_VERSION}", json.dumps(settings, sort_keys=True), str(dtype), *files]
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 
 def _dense_tensors(

@@ -23,7 +23,7 @@ from stages.formats.disk_errors import reading
 from stages.formats.file_digest import digest_file
 from stages.machine.cache import cache_dir
 from stages.models.aliases import MetaCheckpoint
-from stages.models.convert import cached, converted
+from stages.models.converted_folders import cached, converted
 from stages.models.sam.modules import META_SIZES, PIXEL_MEAN, PIXEL_STD, SamSizes, build_sam
 from stages.models.sam.names import folder_name
 
