@@ -32,6 +32,7 @@ from stages.models.meta_init import require_materialised, require_plain
 from stages.models.probe import probed
 from stages.models.recorder import Tape
 from stages.models.stored_model import StoredModel
+from stages.models.weight_pieces import separate_pieces
 
 
 def open_model(folder: ModelFolder) -> Decoder:
@@ -174,12 +175,13 @@ class Decoder(StoredModel[DecoderEnds]):
                 )
 
     def _match_weights(self) -> dict[str, str]:
-        state = self._model.state_dict(keep_vars=True)
         transforms, prefix = get_model_conversion_mapping(self._model), self._model.base_model_prefix
+        pieces = separate_pieces(self._model, self.weights.keys, transforms, prefix, self.weights.shape)
+        state = self._model.state_dict(keep_vars=True)
         self._parts = place_experts(self.weights.keys, self._experts, transforms, prefix, self.weights.shape)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        others = [name for name in state if name not in self._parts]
-        matched = match_names(self.weights.keys, others, renamings, prefix)
+        others = [name for name in state if name not in self._parts and name not in pieces]
+        matched = match_names(self.weights.keys, others, renamings, prefix) | pieces
         # What text does not pass is exported as it is, whatever it is.
         towers = tuple(f"{tower}." for tower in self._towers)
         state = {name: tensor for name, tensor in state.items() if not name.startswith(towers)}

@@ -71,12 +71,13 @@ ROLES = {
     # Mamba, Jamba, Falcon-Mamba, Doge: the step and the selection of the state
     "x_proj": VITAL,
     "dt_proj": VITAL,
-    # Linear attention of Qwen3-Next, Qwen3.5, OLMo Hybrid; xLSTM: gates and decay of the state
+    # Linear attention of Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear; xLSTM: gates and decay of the state
     "in_proj_a": VITAL,
     "in_proj_b": VITAL,
     "in_proj_ba": VITAL,
     "linear_attn.a_proj": VITAL,
     "linear_attn.b_proj": VITAL,
+    "self_attn.b_proj": VITAL,
     "igate_preact": VITAL,
     "fgate_preact": VITAL,
     # Gemma 3n, Gemma 4: the embedding of each layer, and how several hidden states are mixed

@@ -49,12 +49,12 @@ class Verdict:
     """What lampctl does with a model.
 
     "works": all steps, and the exported model is what it should be. "refused": exit code 2 before any work, by a
-    message. "not yet": it ought to do either, and does not.
+    message.
     """
 
-    word: Literal["works", "refused", "not yet"]
-    message: str = ""  # a regular expression that the message of the refusal or the failure matches
-    reason: str = ""  # for docs/models.md
+    word: Literal["works", "refused"]
+    message: str = ""  # a regular expression that the message of the refusal matches
+    reason: str = ""  # of the refusal, for docs/models.md
 
 
 WORKS = Verdict("works")

@@ -187,7 +187,10 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     }),
     ("MoE", "minimax_m3_vl_text", {**_ANY_EXPERTS, "dense_intermediate_size": 64, "shared_intermediate_size": 16,
                                    "index_head_dim": 8, "rotary_dim": 8}),
-    ("hybrid state", "bailing_hybrid", _ANY_EXPERTS),
+    ("hybrid state", "bailing_hybrid", {**_ANY_EXPERTS, **_MLA, "linear_head_dim": 8, "linear_num_heads": 4,
+                                        "layer_types": ["linear_attention", "linear_attention", "full_attention"]}),
+    ("hybrid state", "kimi_linear", {**_ANY_EXPERTS, **_MLA, "linear_head_dim": 8, "linear_num_heads": 4,
+                                     "layer_types": ["linear_attention", "linear_attention", "full_attention"]}),
     ("hybrid state", "lfm3", {}),
     ("hybrid state", "mamba", {"without": _NO_GROUPS, "state_size": 2, "conv_kernel": 2}),
     ("hybrid state", "mamba2", {"without": "num_key_value_heads", "state_size": 8, "num_heads": 8, "n_groups": 2,
@@ -237,7 +240,6 @@ _TYPE_OF = {"llama-gqa": "llama", "opt-350m": "opt", "ministral3_text": "ministr
 _ENCODER = Verdict("refused", "each token sees those after it: this is an encoder", "an encoder")
 _ENCODER_DECODER = Verdict("refused", "no decoder-only language model", "an encoder-decoder")
 _SHARES = Verdict("refused", "are one weight", "blocks share weights")
-_OTHER_FORM = Verdict("not yet", "stored in a form that cannot be read", "weights are stored in another form")
 _VERDICTS = {
     "cpmant": Verdict("refused", "a hidden state of an unknown shape", "it puts a prompt before the text"),
     "xlm": Verdict(
@@ -249,11 +251,9 @@ _VERDICTS = {
     "trocr": Verdict("refused", "reads the output of an encoder", "half of an encoder-decoder"),
     "zamba": _SHARES,
     "zamba2": _SHARES,
-    "bailing_hybrid": _OTHER_FORM,
     "jetmoe": Verdict(
         "refused", r"only \d+% of the matrix weights .* in a JetMoeParallelExperts", "attention is a mixture of experts"
     ),
-    "olmo_hybrid": _OTHER_FORM,
     "bart": _ENCODER_DECODER,
 }
 _VERDICTS_OF_KINDS: dict[Kind, Verdict] = {"encoder": _ENCODER}

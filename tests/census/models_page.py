@@ -26,7 +26,6 @@ logits. `make soak` runs all of it, `make test` one family of each kind. This pa
 
 - **works**: all steps, and every check holds.
 - **refused**: lampctl says why and exits with 2 before any work.
-- **not yet**: it is refused or fails, and could be done.
 
 A layer with a known role can exchange sparsity with others (`--beta`); one without is pruned all the same. Layers that
 stay dense are small projections that steer a whole block; `--prune-all` prunes them, too.
@@ -41,7 +40,7 @@ def models_page() -> str:
     from transformers import __version__
 
     words = Counter(entry.verdict.word for entry in CENSUS)
-    counts = ", ".join(f"{words[word]} {word}" for word in ("works", "refused", "not yet"))
+    counts = ", ".join(f"{words[word]} {word}" for word in ("works", "refused"))
     counts = f"{len(CENSUS)} configurations: {counts}."
     return _INTRODUCTION.format(version=__version__, counts=counts) + "".join(_row(entry) for entry in CENSUS)
 
