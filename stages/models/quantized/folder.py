@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.errors import ResourceError, UsageError
+from stages.errors import UsageError
 from stages.formats.checkpoint_files import INDEX, WeightFiles, serialized
 from stages.formats.file_digest import digest_file
 from stages.formats.tensor_reading import PLAIN_DTYPES
@@ -40,11 +40,12 @@ def plain_folder(folder: Path) -> Path:
     dtype that config.json names (bfloat16 if it names none), one in memory at a time.
 
     Raises:
-        UsageError: It is quantized in a way that is not read here; the message names the way and what to do.
-        ResourceError: A tensor is missing, or the cache has no room.
+        UsageError: It is quantized in a way that is not read here, or tensors and config.json do not go together; the
+            message names the way and what to do.
+        ResourceError: A file is missing, or the cache has no room.
     """
     config = _config(folder)
-    settings = _quantization(config)
+    settings = _quantization(folder, config)
     if settings is None:
         return folder
     chosen = _format_of(folder, settings)
@@ -58,6 +59,7 @@ def plain_folder(folder: Path) -> Path:
     dtype = _dtype(config)
     with converted(_digest(folder, weights, settings, dtype)) as (target, is_new):
         if is_new:
+            _require_fitting(folder, weights, chosen, coded)
             log.info("dequantizing %s (%s), once", folder, chosen.method)
             _write(target, _dense_tensors(folder, weights, chosen, coded, dtype))
     plain = {key: value for key, value in config.items() if key not in _KEYS}
@@ -74,15 +76,19 @@ def _config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    found = next((config[key] for key in _KEYS if isinstance(config.get(key), dict)), None)
+def _quantization(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = next((config[key] for key in _KEYS if config.get(key) is not None), None)
     if found is None:
         return None
+    if not isinstance(found, dict):
+        raise UsageError(f"{folder}: the quantization_config of its config.json is {type(found).__name__}, no mapping")
     return {"quant_method": "compressed-tensors", **found} if "config_groups" in found else found
 
 
 def _format_of(folder: Path, settings: Mapping[str, Any]) -> QuantizedFormat:
     method = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "an unknown method")
+    if not isinstance(method, str):
+        raise UsageError(f"{folder}: quant_method {method!r} in its config.json is no name")
     if method not in _FORMATS:
         raise UsageError(
             f"{folder} is quantized by {method}, and only {', '.join(_FORMATS)} are read here: name the original "
@@ -99,7 +105,7 @@ def _format_of(folder: Path, settings: Mapping[str, Any]) -> QuantizedFormat:
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype of the plain weights."""
-    parts = (config, config.get("text_config") or {})
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     named = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), "bfloat16")
     return _DTYPES.get(str(named).removeprefix("torch."), torch.bfloat16)
 
@@ -109,6 +115,26 @@ def _digest(folder: Path, weights: WeightFiles, settings: Mapping[str, Any], dty
     files = [f"{name}:{digest_file(folder / name).sha256}" for name in weights.filenames]
     listing = [f"dequantized {_VERSION}", json.dumps(settings, sort_keys=True), str(dtype), *files]
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+
+
+def _require_fitting(
+    folder: Path, weights: WeightFiles, chosen: QuantizedFormat, coded: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Raise UsageError where tensors of a weight do not go together, before one of them is dequantized."""
+    for name, parts in coded.items():
+        tensors = {
+            part: weights.load(key)
+            if part in chosen.deciding
+            else torch.empty(weights.shape(key), dtype=weights.dtype(key), device="meta")
+            for part, key in parts.items()
+        }
+        try:
+            chosen.dense(tensors)
+        except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"{folder}: {name} cannot be dequantized ({reason}): its tensors and config.json do not go together"
+            ) from error
 
 
 def _dense_tensors(
@@ -121,13 +147,7 @@ def _dense_tensors(
     """Every tensor of the plain model, by its name."""
     consumed = {key for parts in coded.values() for key in parts.values()}
     for name, parts in coded.items():
-        try:
-            yield name, chosen.dense({part: weights.load(key) for part, key in parts.items()}).to(dtype)
-        except (ValueError, KeyError, IndexError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ResourceError(
-                f"{folder}: {name} cannot be dequantized ({reason}): its tensors and config.json do not go together"
-            ) from error
+        yield name, chosen.dense({part: weights.load(key) for part, key in parts.items()}).to(dtype)
     for key in weights.keys:
         if key in consumed or key.rpartition(".")[2] in chosen.dropped:
             continue

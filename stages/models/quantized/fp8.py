@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.errors import UsageError
 from stages.models.base import Weights
-from stages.models.quantized.base import QuantizedFormat, Settings, expanded, require
+from stages.models.quantized.base import QuantizedFormat, Settings, expanded, require, require_scales
 
 _CODES = {torch.float8_e4m3fn, torch.float8_e5m2}
 # What the scale of X.weight may be called: X.weight_scale_inv, ... It multiplies, whatever its name says.
@@ -51,5 +51,6 @@ class Fp8(QuantizedFormat):
 
     def dense(self, parts: Mapping[str, Tensor]) -> Tensor:
         codes, scale = parts["weight"].float(), parts["scale"]
+        require_scales(scale, may_be_exponents=True)
         factors = (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
         return codes * expanded(factors, tuple(codes.shape), self._block)

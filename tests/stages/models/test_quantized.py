@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stages.errors import ResourceError, UsageError
+from stages.errors import UsageError
 from stages.formats.checkpoint_files import WeightFiles
+from stages.models.quantized.compressed_tensors import CompressedTensors
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from tests import small_models
@@ -103,12 +105,23 @@ def groups_of(matrix, bits, group):
     return codes, zeros, scales, expected
 
 
-def packed_ints(matrix, bits=4, group=8):
+def dense_words_of(numbers, bits):
+    """Rows of unsigned numbers in 32-bit words, as one number of many bits for each row: no gaps."""
+    packed = []
+    for row in numbers.tolist():
+        whole = sum(number << (bits * place) for place, number in enumerate(row))
+        words = [whole >> (32 * place) & 0xFFFFFFFF for place in range(math.ceil(len(row) * bits / 32))]
+        packed.append([word - 2**32 if word >= 2**31 else word for word in words])
+    return torch.tensor(packed).to(torch.int32)
+
+
+def packed_ints(matrix, bits=4, group=8, dense=False):
     codes, zeros, scales, expected = groups_of(matrix, bits, group)
+    pack = dense_words_of if dense else words_of
     return {
-        "weight_packed": words_of(codes, bits),
+        "weight_packed": pack(codes, bits),
         "weight_scale": scales,
-        "weight_zero_point": words_of(zeros.T, bits).T,
+        "weight_zero_point": pack(zeros.T, bits).T,
         "weight_shape": torch.tensor(matrix.shape),
     }, expected
 
@@ -163,12 +176,37 @@ CASES = {
         compressed("float-quantized", strategy="block", block_structure=[5, 7]),
     ),
     "compressed-int8": (int8_rows, compressed("int-quantized")),
-    "compressed-packed-4": (packed_ints, compressed("pack-quantized", num_bits=4)),
-    "compressed-packed-8": (lambda matrix: packed_ints(matrix, 8), compressed("pack-quantized", num_bits=8)),
+    "compressed-fp8-blocks-as-text": (
+        lambda matrix: (lambda t, e: ({"weight": t["weight"], "weight_scale": t["weight_scale_inv"]}, e))(
+            *fp8_blocks(matrix)
+        ),
+        compressed("float-quantized", strategy="block", block_structure="5x7"),
+    ),
+    "compressed-packed-4": (packed_ints, compressed("pack-quantized", num_bits=4, group_size=8)),
+    "compressed-packed-8": (
+        lambda matrix: packed_ints(matrix, 8),
+        compressed("pack-quantized", num_bits=8, strategy="group", group_size=8),
+    ),
+    **{
+        f"compressed-packed-{bits}-{'without' if dense else 'with'}-gaps": (
+            functools.partial(packed_ints, bits=bits, group=16, dense=dense),
+            {"version": "0.18.0" if dense else "0.17.1", **compressed("pack-quantized", num_bits=bits, group_size=16)},
+        )
+        for bits in (1, 2, 3, 5, 6, 7)
+        for dense in (True, False)
+    },
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 8}),
     "gptq-2-v2": (
         lambda matrix: gptq(matrix, 2, 16, 0),
         {"quant_method": "gptq", "bits": 2, "group_size": 16, "checkpoint_format": "gptq_v2"},
+    ),
+    "gptq-v2-as-GPTQModel-says-it": (
+        lambda matrix: gptq(matrix, offset=0),
+        {"quant_method": "gptq", "bits": 4, "group_size": 8, "format": "gptq_v2"},
+    ),
+    "gptq-one-group": (
+        lambda matrix: gptq(matrix, group=matrix.shape[1]),
+        {"quant_method": "gptq", "bits": 4, "group_size": -1},
     ),
     "gptq-8-activation-order": (
         lambda matrix: gptq(matrix, 8, 8, 1, order=3),
@@ -221,6 +259,25 @@ def test_fp8_gives_the_weights_that_transformers_gives(tmp_path, dtype):
         ({"quant_method": "fp8", "weight_block_size": [0, 1]}, "is no size of blocks"),
         (compressed("pack-quantized") | {"config_groups": {"a": 1}}, "cannot be read"),
         ({"quant_method": "fp8"}, "its files hold no weight of that kind"),
+        ({"quant_method": ["fp8"]}, r"quant_method \['fp8'\] in its config.json is no name"),
+        (["fp8"], "quantization_config of its config.json is list, no mapping"),
+        ({"quant_method": "gptq", "bits": 4, "format": "marlin"}, "with the format marlin"),
+        ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "with the format marlin"),
+        (
+            {"quant_method": "gptq", "bits": 4, "format": "gptq_v2", "checkpoint_format": "gptq"},
+            r"names several formats \(gptq, gptq_v2\)",
+        ),
+        *(
+            ({"quant_method": method, "bits": 4, "group_size": size}, f"group_size {size!r} in its quantization_config")
+            for method, size in (("gptq", "16"), ("gptq", 0), ("gptq", -2), ("gptq", True), ("awq", 8.0))
+        ),
+        *(
+            (compressed("float-quantized", strategy="block", block_structure=size), "block_structure .* is no size")
+            for size in ([0, 16], "16", "16x0", [16], "axb", 16, [True, True])
+        ),
+        (compressed("pack-quantized", num_bits=4, strategy="group", group_size="8"), "group_size '8'"),
+        (compressed("pack-quantized", num_bits=9), "with num_bits 9"),
+        (compressed("int-quantized", strategy="token"), "one scale for each 'token'"),
     ],
 )
 def test_other_quantized_models_are_refused_by_name(lampctl, tmp_path, settings, says):
@@ -233,18 +290,93 @@ def test_other_quantized_models_are_refused_by_name(lampctl, tmp_path, settings,
     assert not (tmp_path / "run").exists()
 
 
-def test_tensors_that_do_not_go_together_are_named(tmp_path):
-    code, settings = CASES["fp8"]
-    quantized(tmp_path / "m", code, settings)
-    stored = load_file(tmp_path / "m" / "model.safetensors")
-    scale = next(name for name in stored if name.endswith("scale_inv"))
-    save_file({**stored, scale: torch.ones(11, 13)}, tmp_path / "m" / "model.safetensors")
-    with pytest.raises(ResourceError, match=r"cannot be dequantized \(1[13] scales for"):
+def change(part, to):
+    """What to do with the tensors of a folder: `to` for each one with this last part of its name."""
+    return lambda stored: {n: to(t) if n.endswith(f".{part}") else t for n, t in stored.items()}
+
+
+def drop(part):
+    return lambda stored: {name: tensor for name, tensor in stored.items() if not name.endswith(f".{part}")}
+
+
+UNFIT = {
+    "scales of another shape": ("fp8", change("weight_scale_inv", lambda t: torch.ones(11, 13)), r"\(1[13] scales for"),
+    "no scales": ("fp8", change("weight_scale_inv", lambda t: torch.zeros(0)), "0 scales for"),
+    "no rows of scales": ("fp8", change("weight_scale_inv", lambda t: t[:0]), "0 scales for"),
+    "whole numbers as scales": (
+        "fp8",
+        change("weight_scale_inv", lambda t: t.to(torch.int64)),
+        "scales in torch.int64",
+    ),
+    "blocks of 5, scales of 6": ("fp8", change("weight_scale_inv", lambda t: t[:1]), "1 scales for"),
+    "no rows of blocks": ("compressed-fp8-blocks", change("weight_scale", lambda t: t[:0]), r"0 by \d+ scales"),
+    "half of the groups": ("gptq", change("scales", lambda t: t[::2].contiguous()), "their shapes are"),
+    "half of both": (
+        "gptq",
+        lambda stored: change("scales", lambda t: t[::2])(change("qzeros", lambda t: t[::2])(stored)),
+        "group_size 8 gives . groups of .. inputs, not",
+    ),
+    "AWQ, half of both": (
+        "awq",
+        lambda stored: change("scales", lambda t: t[::2])(change("qzeros", lambda t: t[::2])(stored)),
+        "group_size 8 gives . groups of .. inputs, not",
+    ),
+    "no zero points": ("gptq", drop("qzeros"), "'qzeros' is missing"),
+    "codes as floating point": ("gptq", change("qweight", lambda t: t.float()), "not words of 32 bits"),
+    "a group before the first": ("gptq-8-activation-order", change("g_idx", lambda t: t - 1), "names the groups -1 to"),
+    "a group after the last": ("gptq-8-activation-order", change("g_idx", lambda t: t + 1), "names the groups 1 to"),
+    "groups as floating point": (
+        "gptq-8-activation-order",
+        change("g_idx", lambda t: t.float()),
+        "g_idx in torch.float32",
+    ),
+    "too few groups named": ("gptq-8-activation-order", change("g_idx", lambda t: t[1:]), "g_idx of shape"),
+    "a shape of other rows": (
+        "compressed-packed-4",
+        change("weight_shape", lambda t: t + 1),
+        "packed numbers of shape",
+    ),
+    "other packed words": ("compressed-packed-4", change("weight_packed", lambda t: t[:, 1:]), "words for .. columns"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_tensors_that_do_not_go_together_are_named_before_any_work(tmp_path, monkeypatch, case):
+    name, spoil, says = UNFIT[case]
+    quantized(tmp_path / "m", *CASES[name])
+    spoiled = {n: t.contiguous() for n, t in spoil(load_file(tmp_path / "m" / "model.safetensors")).items()}
+    save_file(spoiled, tmp_path / "m" / "model.safetensors")
+    monkeypatch.setattr("stages.models.quantized.folder._write", None)  # nothing is dequantized
+    with pytest.raises(UsageError, match=f"cannot be dequantized .*{says}"):
         resolve(str(tmp_path / "m"))
-    del stored[scale]
+
+
+def test_an_fp8_weight_without_a_scale_is_named(tmp_path):
+    quantized(tmp_path / "m", *CASES["fp8"])
+    stored = drop("weight_scale_inv")(load_file(tmp_path / "m" / "model.safetensors"))
     save_file(stored, tmp_path / "m" / "model.safetensors")
     with pytest.raises(UsageError, match="is stored in FP8 without a scale"):
         resolve(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("version", "dense"),
+    [("0.17.1", False), ("0.9.4", False), ("0.18.0", True), ("1.0", True), ("0.15.0.1", False)]
+    + [(version, None) for version in (None, "0.17.2a20260615", 18, "new")],
+)
+def test_the_release_tells_the_packing_where_the_words_do_not(version, dense):
+    matrix = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    found = CompressedTensors.of({"version": version, **compressed("pack-quantized", num_bits=5, group_size=4)})
+    forms = {form: packed_ints(matrix, 5, 4, form) for form in (False, True)}
+    words = [tensors["weight_packed"] for tensors, _ in forms.values()]
+    assert words[0].shape == words[1].shape == (3, 2)
+    assert not torch.equal(*words)
+    if dense is None:
+        with pytest.raises(ValueError, match="depends on the release of compressed-tensors"):
+            found.dense(forms[True][0])
+    else:
+        tensors, expected = forms[dense]
+        assert torch.equal(found.dense(tensors), expected)
 
 
 def test_an_fp8_model_is_pruned_and_exported_as_a_plain_one(lampctl, tmp_path):
