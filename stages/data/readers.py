@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stages.data.compression import ending, read_text
-from stages.data.table import JsonRows, ParquetRows, Table
+from stages.data.table import JsonRows, ParquetRows, Table, described
 from stages.errors import UsageError
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
@@ -45,6 +45,6 @@ def _texts(table: Table, name: str, column: str) -> list[str]:
     rows = []
     for number, value in table.column(column):
         if not isinstance(value, str):
-            raise UsageError(f"{name}, {table.unit} {number}: column {column!r} holds something else than text")
+            raise UsageError(f"{name}, {table.unit} {number}: column {column!r} holds {described(value)}, not text")
         rows.append(value)
     return rows

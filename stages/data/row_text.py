@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from stages.data.chat import CHAT_COLUMNS, ChatTemplate, Render, contents_alone, messages_of, renderer
-from stages.data.table import Table
+from stages.data.chat import (
+    CHAT_COLUMNS,
+    ChatTemplate,
+    Render,
+    contents_alone,
+    is_conversation,
+    messages_of,
+    renderer,
+)
+from stages.data.table import Table, described
 from stages.data.text_source import TextSource, Use
 from stages.errors import UsageError
 
@@ -35,54 +43,76 @@ class RowText(TextSource):
 
     def documents(self, use: Use) -> Sequence[str]:
         table = self.table(use)
-        name = self.column or self._found_column(table)
-        if name not in table.columns:
-            raise UsageError(f"{self.name} has no column {name!r}: write ?column= and one of {_listed(table.columns)}")
+        name = self._column_of(table)
         documents = list(self._documents(table, name))
         if not any(documents):
-            raise UsageError(f"{self.name} has no text in column {name!r} (columns: {_listed(table.columns)})")
+            raise UsageError(f"{self.name} has no text in column {name!r}{_advice(table, name)}")
         return documents
+
+    def skipped(self, use: Use) -> Mapping[str, int]:
+        table = self.table(use)
+        count = sum(_is_empty(value) for _, value in table.column(self._column_of(table)))
+        return {"conversations without messages": count} if count else {}
+
+    def _column_of(self, table: Table) -> str:
+        """The column that is named, or found."""
+        if self.column is None:
+            return self._found_column(table)
+        if self.column not in table.columns:
+            raise UsageError(f"{self.name} has no column {self.column!r}{_advice(table)}")
+        return self.column
 
     def _found_column(self, table: Table) -> str:
         """The column of text or conversations, if only one can be meant."""
-        columns = table.columns
         for name in (_TEXT_COLUMN, *CHAT_COLUMNS):
-            if name in columns:
+            if name in table.columns:
                 return name
-        if not columns:
+        if not table.columns:
             raise UsageError(f"{self.name} has no rows")
-        textual = [name for name in columns if _is_text(next(table.column(name), (0, None))[1])]
-        if len(textual) != 1:
-            raise UsageError(
-                f"{self.name} has no column 'text', 'messages' or 'conversations': write ?column= and one of "
-                f"{_listed(columns)}"
-            )
-        return textual[0]
+        readable = _readable(table)
+        if len(readable) != 1:
+            raise UsageError(f"{self.name} has no column 'text', 'messages' or 'conversations'{_advice(table)}")
+        return readable[0]
 
     def _documents(self, table: Table, column: str) -> Iterator[str]:
         for number, value in table.column(column):
+            place = f"{self.name}, {table.unit} {number}, column {column!r}"
             if isinstance(value, str):
                 yield value
-                continue
-            messages = messages_of(value)
-            if messages is None:
+            elif is_conversation(value):
+                try:
+                    yield self.render(messages_of(value))
+                except UsageError as error:
+                    raise UsageError(f"{place}: {error}") from error
+            elif not _is_empty(value):
                 raise UsageError(
-                    f"{self.name}, {table.unit} {number}: column {column!r} holds {_described(value)}, not text and no "
-                    f"conversation: write ?column= and one of {_listed(table.columns)}"
+                    f"{place} holds {described(value)}, neither text nor a conversation: correct or remove this "
+                    f"{table.unit}{_advice(table, column, 'or write')}"
                 )
-            try:
-                yield self.render(messages)
-            except UsageError as error:
-                raise UsageError(f"{self.name}, {table.unit} {number}, column {column!r}: {error}") from error
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or messages_of(value) is not None
+def _is_empty(value: Any) -> bool:
+    """Whether a value is a conversation without a message."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and not value
 
 
-def _described(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+def _readable(table: Table) -> list[str]:
+    """The columns whose first value, empty conversations aside, is text or a conversation."""
+    return [name for name in table.columns if _is_readable(table, name)]
 
 
-def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(columns)
+def _is_readable(table: Table, column: str) -> bool:
+    try:
+        first = next((value for _, value in table.column(column) if value is not None and not _is_empty(value)), None)
+    except UsageError:  # a row lacks it
+        return False
+    return isinstance(first, str) or is_conversation(first)
+
+
+def _advice(table: Table, column: str | None = None, verb: str = "write") -> str:
+    """Which other columns may be named, to be put behind what is wrong; nothing where there is none."""
+    others = [name for name in _readable(table) if name != column]
+    if others:
+        link = ":" if verb == "write" else ","
+        return f"{link} {verb} ?column= and one of {', '.join(others)}"
+    return "" if column else " and no other column of text or conversations"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,3 +127,14 @@ class ParquetRows:
         except (OSError, pyarrow.ArrowException) as error:
             raise UsageError(f"{self.name} is no Parquet file that can be read ({error})") from error
         yield from enumerate(values, 1)
+
+
+def described(value: Any) -> str:
+    """What a value of a data file is, in the words of JSON."""
+    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number"}
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        kind = described(value[0]) if value else ""
+        return f"a list that begins with {kind}" if kind else "an empty list"
+    return names.get(type(value), "text" if isinstance(value, str) else f"a value of type {type(value).__name__}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -45,6 +45,10 @@ class TextSource(DataSource):
     def for_model(self, tokenizer: Any, chat_template: ChatTemplate) -> Self:
         """This source, with conversations as the model's chat template writes them. Plain text is the same for all."""
         return self
+
+    def skipped(self, use: Use) -> Mapping[str, int]:
+        """How many rows `documents` leaves out, by reason."""
+        return {}
 
     def text(self, use: Use, num_documents: int | None = None) -> str:
         """The documents as one text, joined as SparseGPT's code joins them.

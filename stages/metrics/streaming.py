@@ -79,6 +79,8 @@ def read_windows(context: MetricContext) -> TextWindows:
 
     tokenizer = load_tokenizer(folder.path, trusts_code=folder.trusts_code)
     framing = Framing.of(tokenizer, protocol.bos)
+    for reason, count in source.skipped("evaluation").items():
+        context.callbacks.warn(f"{source.name}: passed over {count:,} {reason}")
     tokens = evaluation_tokens(source.for_model(tokenizer, protocol.chat_template), framing.tokenizer, progress)
     require_vocabulary(tokens, context.model.vocab_size, context.model.source.name)
     size, most = framing.text_tokens(protocol.seqlen), protocol.max_tokens

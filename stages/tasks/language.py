@@ -56,9 +56,10 @@ class Language:
         require_length(text, framing.tokenizer, "calibration", needed, model.vocab_size, remedy)
 
     def draw(self, model: BlockModel, source: DataSource, drawing: Drawing, watcher: Watcher) -> Drawn:
-        tokens = calibrate(_text(source, model), model.source, drawing, watcher)
+        text = _text(source, model)
+        tokens = calibrate(text, model.source, drawing, watcher)
         require_vocabulary(tokens, model.vocab_size, model.source.name)
-        return Drawn(Listed(tokens), tokens.numel(), "tokens")
+        return Drawn(Listed(tokens), tokens.numel(), "tokens", text.skipped("calibration"))
 
 
 def _text(source: DataSource, model: BlockModel) -> TextSource:

@@ -55,6 +55,21 @@ def test_evaluate_of_fewer_tokens_is_marked_as_partial(lampctl, tmp_path, words)
     assert "partial: first 128 tokens" in lampctl("evaluate", "m", *flags).out
 
 
+def test_conversations_without_messages_are_counted_in_the_output(lampctl, tmp_path):
+    save(tmp_path / "m", "llama")
+    rows = [{"messages": []}, {"messages": [{"role": "user", "content": "word " * 200}]}, {"messages": []}]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--chat-template", "none", "--seqlen", 32)
+    measured = lampctl("evaluate", "m", "--data", "jsonl:chat.jsonl", *flags)
+    assert measured.code == 0, measured.err
+    counted = "2 conversations without messages"
+    assert f"chat.jsonl: passed over {counted}" in " ".join(measured.err.split())
+    wanda = ("--method", "wanda", "--calibration", "jsonl:chat.jsonl", "--num-samples", 4)
+    ran = lampctl("run", "m", *MAGNITUDE, *wanda, *flags)
+    assert ran.code == 0, ran.err
+    assert "chat.jsonl, 2 passed over" in " ".join(ran.out.split()) + " ".join(ran.err.split())
+
+
 def test_evaluate_limits_seqlen_to_the_models_positions(lampctl, tmp_path, words):
     save(tmp_path / "m", "opt")
     usual = lampctl("evaluate", "m", "--data", "text:words.txt", "--json")

@@ -22,6 +22,8 @@ CHAT = [
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}]},
 ]
+USER = {"role": "user", "content": "Hi"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
 SHAREGPT = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
@@ -147,8 +149,25 @@ def test_what_is_no_text_says_what_it_is(tmp_path, data, about):
     ("rows", "complaint"),
     [
         ([{"text": "a"}, {"txet": "b"}], r"line 2: no text under 'text' \(it has txet\)"),
-        ([{"text": "a"}, {"text": None}], "line 2: column 'text' holds nothing, not text and no conversation"),
-        ([{"text": 3}], "line 1: column 'text' holds a int"),
+        ([{"text": "a"}, {"text": None}], "line 2, column 'text' holds null, .* correct or remove this line$"),
+        (
+            [{"text": 3, "n": 1, "body": "b"}],
+            r"line 1, column 'text' holds a number, .*write \?column= and one of body$",
+        ),
+        ([{"n": 1}], "no column 'text', 'messages' or 'conversations' and no other column of text or conversations$"),
+        ([{"messages": [1]}], "line 1, column 'messages' holds a list that begins with a number, neither text nor a"),
+        ([{"messages": []}], "has no text in column 'messages'$"),
+        (
+            [{"messages": [USER, {"role": "assistant", "content": None}]}],
+            r"message 2 \(assistant\) has no content and no",
+        ),
+        ([{"messages": [USER, {"content": "Hi"}]}], r"message 2 has no role \(it has content\)"),
+        ([{"messages": [USER | {"content": 3}]}], r"message 1 \(user\) holds a number, not text"),
+        ([{"messages": [USER | {"content": [3]}]}], r"message 1 \(user\) has a part that is a number"),
+        (
+            [{"messages": [USER]}, {"messages": [USER | {"content": [{"type": "image"}]}]}],
+            r"line 2, column 'messages': message 1 \(user\) has a part of type 'image', and text alone",
+        ),
         ([{"text": ""}], r"has no text in column 'text'"),
         ([], "has no rows"),
     ],
@@ -178,6 +197,33 @@ def test_conversations_go_through_the_chat_template(tmp_path, kind, rows, num):
     rendered = ["[user]Hi[assistant]Hello!", "[user]2+2?"][:num]
     assert source.for_model(with_template(), "auto").documents("calibration") == rendered
     assert source.for_model(with_template(), "none").documents("calibration") == ["Hi\n\nHello!", "2+2?"][:num]
+
+
+@pytest.mark.parametrize("call", [CALL, {key: value for key, value in CALL.items() if key != "content"}])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_tool_calls_go_to_the_chat_template_as_they_are(tmp_path, kind, call):
+    """Rows of Parquet have every key: what is null in a message is absent."""
+    rows = [{"messages": [USER, call, {"role": "tool", "content": "3"}]}]
+    write(tmp_path / f"chat.{kind}", {"jsonl": lines, "parquet": parquet_bytes}[kind](rows))
+    source = parse_source(f"{kind}:chat.{kind}")
+    source.check()
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.tool_calls is defined %}{{ m.tool_calls[0].function | tojson }}"
+        "{{ m.content or 0 }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    written = '[user]Hi[assistant]{"name": "add", "arguments": {"a": 1}}0[tool]3'
+    assert source.for_model(with_template(template), "auto").documents("calibration") == [written]
+    # A template without tool calls may add null to text, which is an error.
+    assert source.for_model(with_template(), "auto").documents("calibration") == ["[user]Hi[assistant][tool]3"]
+    assert source.for_model(with_template(), "none").documents("calibration") == ["Hi\n\n3"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_conversations_without_messages_are_passed_over_and_counted(tmp_path, kind):
+    write(tmp_path / f"chat.{kind}", {"jsonl": lines, "parquet": parquet_bytes}[kind]([{"messages": []}, *CHAT[:1]]))
+    source = parse_source(f"{kind}:chat.{kind}")
+    assert source.documents("calibration") == ["Hi\n\nHello!"]
+    assert source.skipped("calibration") == {"conversations without messages": 1}
 
 
 def test_samples_are_tokens_of_the_rendered_conversations(tmp_path):
