@@ -1,4 +1,4 @@
-"""The exported model: pruned blocks as they were committed, everything else as it was, and a model card.
+"""The exported model: pruned blocks as they were committed, everything else as it was.
 
 A pruned block's safetensors already carries the model's own key names and dtypes: it *is* a shard, so only
 the weights outside the blocks, the index and the configuration are written here.
@@ -16,16 +16,13 @@ import torch
 from torch import Tensor
 
 from stages.formats.checkpoint_files import StateFile, serialized
-from stages.formats.pruning_masks import FOLDER, PrunedWeight
+from stages.formats.pruning_masks import PrunedWeight
 from stages.formats.safetensors_io import Bytes
 from stages.formats.tensor_parts import gather, scatter
 from stages.machine.device import DTYPES
-from stages.metrics.registry import figure_text, metric_of
 from stages.models.base import BlockModel, stored_parts
-from stages.pruners.registry import method_title
 from stages.sparsity.nm_pattern import Pattern
 from stages.sparsity.outcome import LayerOutcome, PruneOutcome, check_layer
-from stages.tasks.registry import task_named
 
 _SHARD_BYTES = 256_000_000  # a larger tensor has a file of its own: no more than one is in memory
 _METADATA = {"format": "pt"}
@@ -216,76 +213,3 @@ def index_json(files: Mapping[str, Iterable[str]], total_size: int) -> bytes:
     weight_map = {key: name for name, keys in files.items() for key in keys}
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()
-
-
-@dataclass(frozen=True)
-class CardFigure:
-    """One line of the model card's table of results."""
-
-    source: str
-    metric: str  # "perplexity", "iou"
-    dense: float | None
-    pruned: float | None
-    note: str  # "partial: first 10240 tokens", or ""
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """What the model card tells."""
-
-    task: str  # a name of `stages.tasks.registry.TASKS`
-    loader: str  # class of transformers that opens the folder
-    base_model: str
-    revision: str | None
-    method: str
-    goal: str  # "70%", "2:4, int4"
-    num_masked: int
-    num_prunable: int
-    num_other_zeros: int
-    is_quantized: bool
-    settings: Mapping[str, object]
-    figures: tuple[CardFigure, ...]  # perplexities
-    accuracies: tuple[CardFigure, ...]  # of zero-shot tasks, as shares
-    version: str
-
-
-def model_card(facts: CardFacts) -> bytes:
-    """README.md of the exported folder: what was done to which model, how, and what came of it."""
-    is_path = facts.base_model.startswith("/")
-    front = ["---", "library_name: transformers", "tags: [pruning, sparsity, lampctl]"]
-    if not is_path:
-        front.append(f"base_model: {facts.base_model}")
-    front += ["---", ""]
-    revision = f" (revision {facts.revision})" if facts.revision else ""
-    achieved = facts.num_masked / facts.num_prunable
-    lines = [
-        *front,
-        f"# {facts.base_model.rsplit('/', 1)[-1]} at {facts.goal}, pruned by {method_title(facts.method)}",
-        "",
-        f"Made from `{facts.base_model}`{revision} by lampctl {facts.version}. Of the {facts.num_prunable:,} prunable "
-        f"weights (those of the linear layers inside the blocks), {facts.num_masked:,} ({100 * achieved:.4f}%) are "
-        f"masked: exactly zero. A further {facts.num_other_zeros:,} weights are zero without being masked. "
-        f"`{FOLDER}/` holds the masks{', scales and zero points' if facts.is_quantized else ''}.",
-        "",
-    ]
-    if facts.figures:
-        lines += ["| | original | pruned | |", "|---|---|---|---|"]
-        for figure in facts.figures:
-            cells = (figure_text(figure.metric, value) for value in (figure.dense, figure.pruned))
-            lines.append(
-                f"| {metric_of(figure.metric).title} on {figure.source} | {' | '.join(cells)} | {figure.note} |"
-            )
-        lines.append("")
-    if facts.accuracies:
-        lines += ["| zero-shot accuracy on | original | pruned | |", "|---|---|---|---|"]
-        lines += [f"| {f.source} | {_percent(f.dense)} | {_percent(f.pruned)} | {f.note} |" for f in facts.accuracies]
-        lines.append("")
-    task = task_named(facts.task)
-    loading = (line.replace(task.loader, facts.loader) for line in task.loading)
-    lines += ["```python", *loading, "```", "", "## Settings", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.settings.items() if value not in (None, (), [], {})]
-    return ("\n".join(lines) + "\n").encode()
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}%"

@@ -14,7 +14,7 @@ from pipeline.steps.run_facts import facts_of
 from stages.version import VERSION
 
 if TYPE_CHECKING:
-    from stages.export import CardFacts
+    from stages.model_card import CardFacts
 
 
 class ModelView:
@@ -26,22 +26,23 @@ class ModelView:
 
     def refresh(self) -> None:
         """Publish the exported model and write its card, if a commit has been added since."""
-        from stages.export import model_card
+        from stages.model_card import model_card
         from stages.models.loader import loader_of
+        from stages.models.source_card import source_card
 
         run = self._run
         if not is_exported(run) or self._num_commits == len(run.commits):
             return
         folder = run.publish("model")
         facts = card_facts(run, self._config)
-        facts = replace(facts, loader=loader_of(folder, facts.loader))
+        facts = replace(facts, loader=loader_of(folder, facts.loader), source_card=source_card(folder))
         run.write_view("model/README.md", model_card(facts))
         self._num_commits = len(run.commits)
 
 
 def card_facts(run: RunDirectory, config: RunConfig) -> CardFacts:
     """What the exported model's card says."""
-    from stages.export import CardFacts, CardFigure
+    from stages.model_card import CardFacts, CardFigure
     from stages.tasks.registry import task_named
 
     state = status(run, config)
@@ -71,6 +72,7 @@ def card_facts(run: RunDirectory, config: RunConfig) -> CardFacts:
         task=model.task,
         loader=task_named(model.task).loader,
         base_model=model.name,
+        is_on_hub=model.source == "hub",
         revision=model.revision,
         method=config.method,
         goal=state.goal,
@@ -82,6 +84,7 @@ def card_facts(run: RunDirectory, config: RunConfig) -> CardFacts:
         figures=tuple(figures),
         accuracies=accuracies,
         version=VERSION,
+        source_card=None,
     )
 
 

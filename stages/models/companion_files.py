@@ -11,6 +11,7 @@ from typing import Any
 
 from stages.formats.checkpoint_files import NAMED_BY_CONFIG
 from stages.formats.disk_errors import reading
+from stages.models.source_card import is_card, kept_name
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +22,13 @@ _WEIGHTS = {
     *(".npz", ".ot", ".tflite", ".mlmodel", ".params", ".nemo", ".engine", ".dduf", ".distcp"),
 }
 _NEVER_SHARED = {".lock", ".incomplete", ".tmp", ".pyc", ".zip", ".tar", ".gz", ".7z", ".mp4"}
-_CARD = "readme.md"  # the exported model gets its own
 
 
 def companions(names: Iterable[str]) -> list[str]:
     """Which of a folder's files are companions of its weights.
 
-    Left out: weights in any form, indexes of shards, hidden files, caches, archives, the model card, and folders in
-    which weights lie somewhere, which are other models or other forms of this one.
+    Left out: weights in any form, indexes of shards, hidden files, caches, archives, and folders in which weights lie
+    somewhere, which are other models or other forms of this one.
 
     Args:
         names: All files, relative to the folder, with slashes.
@@ -41,8 +41,7 @@ def companions(names: Iterable[str]) -> list[str]:
 def _is_companion(path: PurePosixPath) -> bool:
     is_hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
     is_weights = path.suffix.lower() in _WEIGHTS or path.name.endswith(".index.json")
-    is_card = path.as_posix().lower() == _CARD
-    return not (is_hidden or is_weights or is_card or path.suffix.lower() in _NEVER_SHARED)
+    return not (is_hidden or is_weights or path.suffix.lower() in _NEVER_SHARED)
 
 
 def companion_files(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -54,6 +53,12 @@ def companion_files(folder: Path) -> Iterator[tuple[str, bytes]]:
             continue
         with reading(path):
             yield name, path.read_bytes()
+
+
+def exported_companions(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """As `companion_files`, under their names in the exported model, which has a model card of its own."""
+    kept = kept_name(path.name for path in folder.iterdir())
+    yield from ((kept if is_card(name) else name, contents) for name, contents in companion_files(folder))
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -23,7 +23,7 @@ from stages.formats.tensor_parts import TensorPart
 from stages.models.architecture import AbsentTower, build_empty, other_towers, text_tower
 from stages.models.base import BlockCall, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_layers import prunable_layers, require_reachable
-from stages.models.companion_files import companion_files, exported_config
+from stages.models.companion_files import exported_companions, exported_config
 from stages.models.decoder_ends import DecoderEnds, put_recorders
 from stages.models.expert_names import place_experts
 from stages.models.expert_separation import separate_experts
@@ -119,7 +119,9 @@ class Decoder(StoredModel[DecoderEnds]):
     def export_extras(self, requested_dtype: str) -> Iterator[tuple[str, bytes]]:
         settings = json.loads((self.source.path / "config.json").read_text())
         yield "config.json", exported_config(settings, requested_dtype)
-        yield from ((name, contents) for name, contents in companion_files(self.source.path) if name != "config.json")
+        yield from (
+            (name, contents) for name, contents in exported_companions(self.source.path) if name != "config.json"
+        )
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:

@@ -33,7 +33,7 @@ from stages.formats.checkpoint_files import WeightFiles, match_names
 from stages.machine.hub import reason_of
 from stages.models.architecture import without_weights
 from stages.models.base import Entry, ModelFolder, Part
-from stages.models.companion_files import companion_files, exported_config
+from stages.models.companion_files import exported_companions, exported_config
 from stages.models.decoder_ends import put_recorders
 from stages.models.image_processor import ImageProcessor
 from stages.models.meta_init import require_materialised, require_plain
@@ -95,7 +95,9 @@ class ImageEncoder(StoredModel["ImageEnds"]):
 
     def export_extras(self, requested_dtype: str) -> Iterator[tuple[str, bytes]]:
         settings = json.loads((self.source.path / "config.json").read_text())
-        extras = dict(companion_files(self.source.path)) | {"config.json": exported_config(settings, requested_dtype)}
+        extras = dict(exported_companions(self.source.path)) | {
+            "config.json": exported_config(settings, requested_dtype)
+        }
         yield from sorted(extras.items())
 
     def _match_weights(self) -> dict[str, str]:

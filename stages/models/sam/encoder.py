@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stages.errors import ResourceError, UsageError
 from stages.formats.checkpoint_files import WeightFiles
 from stages.models.base import BlockCall, Entry, ModelFolder, Part
-from stages.models.companion_files import companion_files, exported_config
+from stages.models.companion_files import exported_companions, exported_config
 from stages.models.meta_init import require_materialised, require_plain
 from stages.models.sam.checkpoint import META_CHECKPOINT, preprocessor_config
 from stages.models.sam.modules import SamSizes, build_image_encoder, build_sam, sam_sizes
@@ -83,7 +83,7 @@ class SamEncoder(StoredModel["SamEnds"]):
     def export_extras(self, requested_dtype: str) -> Iterator[tuple[str, bytes]]:
         extras = {
             "preprocessor_config.json": preprocessor_config(self.sizes),
-            **dict(companion_files(self.source.path)),
+            **dict(exported_companions(self.source.path)),
             "config.json": exported_config(self._config, requested_dtype),
         }
         yield from sorted(extras.items())

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.rundir.run_directory import RunDirectory
 from stages.formats.checkpoint_files import WeightFiles
+from stages.model_card import CardFacts, model_card
 from stages.models.companion_files import LARGEST_BYTES, companion_files, companions
+from stages.models.source_card import SourceCard, source_card
 from tests import small_sam
 from tests.small_models import save
 
@@ -193,7 +196,63 @@ def test_every_small_file_goes_along_and_no_other(lampctl, tmp_path):
         assert (Path("r/model") / name).read_text() == text, name
     for name in OTHER.keys() - {"README.md"}:
         assert not (Path("r/model") / name).exists(), name
-    assert Path("r/model/README.md").read_text() != OTHER["README.md"]
+
+
+CARD = """---
+license: other
+license_name: mine
+license_link: LICENSE
+language: [en, no]
+base_model: me/base
+tags: [chat, pruning]
+pipeline_tag: text-generation
+model-index: [{name: m, results: []}]
+---
+# M
+What M is.
+"""
+
+
+def front_matter(folder="r/model"):
+    return yaml.safe_load(Path(folder, "README.md").read_text().split("---\n")[1])
+
+
+def test_the_card_of_the_source_goes_along_and_its_licence_holds(lampctl, tmp_path):
+    put(save(tmp_path / "m", "llama"), {"README.md": CARD})
+    assert lampctl("run", "m", *FLAGS).code == 0
+    assert Path("r/model/ORIGINAL_README.md").read_text() == CARD
+    assert front_matter() == {
+        "library_name": "transformers",
+        "license": "other",
+        "license_name": "mine",
+        "license_link": "LICENSE",
+        "language": ["en", "no"],
+        "base_model": "me/base",
+        "tags": ["chat", "pruning", "sparsity", "lampctl"],
+        "pipeline_tag": "text-generation",
+    }
+    card = Path("r/model/README.md").read_text()
+    assert "[ORIGINAL_README.md]" in card
+    # The pruned model is a source, too: each card is kept.
+    assert lampctl("run", "r/model", *FLAGS[:-1], "again").code == 0
+    assert Path("again/model/ORIGINAL_README.md").read_text() == CARD
+    assert Path("again/model/ORIGINAL_README_2.md").read_text() == card
+    assert front_matter("again/model") == front_matter()
+
+
+@pytest.mark.parametrize("card", ["no front matter", "---\n- a\n---\n", "---\na: [\n---\n"])
+def test_a_card_without_readable_front_matter_goes_along(tmp_path, caplog, card):
+    (tmp_path / "ORIGINAL_README.md").write_text(card)
+    assert source_card(tmp_path) == SourceCard("ORIGINAL_README.md", {})
+    assert ("no YAML" in caplog.text) == card.startswith("---")
+
+
+def test_a_model_of_the_hub_is_the_base_model_of_the_pruned_one():
+    card = SourceCard("ORIGINAL_README.md", {"base_model": "me/base", "license": "mit", "tags": "chat"})
+    place = ("language", "AutoModelForCausalLM", "me/it", True, None)
+    facts = CardFacts(*place, "wanda", "50%", 1, 2, 0, False, {}, (), (), "1", card)
+    found = yaml.safe_load(model_card(facts).decode().split("---\n")[1])
+    assert (found["base_model"], found["license"], found["tags"][0]) == ("me/it", "mit", "chat")
 
 
 def test_small_files_beside_pickles_go_along(lampctl, tmp_path):

@@ -53,10 +53,10 @@ def test_an_alias_is_a_name_on_the_hub_and_the_commit_is_kept(hub):
 
 def test_every_small_file_is_downloaded_and_one_form_of_the_weights(hub, monkeypatch):
     wanted = {
-        *("config.json", "chat_template.jinja", "spiece.model", "qwen.tiktoken", "LICENSE", "x[1].txt"),
+        *("config.json", "chat_template.jinja", "spiece.model", "qwen.tiktoken", "LICENSE", "x[1].txt", "README.md"),
         *("additional_chat_templates/tools.jinja", "model.safetensors", "model.safetensors.index.json"),
     }
-    others = {"pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "onnx/config.json", ".gitattributes", "README.md"}
+    others = {"pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "onnx/config.json", ".gitattributes"}
     code = {"modeling_mine.py"}
     names, taken = sorted(wanted | others | code), []
 
