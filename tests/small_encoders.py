@@ -19,6 +19,8 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -47,6 +49,7 @@ PROCESSORS = {
         "image_std": [0.229, 0.224, 0.225],
     },
     "clip": {"feature_extractor_type": "CLIPFeatureExtractor", "size": SIDE, "crop_size": SIDE},
+    "siglip": {"image_processor_type": "SiglipImageProcessor", "size": _SQUARE},
 }
 
 
@@ -67,12 +70,17 @@ BUILDERS = {
     "clip-vision-projection": lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**_CLIP, projection_dim=24)),
     "clip": _clip,
 }
+# What lampctl refuses.
+REFUSED = {
+    "dinov2-swiglu": lambda: Dinov2Model(Dinov2Config(**_SIZES, mlp_ratio=2, use_swiglu_ffn=True)),
+    "siglip-vision": lambda: SiglipVisionModel(SiglipVisionConfig(**_CLIP)),
+}
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
     """Random weights everywhere, in biases and norms, too."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = BUILDERS[name]().eval()
+    model: PreTrainedModel = {**BUILDERS, **REFUSED}[name]().eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.05 * torch.randn_like(weight))

@@ -22,7 +22,8 @@ Kind = Literal[
     "hybrid state",
     "shared KV",
     "multimodal",
-    "vision",
+    "image encoder",
+    "segmentation",
     "encoder",
 ]
 

@@ -1,11 +1,11 @@
-"""The table of the census: every kind of text model that the installed transformers has."""
+"""The table of the census: every kind of model that lampctl opens, and those that it refuses."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
-from tests import multimodal_models, small_sam
+from tests import multimodal_models, small_encoders, small_sam
 from tests.census.configuration import WORKS, Configuration, Kind, Verdict, tiny
 
 _ONLY_VOCABULARY = (
@@ -254,6 +254,12 @@ _VERDICTS = {
         "refused", r"only \d+% of the matrix weights .* in a JetMoeParallelExperts", "attention is a mixture of experts"
     ),
     "bart": _ENCODER_DECODER,
+    "dinov2-swiglu": Verdict(
+        "refused", "stored in a form that cannot be read", "the files join two matrices of an MLP"
+    ),
+    "siglip-vision": Verdict(
+        "refused", "no decoder-only language model", "an image encoder that lampctl does not know"
+    ),
 }
 _VERDICTS_OF_KINDS: dict[Kind, Verdict] = {"encoder": _ENCODER}
 
@@ -271,7 +277,29 @@ CENSUS: tuple[Configuration, ...] = (
         Configuration(name, "multimodal", saved=partial(multimodal_models.save, family=name))
         for name in (*multimodal_models.FAMILIES, *multimodal_models.MIXTURES)
     ),
-    Configuration("sam", "vision", saved=small_sam.save),
+    *(
+        Configuration(
+            name,
+            "image encoder",
+            saved=partial(small_encoders.save, name=name),
+            verdict=_verdict(name, "image encoder"),
+        )
+        for name in (*small_encoders.BUILDERS, *small_encoders.REFUSED)
+    ),
+    Configuration("sam", "segmentation", saved=small_sam.save),
 )
 # One of each kind: what the default tests take.
-ONE_OF_EACH = ("gpt2", "qwen3", "gemma2", "olmo2", "gptj", "mixtral", "bamba", "gemma4_text", "gemma3", "sam", "bert")
+ONE_OF_EACH = (
+    "gpt2",
+    "qwen3",
+    "gemma2",
+    "olmo2",
+    "gptj",
+    "mixtral",
+    "bamba",
+    "gemma4_text",
+    "gemma3",
+    "vit",
+    "sam",
+    "bert",
+)

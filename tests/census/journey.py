@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, SamModel
@@ -15,7 +16,7 @@ from stages.formats.pruning_masks import FOLDER, PrunedWeight, read_mask_file
 from stages.models.base import BlockModel
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
-from tests import small_sam
+from tests import small_encoders, small_sam
 from tests.census.configuration import Configuration
 
 _CPU = torch.device("cpu")
@@ -29,9 +30,12 @@ _TEXT = ("--calibration", "text:words.txt", "--seqlen", 16, "--evaluate", "text:
 
 def flags_for(entry: Configuration, folder: Path) -> tuple[object, ...]:
     """The settings of a run of a few seconds. folder: for pictures; words.txt is in the working directory."""
-    if entry.kind != "vision":
+    if entry.kind == "segmentation":
+        images = f"coco:{small_sam.coco(folder / 'images')}"
+    elif entry.kind == "image encoder":
+        images = f"images:{small_encoders.pictures(folder / 'images')}"
+    else:
         return (*_COMMON, *_TEXT)
-    images = f"coco:{small_sam.coco(folder / 'images')}"
     return (*_COMMON, "--calibration", images, "--evaluate", images)
 
 
@@ -51,11 +55,13 @@ def check_export(entry: Configuration, source: Path, run: Path) -> None:
             assert _same_bytes(after[key], tensor), f"{key} lies outside the blocks and has changed"
     _check_masks(run, masks, after)
     assert pruned <= in_blocks
-    if model.task == "language":
+    if entry.kind == "segmentation":
+        _check_opens_sam(exported)
+    elif entry.kind == "image encoder":
+        _check_opens_encoder(source, exported)
+    else:
         opener = AutoModelForMultimodalLM if entry.kind == "multimodal" else AutoModelForCausalLM
         _check_opens(entry.name, opener, source, exported)
-    else:
-        _check_opens_images(exported)
 
 
 def _check_masks(run: Path, masks: dict[str, PrunedWeight], weights: dict[str, Tensor]) -> None:
@@ -89,8 +95,20 @@ def _check_opens(name: str, opener: Any, source: Path, exported: Path) -> None:
 
 
 @torch.no_grad()
-def _check_opens_images(exported: Path) -> None:
-    """The same of a model of images."""
+def _check_opens_encoder(source: Path, exported: Path) -> None:
+    """The same of an image encoder, by the class that its folder names, and of the features of a picture."""
+    opener = getattr(transformers, json.loads((source / "config.json").read_text())["architectures"][0])
+    theirs, info = opener.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    pixels = torch.randn(2, 3, small_encoders.SIDE, small_encoders.SIDE, generator=torch.Generator().manual_seed(1))
+    expected = small_encoders.features(theirs.eval(), pixels)
+    features = chain_logits(open_model(resolve(str(exported))), pixels)
+    torch.testing.assert_close(features, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+@torch.no_grad()
+def _check_opens_sam(exported: Path) -> None:
+    """The same of Segment Anything, and of the embeddings of a picture."""
     theirs, info = SamModel.from_pretrained(exported, output_loading_info=True)
     assert not any(info.values()), info
     pixels = torch.randn(1, 3, small_sam.SIZES.image_size, small_sam.SIZES.image_size)
@@ -99,7 +117,7 @@ def _check_opens_images(exported: Path) -> None:
 
 
 def chain_logits(model: BlockModel, ids: Tensor) -> Tensor:
-    """The logits, or the embeddings of images, by the blocks one by one."""
+    """The logits, or the features of images, by the blocks one by one."""
     ends = model.load_ends(_CPU, "all")
     entry = ends.enter(ids)
     hidden = entry.hidden

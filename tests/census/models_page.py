@@ -19,7 +19,7 @@ _INTRODUCTION = """# Models
 What lampctl does with each model family of transformers {version}. The census (`tests/census`) takes a tiny
 configuration of each through `lampctl run` with LAMP and Wanda, kills and resumes the run, and checks the exported
 model: its names, the weights outside the blocks, the masks, and that transformers opens it whole and computes the same
-logits. `make soak` runs all of it, `make test` one family of each kind. This page is made by
+logits, or features of a picture. `make soak` runs all of it, `make test` one family of each kind. This page is made by
 `python -m tests.census > docs/models.md`; a test says when it is stale.
 
 {counts}
