@@ -134,7 +134,7 @@ class JobSettings:
         Annotated[str | None, Before(checks.size_or_none)],
         Option(
             "Use at most this much memory (8GB, 7.5GiB; GPU memory on a GPU): smaller micro-batches, best weights on "
-            "disk. lampctl refuses a run that still does not fit.",
+            "disk, several passes for the statistics of a block. lampctl refuses a run that still does not fit.",
             "Machine",
             "SIZE",
             "none",

@@ -31,11 +31,13 @@ class StepContext:
         config: Its configuration.
         shared_with: Another run whose results are used, such as the main run of a baseline.
         spills: Samples that do not fit into memory while a block is trained go to scratch streams.
+        left_bytes: What --memory-limit leaves beside the memory that the process took before; None: no limit.
     """
 
     def __init__(self, run: RunDirectory, config: RunConfig, shared_with: RunDirectory | None = None) -> None:
         self.run, self.config, self.shared_with = run, config, shared_with
         self.spills = False
+        self.left_bytes: int | None = None
 
     @cached_property
     def choices(self) -> DeviceChoices:
@@ -108,6 +110,14 @@ class StepContext:
     def spill(self, attempt: Attempt) -> Scratch | None:
         """Scratch streams for samples that do not fit into memory; None where all fit."""
         return attempt.scratch() if self.spills else None
+
+    def room_bytes(self, block: int) -> int | None:
+        """How many bytes the statistics of a block may take at once; None: all of them fit."""
+        from pipeline.steps.stage_settings import statistics_room
+
+        if self.left_bytes is None:
+            return None
+        return statistics_room(self.model, block, self.config, self.choices, self.left_bytes)
 
     def exported_folder(self) -> ModelFolder:
         """The exported model, checked to be what was committed."""

@@ -94,10 +94,12 @@ class StepExecutor:
         The number of samples in a forward pass was fixed when the run began, because it decides the last bits.
         """
         from pipeline.steps.stage_settings import fit_memory
+        from stages.runtime.block_runner import samples_at_once
 
         context = self.context
-        at_once = [max(self.choices.batch_tokens // context.config.seqlen, 1)]
-        context.spills = fit_memory(context.model, context.config, self.choices, at_once).spills
+        at_once = [samples_at_once(self.choices, context.config.seqlen)]
+        fitting = fit_memory(context.model, context.config, self.choices, at_once)
+        context.spills, context.left_bytes = fitting.spills, fitting.left_bytes
 
     def size_of(self, payload: str) -> int:
         """Estimated size of a payload on disk, in bytes."""

@@ -73,6 +73,7 @@ class PruneBlock(StepKind[PruneResult]):
             run.open_stream(payloads.biased(block).name) if reads_data else None,
             state=StateFile(run.open_file(payloads.compensated(block).name)) if reads_compensated else None,
             output=context.block_output(step, attempt) if is_finished else None,
+            room_bytes=context.room_bytes(block),
         )
         contents = mask_file(export.pruned_weights(model, block, result.outcome))
         write_masks(attempt, block, contents)

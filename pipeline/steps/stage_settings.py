@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stages.metrics.harness_tasks import TaskData
     from stages.models.base import BlockModel
     from stages.pruners.base import Pruner
-    from stages.runtime.memory_planner import Fit
+    from stages.runtime.memory_planner import Fit, Work
     from stages.sparsity.budget import BlockBudget, LayerShape
     from stages.training.trainer import TrainingSettings
 
@@ -54,21 +54,40 @@ def fit_memory(model: BlockModel, config: RunConfig, choices: DeviceChoices, at_
     at_once: numbers of samples that may share a forward pass, rising. Raises ResourceError where none will do.
     """
     from stages.machine.device import memory_in_use
-    from stages.runtime.memory_planner import Shapes, Work, fit
+    from stages.runtime.memory_planner import Shapes, fit
 
-    work = Work(
-        pruner=PRUNERS.get(config.pruner_name),
-        trains=config.is_lamp,
-        is_quantized=config.bits is not None,
-        eval_tokens=config.eval_seqlen if config.evaluate else 0,
-    )
     return fit(
         Shapes.of(model, config.seqlen, choices.torch_dtype.itemsize),
-        work,
+        _work_of(config),
         memory_in_use(choices.torch_device),
         parse_size(config.memory_limit) if config.memory_limit is not None else None,
         at_once,
         "memory" if choices.torch_device.type == "cpu" else "GPU memory",
+    )
+
+
+def statistics_room(
+    model: BlockModel, block: int, config: RunConfig, choices: DeviceChoices, left_bytes: int
+) -> int | None:
+    """How many bytes the statistics of a block may take at once; None: all of them fit.
+
+    left_bytes: what --memory-limit leaves beside the memory that the process took before (`Fit.left_bytes`).
+    """
+    from stages.runtime.block_runner import samples_at_once
+    from stages.runtime.memory_planner import Shapes, statistics_room
+
+    shapes = Shapes.of(model, config.seqlen, choices.torch_dtype.itemsize, block)
+    return statistics_room(shapes, _work_of(config), samples_at_once(choices, config.seqlen), left_bytes)
+
+
+def _work_of(config: RunConfig) -> Work:
+    from stages.runtime.memory_planner import Work
+
+    return Work(
+        pruner=PRUNERS.get(config.pruner_name),
+        trains=config.is_lamp,
+        is_quantized=config.bits is not None,
+        eval_tokens=config.eval_seqlen if config.evaluate else 0,
     )
 
 

@@ -56,6 +56,14 @@ class LayerInfo:
     peers: str | None = None  # an expert's layer: one name for the same layer of all experts of the block
     token_share: float = 1.0  # the share of the tokens that it gets, on average
 
+    @property
+    def expert(self) -> str | None:
+        """The expert of the layer, in its block: "mlp.experts.3"; None: it is no expert's."""
+        if self.peers is None:
+            return None
+        before = self.peers.partition("*")[0]
+        return before + self.path.removeprefix(before).partition(".")[0]
+
 
 @dataclass(frozen=True)
 class BlockCall:

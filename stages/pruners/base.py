@@ -71,7 +71,11 @@ class PooledStatistics(Statistics, Protocol):
 
     @classmethod
     def total(cls, parts: Sequence[Any]) -> Self:
-        """The statistics of the tokens of all `parts` together, which stay as they are."""
+        """The statistics of the tokens of all `parts` together, which stay as they are.
+
+        The total of a total and of further parts is bit-identical to the total of all these parts: passes over the
+        samples may collect them in groups.
+        """
         ...
 
     def complete(self, total: Any, num_tokens: int) -> None:

@@ -10,15 +10,15 @@ with H_all the mean over the tokens of all experts: its own where it has C token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from stages.errors import UsageError
 from stages.models.base import LayerInfo
 from stages.pruners.base import PooledStatistics, Statistics
-from stages.runtime.layer_inputs import LayerInput, LayerInputs
+from stages.runtime.layer_inputs import DistinctInput, LayerInput
+from stages.runtime.pass_schedule import PassSchedule, Peers
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,32 @@ class ExpertTokens:
     expert: str  # that expert, in the block: "mlp.experts.3"
     is_completed: bool  # the statistics of these experts were completed; otherwise theirs cannot be
 
+    @classmethod
+    def of(
+        cls, layers: Iterable[LayerInfo], received: Mapping[str, int], kind: type[Statistics]
+    ) -> ExpertTokens | None:
+        """Count what experts received.
+
+        Args:
+            layers: The block's layers that are pruned.
+            received: Tokens that reached each layer, by its path.
+            kind: The class of the statistics.
+
+        Returns:
+            None for a block without experts.
+        """
+        fewest, short = dict[str, int](), set[str]()
+        for info in layers:
+            if info.expert is not None:
+                num_tokens = received[info.path]
+                fewest[info.expert] = min(num_tokens, fewest.get(info.expert, num_tokens))
+                if num_tokens < info.cols:
+                    short.add(info.expert)
+        if not fewest:
+            return None
+        expert = min(fewest, key=fewest.__getitem__)
+        return cls(len(fewest), len(short), fewest[expert], expert, issubclass(kind, PooledStatistics))
+
     def __str__(self) -> str:
         used = "completed by the mean of all experts'" if self.is_completed else "used as they are"
         return (
@@ -39,93 +65,57 @@ class ExpertTokens:
         )
 
 
-def complete(
-    collected: LayerInputs, layers: Iterable[LayerInfo], kind: type[Statistics], device: torch.device
-) -> ExpertTokens | None:
-    """Complete the statistics of experts with too few tokens, in place; once, whatever is resumed in between.
+class ExpertSums:
+    """Completes the statistics of experts, which several passes may collect.
 
-    Args:
-        collected: The statistics of a block's layers; experts that received no token are added to them.
-        layers: The block's layers that are pruned.
-        kind: The class of the statistics.
-        device: Where the statistics are.
-
-    Returns:
-        What the experts received; None for a block without experts.
-
-    Raises:
-        UsageError: An expert received no token, and statistics of this class cannot be shared.
+    The experts of a place are added up in their order, so that the sum does not depend on the number of passes.
     """
-    infos = {info.path: info for info in layers if info.peers is not None}
-    if not infos:
-        return None
-    if not collected.is_completed:
-        _add_unread(collected, infos, kind, device)
-    groups: dict[tuple[str, ...], list[LayerInput]] = {}
-    for found in collected.inputs:
-        peers = _peers(found.paths, infos)
-        if peers:
-            groups.setdefault(peers, []).append(found)
-    if not collected.is_completed:
-        for members in groups.values():
-            _complete_group(members, infos[members[0].paths[0]].cols, kind)
-    collected.is_completed = True
-    return _count(collected, infos, is_pooled=issubclass(kind, PooledStatistics))
 
+    def __init__(self, kind: type[Statistics]) -> None:
+        self._kind: Any = kind
+        self.is_pooled = issubclass(kind, PooledStatistics)
+        self.totals: dict[Peers, Statistics] = {}  # over experts that earlier passes collected, where they are needed
 
-def _peers(paths: Iterable[str], infos: Mapping[str, LayerInfo]) -> tuple[str, ...]:
-    return tuple(sorted({str(infos[path].peers) for path in paths if path in infos}))
+    def complete(self, collected: Sequence[LayerInput], schedule: PassSchedule) -> None:
+        """Complete the statistics of a pass, in place, as far as all experts have been collected.
 
-
-def _add_unread(
-    collected: LayerInputs, infos: Mapping[str, LayerInfo], kind: type[Statistics], device: torch.device
-) -> None:
-    """Give layers without a token empty statistics; they share them as the layers of other experts do."""
-    read = collected.by_path
-    together = {peer: peers for found in collected.inputs for peers in [_peers(found.paths, infos)] for peer in peers}
-    added: dict[tuple[str, tuple[str, ...]], LayerInput] = {}
-    for path, info in infos.items():
-        if path in read:
-            continue
-        peers = together.get(str(info.peers), (str(info.peers),))
-        place = (_expert(info), peers)
-        if place not in added:
-            added[place] = LayerInput(kind(info.cols, device))
-            collected.inputs.append(added[place])
-        added[place].paths.append(path)
-
-
-def _expert(info: LayerInfo) -> str:
-    """The expert of a layer: its path up to the expert's number."""
-    before = str(info.peers).partition("*")[0]
-    return before + info.path.removeprefix(before).partition(".")[0]
-
-
-def _complete_group(members: list[LayerInput], cols: int, kind: type[Statistics]) -> None:
-    """Complete the experts at one place that have fewer than `cols` tokens."""
-    short = [found for found in members if found.num_tokens < cols]
-    if not short:
-        return
-    if not issubclass(kind, PooledStatistics):
-        empty = next((found for found in short if not found.num_tokens), None)
-        if empty is None:
+        Args:
+            collected: What the pass has collected; those of one place in the order of their experts.
+            schedule: Knows which experts have too few tokens; the pass has not ended there yet.
+        """
+        if not self.is_pooled:
             return
-        raise UsageError(
-            f"no calibration token reached {empty.paths[0]}, and {kind.__name__} cannot be shared among experts: use "
-            "more samples, or send all tokens to all experts (moe_calibrate_all_experts)"
-        )
-    total = kind.total([found.statistics for found in members])
-    for found in short:
-        assert isinstance(found.statistics, kind)
-        found.statistics.complete(total, cols)
+        assert schedule.short is not None
+        group = [found.source for found in collected]
+        for peers in dict.fromkeys(source.peers for source in group if source.peers):
+            members = [found for found in collected if found.source.peers == peers]
+            new = [found.statistics for found in members if found.source not in schedule.added]
+            short = [found for found in members if found.source in schedule.short]
+            if not schedule.is_whole(peers, group):
+                short = []  # they wait
+            is_needed_later = schedule.needs_sum(peers, group)
+            total = self.totals.pop(peers, None)
+            if new and (short or is_needed_later):
+                total = self._kind.total([*([total] if total is not None else []), *new])
+            for found in short:
+                statistics: Any = found.statistics
+                statistics.complete(total, found.source.cols)
+            if is_needed_later:
+                assert total is not None
+                self.totals[peers] = total
 
+    def require_tokens(self, received: Mapping[DistinctInput, int]) -> None:
+        """Check what the experts received.
 
-def _count(collected: LayerInputs, infos: Mapping[str, LayerInfo], *, is_pooled: bool) -> ExpertTokens:
-    by_path, received, short = collected.by_path, dict[str, int](), set[str]()
-    for path, info in infos.items():
-        num_tokens, expert = by_path[path].num_tokens, _expert(info)
-        received[expert] = min(num_tokens, received.get(expert, num_tokens))
-        if num_tokens < info.cols:
-            short.add(expert)
-    fewest = min(received, key=received.__getitem__)
-    return ExpertTokens(len(received), len(short), received[fewest], fewest, is_pooled)
+        Args:
+            received: Tokens that each of their inputs had.
+
+        Raises:
+            UsageError: An expert received no token, and statistics of this class cannot be shared.
+        """
+        empty = next((one for one, num_tokens in received.items() if not num_tokens), None)
+        if empty is not None and not self.is_pooled:
+            raise UsageError(
+                f"no calibration token reached {empty.paths[0]}, and {self._kind.__name__} cannot be shared among "
+                "experts: use more samples, or send all tokens to all experts (moe_calibrate_all_experts)"
+            )

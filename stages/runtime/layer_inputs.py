@@ -1,32 +1,40 @@
-"""Statistics over the inputs of a block's layers, one object per distinct input, from one pass over the stream.
+"""The distinct inputs of a block's layers, and statistics over them, collected in passes over the stream.
 
-Layers that read the same tensor (q, k and v; gate and up) share one set of statistics.
+Layers that read the same tensor (q, k and v; gate and up) have one distinct input, and share its statistics.
 
-N: samples.    T: tokens of a sample.    H: hidden size.
+N: samples.    T: tokens of a sample.    H: hidden size.    C: input channels of a layer.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stages.interfaces import Checkpoint, Samples
+from stages.interfaces import Samples
+from stages.models.base import LayerInfo
 from stages.pruners.base import Statistics
 from stages.runtime.block_context import BlockContext
-from stages.runtime.block_runner import Counter
 
 
-@dataclass
-class LayerInput:
-    """Statistics of one distinct input, and the layers that read it."""
+@dataclass(frozen=True)
+class DistinctInput:
+    """A distinct input of a block, and the layers that read it."""
 
-    statistics: Statistics
-    paths: list[str] = field(default_factory=list)  # of the layers, in the block
-    num_tokens: int = 0  # that reached the layers
+    paths: tuple[str, ...]  # of the layers, in the block
+    cols: int  # C
+    peers: tuple[str, ...] = ()  # the same layers of all experts, one name each; (): no expert's
+    digest: str | None = None  # of its values in the first micro-batch; None: not computed, or it had none there
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """The same for the inputs of all experts at one place: those of gate and up, or those of down."""
+        return self.peers or self.paths
 
     @property
     def is_shared(self) -> bool:
@@ -34,53 +42,69 @@ class LayerInput:
         return len(self.paths) > 1
 
 
-@dataclass
-class LayerInputs:
-    """The statistics of a block over the first `num_samples` samples."""
+@dataclass(eq=False)
+class LayerInput:
+    """A distinct input and its statistics."""
 
-    inputs: list[LayerInput] = field(default_factory=list)
-    num_samples: int = 0
-    is_completed: bool = False  # experts with few tokens have got those of others (`stages.runtime.expert_statistics`)
+    source: DistinctInput
+    statistics: Statistics
+
+
+class PassProgress(Protocol):
+    """Progress of a pass over the samples."""
 
     @property
-    def by_path(self) -> dict[str, LayerInput]:
-        """The input of each layer."""
-        return {path: found for found in self.inputs for path in found.paths}
+    def num_samples(self) -> int:
+        """Samples that the statistics hold already."""
+        ...
 
-    def checkpoint(self) -> Checkpoint:
-        """Everything that `restored` needs."""
-        states = [found.statistics.state() for found in self.inputs]
-        return Checkpoint(
-            {_tensor_key(number): sums for number, (sums, _) in enumerate(states)},
-            {
-                "num_samples": self.num_samples,
-                "is_completed": self.is_completed,
-                "groups": [
-                    {"paths": found.paths, "counts": counts, "num_tokens": found.num_tokens}
-                    for found, (_, counts) in zip(self.inputs, states, strict=True)
-                ],
-            },
-        )
+    def boundary(self) -> None:
+        """Stop here if requested, and keep a checkpoint. Called before each micro-batch."""
+        ...
 
-    @classmethod
-    def restored(cls, checkpoint: Checkpoint | None, kind: type[Statistics], device: torch.device) -> LayerInputs:
-        """The statistics of a checkpoint; empty statistics without one."""
-        if checkpoint is None:
-            return cls()
-        inputs = [
-            LayerInput(
-                kind.restored(checkpoint.tensors[_tensor_key(number)], group["counts"], device),
-                list(group["paths"]),
-                group.get("num_tokens", 0),
-            )
-            for number, group in enumerate(checkpoint.figures["groups"])
-        ]
-        return cls(inputs, checkpoint.figures["num_samples"], checkpoint.figures.get("is_completed", False))
+    def collected(self, count: int) -> None:
+        """The statistics hold `count` more samples."""
+        ...
 
 
-def _tensor_key(number: int) -> str:
-    """Key of the sums of input `number` in a checkpoint, whatever the statistics. Unfinished runs have this name."""
-    return f"hessian.{number}"
+@torch.no_grad()
+def find_inputs(
+    context: BlockContext, block: nn.Module, modules: Mapping[str, nn.Module], biased: Samples, *, with_digests: bool
+) -> list[DistinctInput]:
+    """The distinct inputs of a block, in the order in which a forward pass computes them.
+
+    Inputs of experts are ordered by place: the inputs of gate and up of all experts, then those of down. Runs the
+    first micro-batch, and further ones only until every layer, or its peer in another expert, has received an input.
+
+    Args:
+        context: The block and its samples.
+        block: Unpruned, on the device.
+        modules: The layers to prune, by their path in the block.
+        biased: The block's input of each of N samples, (T, H).
+        with_digests: `collect` will compare the values of the first micro-batch.
+
+    Raises:
+        AssertionError: A layer that is no expert's never received an input.
+    """
+    order = _ForwardOrder([info for info in context.model.layers(context.index) if info.path in modules])
+    runner = context.runner(block)
+    batches = runner.batches(range(len(context.inputs)))
+    with runner.reading(batches, biased) as read:
+        for batch in read:
+            seen = _Seen()
+            with _hooked(modules, seen.record):
+                runner.forward(batch.samples[0], batch.call)
+            order.add(seen.paths.values())
+            if with_digests and batch.numbers[0] == 0:
+                for key, (path, *_) in seen.paths.items():
+                    order.digests.setdefault(path, _digest(seen.tensors[key]))
+            del batch, seen
+            if not order.missing:
+                break
+    unread = [path for path in order.missing if order.infos[path].peers is None]
+    if unread:
+        raise AssertionError(f"{context.name}: no input ever reached {', '.join(unread)}")
+    return order.inputs()
 
 
 def collect(
@@ -88,53 +112,131 @@ def collect(
     block: nn.Module,
     modules: Mapping[str, nn.Module],
     biased: Samples,
-    kind: type[Statistics],
-    counter: Counter,
-) -> LayerInputs:
-    """Collect statistics over the inputs of every layer; resumes from a checkpoint.
+    inputs: Sequence[LayerInput],
+    received: dict[DistinctInput, int],
+    progress: PassProgress,
+) -> None:
+    """Add the samples that are left of a pass over the stream to the statistics of `inputs`.
 
-    A forward pass ends as soon as the last layer has received its input.
+    A forward pass ends as soon as the last layer of these has received its input.
 
     Args:
         context: The block and its samples.
-        block: Unpruned, on the device.
+        block: On the device. Layers that a forward pass reaches before those of `inputs` are unpruned.
         modules: The layers to prune, by their path in the block.
         biased: The block's input of each of N samples, (T, H).
-        kind: The class of statistics that the pruner needs.
-        counter: Reports the samples that are done.
+        inputs: What is collected.
+        received: The tokens of these inputs are counted; empty: none are.
+        progress: Knows how many samples the statistics hold already, and counts on.
 
     Raises:
-        AssertionError: A layer that is no expert's never received an input, or a layer shared its input in one
-            micro-batch and not in another.
+        AssertionError: A layer shared its input in one micro-batch and not in another, or the digest of an input says
+            that its values have changed since `find_inputs`.
     """
-    device = context.device.torch_device
-    collected = LayerInputs.restored(context.callbacks.restore(), kind, device)
-    recorder = _InputRecorder(collected, kind)
-    handles = [
-        module.register_forward_pre_hook(recorder.hook(path, context.model.weight_matrix(module).shape[1]))
-        for path, module in modules.items()
-    ]
-    counter.advance(collected.num_samples)
     runner = context.runner(block)
-    batches = runner.batches(range(collected.num_samples, len(context.inputs)))
+    batches = runner.batches(range(progress.num_samples, len(context.inputs)))
+    recorder = _InputRecorder(inputs, received)
+    with (
+        _hooked({path: modules[path] for path in recorder.paths}, recorder.record),
+        runner.reading(batches, biased) as read,
+    ):
+        for batch in read:
+            progress.boundary()
+            with recorder.micro_batch(is_first=batch.numbers[0] == 0):
+                runner.forward(batch.samples[0], batch.call)
+            progress.collected(len(batch.numbers))
+
+
+@contextlib.contextmanager
+def _hooked(modules: Mapping[str, nn.Module], record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Context in which `record` gets the path and the input of each of the layers, whenever it is called."""
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: record(path, args[0])
+
+    handles = [module.register_forward_pre_hook(hook(path)) for path, module in modules.items()]
     try:
-        with runner.reading(batches, biased) as read:
-            for batch in read:
-                context.callbacks.checkpoint(collected.checkpoint)
-                recorder.missing.update(modules)
-                with contextlib.suppress(_AllSeen):
-                    runner.forward(batch.samples[0], batch.call)
-                recorder.seen.clear()
-                collected.num_samples += len(batch.numbers)
-                counter.advance(len(batch.numbers))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    of_experts = {info.path for info in context.model.layers(context.index) if info.peers is not None}
-    unread = [path for path in modules if path not in recorder.assigned and path not in of_experts]
-    if unread:
-        raise AssertionError(f"{context.name}: no input ever reached {', '.join(unread)}")
-    return collected
+
+
+def _digest(x: Tensor) -> str:
+    data = x.detach().contiguous().view(torch.uint8).cpu().numpy()
+    return hashlib.blake2b(data.data, digest_size=16).hexdigest()
+
+
+class _Seen:
+    """The layers that a forward pass reached, by the tensor that they read, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, Tensor] = {}  # kept alive, so that no other gets the same id
+        self.paths: dict[int, list[str]] = {}
+
+    def record(self, path: str, x: Tensor) -> None:
+        self.tensors.setdefault(id(x), x)
+        self.paths.setdefault(id(x), []).append(path)
+
+
+class _ForwardOrder:
+    """The order in which forward passes reached the distinct inputs."""
+
+    def __init__(self, infos: Iterable[LayerInfo]) -> None:
+        self.infos = {info.path: info for info in infos}
+        self.digests: dict[str, str] = {}  # by the first layer that read the input
+        self._places: list[tuple[str, ...]] = []
+        self._known: dict[str, tuple[str, ...]] = {}  # the layers that share the input, by each of their paths
+        self._peers: dict[str, tuple[str, ...]] = {}  # the peers that share an input, by each of their names
+
+    @property
+    def missing(self) -> list[str]:
+        """Layers that received no input, neither themselves nor, of experts, as a peer in another expert."""
+        known, peers = self._known, self._peers
+        return [path for path, info in self.infos.items() if path not in known and info.peers not in peers]
+
+    def add(self, groups: Iterable[Sequence[str]]) -> None:
+        """Add the layers that one forward pass reached: in the order of its calls, those with one input together."""
+        position = 0
+        for group in groups:
+            paths = tuple(path for path in self.infos if path in group)
+            for path in paths:
+                if self._known.setdefault(path, paths) != paths:
+                    raise _unequal(path)
+            place = self._place(paths)
+            if place not in self._places:
+                self._places.insert(position, place)
+            position = self._places.index(place) + 1
+
+    def inputs(self) -> list[DistinctInput]:
+        """The inputs, in order. Experts that received no token share inputs as the others do."""
+        together: dict[tuple[str, ...], list[str]] = {}
+        for path, info in self.infos.items():
+            if path not in self._known:
+                peers = self._peers.setdefault(str(info.peers), (str(info.peers),))
+                together.setdefault((str(info.expert), *peers), []).append(path)
+        distinct = {*self._known.values(), *map(tuple, together.values())}
+        found: dict[tuple[str, ...], list[DistinctInput]] = {place: [] for place in self._places}
+        first_of = {path: number for number, path in enumerate(self.infos)}
+        for paths in sorted(distinct, key=lambda paths: first_of[paths[0]]):
+            digest = next((self.digests[path] for path in paths if path in self.digests), None)
+            one = DistinctInput(paths, self.infos[paths[0]].cols, self._peers_of(paths), digest)
+            found.setdefault(one.place, []).append(one)
+        return [one for place in found.values() for one in place]
+
+    def _place(self, paths: tuple[str, ...]) -> tuple[str, ...]:
+        peers = self._peers_of(paths)
+        for name in peers:
+            if self._peers.setdefault(name, peers) != peers:
+                raise AssertionError(f"{paths[0]} shared its input with other layers than its peers in other experts")
+        return peers or paths
+
+    def _peers_of(self, paths: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted({str(self.infos[path].peers) for path in paths if self.infos[path].peers is not None}))
+
+
+def _unequal(path: str) -> AssertionError:
+    return AssertionError(f"{path} shared its input with other layers in one batch but not in another")
 
 
 class _AllSeen(Exception):
@@ -144,35 +246,44 @@ class _AllSeen(Exception):
 class _InputRecorder:
     """Adds each distinct input to its statistics, once per micro-batch."""
 
-    def __init__(self, collected: LayerInputs, kind: type[Statistics]) -> None:
-        self.collected, self.kind = collected, kind
-        self.assigned = collected.by_path
-        self.seen: dict[int, tuple[Tensor, LayerInput]] = {}  # in this micro-batch; the tensor is kept alive
-        self.missing: set[str] = set()  # layers without an input in this micro-batch
+    def __init__(self, inputs: Iterable[LayerInput], received: dict[DistinctInput, int]) -> None:
+        self._found = {path: found for found in inputs for path in found.source.paths}
+        self._received = received
+        self._counted = {source.paths[0]: source for source in received}
+        self.paths = {*self._found, *self._counted}  # the layers whose inputs are needed
+        self._seen: dict[int, tuple[Tensor, LayerInput]] = {}  # in this micro-batch; the tensors are kept alive
+        self._missing: set[str] = set()  # layers without an input in this micro-batch
+        self._to_compare: set[str] = set()  # layers whose next input must have the digest
 
-    def hook(self, path: str, cols: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """A forward pre-hook for the layer at `path`, which has `cols` input channels."""
+    @contextlib.contextmanager
+    def micro_batch(self, *, is_first: bool) -> Iterator[None]:
+        """Context of the forward pass of a micro-batch. is_first: the one of which the digests are."""
+        self._missing.update(self.paths)
+        self._to_compare = {path for path, found in self._found.items() if is_first and found.source.digest is not None}
+        with contextlib.suppress(_AllSeen):
+            yield
+        self._seen.clear()
 
-        def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            _, found = self.seen.get(id(x), (None, None))
-            is_first_reader = found is None
-            if found is None:
-                found = self.assigned.get(path)
-            if found is None:
-                found = LayerInput(self.kind(cols, x.device))
-                self.collected.inputs.append(found)
-            if self.assigned.setdefault(path, found) is not found:
-                raise AssertionError(f"{path} shared its input with other layers in one batch but not in another")
-            if path not in found.paths:
-                found.paths.append(path)
-            if is_first_reader:
-                self.seen[id(x)] = (x, found)
-                tokens = x.reshape(-1, cols)
-                found.statistics.add(tokens)
-                found.num_tokens += len(tokens)
-            self.missing.discard(path)
-            if not self.missing:
-                raise _AllSeen
+    def record(self, path: str, x: Tensor) -> None:
+        """A layer is called with the input `x`."""
+        if path in self._counted:
+            source = self._counted[path]
+            self._received[source] += x.numel() // source.cols
+        if path in self._found:
+            self._add(path, x)
+        self._missing.discard(path)
+        if not self._missing:
+            raise _AllSeen
 
-        return record
+    def _add(self, path: str, x: Tensor) -> None:
+        found = self._found[path]
+        if id(x) not in self._seen:
+            if path in self._missing and not self._missing.issuperset(found.source.paths):
+                raise _unequal(path)
+            self._seen[id(x)] = (x, found)
+            if path in self._to_compare and _digest(x) != found.source.digest:
+                raise AssertionError(f"the input of {path} has changed between two passes")
+            self._to_compare.difference_update(found.source.paths)
+            found.statistics.add(x.reshape(-1, found.source.cols))
+        elif self._seen[id(x)][1] is not found:
+            raise _unequal(path)

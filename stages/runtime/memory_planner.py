@@ -10,6 +10,7 @@ V: vocabulary.    All arithmetic is fp32, 4 bytes per number; bf16 takes no more
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ _NOISE = 1.15  # baseline memory differs between processes
 class Shapes:
     """The sizes of a model and its calibration set that decide the memory of a run."""
 
-    block: int  # P, of the largest block
+    block: int  # P, of the block; of a model, of the largest one
     layers: tuple[LayerInfo, ...]  # of that block
     hidden: int  # H
     vocabulary: int  # V
@@ -40,13 +41,13 @@ class Shapes:
     attention: int = 0  # numbers that a block's attention materializes for one sample
 
     @classmethod
-    def of(cls, model: BlockModel, tokens: int, itemsize: int) -> Shapes:
-        """The shapes of `model` with samples of `tokens` tokens."""
-        sizes = [sum(model.entry_sizes(index).values()) for index in range(model.num_blocks)]
-        largest = max(range(model.num_blocks), key=sizes.__getitem__)
+    def of(cls, model: BlockModel, tokens: int, itemsize: int, block_index: int | None = None) -> Shapes:
+        """The shapes of `model` with samples of `tokens` tokens. block_index: the block; None: the largest one."""
+        chosen = range(model.num_blocks) if block_index is None else (block_index,)
+        size, index = max((sum(model.entry_sizes(index).values()), -index) for index in chosen)
         return cls(
-            sizes[largest],
-            model.layers(largest),
+            size,
+            model.layers(-index),
             model.hidden_size,
             model.vocab_size,
             tokens,
@@ -99,14 +100,18 @@ class Fit:
     samples_at_once: int  # in a forward pass without gradients
     spills: bool  # the best weights so far are stored on disk while a block is trained
     peak_bytes: int
+    left_bytes: int | None  # what the limit leaves beside the baseline memory; None: no limit
 
 
-def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str, int]:
-    """Peak bytes of each kind of step, without the baseline memory of the process."""
+def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool, room_bytes: int | None = None) -> dict[str, int]:
+    """Peak bytes of each kind of step, without the baseline memory of the process.
+
+    room_bytes: What the statistics of a block may take at once; None: one pass collects all of them.
+    """
     block, passing = _FP32 * shapes.block, shapes.passing(samples)
     ends = _FP32 * shapes.vocabulary * shapes.hidden
     found = {"capture": ends + block * work.trains + passing + shapes.chunks(3, samples)}
-    found["prune-block"] = block + _pruning(shapes, work) + passing + shapes.chunks(2, samples)
+    found["prune-block"] = block + _pruning(shapes, work, room_bytes) + passing + shapes.chunks(2, samples)
     if work.trains:
         copies = 3 if spills else 4  # weights, two moments, the best so far
         # The straight-through estimator computes with a rounded copy of the weights and keeps it for the gradient.
@@ -123,18 +128,84 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str
     return {kind: int(size * _SLACK) for kind, size in found.items()}
 
 
-def _pruning(shapes: Shapes, work: Work) -> int:
-    """Bytes of all statistics of a block and of solving its largest layer."""
-    pruner, kind = work.pruner, work.pruner.statistics()
-    sums = most = pooled = 0
-    for group in shapes.inputs.values():
-        cols, size = group[0].cols, max(layer.rows * layer.cols for layer in group)
-        matrices = pruner.num_matrices(is_shared=len(group) > 1)
-        numbers = _FP32 * kind.num_numbers(cols) if kind is not None else 0
-        sums += numbers
-        pooled = max(pooled, numbers) if group[0].peers is not None else pooled
-        most = max(most, _FP32 * (matrices * cols**2 + pruner.num_weight_copies * size))
-    return sums + max(most, pooled, 2 * shapes.block)  # the rounded block, 2 bytes per number, is made after solving
+def least_room(shapes: Shapes, work: Work) -> int:
+    """Bytes that the statistics of a block take at once, if each pass collects those of one input."""
+    places = Counter(group[0].peers for group in shapes.inputs.values())
+    # An expert may need the sum of its peers, which is in memory between their passes.
+    return max(
+        (
+            (2 if group[0].peers is not None and places[group[0].peers] > 1 else 1) * _sums(group, work)
+            for group in shapes.inputs.values()
+        ),
+        default=0,
+    )
+
+
+def _least_peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool) -> dict[str, int]:
+    """`peaks`, with as many passes over the samples as keep the peak of pruning low."""
+    one_pass = peaks(shapes, work, samples, spills=spills)
+    passes = peaks(shapes, work, samples, spills=spills, room_bytes=least_room(shapes, work))
+    return min(one_pass, passes, key=lambda found: found["prune-block"])
+
+
+def statistics_room(shapes: Shapes, work: Work, samples: int, left_bytes: int | None) -> int | None:
+    """How many bytes the statistics of a block may take at once (`stages.runtime.statistics_passes`).
+
+    Args:
+        shapes: Of the block.
+        work: What the run does.
+        samples: In a forward pass.
+        left_bytes: What the memory limit leaves beside the baseline memory; None: no limit.
+
+    Returns:
+        None: all of them fit.
+    """
+    if left_bytes is None or peaks(shapes, work, samples, spills=True)["prune-block"] <= left_bytes:
+        return None
+    others = _FP32 * shapes.block + shapes.passing(samples) + shapes.chunks(2, samples)
+    return max(0, int(left_bytes / _SLACK) - others - _beside_statistics(shapes, work))
+
+
+def _pruning(shapes: Shapes, work: Work, room_bytes: int | None) -> int:
+    """Bytes of the statistics of a block, of its masks, and of solving a layer.
+
+    room_bytes: What the statistics take at most; None: all of them are collected at once, and each is freed when its
+        layers are pruned.
+    """
+    finishing = 3 * shapes.block  # the masks, and the rounded block, 2 bytes for each weight; no statistics any more
+    if room_bytes is not None:
+        return max(room_bytes + _beside_statistics(shapes, work), finishing)
+    groups = shapes.inputs.values()
+    rest = sum(_sums(group, work) for group in groups)
+    masked, most = 0, rest + _pooled(shapes, work)
+    for group in groups:
+        masked += sum(layer.rows * layer.cols for layer in group)
+        most = max(most, rest + masked + _solving(group, work))
+        rest -= _sums(group, work)
+    return max(most, finishing)
+
+
+def _beside_statistics(shapes: Shapes, work: Work) -> int:
+    """Bytes that pruning in several passes takes beside statistics: masks, a byte for each weight, and a layer."""
+    return shapes.block + max([_pooled(shapes, work), *(_solving(group, work) for group in shapes.inputs.values())])
+
+
+def _pooled(shapes: Shapes, work: Work) -> int:
+    """Bytes of the sum of the statistics of all experts at a place."""
+    return max((_sums(group, work) for group in shapes.inputs.values() if group[0].peers is not None), default=0)
+
+
+def _sums(group: Sequence[LayerInfo], work: Work) -> int:
+    """Bytes of the statistics of an input, which the layers of `group` read."""
+    kind = work.pruner.statistics()
+    return _FP32 * kind.num_numbers(group[0].cols) if kind is not None else 0
+
+
+def _solving(group: Sequence[LayerInfo], work: Work) -> int:
+    """Bytes of solving a layer of `group`, beside its statistics."""
+    size = max(layer.rows * layer.cols for layer in group)
+    matrices = work.pruner.num_matrices(is_shared=len(group) > 1)
+    return _FP32 * (matrices * group[0].cols ** 2 + work.pruner.num_weight_copies * size)
 
 
 def fit(
@@ -142,7 +213,9 @@ def fit(
 ) -> Fit:
     """Choose the largest micro-batch that keeps the run within the memory limit.
 
-    The best weights are spilled to disk only if no micro-batch fits otherwise.
+    The best weights are spilled to disk only if no micro-batch fits otherwise. The number of passes that collect the
+    statistics of a block follows from the limit afterwards (`statistics_room`): it changes no result, and the
+    micro-batch does.
 
     Args:
         shapes: Sizes of the model and its samples.
@@ -155,13 +228,15 @@ def fit(
     Raises:
         ResourceError: Nothing fits; the message names the smallest sufficient limit.
     """
+    left = None if limit_bytes is None else limit_bytes - base_bytes
     options = [(samples, spills) for spills in (False, True) for samples in reversed(candidates)]
     for samples, spills in options:
-        peak = base_bytes + max(peaks(shapes, work, samples, spills=spills).values())
-        if limit_bytes is None or peak <= limit_bytes:
-            return Fit(samples, spills, peak)
-    smallest = int(_NOISE * base_bytes) + max(peaks(shapes, work, candidates[0], spills=True).values())
-    details = peaks(shapes, work, candidates[0], spills=True)
+        if left is None or max(_least_peaks(shapes, work, samples, spills=spills).values()) <= left:
+            room = statistics_room(shapes, work, samples, left)
+            found = peaks(shapes, work, samples, spills=spills, room_bytes=room)
+            return Fit(samples, spills, base_bytes + max(found.values()), left)
+    details = _least_peaks(shapes, work, candidates[0], spills=True)
+    smallest = int(_NOISE * base_bytes) + max(details.values())
     assert limit_bytes is not None
     raise ResourceError(
         f"--memory-limit {_gb(limit_bytes)} is too little: this run needs {_gb(_round_up(smallest))} of {where} "

@@ -22,8 +22,8 @@ def check_pruner(pruner: type[Pruner] | str) -> None:
 
     Requirements: exactly `num_masked` weights are masked; every masked weight is zero; every N:M group keeps its
     pattern; every quantized row has at most 2^bits distinct values; the result is finite, and bit-identical at every
-    call and from restored statistics; statistics that experts share add up; the original weight is unchanged;
-    unsupported options are refused; name, title, help and memory estimates are complete.
+    call and from restored statistics; statistics that experts share add up, in groups to the same bits; the original
+    weight is unchanged; unsupported options are refused; name, title, help and memory estimates are complete.
 
     Args:
         pruner: The class, or its name in the registry.
@@ -126,6 +126,8 @@ def _check_sharing(pruner: type[Pruner], kind: type[PooledStatistics]) -> None:
     total, whole, empty = kind.total(parts), kind(16, _CPU), kind(16, _CPU)
     whole.add(x)
     assert torch.allclose(total.state()[0], whole.state()[0], rtol=1e-4, atol=1e-5), f"{kind.__name__}.total is no sum"
+    stepwise = kind.total([kind.total(parts[:1]), parts[1]])
+    assert torch.equal(stepwise.state()[0], total.state()[0]), f"{kind.__name__}.total depends on groups of parts"
     unchanged = all(torch.equal(part.state()[0], sums) for part, sums in zip(parts, before, strict=True))
     assert unchanged, f"{kind.__name__}.total changed its parts"
     empty.complete(total, 16)

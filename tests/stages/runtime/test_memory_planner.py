@@ -5,7 +5,7 @@ import pytest
 from stages.errors import ResourceError
 from stages.models.base import LayerInfo
 from stages.pruners.registry import PRUNERS
-from stages.runtime.memory_planner import Shapes, Work, fit, peaks
+from stages.runtime.memory_planner import Shapes, Work, fit, least_room, peaks, statistics_room
 
 LAMP = Work(PRUNERS.get("sparsegpt"), trains=True, is_quantized=False, eval_tokens=2048)
 GB = 10**9
@@ -89,3 +89,51 @@ def test_every_expert_has_statistics_of_its_own_and_only_those_of_a_token_keep_i
     hessians, weights = 4 * 8 * (1024**2 + 512**2), 4 * 8 * 3 * 1024 * 512
     assert more >= hessians + weights
     assert many.remembered() == few.remembered() < mixture(8, 8).remembered()
+
+
+def prune_peak(shapes, work, **rest):
+    return peaks(shapes, work, 1, spills=False, **rest)["prune-block"]
+
+
+def test_statistics_that_do_not_fit_get_the_room_that_is_left():
+    shapes, work = mixture(64, 2), Work(PRUNERS.get("sparsegpt"), False, False, 0)
+    one_pass, least = prune_peak(shapes, work), least_room(shapes, work)
+    assert least == 2 * 4 * 1024**2  # the Hessian of gate and up of one expert, and the sum over all experts
+    fewest = prune_peak(shapes, work, room_bytes=least)
+    assert fewest < one_pass
+    assert statistics_room(shapes, work, 1, None) is None
+    assert statistics_room(shapes, work, 1, one_pass) is None
+    for left in (one_pass - 1, (one_pass + fewest) // 2, fewest + 10):
+        room = statistics_room(shapes, work, 1, left)
+        assert least <= room < 64 * 4 * (1024**2 + 512**2)
+        assert prune_peak(shapes, work, room_bytes=room) == pytest.approx(left, abs=2)
+
+
+def test_a_limit_that_one_pass_would_exceed_is_kept_by_several_without_a_smaller_micro_batch():
+    shapes, work = mixture(64, 2), Work(PRUNERS.get("sparsegpt"), False, False, 0)
+    one_pass = max(peaks(shapes, work, 2, spills=False).values())
+    plenty, tight = (fit(shapes, work, GB, GB + left, [1, 2], "memory") for left in (one_pass, one_pass - 1))
+    assert (plenty.samples_at_once, plenty.spills) == (tight.samples_at_once, tight.spills) == (2, False)
+    assert (plenty.left_bytes, tight.left_bytes) == (one_pass, one_pass - 1)
+    assert plenty.peak_bytes == GB + one_pass
+    assert tight.peak_bytes <= GB + one_pass - 1
+    assert statistics_room(shapes, work, 2, plenty.left_bytes) is None
+    assert statistics_room(shapes, work, 2, tight.left_bytes) is not None
+
+
+@pytest.mark.parametrize("shapes", [mixture(64, 2), opt_6_7b()], ids=["experts", "dense"])
+def test_only_a_limit_below_the_statistics_of_one_layer_is_refused(shapes):
+    work = Work(PRUNERS.get("sparsegpt"), False, False, 0)
+    fewest = prune_peak(shapes, work, room_bytes=least_room(shapes, work))
+    assert fewest <= prune_peak(shapes, work)
+    assert fit(shapes, work, 0, fewest, [1], "memory").peak_bytes <= fewest
+    with pytest.raises(ResourceError, match="prune-block") as refused:
+        fit(shapes, work, 0, fewest - 1, [1], "memory")
+    smallest = float(str(refused.value).split("needs ")[1].split("GB")[0]) * GB
+    assert fewest <= smallest < fewest + 20_000_000
+
+
+def test_a_pruner_without_statistics_needs_no_passes():
+    shapes, work = mixture(8, 2), Work(PRUNERS.get("magnitude"), False, False, 0)
+    assert least_room(shapes, work) == 0
+    assert prune_peak(shapes, work) <= prune_peak(shapes, work, room_bytes=0)
