@@ -2,8 +2,8 @@
 
 import unicodedata
 
-# Control characters, and Unicode's own ends of lines and paragraphs.
-_BREAKING = ("Cc", "Zl", "Zp")
+# Control characters, Unicode's own ends of lines and paragraphs, and bytes of a name that are no UTF-8.
+_BREAKING = ("Cc", "Zl", "Zp", "Cs")
 
 
 def one_line(text: str) -> str:

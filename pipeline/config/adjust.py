@@ -33,13 +33,12 @@ def sibling(gathered: Gathered, method: str) -> Gathered:
 def with_absolute_paths(gathered: Gathered) -> Gathered:
     """The settings with local paths made absolute, since a run can be resumed from another folder."""
     from stages.data.registry import parse_source
-    from stages.formats.file_digest import local_path
+    from stages.formats.file_digest import local_path, real_path
 
     settings = gathered.values
     changes: dict[str, Any] = {}
-    path = local_path(settings.model)
-    if path.exists():
-        changes["model"] = str(path.resolve())
+    if local_path(settings.model).exists():
+        changes["model"] = str(real_path(settings.model))
     if settings.calibration is not None:
         changes["calibration"] = parse_source(settings.calibration).name
     if settings.evaluate is not None:

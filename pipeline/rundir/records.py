@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import ConfigMismatch, DamagedData
+from pipeline.errors import ConfigError, ConfigMismatch, DamagedData
 from pipeline.rundir.migrations import migrate
 
 # Steps of records that are no work: commits that are no longer valid; from here on, another machine or other versions,
@@ -46,6 +46,15 @@ def relative_path(path: str) -> str:
     if any(part in ("", ".", "..") for part in parts) or "\\" in path or "\0" in path:
         raise ValueError(f"{path!r} is not a plain relative path inside the run directory")
     return path
+
+
+def require_text(text: str) -> str:
+    """The same text, if a record can hold it; else ValueError. A name of a file that is not UTF-8 is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text!a} is not UTF-8") from None
+    return text
 
 
 RelativePath = Annotated[str, AfterValidator(relative_path)]
@@ -150,8 +159,15 @@ class Record(BaseModel):
 
     @classmethod
     def new(cls, **fields: Any) -> Self:
-        """The record of these fields, with its digest. Raises ValueError for what JSON cannot say."""
+        """The record of these fields, with its digest.
+
+        Raises:
+            ConfigError: A text is not UTF-8, as the name of a file may be.
+            ValueError: What JSON cannot say.
+        """
+        _require_texts(fields)  # a key that JSON cannot say would be changed unasked
         body = cls(digest="0" * 64, **fields).model_dump(mode="json", exclude={"digest"})
+        _require_texts(body)
         # Through JSON and back, so that what is in memory is what a reader will find.
         return cls.model_validate_json(json.dumps({**body, "digest": _digest(body)}), strict=True)
 
@@ -288,6 +304,22 @@ def first_reason(error: ValidationError) -> str:
     """The first thing that a validation found, in one short line."""
     first = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(str(part) for part in first['loc'])[:200]}: {first['msg'][:200]}"
+
+
+def _require_texts(value: object) -> None:
+    """Raise ConfigError for a text in it that JSON cannot say."""
+    if isinstance(value, str):
+        try:
+            require_text(value)
+        except ValueError as error:
+            raise ConfigError(f"{error}, and no record can hold it: rename it") from error
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _require_texts(key)
+            _require_texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _require_texts(entry)
 
 
 def _digest(body: Mapping[str, object]) -> str:

@@ -14,6 +14,7 @@ from pipeline.config.run_config import RunConfig
 from pipeline.engine.plan import Step
 from pipeline.runs.budget import PrunableLayers, allocate_budget, feasible_defaults
 from pipeline.runs.environment import environment_record
+from pipeline.runs.export_names import check_export
 from pipeline.runs.sources import check_sources, check_zero_shot
 from pipeline.steps.lamp_plan import chain_of
 from pipeline.steps.run_facts import EnvironmentRecord, IdentityRecord, ModelRecord
@@ -81,10 +82,11 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
     planned = plan_pruning(gathered, model, baselines)
     config = planned.config
     check_zero_shot(config, model)
+    left_out = check_export(config, model)
     return Prepared(
         config=config,
         origins=planned.origins,
-        notices=planned.notices,
+        notices=(*planned.notices, *left_out),
         model=ModelRecord.of(model),
         data=check_sources(config, model, task_named(model.task)),
         environment=environment_record(planned.device),

@@ -29,15 +29,15 @@ def write_finished(context: StepContext, attempt: Attempt, block: int, finished:
     from stages import export
 
     pieces = export.block_shard(context.model, block, finished.state)
-    attempt.write_file(payloads.pruned(block).name, _file_name(block), in_pieces(pieces))
+    attempt.write_file(payloads.pruned(block).name, block_filename(block), in_pieces(pieces))
 
 
 def write_masks(attempt: Attempt, block: int, contents: bytes) -> None:
     """Write the pruning masks and quantization grids of a block."""
-    attempt.write_file(payloads.masks(block).name, _file_name(block), contents)
+    attempt.write_file(payloads.masks(block).name, block_filename(block), contents)
 
 
-def _file_name(block: int) -> str:
+def block_filename(block: int) -> str:
     """Name of the files of a block in the exported model: of its weights, and of its masks in their folder."""
     return f"block-{block:05d}.safetensors"
 

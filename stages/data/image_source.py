@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from stages.data.base import DataSource
 from stages.errors import UsageError
-from stages.formats.file_digest import local_path
+from stages.formats.file_digest import real_path
 
 if TYPE_CHECKING:
     from stages.data.base import SourceDigest
@@ -76,7 +76,7 @@ class ImageSource(DataSource):
 
     @classmethod
     def named(cls, path: str | None) -> Self:
-        folder = local_path(path or "").resolve()
+        folder = real_path(path or "")
         if not path or not folder.is_dir():
             raise UsageError(f"{cls.kind}:{path or ''}: no such folder")
         return cls(f"{cls.kind}:{folder}", folder)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from stages.data.base import DataSource
 from stages.errors import UsageError
-from stages.formats.file_digest import local_path
+from stages.formats.file_digest import real_path
 
 if TYPE_CHECKING:
     from stages.data.chat import ChatTemplate
@@ -68,7 +68,7 @@ def local_file(kind: str, path: str | None) -> Path:
     Raises:
         UsageError: There is no such file.
     """
-    found = local_path(path or "").resolve()
+    found = real_path(path or "")
     if not path or not found.is_file():
         raise UsageError(f"{kind}:{path or ''}: no such {'text' if kind == 'text' else 'local'} file")
     return found

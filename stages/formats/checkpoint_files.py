@@ -170,8 +170,12 @@ def match_names(stored: Iterable[str], wanted: Iterable[str], transforms: Iterab
     return found
 
 
-def _places(folder: Path) -> dict[str, tuple[str, Entry]]:
-    """For each tensor of a folder its file and its place there."""
+def weight_filenames(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The safetensors files of a folder that transformers loads, and what their index says of them: {tensor: file}.
+
+    Raises:
+        ResourceError: The index is damaged, or a file that it or config.json names is missing.
+    """
     named_by_config = _named_by_config(folder)
     if named_by_config is None:
         filenames, named = files_of_weights(folder, SINGLE, INDEX)
@@ -179,8 +183,12 @@ def _places(folder: Path) -> dict[str, tuple[str, Entry]]:
         filenames, named = files_of_weights(folder, "", named_by_config)
     else:
         filenames, named = [named_by_config], {}
-    if filenames is None:
-        filenames = sorted(path.name for path in folder.glob("*.safetensors"))
+    return (sorted(path.name for path in folder.glob("*.safetensors")) if filenames is None else filenames), named
+
+
+def _places(folder: Path) -> dict[str, tuple[str, Entry]]:
+    """For each tensor of a folder its file and its place there."""
+    filenames, named = weight_filenames(folder)
     places: dict[str, tuple[str, Entry]] = {}
     for filename in filenames:
         for key, entry in _entries(folder / filename).items():

@@ -35,6 +35,7 @@ class ModelFolder:
     source: str  # "hub", "folder", "pickle", "gguf", "wheel"
     revision: str | None  # commit of the hub
     trusts_code: bool = False  # whether Python code that comes with the model may be run
+    left_out: tuple[str, ...] = ()  # files and folders beside the weights that an export does not take along
 
     @cached_property
     def files(self) -> dict[str, FileDigest]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stages.errors import ResourceError
 from stages.formats.checkpoint_files import NAMED_BY_CONFIG
 from stages.formats.disk_errors import reading
 from stages.models.source_card import is_card, kept_name
-
-log = logging.getLogger(__name__)
 
 LARGEST_BYTES = 100_000_000  # a larger file is no tokenizer; weights of an unknown form, data or a film
 
@@ -39,18 +37,44 @@ def companions(names: Iterable[str]) -> list[str]:
 
 
 def _is_companion(path: PurePosixPath) -> bool:
-    is_hidden = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+    is_hidden = any(map(_is_hidden, path.parts))
     is_weights = path.suffix.lower() in _WEIGHTS or path.name.endswith(".index.json")
     return not (is_hidden or is_weights or path.suffix.lower() in _NEVER_SHARED)
 
 
+@dataclass(frozen=True)
+class Companions:
+    """The files of a model folder, but its weights."""
+
+    names: tuple[str, ...]  # those that go along, relative to the folder, with slashes
+    left_out: tuple[str, ...]  # other files and folders that are not hidden, each with the reason if it is not plain
+
+
+def companions_of(folder: Path, weights: Collection[str] = ()) -> Companions:
+    """The companions of a model folder. Links to files and folders are followed.
+
+    Args:
+        folder: The model folder.
+        weights: Names of the files that its weights are read from.
+
+    Raises:
+        ResourceError: A folder must not be read.
+    """
+    files, left_out = _walk(folder)
+    found = [name for name in companions(files) if _size(folder / name) <= LARGEST_BYTES]
+    known = {*found, *weights}
+    others = [name for name in files if name not in known and not _is_index(name)]
+    left_out += [
+        f"{name} (larger than {LARGEST_BYTES // 1_000_000} MB)" if _is_large(folder, name) else name
+        for name in _by_folder(others, found)
+    ]
+    return Companions(tuple(found), tuple(sorted(left_out)))
+
+
 def companion_files(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the companions of a model folder, in the order of their names."""
-    for name in companions(_files(folder)):
+    for name in companions_of(folder).names:
         path = folder / name
-        if path.stat().st_size > LARGEST_BYTES:
-            log.warning("%s is left out: no weights, and larger than %d MB", path, LARGEST_BYTES // 1_000_000)
-            continue
         with reading(path):
             yield name, path.read_bytes()
 
@@ -61,12 +85,61 @@ def exported_companions(folder: Path) -> Iterator[tuple[str, bytes]]:
     yield from ((kept if is_card(name) else name, contents) for name, contents in companion_files(folder))
 
 
-def _files(folder: Path) -> Iterator[str]:
-    for place, _, filenames in os.walk(folder):
-        for filename in filenames:
-            path = Path(place, filename)
-            if path.is_file():
-                yield path.relative_to(folder).as_posix()
+def _walk(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of all files that are not hidden; what is no file, and links to a folder that holds them."""
+    files: list[str] = []
+    others: list[str] = []
+
+    def visit(place: Path, prefix: str, above: frozenset[tuple[int, int]]) -> None:
+        status = place.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            others.append(f"{prefix} (a link to a folder that holds it)")
+            return
+        for path in sorted(place.iterdir()):
+            name = prefix + path.name
+            if path.is_dir():
+                if not _is_hidden(path.name):
+                    visit(path, f"{name}/", above | {here})
+            elif path.is_file():
+                files.append(name)
+            elif not _is_hidden(path.name):
+                others.append(f"{name} (no file)")
+
+    try:
+        visit(folder, "", frozenset())
+    except PermissionError as error:
+        raise ResourceError(f"{error.filename} must not be read by this user: change its permissions") from error
+    return files, others
+
+
+def _by_folder(names: Iterable[str], kept: Iterable[str]) -> list[str]:
+    """Files of the top folder that are not hidden; of others, the top folder alone where none of its files is kept."""
+    with_kept = {PurePosixPath(name).parts[0] for name in kept}
+    found: dict[str, int] = {}
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if not any(map(_is_hidden, parts)):
+            shown = f"{parts[0]}/" if len(parts) > 1 and parts[0] not in with_kept else name
+            found[shown] = found.get(shown, 0) + 1
+    return list(found)
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__pycache__"
+
+
+def _is_index(name: str) -> bool:
+    return "/" not in name and name.endswith(".index.json")
+
+
+def _size(path: Path) -> int:
+    with reading(path):
+        return path.stat().st_size
+
+
+def _is_large(folder: Path, name: str) -> bool:
+    return not name.endswith("/") and _is_companion(PurePosixPath(name)) and _size(folder / name) > LARGEST_BYTES
 
 
 def exported_config(settings: Mapping[str, Any], requested_dtype: str) -> bytes:

