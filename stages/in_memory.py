@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -64,10 +64,11 @@ class WithoutCheckpoints:
 
 
 class NullCallbacks:
-    """`Callbacks` that show no progress, never stop, keep no checkpoint, and collect the warnings in a list."""
+    """`DurableCallbacks` that show no progress, never stop, keep no checkpoint, and collect the warnings in a list."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self._parts: dict[str, dict[str, Tensor]] = {}
 
     def report(self, done: int, total: int, unit: str, **metrics: float) -> None:
         """Do nothing."""
@@ -78,6 +79,15 @@ class NullCallbacks:
 
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
         """Do nothing."""
+
+    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
+        """Do nothing."""
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._parts[name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+
+    def kept(self, name: str) -> Mapping[str, Tensor]:
+        return self._parts[name]
 
     def check_stop(self) -> None:
         """Do nothing."""

@@ -6,7 +6,7 @@ or why it has to stop. `stages.in_memory` implements each Protocol in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +48,7 @@ class Checkpoint:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)  # JSON values; floats are restored exactly
+    parts: Collection[str] = ()  # names of what `Callbacks.keep` stored that the state needs, too
 
 
 class Watcher(Protocol):
@@ -75,4 +76,23 @@ class Callbacks(Watcher, Protocol):
 
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
         """As `check_stop`, where the stage can resume. Calls `make` and stores its checkpoint if one is due."""
+        ...
+
+
+class DurableCallbacks(Callbacks, Protocol):
+    """Callbacks of a stage whose state is too large for one checkpoint: it is stored in parts, one per block."""
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store a part durably, for checkpoints that name it, in place of an earlier part of that name.
+
+        A checkpoint keeps the part that had the name when the checkpoint was made.
+        """
+        ...
+
+    def kept(self, name: str) -> Mapping[str, Tensor]:
+        """The newest part of this name, or the one of the restored checkpoint; each tensor is read when asked for."""
+        ...
+
+    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
+        """As `checkpoint`, for a checkpoint of parts that are stored already: it is always due."""
         ...

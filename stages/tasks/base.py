@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stages.interfaces import Samples, Watcher
     from stages.metrics.points import Points
     from stages.models.base import BlockModel
+    from stages.training.end_loss import EndLoss
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Task(Protocol):
     loader_dtype: str  # the `dtype` for it
     loading: tuple[str, ...]  # lines of Python that open an exported folder "PATH/TO/THIS/FOLDER"
     metric: str  # of its usual evaluation, a name of `stages.metrics.registry.METRICS`
+    end_loss: type[EndLoss]  # of the pruned model's output against the dense model's
     default_calibration: str | None  # None: the user must name one
     default_evaluation: tuple[str, ...]
     default_points: Points | None  # None: there are none

@@ -17,6 +17,7 @@ from stages.metrics.points import Points
 from stages.models.base import BlockModel
 from stages.tasks.base import Drawn
 from stages.tasks.registry import require_readable
+from stages.training.end_loss import EndLoss, RelativeError
 
 # Reads a picture as the model gets it, (3, S, S). Raises UnusableImageError.
 PixelReader = Callable[[ImageRecord], Tensor]
@@ -28,6 +29,7 @@ class ImageTask(ABC):
     reads_text: ClassVar[bool] = False
     contents: ClassVar[str] = "images"
     loader_dtype: ClassVar[str] = "float32"  # pictures come in fp32
+    end_loss: ClassVar[type[EndLoss]] = RelativeError
     default_calibration: ClassVar[str | None] = None
     default_evaluation: ClassVar[tuple[str, ...]] = ()
     default_points: ClassVar[Points | None] = None

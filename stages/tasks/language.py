@@ -16,6 +16,7 @@ from stages.metrics.points import Points
 from stages.models.base import BlockModel, ModelFolder
 from stages.tasks.base import Drawn, Listed
 from stages.tasks.registry import require_readable
+from stages.training.end_loss import Divergence, EndLoss
 
 
 class Language:
@@ -35,6 +36,7 @@ class Language:
         'tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")',
     )
     metric = "perplexity"
+    end_loss: type[EndLoss] = Divergence
     default_calibration: str | None = "c4"
     default_evaluation: tuple[str, ...] = ("wikitext2",)
     default_points: Points | None = None
