@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from pipeline.engine.job import Job
 from pipeline.engine.plan import Step
 from pipeline.rundir.step_checkpoints import StepProgress
 from stages.interfaces import Checkpoint
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class StepCallbacks:
-    """`stages.interfaces.Callbacks` for one step of a job."""
+    """`stages.interfaces.DurableCallbacks` for one step of a job."""
 
     def __init__(self, job: Job, step: Step, progress: StepProgress | None = None) -> None:
         """Bind the callbacks to a step.
@@ -37,16 +41,30 @@ class StepCallbacks:
         return found
 
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
-        stop, every_s = self._job.stop, self._job.checkpoint_every_s
-        is_due = every_s > 0 and time.monotonic() - self._saved_at >= every_s
+        every_s = self._job.checkpoint_every_s
+        self._checkpoint(make, is_due=every_s > 0 and time.monotonic() - self._saved_at >= every_s)
+
+    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
+        self._checkpoint(make, is_due=True)
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        assert self._progress is not None, f"{self._step.name} stores parts of its state, and has no checkpoints"
+        self._progress.keep(name, tensors)
+
+    def kept(self, name: str) -> Mapping[str, Tensor]:
+        assert self._progress is not None, f"{self._step.name} stores parts of its state, and has no checkpoints"
+        return self._progress.kept(name)
+
+    def _checkpoint(self, make: Callable[[], Checkpoint], *, is_due: bool) -> None:
+        stop = self._job.stop
         is_asked = stop.is_requested or stop.awaits_advance
         if self._progress is not None and (is_due or is_asked) and stop.keeps_progress:
-            made = make()
-            is_further = self._is_further(made)
-            if is_further or not stop.awaits_advance:
-                with stop.saving():
+            with stop.saving():
+                made = make()
+                is_further = self._is_further(made)
+                if is_further or not stop.awaits_advance:
                     self._progress.save(made)
-                self._saved_at = time.monotonic()
+                    self._saved_at = time.monotonic()
             if is_further:
                 stop.advanced()
         stop.check()

@@ -11,7 +11,7 @@ from pipeline.engine.stop import StopRequest
 from pipeline.rundir.records import Result, StepCommit
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
-from stages.interfaces import Callbacks
+from stages.interfaces import Callbacks, DurableCallbacks
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -55,7 +55,7 @@ class StepResult:
 class Worker(Protocol):
     """Does the work of steps."""
 
-    def execute(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> StepResult:
+    def execute(self, step: Step, attempt: Attempt, callbacks: DurableCallbacks) -> StepResult:
         """Read the step's inputs from the run and write its payloads into the attempt."""
         ...
 

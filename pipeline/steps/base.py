@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.steps.reporting import BlockReport, Series
     from pipeline.steps.results import EvaluateResult, ExportResult, ZeroShotResult
     from pipeline.steps.run_facts import StoredBlockBudget
-    from stages.interfaces import Callbacks
+    from stages.interfaces import DurableCallbacks
 
 # When the result of another run may be used instead of doing the step: never; if it has the same model and
 # calibration set; if it was also computed on the same machine with the same versions.
@@ -51,7 +51,7 @@ class StepKind(ABC, Generic[R]):
     sharing: ClassVar[Sharing] = "never"
 
     @abstractmethod
-    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> R:
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: DurableCallbacks) -> R:
         """Open the payloads that the step reads, call its stage, write its payloads.
 
         Args:

@@ -23,7 +23,7 @@ from pipeline.steps.run_facts import config_of, environment_of, facts_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.interfaces import Callbacks
+    from stages.interfaces import Callbacks, DurableCallbacks
     from stages.machine.device import DeviceChoices
     from stages.models.base import BlockModel
 
@@ -56,7 +56,7 @@ class StepExecutor:
         """The device and the arithmetic that the run is done with."""
         return self.context.choices
 
-    def execute(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> StepResult:
+    def execute(self, step: Step, attempt: Attempt, callbacks: DurableCallbacks) -> StepResult:
         """Do one step."""
         from stages.machine.device import PeakMemory, release_memory
 

@@ -68,7 +68,7 @@ class DurableStops(NullCallbacks):
 
     def _save(self, make):
         made, binding = make(), {"step": "this"}
-        decoded, _ = _decode(_encode(made, binding, 0.0), binding)
+        decoded = _decode(_encode(made, binding, 0.0), binding).checkpoint
         self.durable = Checkpoint(decoded.tensors, decoded.figures, made.parts)
         self._durable_parts = {name: copy.deepcopy(self._parts[name]) for name in made.parts}
 

@@ -58,7 +58,7 @@ class StoppingCallbacks(NullCallbacks):
         if self.num_boundaries == self.at:
             if make is not None:
                 binding = {"step": "this"}
-                self.kept, _ = _decode(_encode(make(), binding, 0.0), binding)
+                self.kept = _decode(_encode(make(), binding, 0.0), binding).checkpoint
             raise Stopped
         self.num_boundaries += 1
 

@@ -10,6 +10,7 @@ from pipeline.engine.job import Job
 from pipeline.engine.plan import Step
 from pipeline.engine.stop import StopRequest
 from pipeline.errors import OutOfDisk, Preempted, Superseded
+from pipeline.rundir import step_checkpoints
 from pipeline.rundir.records import Result
 from pipeline.rundir.run_directory import RunDirectory, StepReport
 from pipeline.rundir.step_checkpoints import StepProgress
@@ -172,3 +173,84 @@ def test_a_checkpoint_is_kept_when_it_is_time_and_when_the_stage_is_stopped(run)
     with pytest.raises(Preempted):
         seldom.checkpoint(lambda: checkpoint(2))
     assert number_in(StepProgress(run, STEP).restore()) == 2
+
+
+def part(value):
+    return {"w": torch.full((4,), float(value)), "adam.step.w": torch.tensor(1.0)}
+
+
+def parts_on_disk(run):
+    return sorted(path.name for path in records(run) if path.name.startswith("part-"))
+
+
+def value_of(progress, name):
+    return progress.kept(name)["w"][0].item()
+
+
+def with_parts(number, *names):
+    return Checkpoint(figures={"number": number}, parts=names)
+
+
+def test_parts_come_back_as_the_checkpoint_named_them(run):
+    progress = StepProgress(run, STEP)
+    for name in ("a", "b"):
+        progress.keep(name, part(1))
+    progress.save(with_parts(1, "a", "b"))
+    progress.keep("a", part(2))  # an update that is not finished
+    assert value_of(progress, "a") == 2
+    again = StepProgress(run, STEP)
+    assert number_in(again.restore()) == 1
+    assert (value_of(again, "a"), value_of(again, "b")) == (1, 1)
+    assert torch.equal(again.kept("a")["adam.step.w"], torch.tensor(1.0))
+    assert len(parts_on_disk(run)) == 2, "the part of the unfinished update is gone"
+
+
+def test_a_part_that_is_damaged_or_gone_costs_the_checkpoints_that_name_it(run):
+    progress = StepProgress(run, STEP)
+    for number in (1, 2):
+        for name in ("a", "b"):
+            progress.keep(name, part(number))
+        progress.save(with_parts(number, "a", "b"))
+    assert len(parts_on_disk(run)) == 4
+    newest = run.path / run.progress_folder / parts_on_disk(run)[-1] / "part.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    again = StepProgress(run, STEP)
+    assert number_in(again.restore()) == 1
+    assert value_of(again, "b") == 1
+    for name in parts_on_disk(run):
+        run.storage.remove(f"{run.progress_folder}/{name}")
+    last = StepProgress(run, STEP)
+    assert last.restore() is None
+
+
+def test_parts_that_no_checkpoint_names_any_more_are_deleted(run):
+    progress = StepProgress(run, STEP)
+    for number in range(6):
+        progress.keep("a", part(number))
+        progress.save(with_parts(number, "a"))
+        assert len(parts_on_disk(run)) == min(number + 1, 2)
+    progress.keep("a", part(7))
+    progress.keep("a", part(8))
+    assert len(parts_on_disk(run)) == 3, "two that checkpoints name, and the newest"
+    commit(run, STEP)
+    run.clean()
+    assert not (run.path / "progress").exists() or not list((run.path / "progress").iterdir())
+
+
+def test_a_record_cannot_name_a_part_outside_its_folder(run):
+    progress = StepProgress(run, STEP)
+    progress.keep("a", part(1))
+    parts = {"a": {"folder": "../../data/x", "size": 1, "sha256": "0" * 64}}
+    data = step_checkpoints._encode(with_parts(1, "a"), progress._binding, 0.0, parts)
+    run.storage.create(f"{run.progress_folder}/000000", data)
+    assert StepProgress(run, STEP).restore() is None
+
+
+def test_a_part_deleted_by_another_process_ends_the_step_as_superseded(run):
+    progress = StepProgress(run, STEP)
+    progress.keep("a", part(1))
+    StepProgress(run, STEP).restore()  # another process begins the step, and finds a part that no checkpoint names
+    with pytest.raises(Superseded, match="another process does the same step"):
+        progress.kept("a")
