@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.completion import BASELINE
 from pipeline.config.declarations import flag_of
 from pipeline.config.gather import Gathered
-from pipeline.config.run_config import LAMP_FIELDS
+from pipeline.config.run_config import DISTILL_FIELDS, LAMP_FIELDS
 from pipeline.errors import ConfigError
 from stages.pruners.registry import LAMP, method_names
 
@@ -23,7 +23,7 @@ def sibling(gathered: Gathered, method: str) -> Gathered:
     """
     if method not in method_names():
         raise ConfigError(f"--baseline {method}: choose one of {', '.join(method_names())}")
-    dropped = {"alpha", "beta"} if method == LAMP else {"alpha", "beta", *LAMP_FIELDS}
+    dropped = {"alpha", "beta", "distill", *DISTILL_FIELDS, *(() if method == LAMP else LAMP_FIELDS)}
     changes: dict[str, Any] = dict.fromkeys(dropped)
     values = gathered.values.changed(**{**changes, "method": method, "evaluate_dense": False})
     origins = {name: origin for name, origin in gathered.origins.items() if name not in dropped}

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from pipeline.config.choices import any_of
 from pipeline.config.declarations import flag_of
 from pipeline.config.gather import Gathered
-from pipeline.config.run_config import CALIBRATION_FIELDS, LAMP_FIELDS, RunConfig
+from pipeline.config.run_config import CALIBRATION_FIELDS, DISTILL_FIELDS, LAMP_FIELDS, RunConfig
 from pipeline.errors import ConfigError
 from stages.metrics.harness_tasks import LAYOUT
 from stages.pruners.registry import LAMP, PAPER_PRUNER, PRUNERS, bit_methods, method_title, reads_data
 from stages.tasks.base import Task
-from stages.training.presets import TrainingDefaults
+from stages.training.presets import DISTILL_BATCH, DISTILL_EPOCHS, TrainingDefaults, distill_lr
 
 BASELINE = "baseline"  # the origin of a baseline's method
 
@@ -64,6 +64,10 @@ def check_combinations(gathered: Gathered) -> None:
         for field in ("refine_epochs", "refine_lr"):
             if getattr(settings, field) is not None:
                 raise ConfigError(f"--no-refine{origin('refine')} excludes {flag_of(field)}{origin(field)}")
+    if settings.distill is False:
+        for field in DISTILL_FIELDS:
+            if getattr(settings, field) is not None:
+                raise ConfigError(f"--no-distill{origin('distill')} excludes {flag_of(field)}{origin(field)}")
 
 
 class Completed(NamedTuple):
@@ -98,6 +102,7 @@ def complete(
     _fill_windows(draft, max_positions)
     _fill_budget(draft, defaults)
     _fill_training(draft, defaults)
+    _fill_distillation(draft, defaults)
     _fill_bos(draft, task)
     _fill_calibration(draft, task)
     _fill_evaluation(draft, task)
@@ -186,10 +191,25 @@ def _fill_training(draft: _Draft, defaults: TrainingDefaults) -> None:
             raise ConfigError(f"--epochs 0 without --refine trains nothing: that is --method {values['pruner']}")
 
 
+def _fill_distillation(draft: _Draft, defaults: TrainingDefaults) -> None:
+    """Whether and how all blocks are trained together at the end."""
+    values = draft.values
+    if values["distill"] is None and any(values[field] is not None for field in DISTILL_FIELDS):
+        values["distill"] = True
+    draft.fill("distill", defaults.distill and draft.is_lamp)
+    if not values["distill"]:
+        return
+    if draft.gathered.preset == "paper":
+        draft.notices.append("--distill: this departs from the paper's settings (--preset paper)")
+    draft.fill("distill_epochs", DISTILL_EPOCHS)
+    draft.fill("distill_batch", DISTILL_BATCH)
+    draft.fill("distill_lr", distill_lr(values["distill_batch"]))
+
+
 def _fill_calibration(draft: _Draft, task: Task) -> None:
-    """The calibration set, for methods that read data."""
+    """The calibration set, for methods that read data, and for distillation."""
     values, method = draft.values, draft.settings.method
-    if not reads_data(method):
+    if not reads_data(method) and not values["distill"]:
         for field in CALIBRATION_FIELDS:
             draft.drop(field, f"{method_title(method)} pruning reads no data", is_reported=not draft.baselines)
         values["calibration_skip"] = 0
@@ -198,6 +218,8 @@ def _fill_calibration(draft: _Draft, task: Task) -> None:
     if values["calibration"] is None:
         raise ConfigError(task.missing_calibration)
     draft.fill("num_samples", 128)
+    if values["distill_samples"] == values["num_samples"]:
+        values["distill_samples"] = None
     draft.fill("calibration_sampling", task.default_sampling(values["calibration"]))
 
 

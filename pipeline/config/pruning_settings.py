@@ -286,3 +286,31 @@ class PruningSettings:
     refine_lr: Annotated[
         Positive | None, Option("Learning rate of refinement.", "Training", "RATE", "by sparsity", applies_to="lamp")
     ] = None
+
+    distill: Annotated[
+        bool | None,
+        Option(
+            "At the end, train the remaining weights of all blocks together towards the original model's output "
+            "(language models: the KL divergence of the next-token distribution), with the pruning masks fixed.",
+            "Training",
+            default="off",
+        ),
+    ] = None
+    distill_epochs: Annotated[Count | None, Option("Epochs of distillation.", "Training", "N", "1")] = None
+    distill_lr: Annotated[
+        Positive | None,
+        Option("Highest learning rate of distillation; it rises, then falls to zero.", "Training", "RATE", "by batch"),
+    ] = None
+    distill_batch: Annotated[
+        Count | None, Option("Samples of one update of distillation, about.", "Training", "N", "16")
+    ] = None
+    distill_samples: Annotated[
+        Count | None,
+        Option(
+            "Distill on a set of N samples of its own, from the same data source; it may be larger than the "
+            "calibration set.",
+            "Training",
+            "N",
+            "the calibration set",
+        ),
+    ] = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.engine.job import Job
 from pipeline.engine.plan import Step
-from pipeline.rundir.step_checkpoints import StepProgress
+from pipeline.rundir.step_checkpoints import ScratchParts, StepProgress
 from stages.interfaces import Checkpoint
 
 if TYPE_CHECKING:
@@ -19,15 +19,19 @@ if TYPE_CHECKING:
 class StepCallbacks:
     """`stages.interfaces.DurableCallbacks` for one step of a job."""
 
-    def __init__(self, job: Job, step: Step, progress: StepProgress | None = None) -> None:
+    def __init__(
+        self, job: Job, step: Step, progress: StepProgress | None = None, parts: ScratchParts | None = None
+    ) -> None:
         """Bind the callbacks to a step.
 
         Args:
             job: The job that the step belongs to.
             step: The step.
             progress: Its checkpoints; None: the work saves none and always starts from the beginning.
+            parts: Where parts of its state are kept if there are no checkpoints.
         """
         self._job, self._step, self._progress = job, step, progress
+        self._parts = progress if progress is not None else parts
         self._saved_at = time.monotonic()
         self._first: str | None = None  # the figures that the step began with, as JSON
 
@@ -48,12 +52,12 @@ class StepCallbacks:
         self._checkpoint(make, is_due=True)
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        assert self._progress is not None, f"{self._step.name} stores parts of its state, and has no checkpoints"
-        self._progress.keep(name, tensors)
+        assert self._parts is not None, f"{self._step.name} stores parts of its state, and there is no place for them"
+        self._parts.keep(name, tensors)
 
     def kept(self, name: str) -> Mapping[str, Tensor]:
-        assert self._progress is not None, f"{self._step.name} stores parts of its state, and has no checkpoints"
-        return self._progress.kept(name)
+        assert self._parts is not None, f"{self._step.name} stores parts of its state, and there is no place for them"
+        return self._parts.kept(name)
 
     def _checkpoint(self, make: Callable[[], Checkpoint], *, is_due: bool) -> None:
         stop = self._job.stop

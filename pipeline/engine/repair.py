@@ -17,6 +17,7 @@ from pipeline.engine.verify import damaged_payloads
 from pipeline.errors import DamagedData
 from pipeline.rundir.records import Payload, Replacement
 from pipeline.rundir.run_directory import StepReport
+from pipeline.rundir.step_checkpoints import ScratchParts
 
 
 def repair(job: Job, *, is_deep: bool = True) -> None:
@@ -56,9 +57,9 @@ def _rebuild(job: Job, name: str) -> bool:
             return False
     step, is_activations = maker_of(name, job.steps), is_stream(name, job.steps)
     commit, payload = run.find(name)
-    callbacks = StepCallbacks(job, step)
     # Under a name of its own: it becomes a record only if it comes out differently.
     attempt = run.begin_again(f"rebuild/{name}")
+    callbacks = StepCallbacks(job, step, parts=ScratchParts(attempt))
     is_committed = False
     started_at, start = datetime.now(UTC), time.monotonic()
     try:

@@ -21,12 +21,14 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DamagedData, DiskError, FileExists, FileGone, Superseded
 from pipeline.rundir import filesystem
 from pipeline.rundir.filesystem import FileDigest, FileWriter
 from pipeline.rundir.run_directory import RunDirectory
+from pipeline.rundir.step_transaction import Attempt
 from stages.interfaces import Checkpoint
 
 if TYPE_CHECKING:
@@ -99,21 +101,16 @@ class StepProgress:
         Raises:
             OutOfDisk, DiskError: It cannot be written. Unlike a checkpoint, the step needs it.
         """
-        from stages.formats.checkpoint_files import serialized
-
         storage = self._run.storage
         folder = f"{self._folder}/{_PART}{self._token}-{self._num_parts:06d}"
         self._num_parts += 1
         try:
-            path = storage.new_folder(folder, with_parents=True) / _PART_FILE
-            with FileWriter(path) as writer:
-                for piece in serialized({key: tensor.detach().to("cpu") for key, tensor in tensors.items()}):
-                    writer.write(piece)
+            digest = _write_part(storage.new_folder(folder, with_parents=True) / _PART_FILE, tensors)
             storage.keep(folder)
         except FileGone:
             raise self._lost(folder) from None
         before = self._parts.get(name)
-        self._parts[name] = _StoredPart(folder, writer.digest)
+        self._parts[name] = _StoredPart(folder, digest)
         if before is not None and not any(before.folder in named for named in self._named):
             storage.remove(before.folder)
 
@@ -194,6 +191,41 @@ class StepProgress:
 
     def _names(self) -> list[str]:
         return [name for name in self._run.storage.names(self._folder) if name.isdigit() and len(name) == 6]
+
+
+class ScratchParts:
+    """Parts of a step's state where no checkpoint is made, for as long as an attempt lasts (`StepProgress.keep`)."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        """attempt: has the scratch folder."""
+        self._attempt = attempt
+        self._paths: dict[str, Path] = {}
+        self._num_made = 0
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a part."""
+        path = self._attempt.scratch().folder / f"{_PART}{self._num_made:06d}.safetensors"
+        self._num_made += 1
+        _write_part(path, tensors)
+        if name in self._paths:
+            filesystem.remove_file(self._paths[name])
+        self._paths[name] = path
+
+    def kept(self, name: str) -> Mapping[str, Tensor]:
+        """The newest part of this name."""
+        from stages.formats.checkpoint_files import StateFile
+
+        return StateFile(self._paths[name])
+
+
+def _write_part(path: Path, tensors: Mapping[str, Tensor]) -> FileDigest:
+    """Write a file of tensors in pieces. It is not durable yet."""
+    from stages.formats.checkpoint_files import serialized
+
+    with FileWriter(path) as writer:
+        for piece in serialized({key: tensor.detach().to("cpu") for key, tensor in tensors.items()}):
+            writer.write(piece)
+    return writer.digest
 
 
 @dataclass(frozen=True)

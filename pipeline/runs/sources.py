@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.config.run_config import RunConfig
@@ -29,7 +30,9 @@ def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str,
         source = parse_source(config.calibration)
         require_readable(source, model)
         source.check()
-        task.require_samples(model, source, drawing_of(config))
+        drawing = drawing_of(config)
+        most = max(drawing.num_samples, config.distill_samples or 0)
+        task.require_samples(model, source, replace(drawing, num_samples=most))
         digests[config.calibration] = source.digest()
     for name in config.evaluate:
         source = parse_source(name)

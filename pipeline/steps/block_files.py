@@ -25,11 +25,20 @@ def write_state(attempt: Attempt, payload: str, state: Mapping[str, Tensor]) -> 
 
 
 def write_finished(context: StepContext, attempt: Attempt, block: int, finished: FinishedBlock) -> None:
-    """Write a block with the names and dtypes of the exported model."""
+    """Write a pruned block with the names and dtypes of the exported model."""
+    _write_shard(context, attempt, payloads.pruned(block).name, block, finished)
+
+
+def write_distilled(context: StepContext, attempt: Attempt, block: int, finished: FinishedBlock) -> None:
+    """Write a distilled block with the names and dtypes of the exported model."""
+    _write_shard(context, attempt, payloads.distilled(block).name, block, finished)
+
+
+def _write_shard(context: StepContext, attempt: Attempt, payload: str, block: int, finished: FinishedBlock) -> None:
     from stages import export
 
     pieces = export.block_shard(context.model, block, finished.state)
-    attempt.write_file(payloads.pruned(block).name, block_filename(block), in_pieces(pieces))
+    attempt.write_file(payload, block_filename(block), in_pieces(pieces))
 
 
 def write_masks(attempt: Attempt, block: int, contents: bytes) -> None:

@@ -16,7 +16,7 @@ from pipeline.steps.run_facts import facts_of
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
-    from stages.interfaces import Callbacks
+    from stages.interfaces import Callbacks, Stream
 
 
 class Calibrate(StepKind[CalibrateResult]):
@@ -35,33 +35,9 @@ class Calibrate(StepKind[CalibrateResult]):
         return Step(Calibrate.name, outputs=(payloads.CALIBRATION,))
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> CalibrateResult:
-        from pipeline.steps.stage_settings import drawing_of
-        from stages.data.registry import parse_source
-
-        config = context.config
-        assert config.calibration is not None
-        source = parse_source(config.calibration)
-        if source.digest() != facts_of(context.run).identity.data[config.calibration]:
-            raise ConfigMismatch(
-                f"{config.calibration} has changed since this run began: put the old data back, or start a new run"
-            )
-        chosen = None
-        drawing = drawing_of(config)
-        if context.task.reads_text:
-            protocol = replace(config.evaluation_protocol, seqlen=config.seqlen)
-            chosen = bos_for(context, source, protocol, "calibration", attempt, callbacks)
-            drawing = replace(drawing, bos=chosen.mode)
-        drawn = context.task.draw(context.model, source, drawing, callbacks)
-        samples, first = drawn.samples, drawn.samples[0]
-        name = payloads.CALIBRATION.name
-        stream = attempt.stream(name, len(samples), tuple(first.shape), first.dtype, is_precious=True)
-        for index in range(len(samples)):
-            callbacks.check_stop()
-            stream.write(index, samples[index])
-            callbacks.report(index + 1, len(samples), "samples")
-        return CalibrateResult(
-            source=config.calibration, unit=drawn.unit, amount=drawn.amount, skipped=dict(drawn.skipped), bos=chosen
-        )
+        num_samples = context.config.num_samples
+        assert num_samples is not None
+        return draw_samples(context, payloads.CALIBRATION.name, num_samples, attempt, callbacks)[1]
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         return context.num_tokens * context.model.input_bytes_per_token
@@ -77,3 +53,49 @@ class Calibrate(StepKind[CalibrateResult]):
         num_skipped = sum(result.skipped.values())
         note = f", {num_skipped} passed over" if num_skipped else ""
         return f"{result.amount:,} {result.unit} of {result.source}{note}"
+
+
+def draw_samples(
+    context: StepContext, payload: str, num_samples: int, attempt: Attempt, callbacks: Callbacks
+) -> tuple[Stream, CalibrateResult]:
+    """Write samples of the run's data source.
+
+    Args:
+        context: The run.
+        payload: Name of the payload with the samples.
+        num_samples: How many; the first ones are the same however many there are, if sampling is contiguous.
+        attempt: Receives the payload.
+        callbacks: Progress and stops.
+
+    Returns:
+        The samples as they were stored, and what they are.
+
+    Raises:
+        ConfigMismatch: The data has changed since the run began.
+    """
+    from pipeline.steps.stage_settings import drawing_of
+    from stages.data.registry import parse_source
+
+    config = context.config
+    assert config.calibration is not None
+    source = parse_source(config.calibration)
+    if source.digest() != facts_of(context.run).identity.data[config.calibration]:
+        raise ConfigMismatch(
+            f"{config.calibration} has changed since this run began: put the old data back, or start a new run"
+        )
+    chosen = None
+    drawing = replace(drawing_of(config), num_samples=num_samples)
+    if context.task.reads_text:
+        protocol = replace(config.evaluation_protocol, seqlen=config.seqlen)
+        chosen = bos_for(context, source, protocol, "calibration", attempt, callbacks)
+        drawing = replace(drawing, bos=chosen.mode)
+    drawn = context.task.draw(context.model, source, drawing, callbacks)
+    samples, first = drawn.samples, drawn.samples[0]
+    stream = attempt.stream(payload, len(samples), tuple(first.shape), first.dtype, is_precious=True)
+    for index in range(len(samples)):
+        callbacks.check_stop()
+        stream.write(index, samples[index])
+        callbacks.report(index + 1, len(samples), "samples")
+    return stream, CalibrateResult(
+        source=config.calibration, unit=drawn.unit, amount=drawn.amount, skipped=dict(drawn.skipped), bos=chosen
+    )

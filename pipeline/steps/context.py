@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.run_config import RunConfig
-from pipeline.engine.plan import Step
+from pipeline.engine.plan import Output, Step
 from pipeline.errors import ConfigMismatch
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
@@ -32,12 +32,14 @@ class StepContext:
         shared_with: Another run whose results are used, such as the main run of a baseline.
         spills: Samples that do not fit into memory while a block is trained go to scratch streams.
         left_bytes: What --memory-limit leaves beside the memory that the process took before; None: no limit.
+        distills_resident: All blocks fit into memory while the model is distilled.
     """
 
     def __init__(self, run: RunDirectory, config: RunConfig, shared_with: RunDirectory | None = None) -> None:
         self.run, self.config, self.shared_with = run, config, shared_with
         self.spills = False
         self.left_bytes: int | None = None
+        self.distills_resident = False
 
     @cached_property
     def choices(self) -> DeviceChoices:
@@ -87,15 +89,21 @@ class StepContext:
         """Shape of one sample's activations."""
         return self.model.hidden_shape(tuple(self.calibration[0].shape))
 
-    def activations(self, attempt: Attempt, name: str) -> ActivationStream:
-        """A new activation stream with one sample for each sample of the calibration set."""
-        return attempt.stream(name, len(self.calibration), self.hidden_shape, self.choices.torch_dtype)
+    def activations(self, attempt: Attempt, name: str, *, samples: Output = payloads.CALIBRATION) -> ActivationStream:
+        """A new activation stream with one sample for each of `samples`."""
+        inputs = self.run.open_stream(samples.name)
+        shape = self.model.hidden_shape(tuple(inputs[0].shape))
+        return attempt.stream(name, len(inputs), shape, self.choices.torch_dtype)
 
-    def stage(self, callbacks: Callbacks, *, reads_data: bool = True) -> StageContext:
-        """What a stage needs: the model, the calibration set if it reads one, the device, the callbacks."""
+    def stage(
+        self, callbacks: Callbacks, *, reads_data: bool = True, samples: Output = payloads.CALIBRATION
+    ) -> StageContext:
+        """What a stage needs: the model, samples if it reads data, the device, the callbacks."""
         from stages.runtime.block_context import StageContext
 
-        return StageContext(self.model, self.calibration if reads_data else (), self.choices, callbacks)
+        return StageContext(
+            self.model, self.run.open_stream(samples.name) if reads_data else (), self.choices, callbacks
+        )
 
     def block_output(self, step: Step, attempt: Attempt) -> BlockOutput:
         """How the step's block is exported, and the stream of its outputs, if the step writes it."""
@@ -130,9 +138,19 @@ class StepContext:
         return resolve(str(self.run.publish(name)), trusts_code=self.config.trust_remote_code)
 
     @property
+    def distillation_samples(self) -> Output:
+        """The payload with the samples to distill on."""
+        return payloads.DISTILLATION_SET if self.config.distill_samples is not None else payloads.CALIBRATION
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens in the calibration set."""
         return (self.config.num_samples or 0) * self.config.seqlen
+
+    @property
+    def num_distillation_tokens(self) -> int:
+        """Number of tokens in the samples to distill on."""
+        return (self.config.distill_samples or self.config.num_samples or 0) * self.config.seqlen
 
     @property
     def stream_bytes(self) -> int:

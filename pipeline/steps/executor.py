@@ -70,21 +70,20 @@ class StepExecutor:
         return result
 
     def replay(self, name: str, attempt: Attempt, callbacks: Callbacks) -> None:
-        """Write the activation stream `name` again, from the calibration set and finished blocks alone."""
+        """Write the activation stream `name` again, from its samples and finished blocks alone."""
         from stages import export
         from stages.replay import replay
 
-        block, is_biased = payloads.stream_of(name)
-        model, run = self.context.model, self.context.run
+        stream, model, run = payloads.contents_of(name), self.context.model, self.context.run
 
         def pruned(block: int) -> Mapping[str, Tensor]:
             return export.block_state(model, block, run.open_file(payloads.pruned(block).name))
 
         replay(
-            self.context.stage(callbacks),
-            self.context.activations(attempt, name),
-            block,
-            pruned if is_biased else lambda block: None,
+            self.context.stage(callbacks, samples=stream.samples),
+            self.context.activations(attempt, name, samples=stream.samples),
+            stream.block,
+            pruned if stream.is_biased else lambda block: None,
             attempt.scratch(),
         )
 

@@ -15,9 +15,7 @@ from pipeline.steps.prune_block import PruneBlock
 from pipeline.steps.results import ExportResult
 
 if TYPE_CHECKING:
-    from pipeline.config.run_config import RunConfig
     from pipeline.rundir.filesystem import FileWriter
-    from pipeline.rundir.run_directory import RunDirectory
     from pipeline.rundir.step_transaction import Attempt, PayloadFolder
     from pipeline.steps.context import StepContext
     from stages.export import BlockCount
@@ -36,15 +34,15 @@ class Export(StepKind[ExportResult]):
     command = name
 
     @staticmethod
-    def step(num_blocks: int) -> Step:
-        """The step in the plan."""
-        blocks = range(num_blocks)
-        parts = (part.name for block in blocks for part in (payloads.pruned(block), payloads.masks(block)))
+    def step(num_blocks: int, *, is_distilled: bool = False) -> Step:
+        """The step in the plan. is_distilled: the blocks were trained once more after the last was pruned."""
+        finished = payloads.distilled if is_distilled else payloads.pruned
+        parts = (part.name for block in range(num_blocks) for part in (finished(block), payloads.masks(block)))
         return Step(Export.name, reads=tuple(parts), outputs=(payloads.MODEL,))
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> ExportResult:
         folder = attempt.folder(payloads.MODEL.name)
-        return _write_model(context.run, context.model, context.config, folder, callbacks)
+        return _write_model(context, step, folder, callbacks)
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         """Size of what is written: the blocks are hard links."""
@@ -61,9 +59,7 @@ class Export(StepKind[ExportResult]):
         return result
 
 
-def _write_model(
-    run: RunDirectory, model: BlockModel, config: RunConfig, folder: PayloadFolder, callbacks: Callbacks
-) -> ExportResult:
+def _write_model(context: StepContext, step: Step, folder: PayloadFolder, callbacks: Callbacks) -> ExportResult:
     """Fill `folder` with the pruned model, and check on the files themselves what they hold.
 
     Raises:
@@ -74,6 +70,7 @@ def _write_model(
     from stages import export
     from stages.formats.checkpoint_files import Joined, StateFile
 
+    run, model, config = context.run, context.model, context.config
     plan = export.ExportPlan.of(model, config.export_dtype)
     counts = []
     weights: dict[str, StateFile] = {}
@@ -81,9 +78,11 @@ def _write_model(
     for block in range(model.num_blocks):
         callbacks.check_stop()
         filename = plan.filename(block)
-        weights[filename], counted = _link_block(run, model, config, folder, block, filename)
+        names = (payloads.distilled(block).name, payloads.pruned(block).name)
+        payload = next(name for name in names if name in step.reads)
+        weights[filename], counted = _link_block(context, payload, folder, block, filename)
         counts.append(counted)
-        total_size += run.payload(payloads.pruned(block).name).files[0].size
+        total_size += run.payload(payload).files[0].size
         callbacks.report(block + 1, model.num_blocks + 1, "blocks")
     for filename, tensors in plan.outside_shards(model, config.export_dtype):
         callbacks.check_stop()
@@ -114,21 +113,24 @@ def _write_model(
 
 
 def _link_block(
-    run: RunDirectory, model: BlockModel, config: RunConfig, folder: PayloadFolder, block: int, filename: str
+    context: StepContext, payload: str, folder: PayloadFolder, block: int, filename: str
 ) -> tuple[StateFile, BlockCount]:
     """Link a block's weights and masks, and check the file once more, whatever the commits say."""
     from stages import export
     from stages.formats.checkpoint_files import StateFile
     from stages.formats.pruning_masks import FOLDER, read_mask_file
 
-    pruned, stored_masks = payloads.pruned(block).name, payloads.masks(block).name
-    path, masks = run.open_file(pruned), run.open_file(stored_masks)
-    folder.link(filename, run.payload(pruned).files[0])
+    run, model, config = context.run, context.model, context.config
+    stored_masks = payloads.masks(block).name
+    path, masks = run.open_file(payload), run.open_file(stored_masks)
+    folder.link(filename, run.payload(payload).files[0])
     folder.link(f"{FOLDER}/{masks.name}", run.payload(stored_masks).files[0])
     weights, layers = StateFile(path), read_mask_file(masks)
     counted = export.count_block(weights, layers, config.n_of_m)
     steps = [commit.step for commit in run.commits if commit.step.endswith(f"/{block}")]
-    if steps == [f"{PruneBlock.name}/{block}"]:  # no training: the pruned layers' weights alone may differ
+    if (
+        steps == [f"{PruneBlock.name}/{block}"] and payload == payloads.pruned(block).name
+    ):  # no training: the pruned layers' weights alone may differ
         export.check_untrained(model, weights, {layer.key for layer in layers.values()}, config.export_dtype)
     return weights, counted
 

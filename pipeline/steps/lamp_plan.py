@@ -1,7 +1,7 @@
 """The plan of a run: LAMP Algorithm 1 as a list of steps, then the export and what follows it.
 
     calibrate -> capture -> [allocate] -> prune 0 -> [refine 0] -> compensate 1 -> prune 1 -> ... -> prune n-1
-    -> [refine n-1] -> export -> evaluate ... -> zero-shot ...
+    -> [refine n-1] -> [teach] -> [distill] -> export -> evaluate ... -> zero-shot ...
 
 `stages.lamp` is the same algorithm on streams in memory.
 """
@@ -15,11 +15,14 @@ from pipeline.steps.allocate import Allocate
 from pipeline.steps.calibrate import Calibrate
 from pipeline.steps.capture import Capture
 from pipeline.steps.compensate_block import CompensateBlock
+from pipeline.steps.distill import Distill
 from pipeline.steps.export import Export
 from pipeline.steps.prune_block import PruneBlock
 from pipeline.steps.refine_block import RefineBlock
 from pipeline.steps.registry import STEP_KINDS
 from pipeline.steps.run_facts import facts_of
+from pipeline.steps.teach import Teach
+from stages.pruners.registry import reads_data
 
 
 def chain(
@@ -29,28 +32,34 @@ def chain(
     reads_data: bool = True,
     refines: bool = False,
     allocates: bool = False,
+    distills: bool = False,
+    draws_for_distillation: bool = False,
 ) -> tuple[Step, ...]:
     """The steps from the calibration set to the exported model, in the only order they can run (LAMP Alg. 1).
 
     Args:
         num_blocks: Number of blocks of the model.
         compensates: Each block after the first is trained to make up for the pruning error before it.
-        reads_data: There is a calibration set.
+        reads_data: Pruning reads the calibration set.
         refines: Each pruned block is trained before its output is computed.
         allocates: A first pass of the original model decides the budget.
+        distills: At the end all blocks are trained together.
+        draws_for_distillation: That is done on samples of its own.
     """
     last = num_blocks - 1
+    reads_dense_end = refines or (distills and not draws_for_distillation)  # the output of the last block
     steps: list[Step] = []
-    if reads_data:
+    if reads_data or (distills and not draws_for_distillation):
         steps.append(Calibrate.step())
-        steps.append(Capture.step(with_dense=compensates and (last > 0 or refines)))
+    if reads_data:
+        steps.append(Capture.step(with_dense=compensates and (last > 0 or reads_dense_end)))
         if allocates:
             steps.append(Allocate.step())
     for block in range(num_blocks):
         is_compensated = compensates and block > 0
         if is_compensated:
-            # The dense output of the last block is a target only: no later step reads it unless the block is refined.
-            steps.append(CompensateBlock.step(block, with_dense=block < last or refines))
+            # The dense output of the last block is a target: further steps read it only to refine or distill.
+            steps.append(CompensateBlock.step(block, with_dense=block < last or reads_dense_end))
         steps.append(
             PruneBlock.step(
                 block,
@@ -62,7 +71,11 @@ def chain(
         )
         if refines:
             steps.append(RefineBlock.step(block, with_output=block < last))
-    steps.append(Export.step(num_blocks))
+    if distills:
+        if draws_for_distillation or not compensates:
+            steps.append(Teach.step(num_blocks, draws=draws_for_distillation))
+        steps.append(Distill.step(num_blocks, draws=draws_for_distillation))
+    steps.append(Export.step(num_blocks, is_distilled=distills))
     return tuple(steps)
 
 
@@ -71,9 +84,12 @@ def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
     return chain(
         num_blocks,
         compensates=config.is_lamp,
-        reads_data=config.calibration is not None,
+        # A method without data has a calibration set only to distill on.
+        reads_data=config.calibration is not None and (not config.distill or reads_data(config.method)),
         refines=bool(config.refine),
         allocates=config.budget == "outliers",
+        distills=bool(config.distill),
+        draws_for_distillation=config.distill_samples is not None,
     )
 
 

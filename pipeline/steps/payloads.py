@@ -10,13 +10,19 @@ Each function gives one payload of a block, i, which counts from 0.
 | ``unrefined/i`` | weights of block i in fp32, pruned, to be trained |
 | ``pruned/i`` | weights of block i as exported |
 | ``masks/i`` | pruning masks and quantization grids of block i |
+| ``distilled/i`` | weights of block i as exported, where the run distills |
+| ``distillation-set`` | samples to distill on, where they are not the calibration set |
+| ``teacher/i`` | activations: as ``dense/i``, on the distillation set |
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pipeline.engine.plan import Output
 
 CALIBRATION = Output("calibration", is_kept=True)
+DISTILLATION_SET = Output("distillation-set")
 MODEL = Output("model", is_kept=True)
 
 
@@ -42,8 +48,13 @@ def unrefined(block: int) -> Output:
 
 
 def pruned(block: int) -> Output:
-    """Finished block, in the dtype of the export: a shard of the exported model."""
+    """Finished block, in the dtype of the export: a shard of the exported model, unless the run distills."""
     return Output(f"pruned/{block}", is_kept=True)
+
+
+def distilled(block: int) -> Output:
+    """Block after distillation, in the dtype of the export: a shard of the exported model."""
+    return Output(f"distilled/{block}", is_kept=True)
 
 
 def masks(block: int) -> Output:
@@ -51,7 +62,27 @@ def masks(block: int) -> Output:
     return Output(f"masks/{block}", is_kept=True)
 
 
-def stream_of(name: str) -> tuple[int, bool]:
-    """Index of the block whose input a stream holds, and whether it is the biased one. Inverse of their names."""
+def teacher(block: int) -> Output:
+    """Input of a block in the original model, on the distillation set. `block` is their number: the last output."""
+    return Output(f"teacher/{block}", is_stream=True, rebuilt_from=(DISTILLATION_SET.name,))
+
+
+@dataclass(frozen=True)
+class StreamContents:
+    """What an activation stream holds.
+
+    Attributes:
+        block: The block whose input it is.
+        is_biased: The blocks before are pruned; otherwise they are those of the original model.
+        samples: Payload with the samples.
+    """
+
+    block: int
+    is_biased: bool
+    samples: Output
+
+
+def contents_of(name: str) -> StreamContents:
+    """What the stream of this name holds."""
     kind, _, block = name.partition("/")
-    return int(block), kind == "biased"
+    return StreamContents(int(block), kind == "biased", DISTILLATION_SET if kind == "teacher" else CALIBRATION)

@@ -19,6 +19,8 @@ STEP_KINDS: Registry[type[StepKind[Any]]] = Registry(
         "prune-block": "pipeline.steps.prune_block:PruneBlock",
         "refine-block": "pipeline.steps.refine_block:RefineBlock",
         "compensate-block": "pipeline.steps.compensate_block:CompensateBlock",
+        "teach": "pipeline.steps.teach:Teach",
+        "distill": "pipeline.steps.distill:Distill",
         "export": "pipeline.steps.export:Export",
         "evaluate": "pipeline.steps.evaluate:Evaluate",
         "zero-shot": "pipeline.steps.zero_shot:ZeroShotStep",
@@ -34,4 +36,8 @@ STEP_COMMANDS: Mapping[str, str] = {
     "prune-block": "Choose the pruning masks of a block and set its remaining weights.",
     "refine-block": "Train a pruned block towards its dense output with its pruning masks fixed (--refine).",
     "compensate-block": "Train a block so that it undoes the error of the pruned blocks before it.",
+    "teach": "Run the original model on the samples to distill on (--distill).",
+    "distill": (
+        "Train all pruned blocks together towards the original model's output, with their masks fixed (--distill)."
+    ),
 }

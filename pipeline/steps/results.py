@@ -25,6 +25,7 @@ from stages.metrics.zero_shot import require_possible
 
 if TYPE_CHECKING:
     from stages.choose_bos import BosChoice
+    from stages.distill import Distillation
     from stages.finish_block import FinishedBlock
     from stages.runtime.expert_statistics import ExpertTokens
     from stages.training.trainer import Losses, Training
@@ -221,6 +222,53 @@ class RefineResult(Result):
 
     training: TrainingRecord
     finished: FinishedRecord
+
+
+class TeachResult(Result):
+    """The original model ran on the samples to distill on."""
+
+    samples: CalibrateResult | None = None  # None: they are the calibration set
+
+
+class DistillResult(Result):
+    """How the distillation went.
+
+    Attributes:
+        loss: Name of the loss (`stages.training.end_loss.END_LOSSES`).
+        before: Held-out loss of the pruned model; None: no sample is held out.
+        after: Held-out loss of the weights that were kept.
+        epochs: Losses of each epoch.
+        updates: Mean loss of each batch, before its update.
+        kept_epoch: The epoch whose weights were kept, from 1; 0: no epoch improved the model.
+        num_held_out: Number of held-out samples.
+    """
+
+    loss: str
+    before: Loss | None
+    after: Loss | None
+    epochs: tuple[LossRecord, ...]
+    updates: tuple[Loss, ...]
+    kept_epoch: Amount
+    num_held_out: Amount
+
+    @model_validator(mode="after")
+    def _kept_one_of_them(self) -> Self:
+        if self.kept_epoch > len(self.epochs):
+            raise ValueError(f"epoch {self.kept_epoch} was kept, of {len(self.epochs)}")
+        return self
+
+    @classmethod
+    def of(cls, found: Distillation) -> DistillResult:
+        """The record of a distillation."""
+        return cls(
+            loss=found.loss,
+            before=found.before,
+            after=found.after,
+            epochs=tuple(LossRecord(trained=x.trained, held_out=x.held_out) for x in found.epochs),
+            updates=found.updates,
+            kept_epoch=found.kept_epoch,
+            num_held_out=found.num_held_out,
+        )
 
 
 class ExportResult(Result):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.steps.run_facts import StoredBlockBudget
     from stages.allocate import OutlierSettings
     from stages.data.drawing import Drawing
+    from stages.distill import DistillSettings
     from stages.machine.device import DeviceChoices
     from stages.metrics.harness_tasks import TaskData
     from stages.models.base import BlockModel
@@ -38,6 +39,17 @@ def training_settings(config: RunConfig, epochs: int | None, lr: float | None) -
     return TrainingSettings(
         epochs, lr, config.lr_decay or 1.0, bool(config.held_out), config.seed, config.loss or "mse"
     )
+
+
+def distill_settings(config: RunConfig) -> DistillSettings:
+    """How all blocks are trained together at the end."""
+    from stages.distill import DistillSettings
+
+    assert config.distill_epochs is not None
+    assert config.distill_lr is not None
+    assert config.distill_batch is not None
+    holds_out = config.held_out is not False  # methods that train nothing else have no such setting
+    return DistillSettings(config.distill_epochs, config.distill_lr, config.distill_batch, holds_out, config.seed)
 
 
 def block_budget(stored: StoredBlockBudget) -> BlockBudget:

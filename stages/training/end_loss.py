@@ -96,3 +96,6 @@ class RelativeError:
             loss = (found - expected).square().mean() / expected.square().mean().clamp_min(_SMALLEST_SCALE)
         gradient = torch.autograd.grad(loss, student)[0] if needs_gradient else None
         return LossAndGradient(loss.item(), gradient)
+
+
+END_LOSSES: dict[str, type[EndLoss]] = {loss.name: loss for loss in (Divergence, RelativeError)}

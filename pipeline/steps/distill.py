@@ -1,0 +1,108 @@
+"""Step: train all pruned blocks together towards the original model's output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.engine.plan import Step
+from pipeline.steps import payloads
+from pipeline.steps.base import StepKind
+from pipeline.steps.block_files import finished_bytes, training_bytes, write_distilled
+from pipeline.steps.reporting import Series
+from pipeline.steps.results import DistillResult
+
+if TYPE_CHECKING:
+    from pipeline.rundir.step_transaction import Attempt
+    from pipeline.steps.context import StepContext
+    from stages.interfaces import DurableCallbacks
+    from stages.sparsity.outcome import PruneOutcome
+
+# Versions of weights and moments on disk: those that the two newest checkpoints name, and those that an update writes.
+_VERSIONS = 3
+
+
+class Distill(StepKind[DistillResult]):
+    """Writes every block once more, trained with its masks fixed."""
+
+    result = DistillResult
+    name = "distill"
+    title = "distill the model"
+    help = "Train all pruned blocks together towards the original model's output, with their masks fixed (--distill)."
+    command = name
+
+    @staticmethod
+    def step(num_blocks: int, *, draws: bool) -> Step:
+        """The step in the plan. draws: there is a distillation set of its own (--distill-samples)."""
+        samples, teacher = (
+            (payloads.DISTILLATION_SET, payloads.teacher(num_blocks))
+            if draws
+            else (payloads.CALIBRATION, payloads.dense(num_blocks))
+        )
+        parts = (part for block in range(num_blocks) for part in (payloads.pruned(block), payloads.masks(block)))
+        return Step(
+            Distill.name,
+            reads=(samples.name, teacher.name, *(part.name for part in parts)),
+            outputs=tuple(payloads.distilled(block) for block in range(num_blocks)),
+        )
+
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: DurableCallbacks) -> DistillResult:
+        from pipeline.steps.stage_settings import distill_settings
+        from stages import export
+        from stages.distill import Distiller, PrunedBlocks
+        from stages.formats.pruning_masks import read_mask_file
+
+        model, run, config = context.model, context.run, context.config
+
+        def outcome_of(block: int) -> PruneOutcome:
+            masks = read_mask_file(run.open_file(payloads.masks(block).name))
+            return export.outcome_of(masks, config.n_of_m)
+
+        pruned = PrunedBlocks(
+            lambda block: export.block_state(model, block, run.open_file(payloads.pruned(block).name)), outcome_of
+        )
+        teacher = next(name for name in step.reads if name.startswith(("dense/", "teacher/")))
+        distiller = Distiller(
+            context.stage(callbacks, samples=context.distillation_samples),
+            pruned,
+            run.open_stream(teacher),
+            distill_settings(config),
+            attempt.scratch(),
+            callbacks,
+            is_resident=context.distills_resident,
+        )
+        report = distiller.train()
+        for block in range(model.num_blocks):
+            callbacks.check_stop()
+            finished = distiller.finish(block, export.block_dtypes(model, block, config.export_dtype))
+            write_distilled(context, attempt, block, finished)
+        return DistillResult.of(report)
+
+    def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
+        return finished_bytes(context, int(payload.rpartition("/")[2]))
+
+    def scratch_bytes(self, context: StepContext, step: Step) -> int:
+        """Hidden states between all blocks of a batch, and weights and moments in checkpoints."""
+        config, num_blocks = context.config, context.model.num_blocks
+        assert config.distill_batch is not None
+        hidden = context.activation_bytes(2 * config.distill_batch * config.seqlen) * (num_blocks + 1)
+        kept = 1 - config.target_sparsity
+        weights = sum(training_bytes(context, block) for block in range(num_blocks))
+        return hidden + int(_VERSIONS * (1 + 2 * kept) * weights)
+
+    @classmethod
+    def headline(cls, result: DistillResult) -> str:
+        from stages.training.end_loss import END_LOSSES
+
+        title = END_LOSSES[result.loss].title
+        if result.before is None or result.after is None:
+            return f"{title}: not measured, no sample is held out"
+        if not result.kept_epoch:
+            return f"{title} {result.before:.4g} (no epoch improved it; kept the weights from before)"
+        return f"{title} {result.before:.4g} -> {result.after:.4g}"
+
+    @classmethod
+    def series(cls, result: DistillResult) -> tuple[Series, ...]:
+        from stages.training.end_loss import END_LOSSES
+
+        points = tuple((float(number), loss) for number, loss in enumerate(result.updates, 1))
+        return (Series("Distillation", "update", END_LOSSES[result.loss].title, points),)

@@ -1,0 +1,71 @@
+"""Step: compute the original model's output on the samples to distill on, where no earlier step did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.engine.plan import Step
+from pipeline.steps import payloads
+from pipeline.steps.base import StepKind
+from pipeline.steps.calibrate import draw_samples
+from pipeline.steps.results import CalibrateResult, TeachResult
+
+if TYPE_CHECKING:
+    from pipeline.rundir.step_transaction import Attempt
+    from pipeline.steps.context import StepContext
+    from stages.interfaces import Callbacks
+
+
+class Teach(StepKind[TeachResult]):
+    """Writes the last block's output in the original model, and the distillation set if it is not the calibration set.
+
+    LAMP has that output already on the calibration set: it is the dense stream's end.
+    """
+
+    result = TeachResult
+    name = "teach"
+    title = "run the original model for distillation"
+    help = "Run the original model on the samples to distill on (--distill)."
+    command = name
+
+    @staticmethod
+    def step(num_blocks: int, *, draws: bool) -> Step:
+        """The step in the plan.
+
+        Args:
+            num_blocks: Of the model.
+            draws: There is a distillation set of its own (--distill-samples).
+        """
+        if draws:
+            return Step(Teach.name, outputs=(payloads.DISTILLATION_SET, payloads.teacher(num_blocks)))
+        return Step(Teach.name, reads=(payloads.CALIBRATION.name,), outputs=(payloads.dense(num_blocks),))
+
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> TeachResult:
+        from stages.replay import replay
+        from stages.runtime.block_context import StageContext
+
+        drawn: CalibrateResult | None = None
+        inputs = context.calibration if payloads.CALIBRATION.name in step.reads else None
+        if inputs is None:
+            num_samples = context.config.distill_samples
+            assert num_samples is not None
+            name = payloads.DISTILLATION_SET.name
+            inputs, drawn = draw_samples(context, name, num_samples, attempt, callbacks)
+        output = next(output.name for output in step.outputs if output.is_stream)
+        shape = context.model.hidden_shape(tuple(inputs[0].shape))
+        stream = attempt.stream(output, len(inputs), shape, context.choices.torch_dtype)
+        stage = StageContext(context.model, inputs, context.choices, callbacks)
+        replay(stage, stream, context.model.num_blocks, lambda index: None, attempt.scratch())
+        return TeachResult(samples=drawn)
+
+    def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
+        if payload == payloads.DISTILLATION_SET.name:
+            return context.num_distillation_tokens * context.model.input_bytes_per_token
+        return context.activation_bytes(context.num_distillation_tokens)
+
+    def scratch_bytes(self, context: StepContext, step: Step) -> int:
+        return context.activation_bytes(context.num_distillation_tokens)
+
+    @classmethod
+    def headline(cls, result: TeachResult) -> str:
+        return f"{result.samples.amount:,} {result.samples.unit}" if result.samples is not None else ""
