@@ -43,7 +43,7 @@ from stages.training.end_loss import EndLoss, LossAndGradient
 from stages.training.kept_weights import KeptAdam, kept_masked, kept_of, plain_state, without_moments
 from stages.training.loss import split_samples
 from stages.training.seeding import generator_for
-from stages.training.trainer import BACKTRACK
+from stages.training.trainer import BACKTRACK, Losses
 
 # Share of the updates in which the learning rate rises to its full value.
 _WARM_UP = 1 / 15
@@ -71,21 +71,13 @@ class PrunedBlocks:
 
 
 @dataclass(frozen=True)
-class EpochLosses:
-    """Losses of one epoch: the mean over its updates, each before it took effect, and on the held-out samples."""
-
-    trained: float
-    held_out: float | None  # None: there are none
-
-
-@dataclass(frozen=True)
 class Distillation:
-    """Report of a distillation. Losses are those of the end loss named."""
+    """Report of a distillation."""
 
-    loss: str
+    loss: str  # name of the end loss
     before: float | None  # on the held-out samples; None: there are none
     after: float | None
-    epochs: tuple[EpochLosses, ...]
+    epochs: tuple[Losses, ...]  # `trained` is the mean over the epoch's updates, each before it took effect
     updates: tuple[float, ...]  # the mean loss of each batch, before its update
     kept_epoch: int  # the epoch whose weights were kept, from 1; 0: no epoch improved the model
     num_held_out: int
@@ -98,7 +90,7 @@ class _Course:
     before: float | None = None
     epoch: int = 1  # the current one
     losses: list[float] = field(default_factory=list)  # of the epoch's updates so far
-    epochs: list[EpochLosses] = field(default_factory=list)  # of the finished epochs
+    epochs: list[Losses] = field(default_factory=list)  # of the finished epochs
     updates: list[float] = field(default_factory=list)
     best: float = math.inf  # the lowest held-out loss so far
     kept_epoch: int = 0
@@ -111,7 +103,7 @@ class _Course:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> _Course:
         best = math.inf if values["best"] is None else values["best"]
-        return cls(**{**values, "best": best, "epochs": [EpochLosses(**epoch) for epoch in values["epochs"]]})
+        return cls(**{**values, "best": best, "epochs": [Losses(**epoch) for epoch in values["epochs"]]})
 
 
 class Distiller:
@@ -248,7 +240,7 @@ class Distiller:
         else:
             course.rate *= BACKTRACK
             self._student.restore_best()
-        course.epochs.append(EpochLosses(math.fsum(course.losses) / len(course.losses), held_out))
+        course.epochs.append(Losses(math.fsum(course.losses) / len(course.losses), held_out))
         course.losses = []
         course.epoch += 1
         course.is_over = is_last

@@ -1,6 +1,6 @@
 """Try settings of distillation on a finished run: its pruned blocks are trained in memory, and measured.
 
-    python -m benchmarks.quality.distill_trial runs/s70 --evaluate wikitext.txt --lr 1e-3 1.5e-3 --batch 16 --samples 128
+    python -m benchmarks.quality.distill_trial runs/s70 --lr 1e-3 1.5e-3 --batch 16 --samples 128
 
 One line for each combination is appended to --out: held-out loss before and after, perplexity, processor seconds. The
 run gives the pruned model, the calibration source and its protocol; it is not changed.
@@ -89,9 +89,7 @@ class _Pruned:
         callbacks = NullCallbacks()
         stage = StageContext(self.model, self.inputs, self.choices, callbacks)
         pruned = PrunedBlocks(self.state_of, masks.__getitem__)
-        distiller = Distiller(
-            stage, pruned, self.teacher, settings, ListScratch(), callbacks, is_resident=True
-        )
+        distiller = Distiller(stage, pruned, self.teacher, settings, ListScratch(), callbacks, is_resident=True)
         report = distiller.train()
         dtype = self.context.config.export_dtype
         states = {

@@ -264,7 +264,7 @@ class DistillResult(Result):
             loss=found.loss,
             before=found.before,
             after=found.after,
-            epochs=tuple(LossRecord(trained=x.trained, held_out=x.held_out) for x in found.epochs),
+            epochs=tuple(LossRecord.of(losses) for losses in found.epochs),
             updates=found.updates,
             kept_epoch=found.kept_epoch,
             num_held_out=found.num_held_out,

@@ -65,7 +65,7 @@ def fit_memory(model: BlockModel, config: RunConfig, choices: DeviceChoices, at_
 
     at_once: numbers of samples that may share a forward pass, rising. Raises ResourceError where none will do.
     """
-    from stages.machine.device import memory_in_use
+    from stages.machine.device import memory_available, memory_in_use
     from stages.runtime.memory_planner import Shapes, fit
 
     return fit(
@@ -75,6 +75,7 @@ def fit_memory(model: BlockModel, config: RunConfig, choices: DeviceChoices, at_
         parse_size(config.memory_limit) if config.memory_limit is not None else None,
         at_once,
         "memory" if choices.torch_device.type == "cpu" else "GPU memory",
+        memory_available(choices.torch_device),
     )
 
 
@@ -100,6 +101,8 @@ def _work_of(config: RunConfig) -> Work:
         trains=config.is_lamp,
         is_quantized=config.bits is not None,
         eval_tokens=config.eval_seqlen if config.evaluate else 0,
+        distills=bool(config.distill),
+        kept=1 - config.target_sparsity,
     )
 
 

@@ -29,6 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # measured while pruning, 840 MB planned without this term).
 _LOADED_LATER = 150_000_000
 
+# Share of the free memory that a step takes where more memory only saves time.
+_SHARE_TAKEN = 0.9
+
 # Most tokens per forward pass. A few thousand keep a GPU busy, and more would take more memory than training a block.
 # A processor gains nothing above a few hundred (docs/performance.md).
 _BATCH_TOKENS = {"cuda": 4096, "cpu": 256}
@@ -99,6 +102,16 @@ def micro_batches(device: torch.device, tokens: int, wanted: int | None = None) 
 def memory_in_use(device: torch.device) -> int:
     """Baseline memory before the model is loaded, in bytes: process RSS on CPU, 0 on GPU."""
     return 0 if device.type == "cuda" else _from_status("VmRSS") + _LOADED_LATER
+
+
+def memory_available(device: torch.device) -> int:
+    """Bytes of memory that this process may take, what it holds already included: 90% of what is free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(_SHARE_TAKEN * (free + torch.cuda.memory_reserved(device)))
+    import psutil
+
+    return _from_status("VmRSS") + int(_SHARE_TAKEN * psutil.virtual_memory().available)
 
 
 def name_of(device: str) -> str | None:

@@ -23,6 +23,8 @@ _FP32 = 4
 _SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 # Bytes that the export gathers before it writes (`stages.export`).
 _EXPORTED_AT_ONCE = 256_000_000
+# Bytes of the logits of the student and the teacher, and of the loss between them (`stages.training.end_loss`).
+_LOGITS = 6 * _FP32 * 2**24
 # Allocators keep some freed memory, and small tensors are not counted.
 _SLACK = 1.05
 _NOISE = 1.15  # baseline memory differs between processes
@@ -39,12 +41,15 @@ class Shapes:
     tokens: int  # T
     itemsize: int  # bytes of one number of a stored activation
     attention: int = 0  # numbers that a block's attention materializes for one sample
+    all_blocks: int = 0  # parameters of all blocks
+    num_blocks: int = 0
 
     @classmethod
     def of(cls, model: BlockModel, tokens: int, itemsize: int, block_index: int | None = None) -> Shapes:
         """The shapes of `model` with samples of `tokens` tokens. block_index: the block; None: the largest one."""
+        sizes = [sum(model.entry_sizes(index).values()) for index in range(model.num_blocks)]
         chosen = range(model.num_blocks) if block_index is None else (block_index,)
-        size, index = max((sum(model.entry_sizes(index).values()), -index) for index in chosen)
+        size, index = max((sizes[index], -index) for index in chosen)
         return cls(
             size,
             model.layers(-index),
@@ -53,6 +58,8 @@ class Shapes:
             tokens,
             itemsize,
             model.attention_numbers,
+            sum(sizes),
+            model.num_blocks,
         )
 
     @property
@@ -91,6 +98,8 @@ class Work:
     trains: bool  # compensates or refines
     is_quantized: bool
     eval_tokens: int  # of one evaluation window; 0: nothing is evaluated
+    distills: bool = False
+    kept: float = 1.0  # share of the weights that are not masked
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Fit:
 
     samples_at_once: int  # in a forward pass without gradients
     spills: bool  # the best weights so far are stored on disk while a block is trained
+    distills_resident: bool  # all blocks are in memory while the model is distilled
     peak_bytes: int
     left_bytes: int | None  # what the limit leaves beside the baseline memory; None: no limit
 
@@ -121,11 +131,28 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool, room_bytes:
         backward = max(high + low // 2, passing)
         masks = shapes.block
         found["training"] = copies * block + masks + backward + shapes.chunks(2, samples)
+    if work.distills:
+        found["distill"] = distillation(shapes, work, is_resident=False)
     found["export"] = ends + min(_EXPORTED_AT_ONCE, 2 * ends)
     if work.eval_tokens:
         logits = 3 * _FP32 * work.eval_tokens * shapes.vocabulary
         found["evaluate"] = max(2 * ends + logits, ends + passing, block + passing) + shapes.chunks(2, samples)
     return {kind: int(size * _SLACK) for kind, size in found.items()}
+
+
+def distillation(shapes: Shapes, work: Work, *, is_resident: bool) -> int:
+    """Bytes of a distillation step. is_resident: all blocks are in memory; otherwise one."""
+    ends = _FP32 * shapes.vocabulary * shapes.hidden
+    num_blocks, weights = (shapes.num_blocks, shapes.all_blocks) if is_resident else (1, shapes.block)
+    # Weights and gradients, two moments of the kept weights, two masks of one byte; a step of Adam copies the kept
+    # weights of one block, and their gradients.
+    lasting = _FP32 * int((2 + 2 * work.kept) * weights) + 2 * weights
+    if work.is_quantized:
+        lasting += _FP32 * weights  # the rounded copy that the straight-through estimator computes with
+    backward = max(num_blocks * shapes.remembered(), _FP32 * int(2 * work.kept * shapes.block))
+    head = ends + min(_LOGITS, 4 * _FP32 * shapes.tokens * shapes.vocabulary)
+    chunks = shapes.chunks(2, 1)
+    return lasting + backward + head + chunks if is_resident else max(lasting + backward, head) + chunks
 
 
 def least_room(shapes: Shapes, work: Work) -> int:
@@ -209,7 +236,13 @@ def _solving(group: Sequence[LayerInfo], work: Work) -> int:
 
 
 def fit(
-    shapes: Shapes, work: Work, base_bytes: int, limit_bytes: int | None, candidates: Sequence[int], where: str
+    shapes: Shapes,
+    work: Work,
+    base_bytes: int,
+    limit_bytes: int | None,
+    candidates: Sequence[int],
+    where: str,
+    available_bytes: int = 0,
 ) -> Fit:
     """Choose the largest micro-batch that keeps the run within the memory limit.
 
@@ -224,6 +257,7 @@ def fit(
         limit_bytes: The limit; None: no limit, the last candidate is chosen.
         candidates: Sizes of micro-batches, in samples, in rising order.
         where: "memory" or "GPU memory", for messages.
+        available_bytes: What this machine has. A model is distilled with all blocks in memory only if that is enough.
 
     Raises:
         ResourceError: Nothing fits; the message names the smallest sufficient limit.
@@ -233,8 +267,10 @@ def fit(
     for samples, spills in options:
         if left is None or max(_least_peaks(shapes, work, samples, spills=spills).values()) <= left:
             room = statistics_room(shapes, work, samples, left)
-            found = peaks(shapes, work, samples, spills=spills, room_bytes=room)
-            return Fit(samples, spills, base_bytes + max(found.values()), left)
+            most = base_bytes + max(peaks(shapes, work, samples, spills=spills, room_bytes=room).values())
+            resident = base_bytes + int(_SLACK * distillation(shapes, work, is_resident=True)) if work.distills else 0
+            is_resident = work.distills and resident <= min(available_bytes, limit_bytes or available_bytes)
+            return Fit(samples, spills, is_resident, max(most, resident) if is_resident else most, left)
     details = _least_peaks(shapes, work, candidates[0], spills=True)
     smallest = int(_NOISE * base_bytes) + max(details.values())
     assert limit_bytes is not None

@@ -25,12 +25,13 @@ from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
 from pipeline.rundir.storage.base import Storage
 from pipeline.steps.lamp_plan import chain
-from stages.interfaces import Callbacks, Checkpoint
+from stages.interfaces import Callbacks, Checkpoint, DurableCallbacks
 
-STEPS = chain(3, compensates=True, refines=True)
+STEPS = chain(3, compensates=True, refines=True, distills=True)
 _SHAPE = (2, 2)
 _NUM_SAMPLES = 2
 _NUM_BATCHES = 2
+_NUM_UPDATES = 3
 _FREE: dict[str, Any] = {}
 
 
@@ -67,16 +68,18 @@ class StandIn:
         self.executed: list[str] = []
         self._fresh: dict[str, bytes] = {}
 
-    def execute(self, step: Step, attempt: Attempt, callbacks: Callbacks) -> StepResult:
+    def execute(self, step: Step, attempt: Attempt, callbacks: DurableCallbacks) -> StepResult:
         self.executed.append(step.name)
         restored = callbacks.restore()
         done = 0 if restored is None else restored.figures["done"]
-        for batch in range(done, _NUM_BATCHES):
+        in_parts = step.kind == "distill"
+        state = self._in_parts(done, callbacks) if in_parts else b""
+        for batch in range(done, 0 if in_parts else _NUM_BATCHES):
             callbacks.checkpoint(
                 lambda batch=batch: Checkpoint({"state": torch.full((2,), float(batch))}, {"done": batch})
             )
             callbacks.report(batch + 1, _NUM_BATCHES, "batches")
-        read = [self._contents(name) for name in step.reads]
+        read = [state, *(self._contents(name) for name in step.reads)]
         self._fresh = {}
         # Streams last: they follow from the weights that the step writes.
         for name in sorted(step.writes, key=lambda name: is_stream(name, STEPS)):
@@ -88,6 +91,17 @@ class StandIn:
                 self._fresh[name] = _digest(name.encode(), *read) * 20
                 attempt.write_file(name, "block.safetensors", self._fresh[name])
         return StepResult(Read(read=_digest(*read).hex()))
+
+    def _in_parts(self, done: int, callbacks: DurableCallbacks) -> bytes:
+        """Updates of a state in two parts, as distillation makes them. The next part depends on the one before."""
+        parts = ("part-0", "part-1")
+        for update in range(done, _NUM_UPDATES):
+            for part in parts:
+                before = bytes(callbacks.kept(part)["state"].tolist()) if update else b""
+                after = _digest(part.encode(), bytes([update]), before)
+                callbacks.keep(part, {"state": torch.tensor(list(after), dtype=torch.uint8)})
+            callbacks.checkpoint_now(lambda update=update: Checkpoint({}, {"done": update + 1}, parts))
+        return _digest(*(bytes(callbacks.kept(part)["state"].tolist()) for part in parts))
 
     def replay(self, name: str, attempt: Attempt, callbacks: Callbacks) -> None:
         callbacks.check_stop()
@@ -112,7 +126,7 @@ class StandIn:
     def _write_model(self, attempt: Attempt) -> None:
         folder = attempt.folder("model")
         for block in range(3):
-            folder.link(f"block-{block}.safetensors", self.run.payload(f"pruned/{block}").files[0])
+            folder.link(f"block-{block}.safetensors", self.run.payload(f"distilled/{block}").files[0])
         folder.write("config.json", b"{}")
 
     def _contents(self, name: str) -> bytes:

@@ -11,7 +11,8 @@ from tests import warm_python
 from tests.faults.test_kill_in_every_stage import FLAGS, TINY_OPT
 from tests.killed_runs import exported_weights
 
-KINDS = ("compensate-block", "prune-block", "refine-block", "evaluate")  # in the order in which block 1 meets them
+# In the order in which block 1, and then the model, meet them.
+KINDS = ("compensate-block", "prune-block", "refine-block", "distill", "evaluate")
 # Sends itself a signal at a batch boundary of a step of this kind, after a given number of boundaries.
 BOMB = """
 import os, signal, sys
@@ -55,7 +56,7 @@ def quiet(tmp_path_factory) -> dict[str, str]:
     return exported_weights(folder / "run")
 
 
-@pytest.mark.parametrize("kinds", [KINDS[1:3], pytest.param(KINDS, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("kinds", [KINDS[1:4], pytest.param(KINDS, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_sigterm_inside_a_step_resumes_from_its_checkpoint(quiet, tmp_path, kinds):
     """One run, stopped in each kind of step in turn; each time it resumes from its checkpoint."""
     begin = ("run", str(TINY_OPT), *FLAGS, "--run-dir", "run")
@@ -72,7 +73,7 @@ def test_sigterm_inside_a_step_resumes_from_its_checkpoint(quiet, tmp_path, kind
     assert not list((tmp_path / "run" / "progress").iterdir())
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:3])])
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:4])])
 def test_sigkill_inside_a_step_resumes_from_its_last_checkpoint(quiet, tmp_path, kind):
     begin = ("run", str(TINY_OPT), *FLAGS, "--run-dir", "run", "--checkpoint-minutes", "1e-6")
     answer = call(*begin, bomb=(kind, signal.SIGKILL, 5), cwd=tmp_path)
