@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.run_config import RunConfig
 from pipeline.errors import ConfigError
 from pipeline.steps.stage_settings import drawing_of, task_data_of
+from stages.errors import UsageError
 
 if TYPE_CHECKING:
     from stages.data.base import SourceDigest
@@ -31,8 +32,12 @@ def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str,
         require_readable(source, model)
         source.check()
         drawing = drawing_of(config)
-        most = max(drawing.num_samples, config.distill_samples or 0)
-        task.require_samples(model, source, replace(drawing, num_samples=most))
+        task.require_samples(model, source, drawing)
+        if config.distill_samples is not None:
+            try:
+                task.require_samples(model, source, replace(drawing, num_samples=config.distill_samples))
+            except UsageError as error:
+                raise UsageError(f"--distill-samples {config.distill_samples}: {error}") from error
         digests[config.calibration] = source.digest()
     for name in config.evaluate:
         source = parse_source(name)

@@ -53,7 +53,7 @@ def begin(request, tmp_path_factory):
     if request.param == "language":
         return ("run", str(TINY_OPT), *FLAGS)
     folder = tmp_path_factory.mktemp("vision")
-    images = f"coco:{small_sam.coco(folder / 'images')}"
+    images = f"coco:{small_sam.coco(folder / 'images', 8)}"
     model = small_sam.save(folder / "sam")
     return ("run", str(model), *COMMON, "--calibration", images, "--evaluate", images)
 
