@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pipeline.config.gather import Gathered
     from pipeline.runs.prepare import PlannedPruning
     from stages.data.text_source import Bos, TextSource
+    from stages.distill import Distillation
+    from stages.distill_in_memory import DistilledBlocks
     from stages.interfaces import Callbacks
     from stages.lamp import Budget, LampBlock, LampSettings
     from stages.machine.device import DeviceChoices
@@ -53,6 +55,7 @@ class PruneReport:
     num_masked: int
     num_prunable: int
     blocks: tuple[BlockReport, ...]
+    distillation: Distillation | None = None  # losses before and after; None: the model was not distilled
 
     @property
     def sparsity(self) -> float:
@@ -112,17 +115,23 @@ def prune(
         planned = _planned(gathered, decoder)
         for notice in planned.notices:
             warnings.warn(notice, stacklevel=2)
-        inputs = _samples(calibration, tokenizer, planned, decoder)
+        config = planned.config
+        inputs = _samples(calibration, tokenizer, planned, decoder, config.num_samples)
         context = StageContext(decoder, inputs, planned.device, told)
         target = model if inplace else copy.deepcopy(model)
+        distillation = None
         with _applied(planned.device):
-            blocks = tuple(
-                _kept(block, target, decoder) for block in lamp(context, _budget(planned, context), _settings(planned))
-            )
+            finished = lamp(context, _budget(planned, context), _settings(planned))
+            if config.distill:
+                wanted = config.distill_samples
+                own = _samples(calibration, tokenizer, planned, decoder, wanted) if wanted is not None else inputs
+                # The original blocks are needed to the end: nothing is written into the model before.
+                distilled = _distilled(replace(context, inputs=own), list(finished), planned)
+                distillation, finished = distilled.distillation, iter(distilled.blocks)
+            blocks = tuple(_kept(block, target, decoder) for block in finished)
     for message in getattr(told, "warnings", ()) if callbacks is None else ():
         warnings.warn(message, stacklevel=2)
     layers = [layer for block in blocks for layer in block.layers]
-    config = planned.config
     return Pruned(
         target,
         PruneReport(
@@ -131,6 +140,7 @@ def prune(
             num_masked=sum(layer.num_masked for layer in layers),
             num_prunable=sum(layer.size for block in planned.budget for layer in block.layers),
             blocks=blocks,
+            distillation=distillation,
         ),
     )
 
@@ -198,20 +208,27 @@ def _is_text(calibration: Any) -> bool:
     return isinstance(calibration, Sequence) and len(calibration) > 0 and isinstance(calibration[0], str)
 
 
-def _samples(calibration: Any, tokenizer: Any, planned: PlannedPruning, decoder: Decoder) -> Sequence[Tensor]:
-    """The token ids of each sample, (T,)."""
+def _samples(
+    calibration: Any, tokenizer: Any, planned: PlannedPruning, decoder: Decoder, num_samples: int | None
+) -> Sequence[Tensor]:
+    """The token ids of each sample, (T,). num_samples: how many are drawn from text."""
     from pipeline.steps.stage_settings import drawing_of
     from stages.calibrate import draw_tokens
     from stages.data.tokenization import require_vocabulary
     from stages.pruners.registry import method_title, reads_data
 
     config = planned.config
-    if not reads_data(config.method):
+    if not reads_data(config.method) and not config.distill:
         return ()
     if calibration is None or len(calibration) == 0:
         title = method_title(config.method)
         raise ConfigError(f"{title} needs calibration data: a data source, texts, or token ids (samples, tokens)")
     if not isinstance(calibration, str) and not _is_text(calibration):
+        if config.distill_samples is not None:
+            raise ConfigError(
+                f"distill_samples={config.distill_samples}, but the token ids of the calibration are used as they are: "
+                "leave it out, or give a data source or texts to sample from"
+            )
         return _checked(calibration, decoder)
     from stages.data.in_memory import source_of
 
@@ -222,7 +239,8 @@ def _samples(calibration: Any, tokenizer: Any, planned: PlannedPruning, decoder:
         raise ConfigError(
             f"tokenizer= is {_described(tokenizer)}, no tokenizer of transformers: AutoTokenizer.from_pretrained(...)"
         )
-    drawing = drawing_of(config)
+    assert num_samples is not None
+    drawing = replace(drawing_of(config), num_samples=num_samples)
     if config.bos == "auto":
         drawing = replace(drawing, bos=_chosen_bos(source, tokenizer, planned, decoder))
     tokens = draw_tokens(source, tokenizer, drawing)
@@ -276,6 +294,14 @@ def _settings(planned: PlannedPruning) -> LampSettings:
     compensation = training_settings(config, config.epochs, config.lr)
     refinement = training_settings(config, config.refine_epochs, config.refine_lr) if config.refine else None
     return LampSettings(pruner_of(config), compensation, refinement)
+
+
+def _distilled(context: StageContext, blocks: Sequence[LampBlock], planned: PlannedPruning) -> DistilledBlocks:
+    """All blocks trained together, in memory. context: the samples to distill on."""
+    from pipeline.steps.stage_settings import distill_settings
+    from stages.distill_in_memory import distill_in_memory
+
+    return distill_in_memory(context, blocks, distill_settings(planned.config))
 
 
 def _budget(planned: PlannedPruning, context: StageContext) -> Budget:

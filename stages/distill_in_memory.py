@@ -1,0 +1,84 @@
+"""Distill a model whose blocks `stages.lamp` has pruned, on streams in memory: the reference for every run.
+
+`lampctl run` does the same with states on disk (`pipeline.steps.distill`), and gives bit-identical weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from stages.distill import Distillation, Distiller, DistillSettings, PrunedBlocks
+from stages.in_memory import ListScratch, ListStream
+from stages.interfaces import Callbacks, Checkpoint
+from stages.lamp import LampBlock
+from stages.replay import replay
+from stages.runtime.block_context import StageContext
+
+
+@dataclass(frozen=True)
+class DistilledBlocks:
+    """The report, and the blocks with the states after distillation."""
+
+    distillation: Distillation
+    blocks: tuple[LampBlock, ...]
+
+
+def distill_in_memory(context: StageContext, blocks: Sequence[LampBlock], settings: DistillSettings) -> DistilledBlocks:
+    """Train all blocks of a pruned model together towards the original model's output.
+
+    Args:
+        context: The original model and the samples to distill on.
+        blocks: Every block of the model, pruned, in order.
+        settings: How to train.
+
+    Raises:
+        NumericalError: The loss is not finite.
+    """
+    model = context.model
+    teacher = ListStream(len(context.inputs), context.hidden_shape, context.device.torch_dtype)
+    replay(context, teacher, model.num_blocks, lambda index: None, ListScratch())
+    pruned = PrunedBlocks(lambda i: blocks[i].finished.state, lambda i: blocks[i].outcome)
+    callbacks = _WithParts(context.callbacks)
+    distiller = Distiller(context, pruned, teacher, settings, ListScratch(), callbacks, is_resident=True)
+    report = distiller.train()
+    finished = []
+    for block in blocks:
+        dtypes = {name: tensor.dtype for name, tensor in block.finished.state.items()}
+        finished.append(replace(block, finished=distiller.finish(block.index, dtypes)))
+    return DistilledBlocks(report, tuple(finished))
+
+
+class _WithParts:
+    """`stages.interfaces.DurableCallbacks` that keep parts in memory, and no checkpoint."""
+
+    def __init__(self, callbacks: Callbacks) -> None:
+        self._callbacks = callbacks
+        self._parts: dict[str, dict[str, Tensor]] = {}
+
+    def report(self, done: int, total: int, unit: str, **metrics: float) -> None:
+        self._callbacks.report(done, total, unit, **metrics)
+
+    def check_stop(self) -> None:
+        self._callbacks.check_stop()
+
+    def warn(self, message: str) -> None:
+        self._callbacks.warn(message)
+
+    def restore(self) -> Checkpoint | None:
+        """Return None: there is no checkpoint."""
+        return None
+
+    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        self._callbacks.check_stop()
+
+    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
+        self._callbacks.check_stop()
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._parts[name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+
+    def kept(self, name: str) -> Mapping[str, Tensor]:
+        return self._parts[name]

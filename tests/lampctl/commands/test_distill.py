@@ -1,0 +1,157 @@
+"""Distillation from the user's side: on a small OPT that has learnt something."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.distill import _Streamed
+from stages.machine import device
+from tests.conftest import TINY_OPT
+from tests.killed_runs import exported_weights
+
+pytestmark = pytest.mark.long
+
+DATA = ("--calibration", "pydocs", "--num-samples", "16", "--seqlen", "64", "--evaluate", "", "--device", "cpu")
+DISTILL = ("--distill", "--distill-batch", "4", "--distill-lr", "3e-4")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in sorted((run / "model").glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def result(run: Path, step: str) -> dict:
+    commits = [json.loads(path.read_text()) for path in sorted((run / "commits").iterdir())]
+    return next(commit["result"] for commit in commits if commit["step"] == step)
+
+
+def steps(run: Path) -> list[str]:
+    return [json.loads(path.read_text())["step"].partition("/")[0] for path in sorted((run / "commits").iterdir())]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run of SparseGPT without distillation."""
+    from lampctl.api import run
+
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    run(
+        str(TINY_OPT), sparsity=0.6, method="sparsegpt", calibration="pydocs", num_samples=16, seqlen=64, evaluate=(),
+        device="cpu", run_dir=folder,
+    )  # fmt: skip
+    return folder
+
+
+def test_only_kept_weights_of_the_blocks_change_and_the_loss_falls(lampctl, plain, tmp_path):
+    told = lampctl("run", TINY_OPT, "--sparsity", "0.6", "--method", "sparsegpt", *DATA, *DISTILL, "--run-dir", "run")
+    found = result(Path("run"), "distill")
+    assert found["after"] < found["before"]
+    assert "KL divergence to the dense model" in told.err
+    assert steps(Path("run"))[-3:] == ["teach", "distill", "export"]
+    before, after = weights(plain), weights(Path("run"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".layers." in name for name in changed), "what is outside the blocks stays"
+    for name, tensor in before.items():
+        if tensor.ndim == 2 and ".layers." in name:
+            assert bool((after[name][tensor == 0] == 0).all()), name
+    assert lampctl("report", "run", "--out", "report").code == 0
+    assert "Distillation" in (tmp_path / "report" / "index.html").read_text()
+    assert "KL divergence" in lampctl("status", "run").out
+
+
+def test_one_block_in_memory_gives_the_weights_of_all_in_memory(lampctl, monkeypatch):
+    arguments = (TINY_OPT, "--sparsity", "0.6", *DATA, "--epochs", "1", "--refine-epochs", "1", *DISTILL)
+    assert lampctl("run", *arguments, "--run-dir", "resident").code == 0
+    assert steps(Path("resident"))[-2:] == ["distill", "export"]
+    assert "teach" not in steps(Path("resident")), "LAMP has the dense output already"
+    loaded = []
+    load = _Streamed._load
+    monkeypatch.setattr(_Streamed, "_load", lambda self, index: loaded.append(index) or load(self, index))
+    monkeypatch.setattr(device, "memory_available", lambda device: 0)
+    assert lampctl("run", *arguments, "--run-dir", "streamed").code == 0
+    assert loaded, "nothing was streamed"
+    assert exported_weights(Path("resident")) == exported_weights(Path("streamed"))
+
+
+def test_the_command_of_the_step_does_it(lampctl):
+    arguments = (TINY_OPT, "--sparsity", "0.6", "--method", "magnitude", *DATA, *DISTILL)
+    assert lampctl("init", *arguments, "--run-dir", "run").code == 0
+    early = lampctl("distill", "run")
+    assert early.code == 2
+    assert "this step comes later; call lampctl calibrate" in early.err
+    assert lampctl("calibrate", "run").code == 0
+    for _block in range(6):
+        assert lampctl("prune-block", "run").code == 0
+    assert "lampctl distill " in lampctl("teach", "run").out
+    assert "lampctl export " in lampctl("distill", "run").out
+    assert lampctl("export", "run").code == 0
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "lamp"])
+def test_a_distillation_set_of_its_own(lampctl, method):
+    short = ("--epochs", "1", "--no-refine") if method == "lamp" else ()
+    arguments = (TINY_OPT, "--sparsity", "0.5", "--method", method, *DATA, *short, *DISTILL, "--distill-samples", "40")
+    lampctl("run", *arguments, "--run-dir", "run")
+    found = result(Path("run"), "distill")
+    assert found["num_held_out"] == 2, "1 sample in 16 of its own set"
+    assert found["after"] < found["before"]
+    assert result(Path("run"), "teach")["samples"]["amount"] == 40 * 64
+    assert ("calibrate" in steps(Path("run"))) == (method != "magnitude")
+
+
+def test_a_damaged_distilled_block_is_made_again(lampctl):
+    lampctl("run", TINY_OPT, "--sparsity", "0.6", "--method", "wanda", *DATA, *DISTILL, "--run-dir", "run")
+    expected = exported_weights(Path("run"))
+    commits = [json.loads(path.read_text()) for path in sorted(Path("run/commits").iterdir())]
+    distilled = next(commit for commit in commits if commit["step"] == "distill")
+    path = Path("run") / distilled["payloads"]["distilled/2"]["files"][0]["path"]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()  # the exported shard is a hard link to it
+    path.write_bytes(data)
+    told = lampctl("resume", "run", "--check-all")
+    assert "distilled/2 is made again" in told.err
+    assert exported_weights(Path("run")) == expected
+    assert lampctl("verify", "run", "--deep").code == 0
+
+
+def test_settings_that_exclude_each_other_are_named(lampctl):
+    arguments = ("run", TINY_OPT, "--sparsity", "0.6", *DATA)
+    refused = lampctl(*arguments, "--no-distill", "--distill-lr", "1e-3")
+    assert refused.code == 2
+    assert "--no-distill excludes --distill-lr" in refused.err
+    refused = lampctl(*arguments, "--distill-samples", "100000")
+    assert refused.code == 2
+    assert "--distill-samples 100000" in refused.err
+
+
+def test_settings_of_distillation_switch_it_on(lampctl):
+    shown = lampctl("config", "show", TINY_OPT, "--sparsity", "0.6", *DATA, "--distill-epochs", "2", "--json").json
+    assert shown["settings"]["distill_epochs"]["value"] == 2
+
+
+def test_a_model_in_memory_gets_the_weights_of_the_run(lampctl):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import lampctl as package
+
+    settings = {"sparsity": 0.6, "num_samples": 16, "seqlen": 64, "epochs": 1, "refine_epochs": 1}
+    settings |= {"distill": True, "distill_batch": 4, "distill_lr": 3e-4, "distill_samples": 24}
+    arguments = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+    arguments = [part for part in arguments if part is not True]
+    told = lampctl(
+        "run", TINY_OPT, *arguments, "--calibration", "pydocs", "--evaluate", "", "--device", "cpu", "--run-dir", "run"
+    )
+    assert told.code == 0, told.err
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY_OPT), AutoTokenizer.from_pretrained(TINY_OPT)
+    pruned, report = package.prune(model, "pydocs", tokenizer=tokenizer, **settings)
+    assert report.distillation.after == result(Path("run"), "distill")["after"]
+    state = pruned.state_dict()
+    for name, tensor in weights(Path("run")).items():
+        assert torch.equal(state[name], tensor), name
+    with pytest.raises(package.ConfigError, match="distill_samples"):
+        package.prune(model, [[5, 6, 7, 8]] * 4, sparsity=0.5, method="wanda", distill_samples=8)
