@@ -79,7 +79,7 @@ class StandIn:
                 lambda batch=batch: Checkpoint({"state": torch.full((2,), float(batch))}, {"done": batch})
             )
             callbacks.report(batch + 1, _NUM_BATCHES, "batches")
-        read = [state, *(self._contents(name) for name in step.reads)]
+        read = [*([state] if in_parts else ()), *(self._contents(name) for name in step.reads)]
         self._fresh = {}
         # Streams last: they follow from the weights that the step writes.
         for name in sorted(step.writes, key=lambda name: is_stream(name, STEPS)):
