@@ -20,7 +20,8 @@ PANELS = {
         "calibration num-samples seqlen calibration-sampling calibration-skip bos chat-template "
         "moe-calibrate-all-experts seed"
     ),
-    "Training": "effort epochs lr lr-decay loss held-out refine refine-epochs refine-lr distill distill-epochs distill-lr distill-batch distill-samples",
+    "Training": "effort epochs lr lr-decay loss held-out refine refine-epochs refine-lr "
+    "distill distill-epochs distill-lr distill-batch distill-samples",
     "Evaluation": (
         "evaluate metrics evaluate-dense eval-seqlen eval-max-tokens eval-points eval-max-images tasks task-data "
         "task-limit"
