@@ -120,4 +120,14 @@ class _HubRows:
     def column(self, name: str) -> Iterator[tuple[int, Any]]:
         if name not in self.columns:
             raise UsageError(f"{self._name} has no column {name!r} (it has {', '.join(self.columns)})")
-        yield from enumerate(self._rows[name], 1)
+        values = enumerate(self._rows[name], 1)
+        while True:
+            try:
+                number, value = next(values)
+            except StopIteration:
+                return
+            except (ValueError, OverflowError) as error:
+                raise UsageError(
+                    f"{self._name}: column {name!r} holds a value that cannot be read ({error})"
+                ) from error
+            yield number, value

@@ -31,7 +31,7 @@ class RowFile(RowText):
     def named(cls, path: str | None) -> Self:
         options: dict[str, str] = {}
         if path and not local_path(path).is_file():  # a name may hold a question mark
-            path, options = split_query(cls.kind, path, ("column",))
+            path, options = split_query(cls.kind, path, ("column",), lambda start: local_path(start).is_file())
         file = local_file(cls.kind, path)
         column = options.get("column")
         return cls(with_query(f"{cls.kind}:{file}", {"column": column}), column, file=file)

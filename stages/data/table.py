@@ -71,7 +71,18 @@ class JsonRows:
             if name not in row:
                 found = ", ".join(map(str, row)) or "nothing"
                 raise UsageError(f"{self.name}, {self.unit} {number}: no text under {name!r} (it has {found})")
-            yield number, row[name]
+            yield number, _unicode(row[name], f"{self.name}, {self.unit} {number}, column {name!r}")
+
+
+def _unicode(value: Any, place: str) -> Any:
+    """The same value. Raises UsageError where a text of it holds half of a character: JSON allows that, Unicode not."""
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{place} holds half of a character ({error.object[error.start]!a}, a lone surrogate): correct or remove it"
+        ) from error
+    return value
 
 
 def _object(line: str, name: str, number: int) -> dict[str, Any]:
@@ -113,7 +124,7 @@ class ParquetRows:
         data = read_bytes(path, name)
         try:
             return cls(name, data, tuple(parquet.read_schema(io.BytesIO(data)).names))
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise UsageError(f"{name} is no Parquet file that can be read ({error})") from error
 
     def column(self, name: str) -> Iterator[tuple[int, Any]]:
@@ -123,10 +134,17 @@ class ParquetRows:
         if name not in self.columns:
             raise UsageError(f"{self.name} has no column {name!r} (it has {', '.join(self.columns)})")
         try:
-            values = parquet.read_table(io.BytesIO(self.data), columns=[name])[name].to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
+            values = parquet.read_table(io.BytesIO(self.data), columns=[name])[name]
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise UsageError(f"{self.name} is no Parquet file that can be read ({error})") from error
-        yield from enumerate(values, 1)
+        for number, value in enumerate(values, 1):
+            try:
+                found = value.as_py()
+            # Bytes that are no UTF-8, a time that Python has no date for.
+            except (ValueError, OverflowError, pyarrow.ArrowException) as error:
+                place = f"{self.name}, {self.unit} {number}, column {name!r}"
+                raise UsageError(f"{place} holds a value of type {value.type} that cannot be read ({error})") from error
+            yield number, found
 
 
 def described(value: Any) -> str:

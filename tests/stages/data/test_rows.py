@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import struct
+from urllib.parse import quote
 
 import pyarrow
 import pytest
@@ -15,7 +17,7 @@ from stages.data.drawing import Drawing
 from stages.data.registry import parse_source
 from stages.errors import ResourceError, UsageError
 from tests import hub
-from tests.small_models import tokenizer
+from tests.small_models import save, tokenizer
 
 ROWS = [{"id": 1, "text": "One\r\nrow.", "more": "M1"}, {"id": 2, "text": "Two \u2028 r\u00f6ws.", "more": "M2"}]
 CHAT = [
@@ -281,3 +283,60 @@ def test_the_hub_out_of_reach_names_the_local_alternatives(monkeypatch):
     for act in (lambda source: source.check(), lambda source: source.text("calibration")):
         with pytest.raises(ResourceError, match=r"hf:me/it comes from .* hub.*no route.*parquet:it\.parquet, jsonl:"):
             act(parse_source("hf:me/it"))
+
+
+@pytest.mark.parametrize("column", ["C++", "50%", "a%20b", "R&D", "a b", "a=b", "what?", "\u00fc#;"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_column_of_any_name_is_named_and_named_again(tmp_path, kind, column):
+    row = {column: "mine", "text": "other"}
+    path = tmp_path / f"a?b.{kind}"
+    path.write_bytes(lines([row]) if kind == "jsonl" else parquet_bytes([row]))
+    found = parse_source(f"{kind}:{path}?column={quote(column)}")
+    assert (found.column, found.documents("evaluation")) == (column, ["mine"])
+    assert parse_source(found.name) == found, "a run that goes on parses the name that it recorded"
+
+
+HALF = json.dumps(
+    {"text": "whole \ud83d\ude00, half \ud83d.", "more": "fine", "chat": [{"role": "user", "content": "\udc00"}]}
+)
+
+
+@pytest.mark.parametrize("column", ["text", "chat"])
+@pytest.mark.parametrize("form", ["{}\n{}\n", "[{}, {}]"])
+def test_half_of_a_character_in_json_is_no_text(lampctl, tmp_path, form, column):
+    path = write(tmp_path / "a.jsonl", form.format(json.dumps({"text": "x", "chat": [USER]}), HALF).encode())
+    source = parse_source(f"jsonl:{path}?column={column}")
+    with pytest.raises(UsageError, match=rf"(line|entry) 2, column '{column}' holds half of a character"):
+        source.check()
+    save(tmp_path / "m", "llama")
+    flags = ("--sparsity", "0.5", "--method", "wanda", "--evaluate", "", "--run-dir", "r", "--calibration")
+    assert lampctl("run", "m", *flags, source.name).code == 2
+
+
+def test_half_of_a_character_in_another_column_does_not_matter(tmp_path):
+    path = write(tmp_path / "a.jsonl", HALF.encode())
+    assert parse_source(f"jsonl:{path}?column=more").documents("evaluation") == ["fine"]
+
+
+def odd_parquet(path):
+    """Columns that Arrow holds and Python cannot: bytes that are no UTF-8, times beyond the year 9999."""
+    offsets, data = struct.pack("<3i", 0, 1, 4), b"a\xff\xfea"
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)])
+    times = pyarrow.array([2**62, 2**62], pyarrow.timestamp("us"))
+    columns = {"bytes": text, "times": times, "body": pyarrow.array(["One.", "Two."])}
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize(("column", "row"), [("bytes", 2), ("times", 1)])
+def test_values_of_parquet_that_cannot_be_read_are_named(tmp_path, column, row):
+    path = odd_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=rf"row {row}, column '{column}' holds a value of type .* that cannot be read"):
+        parse_source(f"parquet:{path}?column={column}").check()
+
+
+def test_columns_of_parquet_that_cannot_be_read_do_not_hide_the_text(tmp_path):
+    path = odd_parquet(tmp_path / "a.parquet")
+    assert parse_source(f"parquet:{path}?column=body").documents("evaluation") == ["One.", "Two."]
+    with pytest.raises(UsageError, match=r"one of bytes, body"):  # the first value of "bytes" is text
+        parse_source(f"parquet:{path}").check()
