@@ -7,7 +7,7 @@ from stages.errors import UsageError
 from stages.metrics.base import EvaluationProtocol, Measurement, Metric, MetricContext
 from stages.metrics.registry import METRICS
 from stages.models.base import BlockModel
-from stages.tasks.registry import require_readable, task_named
+from stages.tasks.registry import model_for, require_readable, task_named
 
 
 def metric_for(model_task: str, name: str | None = None) -> Metric:
@@ -18,7 +18,7 @@ def metric_for(model_task: str, name: str | None = None) -> Metric:
     """
     found = METRICS.get(name or task_named(model_task).metric)
     if found.task != model_task:
-        raise UsageError(f"the metric {found.name} measures {found.task} models; this is a {model_task} model")
+        raise UsageError(f"the metric {found.name} measures {model_for(found.task)}; this is {model_for(model_task)}")
     return found()
 
 

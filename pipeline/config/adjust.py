@@ -57,7 +57,7 @@ def adjusted_to(gathered: Gathered, model: BlockModel) -> Gathered:
 
 def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
     """The settings with the number of tokens in every sample of this model, if that number is fixed."""
-    from stages.tasks.registry import task_named
+    from stages.tasks.registry import model_for, task_named
 
     if model.fixed_tokens is None:
         return gathered
@@ -70,7 +70,7 @@ def _with_fixed_samples(gathered: Gathered, model: BlockModel) -> Gathered:
     usual = task_named(model.task).default_points
     if usual is None and gathered.given("eval_points"):
         raise ConfigError(
-            f"{flag_of('eval_points')}: {model.source.name} is a {model.task} model; points are about segmentation "
+            f"{flag_of('eval_points')}: {model.source.name} is {model_for(model.task)}; points are about segmentation "
             "masks"
         )
     points = gathered.values.eval_points or usual

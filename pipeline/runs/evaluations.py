@@ -55,20 +55,20 @@ def change_evaluation(run: RunDirectory, config: RunConfig, settings: GivenSetti
 
 def _require_about(model: ModelRecord, changes: Mapping[str, Any]) -> None:
     """Raise ConfigError for settings about text where the model reads none."""
-    from stages.tasks.registry import task_named
+    from stages.tasks.registry import model_for, task_named
 
     if task_named(model.task).reads_text:
         return
     for field in ("eval_seqlen", "eval_max_tokens", "tasks", "task_data", "task_limit"):
         if changes.get(field):
-            raise ConfigError(f"{flag_of(field)}: {model.name} is a {model.task} model; that is about text")
+            raise ConfigError(f"{flag_of(field)}: {model.name} is {model_for(model.task)}; that is about text")
 
 
 def _require_measurable(run: RunDirectory, config: RunConfig, changes: Mapping[str, Any]) -> None:
     """Raise ConfigError or UsageError unless all metrics can be measured on all data. changes: given now."""
-    from stages.data.registry import parse_source
+    from stages.data.registry import parse_source, source_forms
     from stages.evaluate import metric_for
-    from stages.tasks.registry import task_named
+    from stages.tasks.registry import model_for, task_named
 
     model = facts_of(run).model
     for field, look_up in (
@@ -79,7 +79,11 @@ def _require_measurable(run: RunDirectory, config: RunConfig, changes: Mapping[s
             look_up()
     for name in config.evaluate:
         source = parse_source(name)
-        if source.contents != task_named(model.task).contents:
-            raise ConfigError(f"{name} is no data for {model.name}, a {model.task} model")
+        contents = task_named(model.task).contents
+        if source.contents != contents:
+            raise ConfigError(
+                f"{name} is no data for {model.name}, {model_for(model.task)}: name one of "
+                f"{', '.join(source_forms(contents))}"
+            )
         source.check()
         require_same_data(run, name, source.digest())

@@ -165,13 +165,13 @@ def evaluate_model(folder: ModelFolder, request: EvaluationRequest, showing: Sho
 
 def _require_fitting(model: BlockModel, request: EvaluationRequest) -> None:
     """Raise ConfigError for what says nothing about a model of this kind."""
-    from stages.tasks.registry import task_named
+    from stages.tasks.registry import model_for, task_named
 
     if task_named(model.task).reads_text:
         return
     for flag, value in (("--tasks", request.tasks), ("--seqlen", request.seqlen), ("--max-tokens", request.max_tokens)):
         if value:
-            raise ConfigError(f"{flag}: {model.source.name} is a {model.task} model; that is about text")
+            raise ConfigError(f"{flag}: {model.source.name} is {model_for(model.task)}; that is about text")
 
 
 def _seqlen(request: EvaluationRequest, model: BlockModel) -> int:

@@ -50,8 +50,8 @@ def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str,
 def check_zero_shot(config: RunConfig, model: BlockModel) -> None:
     """Raise ConfigError or UsageError where the zero-shot tasks do not exist or do not fit the model."""
     from stages.metrics.zero_shot import check_tasks
-    from stages.tasks.registry import task_named
+    from stages.tasks.registry import model_for, task_named
 
     if config.tasks and not task_named(model.task).reads_text:
-        raise ConfigError(f"--tasks: {model.source.name} is a {model.task} model, and zero-shot tasks are text")
+        raise ConfigError(f"--tasks: {model.source.name} is {model_for(model.task)}, and zero-shot tasks are text")
     check_tasks(config.tasks, task_data_of(config))

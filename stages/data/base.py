@@ -78,4 +78,4 @@ class DataSource(ABC):
 def require_contents(source: DataSource, contents: str, model: BlockModel) -> None:
     """Raise UsageError where a data source holds other contents than those that a kind of model reads."""
     if source.contents != contents:
-        raise UsageError(f"{source.name} holds {source.contents}: {model.source.name} is a {model.task} model")
+        raise UsageError(f"{source.name} holds {source.contents}, and what {model.source.name} reads is {contents}")

@@ -77,6 +77,8 @@ class ImageSource(DataSource):
     @classmethod
     def named(cls, path: str | None) -> Self:
         folder = real_path(path or "")
+        if path and folder.is_file():
+            raise UsageError(f"{cls.kind}:{path} is a file: name the folder that it lies in")
         if not path or not folder.is_dir():
             raise UsageError(f"{cls.kind}:{path or ''}: no such folder")
         return cls(f"{cls.kind}:{folder}", folder)

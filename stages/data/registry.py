@@ -46,11 +46,13 @@ def parse_source(name: str) -> DataSource:
 
 
 def _hint_for_file(name: str) -> str:
-    """How the data source of a local file is written; empty if there is no such file."""
+    """How the data source of a local file or folder is written; empty if there is no such file."""
     from stages.data.text_file import kind_by_ending
     from stages.formats.file_digest import local_path
 
     path = local_path(name)
+    if path.is_dir():
+        return f"; for a folder of pictures, images:{name}"
     return f"; for a file, {kind_by_ending(path)}:{name}" if path.is_file() else ""
 
 
@@ -60,6 +62,7 @@ def source_kind(name: str) -> type[DataSource] | None:
     return DATA_SOURCES.get(kind) if kind in DATA_SOURCES else None
 
 
-def source_forms() -> tuple[str, ...]:
-    """How data sources are written: ("c4", "c4:PATH", ...)."""
-    return tuple(form for entry in DATA_SOURCES.entries() for form in entry.forms())
+def source_forms(contents: str | None = None) -> tuple[str, ...]:
+    """How data sources are written: ("c4", "c4:PATH", ...). contents: only those that hold this."""
+    entries = (entry for entry in DATA_SOURCES.entries() if contents in (None, entry.contents))
+    return tuple(form for entry in entries for form in entry.forms())

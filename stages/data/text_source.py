@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from stages.data.base import DataSource
 from stages.errors import UsageError
-from stages.formats.file_digest import real_path
+from stages.formats.file_digest import local_path, real_path
 
 if TYPE_CHECKING:
     from stages.data.chat import ChatTemplate
@@ -66,9 +67,16 @@ def local_file(kind: str, path: str | None) -> Path:
     """The file that follows ``KIND:``, with an absolute path.
 
     Raises:
-        UsageError: There is no such file.
+        UsageError: There is no such file, or it is a folder or a pattern.
     """
     found = real_path(path or "")
-    if not path or not found.is_file():
-        raise UsageError(f"{kind}:{path or ''}: no such {'text' if kind == 'text' else 'local'} file")
-    return found
+    if path and found.is_file():
+        return found
+    if path and found.is_dir():
+        raise UsageError(f"{kind}:{path} is a folder, and one file is read: name a file in it")
+    matches = glob.glob(str(local_path(path))) if path else []
+    if matches:
+        raise UsageError(
+            f"{kind}:{path} is a pattern, and one file is read: name one of the {len(matches)} that it finds"
+        )
+    raise UsageError(f"{kind}:{path or ''}: no such {'text' if kind == 'text' else 'local'} file")

@@ -33,8 +33,19 @@ def task_named(name: str) -> Task:
     return TASKS.get(name)()
 
 
+def model_for(task: str) -> str:
+    """A model of a task in words: "a model for segmentation". task: a name of `TASKS`."""
+    return f"a model for {task_named(task).title}"
+
+
 def require_readable(source: DataSource, model: BlockModel) -> None:
     """Raise UsageError where a data source holds what models of this task do not read."""
-    from stages.data.base import require_contents
+    from stages.data.registry import source_forms
+    from stages.errors import UsageError
 
-    require_contents(source, task_named(model.task).contents, model)
+    contents = task_named(model.task).contents
+    if source.contents != contents:
+        raise UsageError(
+            f"{source.name} holds {source.contents}, and {model.source.name}, {model_for(model.task)}, reads "
+            f"{contents}: name one of {', '.join(source_forms(contents))}"
+        )

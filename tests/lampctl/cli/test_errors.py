@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pipeline.rundir import filesystem
+from tests import hub
 from tests.small_models import save
 
 DATA = (
@@ -162,6 +163,25 @@ def test_unreachable_hub_names_the_alternative(lampctl, monkeypatch):
     assert answer.code == 5
     assert "facebook/opt-125m comes from the Hugging Face hub, which is out of reach" in answer.err
     assert "local folder or GGUF" in answer.err
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_a_data_set_that_is_not_in_the_cache_ends_with_5(lampctl, model, monkeypatch, is_offline):
+    """Whether an environment variable forbids the hub, or it does not answer."""
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    hub.refuse(monkeypatch)
+    if is_offline:  # as with HF_HUB_OFFLINE=1, which huggingface_hub reads when it is imported
+
+        def offline(*args, **kwargs):
+            raise OfflineModeIsEnabled("Cannot reach https://huggingface.co: offline mode is enabled.")
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    answer = lampctl("run", model, "--sparsity", "0.5", "--calibration", "hf:me/it", "--evaluate", "")
+    assert answer.code == 5, answer.err
+    assert "hf:me/it comes from the Hugging Face hub, which is out of reach" in answer.err
+    assert "parquet:it.parquet, jsonl:it.jsonl" in answer.err
 
 
 @pytest.mark.parametrize("command", ["status", "resume"])

@@ -143,13 +143,18 @@ def test_pictures_that_cannot_be_read_are_counted(lampctl, tmp_path, data):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--calibration", "pydocs"), "pydocs holds text"),
+        (
+            ("--calibration", "pydocs"),
+            "a model for image features, reads images: name one of sa1b:DIR, coco:DIR, images:DIR",
+        ),
+        (("--calibration", "calibration"), "; for a folder of pictures, images:calibration"),
+        (("--calibration", "images:calibration/000.png"), "is a file: name the folder that it lies in"),
         ((), "--calibration is missing: name images"),
         (("--calibration", "images:calibration", "--num-samples", "4", "--seqlen", "64"), "--seqlen: every sample of"),
         (("--calibration", "images:calibration", "--num-samples", "9"), "has 4 images, 9 are needed"),
         (
             ("--calibration", "images:calibration", "--num-samples", "4", "--eval-points", "random"),
-            "is a vision-features model; points are about segmentation masks",
+            "is a model for image features; points are about segmentation masks",
         ),
     ],
 )

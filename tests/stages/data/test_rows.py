@@ -93,6 +93,20 @@ def test_the_column_is_named_or_found(tmp_path, kind):
         parse_source(f"{kind}:nowhere?column=c")
 
 
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "c4"])
+def test_a_folder_and_a_pattern_are_named_as_such(tmp_path, kind):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for number in range(2):
+        write(folder / f"{number}.jsonl", lines(ROWS))
+    with pytest.raises(UsageError, match=rf"^{kind}:d is a folder, and one file is read: name a file in it$"):
+        parse_source(f"{kind}:d")
+    with pytest.raises(UsageError, match=r":d/\*.jsonl is a pattern, and one file is read: name one of the 2 that it"):
+        parse_source(f"{kind}:d/*.jsonl")
+    with pytest.raises(UsageError, match=r"no such (text|local) file"):
+        parse_source(f"{kind}:d/*.csv")
+
+
 def test_a_question_mark_in_a_file_name(tmp_path):
     write(tmp_path / "what?.jsonl", lines(ROWS))
     assert parse_source("jsonl:what?.jsonl").text("evaluation").startswith("One")
