@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from stages.data.image_decoding import read_pixels
 from stages.data.registry import parse_source
+from stages.models.loader import loader_of
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from tests import small_encoders, warm_python
@@ -71,8 +73,21 @@ def test_an_exported_encoder_opens_in_transformers_with_every_tensor(lampctl, tm
     assert torch.equal(ours, small_encoders.features(theirs.eval(), pixels))
     cosine = torch.cosine_similarity(ours.double(), before.double()).mean().item()
     assert pruned["feature_cosine"] == pytest.approx(cosine, abs=1e-6)
-    assert "AutoImageProcessor" in (exported / "README.md").read_text()
+    card = (exported / "README.md").read_text()
+    assert f"from transformers import AutoImageProcessor, {kind.__name__}\n" in card
+    assert f'model = {kind.__name__}.from_pretrained("PATH/TO/THIS/FOLDER", dtype="float32")' in card
     assert (exported / "preprocessor_config.json").read_bytes() == (folder / "preprocessor_config.json").read_bytes()
+
+
+def test_a_classifier_is_loaded_with_its_head(lampctl, tmp_path):
+    folder = small_encoders.save(tmp_path / "m", "vit-classifier")
+    flags = ("--method", "magnitude", "--sparsity", "0.5", "--evaluate", "", "--run-dir", "run")
+    answer = lampctl("run", folder, *flags)
+    assert answer.code == 0, answer.err
+    assert 'ViTForImageClassification.from_pretrained("run/model", dtype="float32")' in answer.out
+    settings = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"architectures": ["MyOwnNet"]}))
+    assert loader_of(tmp_path, "AutoModel") == "AutoModel"
 
 
 def test_status_evaluate_compare_and_report_know_the_metric(lampctl, tmp_path, data):
