@@ -20,6 +20,11 @@ from stages.errors import UsageError
 from stages.machine.hub import reason_of
 from stages.models.base import ModelFolder
 
+# Behind the reason why a model is refused.
+CAN_BE_PRUNED = (
+    "what can be pruned are decoder-only language models, also inside multimodal ones, and the image encoders ViT, "
+    "DINOv2, CLIP and Segment Anything"
+)
 _OTHER_INPUTS = ("image", "video", "audio")
 
 # `init_empty_weights` replaces a method of `nn.Module` and puts back what it found: two threads must not overlap.
@@ -101,7 +106,14 @@ def _read_config(folder: ModelFolder) -> PreTrainedConfig:
         raise UsageError(f"{folder.name}: transformers cannot read its config.json ({reason_of(error)})") from error
     is_known = _is_causal(config, folder) or _has_text_tower(config)
     if not is_known or getattr(config, "is_encoder_decoder", False):
-        raise UsageError(f"{folder.name} is a {config.model_type} model, no decoder-only language model")
+        raise UsageError(
+            f"{folder.name} is a {config.model_type} model, no decoder-only language model: {CAN_BE_PRUNED}"
+        )
+    if _is_encoder(config):
+        raise UsageError(
+            f"{folder.name} is a {config.model_type} model in which each token sees those after it: this is an "
+            f"encoder; {CAN_BE_PRUNED}"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(f"{folder.name} is quantized: name the original model")
     return config
@@ -112,6 +124,13 @@ def _is_causal(config: PreTrainedConfig, folder: ModelFolder) -> bool:
 
     is_own = folder.trusts_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     return is_own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a class that is a decoder only with `is_decoder` (BERT) is none here."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False
 
 
 def _has_text_tower(config: PreTrainedConfig) -> bool:

@@ -60,6 +60,11 @@ class ImageEncoder(StoredModel["ImageEnds"]):
         super().__init__(folder, WeightFiles(folder.path))
         config = _read_config(folder)
         self.name: str = config.model_type
+        if getattr(config, "use_swiglu_ffn", False):
+            raise UsageError(
+                f"{folder.name} is a {self.name} model with SwiGLU (use_swiglu_ffn in its config.json): its files hold "
+                "two matrices of each MLP as one, and it cannot be pruned"
+            )
         self.processor = ImageProcessor.of(folder.path)
         with without_weights():
             self._model = _tower(config, has_projection=_PROJECTION in self.weights).eval().requires_grad_(False)

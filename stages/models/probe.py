@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import UsageError
+from stages.models.architecture import CAN_BE_PRUNED
 from stages.models.base import BlockCall
 from stages.models.decoder_ends import forward_to_block, put_recorders
 from stages.models.recorder import Returns, StopForward, Tape, output_of
@@ -142,7 +143,7 @@ class _Probe:
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
             raise UsageError(
                 f"in a {type(self._model).__name__} with this config.json, each token sees those after it: this is an "
-                "encoder, and only decoder-only language models can be pruned"
+                f"encoder; {CAN_BE_PRUNED}"
             )
         foreign = next((path for path in sorted(uncalled) if _CROSS_ATTENTION.search(path)), None)
         if foreign is not None:

@@ -254,9 +254,7 @@ _VERDICTS = {
         "refused", r"only \d+% of the matrix weights .* in a JetMoeParallelExperts", "attention is a mixture of experts"
     ),
     "bart": _ENCODER_DECODER,
-    "dinov2-swiglu": Verdict(
-        "refused", "stored in a form that cannot be read", "the files join two matrices of an MLP"
-    ),
+    "dinov2-swiglu": Verdict("refused", "with SwiGLU", "the files join two matrices of an MLP"),
     "siglip-vision": Verdict(
         "refused", "no decoder-only language model", "an image encoder that lampctl does not know"
     ),

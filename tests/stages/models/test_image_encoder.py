@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, SiglipVisionConfig
 
 from stages.errors import UsageError
 from stages.models.registry import open_model
@@ -96,5 +97,20 @@ def test_missing_weights_and_a_missing_image_processor_are_named(tmp_path):
 def test_weights_that_transformers_splits_when_it_loads_them_are_refused(tmp_path):
     """DINOv2's largest model: its files hold two matrices of an MLP as one."""
     folder = small_encoders.save(tmp_path / "m", "dinov2-swiglu")
-    with pytest.raises(UsageError, match="stored in a form that cannot be read one block at a time"):
+    with pytest.raises(UsageError, match=r"is a dinov2 model with SwiGLU \(use_swiglu_ffn in its config\.json\)"):
         open_model(resolve(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (SiglipVisionConfig(), "is a siglip_vision_model model, no decoder-only language model"),
+        (BertConfig(), "is a bert model in which each token sees those after it: this is an encoder"),
+    ],
+)
+def test_other_encoders_are_refused_with_the_list_of_those_that_can_be_pruned(tmp_path, config, says):
+    """Also without a head: of a BertModel, that of a language model is not missing."""
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match=rf"{says}.* the image encoders ViT, DINOv2, CLIP and Segment Anything$"):
+        open_model(resolve(str(tmp_path)))
