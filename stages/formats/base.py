@@ -33,7 +33,7 @@ class PackedSizes:
     scales_bytes: int  # scales and zero points of grids
     codes_bytes: int
     values_bytes: int  # of pruned layers that have no codes
-    untouched_bytes: int  # all other weights
+    untouched_bytes: int  # all other weights: not pruned, or part of a tensor that holds all experts of a block
     files_bytes: int  # tokenizer, configuration and other files
     described_bytes: int  # names, shapes, digests
 

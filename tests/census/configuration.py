@@ -55,7 +55,7 @@ class Verdict:
 
     word: Literal["works", "refused"]
     message: str = ""  # a regular expression that the message of the refusal matches
-    reason: str = ""  # of the refusal, for docs/models.md
+    reason: str = ""  # of the refusal, or what to know of a model that works, for docs/models.md
 
 
 WORKS = Verdict("works")

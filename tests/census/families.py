@@ -258,6 +258,7 @@ _VERDICTS = {
     "siglip-vision": Verdict(
         "refused", "no decoder-only language model", "an image encoder that lampctl does not know"
     ),
+    "gpt_oss": Verdict("works", reason="in bfloat16; the published mxfp4 form is refused"),
 }
 _VERDICTS_OF_KINDS: dict[Kind, Verdict] = {"encoder": _ENCODER}
 

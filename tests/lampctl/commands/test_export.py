@@ -49,9 +49,10 @@ def test_packed_file_is_beside_the_folder_and_its_parts_are_listed(lampctl, fold
     shown = lampctl("export", "m", "--format", "packed")
     assert shown.code == 0, shown.err
     assert Path("m.packed.safetensors").is_file()
-    for part in ("dense", "packed", "masks", "codes", "scales", "never pruned", "m.packed.safetensors"):
+    for part in ("dense", "packed", "masks", "codes", "scales", "stored as they are", "m.packed.safetensors"):
         assert part in shown.out, part
     assert "values" not in shown.out  # there are none
+    assert "Packing gained" not in shown.out
 
 
 def test_packing_twice_does_nothing_and_other_files_need_force(lampctl, folder):
