@@ -41,7 +41,10 @@ def check_export(config: RunConfig, model: BlockModel) -> tuple[str, ...]:
     if not left_out:
         return ()
     more = f" and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
-    return (f"not exported: {', '.join(left_out[:_SHOWN])}{more}, which lie beside the weights of {model.source.name}",)
+    return (
+        f"not exported: {', '.join(left_out[:_SHOWN])}{more}, which lie beside the weights of {model.source.name} "
+        "(weights among them would be those before pruning)",
+    )
 
 
 def _own_names(config: RunConfig, model: BlockModel) -> Iterator[str]:

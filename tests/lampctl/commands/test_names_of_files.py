@@ -145,6 +145,9 @@ def test_what_is_left_out_is_said(lampctl, tmp_path):
     assert resolve("m").left_out == expected
     answer = lampctl("run", "m", *FLAGS)
     assert answer.code == 0, answer.err
-    assert f"not exported: {', '.join(expected)}, which lie beside the weights of" in answer.err.replace("\n", " ")
+    assert (
+        f"not exported: {', '.join(expected)}, which lie beside the weights of {folder} (weights among them would be "
+        "those before pruning)"
+    ) in answer.err.replace("\n", " ")
     shutil.rmtree(folder / "onnx")
     assert companions_of(save(tmp_path / "plain", "llama"), ["model.safetensors"]).left_out == ()
