@@ -34,8 +34,9 @@ class WeightFiles:
         """Find the files that transformers would load.
 
         Raises:
-            ResourceError: A file or tensor that the index names is missing, or a file is no safetensors file.
-            DamagedFileError: A file is truncated.
+            UsageError: An index names files outside the folder.
+            ResourceError: A file or tensor that the index names is missing.
+            DamagedFileError: A file is truncated, or no safetensors file, or the index is damaged.
             StorageUnavailableError: The disk does not answer.
         """
         self._folder = folder
@@ -174,7 +175,9 @@ def weight_filenames(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The safetensors files of a folder that transformers loads, and what their index says of them: {tensor: file}.
 
     Raises:
-        ResourceError: The index is damaged, or a file that it or config.json names is missing.
+        UsageError: The index names a file outside the folder.
+        ResourceError: A file that the index or config.json names is missing.
+        DamagedFileError: The index is damaged.
     """
     named_by_config = _named_by_config(folder)
     if named_by_config is None:
@@ -218,7 +221,9 @@ def files_of_weights(folder: Path, single: str, index: str) -> tuple[list[str] |
         The files' names, None if there is neither; the index, empty if it is not used.
 
     Raises:
-        ResourceError: The index is damaged, or a file of it is missing.
+        UsageError: The index names a file outside the folder.
+        ResourceError: A file of the index is missing.
+        DamagedFileError: The index is damaged.
     """
     if not (folder / single).is_file():
         if not (folder / index).is_file():
@@ -241,7 +246,7 @@ def _named_by_config(folder: Path) -> str | None:
         return None  # opening the model reports what is wrong with config.json
     if named is None:
         return None
-    if not isinstance(named, str) or ".." in Path(named).parts or not (folder / named).is_file():
+    if not isinstance(named, str) or _is_outside(named) or not (folder / named).is_file():
         raise ResourceError(f"{folder} lacks {named}, which its config.json names ({NAMED_BY_CONFIG})")
     return named
 
@@ -249,12 +254,12 @@ def _named_by_config(folder: Path) -> str | None:
 def _is_index_of(index: Path, single: str) -> bool:
     try:
         return set(_read_index(index).values()) == {single}
-    except ResourceError:
+    except (DamagedFileError, UsageError):
         return False
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Which file holds which tensor. Raises ResourceError if the index is damaged or a file of it is missing."""
+    """Which file holds which tensor. Raises ResourceError if a file of the index is missing."""
     weight_map = _read_index(index)
     missing = sorted({name for name in weight_map.values() if not (index.parent / name).is_file()})
     if missing:
@@ -268,8 +273,16 @@ def _read_index(index: Path) -> dict[str, str]:
         if not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError("its weight_map is not one of file names")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ResourceError(f"{index} is damaged: {error}") from error
+        raise DamagedFileError(f"{index} is damaged: {error}") from error
+    outside = next((name for name in weight_map.values() if _is_outside(name)), None)
+    if outside is not None:
+        raise UsageError(f"{index} names {outside}, which lies outside its folder: a model is read from one folder")
     return weight_map
+
+
+def _is_outside(name: str) -> bool:
+    """Whether a name leads out of the folder that it is relative to."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def _loaded(path: Path, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
@@ -286,5 +299,7 @@ def _entries(path: Path) -> dict[str, Entry]:
         return entries_of(path)
     except PermissionError as error:
         raise ResourceError(f"{path} must not be read by this user: change its permissions") from error
-    except (ValueError, OSError) as error:
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is no safetensors file, or damaged: {error}") from error
+    except OSError as error:
         raise ResourceError(f"{path} cannot be read as safetensors: {error}") from error

@@ -7,6 +7,7 @@ taken apart and put together again to the last byte, and one of any size is writ
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,14 @@ Bytes = bytes | bytearray | memoryview
 _PIECE_BYTES = 1 << 22
 _READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at once
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_BITS = {  # of one number
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,13 @@ class Entry:
     def size_bytes(self) -> int:
         """How many bytes the tensor has."""
         return self.stop - self.start
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether shape and dtype make up the bytes. Of a dtype that is not known, only the signs are checked."""
+        if self.size_bytes < 0 or any(size < 0 for size in self.shape):
+            return False
+        return self.dtype not in _BITS or math.prod(self.shape) * _BITS[self.dtype] == 8 * self.size_bytes
 
 
 def read_at(descriptor: int, start: int, target: Bytes) -> None:
@@ -134,9 +150,13 @@ def parse_head(head: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
         for start, stop, name, about in found:
             if not isinstance(about["dtype"], str) or not all(type(n) is int for n in (start, stop, *about["shape"])):
                 raise ValueError(f"{name} has no dtype, shape and offsets")
-            if start != end or stop < start:
-                raise ValueError(f"a gap before {name}")
-            entries[name] = Entry(about["dtype"], tuple(about["shape"]), len(head) + start, len(head) + stop)
+            if start != end:
+                raise ValueError(f"a gap before {name}" if start > end else f"{name} overlaps another tensor")
+            entries[name] = entry = Entry(about["dtype"], tuple(about["shape"]), len(head) + start, len(head) + stop)
+            if not entry.is_whole:
+                raise ValueError(
+                    f"{name} has {entry.size_bytes:,} bytes, which is no {entry.dtype} {list(entry.shape)}"
+                )
             end = stop
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"damaged header: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -65,7 +64,7 @@ def load_tensor(path: Path, entry: Entry, dtype: torch.dtype | None = None) -> T
         DamagedFileError: The file is truncated.
         StorageUnavailableError: The disk does not answer.
     """
-    if not _is_whole(entry):
+    if entry.dtype not in DTYPES or not entry.is_whole:
         raise ValueError(f"{path} has a damaged header: {entry.size_bytes:,} bytes for {entry.dtype} {entry.shape}")
     stored = DTYPES[entry.dtype]
     tensor = torch.empty(entry.shape, dtype=dtype or stored)
@@ -91,13 +90,3 @@ def _read_converted(descriptor: int, entry: Entry, stored: torch.dtype, target: 
 def _memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, to write to."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _is_whole(entry: Entry) -> bool:
-    """Whether the tensor's shape and dtype make up its bytes."""
-    are_sizes = all(size >= 0 for size in entry.shape)
-    return (
-        are_sizes
-        and entry.dtype in DTYPES
-        and math.prod(entry.shape) * DTYPES[entry.dtype].itemsize == (entry.size_bytes)
-    )

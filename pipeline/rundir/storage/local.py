@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Self
 
-from pipeline.errors import DamagedData, FileGone, NotARun
+from pipeline.errors import DamagedData, FileGone, NotARun, UnsupportedPlace
 from pipeline.rundir import filesystem
 from pipeline.rundir.records import PayloadFile, relative_path
 from pipeline.rundir.storage.base import Disk
@@ -38,7 +38,10 @@ class FolderStorage:
     def _set_roots(self, scratch: Path | None) -> None:
         self.scratch = scratch
         self._roots = (self.folder,) if scratch is None else (scratch, self.folder)
-        self._real_roots = tuple(root.resolve() for root in self._roots)
+        try:
+            self._real_roots = tuple(root.resolve() for root in self._roots)
+        except (RuntimeError, ValueError) as error:  # links in a circle, a NUL character
+            raise UnsupportedPlace(f"{self.label} cannot be a folder: {error}") from error
 
     def use_scratch(self, folder: Path) -> None:
         self._set_roots(folder)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError
+import lampctl as lampctl_api
+from pipeline.errors import ConfigError, UnsupportedPlace
 from pipeline.rundir.records import Record
 from stages.errors import UsageError
 from stages.formats.file_digest import local_path, real_path
@@ -151,3 +152,15 @@ def test_what_is_left_out_is_said(lampctl, tmp_path):
     ) in answer.err.replace("\n", " ")
     shutil.rmtree(folder / "onnx")
     assert companions_of(save(tmp_path / "plain", "llama"), ["model.safetensors"]).left_out == ()
+
+
+def test_a_run_directory_that_can_be_none(lampctl, tmp_path):
+    save(tmp_path / "m", "llama")
+    os.symlink(tmp_path / "loop", tmp_path / "loop")
+    answer = lampctl("run", "m", *FLAGS[:-1], "loop")
+    assert answer.code == 2, answer.err
+    assert "loop cannot be a folder" in answer.err
+    with pytest.raises(UnsupportedPlace, match="cannot be a folder"):
+        lampctl_api.run("m", run_dir="a\0b", sparsity=0.5, method="magnitude", evaluate=())
+    with pytest.raises(UnsupportedPlace, match="cannot be a folder"):
+        lampctl_api.open_run("a\0b")

@@ -74,9 +74,33 @@ def test_a_name_may_be_used_once(tmp_path):
         b'{"a": {"dtype": "U8", "shape": ["1"], "data_offsets": [0, 2]}}',
         b'{"a": {"dtype": "U8", "shape": [true], "data_offsets": [0, 2]}}',
         b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2.0]}}',
+        b'{"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 2]}}',
+        b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, '
+        b'"b": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [2, 2]}}',
+        b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "b": {"dtype": "F32", "shape": [-1, 0], '
+        b'"data_offsets": [2, 2]}}',
+        b'{"a": {"dtype": "??", "shape": [-2, -1], "data_offsets": [0, 2]}}',
+        b'{"a": {"dtype": "F4", "shape": [5], "data_offsets": [0, 2]}}',
     ],
 )
 def test_a_header_that_does_not_fit_its_file_is_a_value_error(header, tmp_path):
     (tmp_path / "file").write_bytes(struct.pack("<Q", len(header)) + header + b"zz")
     with pytest.raises(ValueError, match=r"damaged header|its header speaks of"):
         TensorFile(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("start", "says"), [(1, "b overlaps another tensor"), (3, "a gap before b")])
+def test_tensors_that_overlap_and_gaps_are_told_apart(tmp_path, start, says):
+    places = {"a": [0, 2], "b": [start, start + 2]}
+    whole = {name: {"dtype": "U8", "shape": [2], "data_offsets": place} for name, place in places.items()}
+    header = json.dumps(whole).encode()
+    (tmp_path / "file").write_bytes(struct.pack("<Q", len(header)) + header + b"zz")
+    with pytest.raises(ValueError, match=says):
+        TensorFile(tmp_path / "file")
+
+
+def test_numbers_of_four_bits_fill_half_as_many_bytes(tmp_path):
+    header = b'{"a": {"dtype": "F4", "shape": [2, 2], "data_offsets": [0, 2]}}'
+    (tmp_path / "file").write_bytes(struct.pack("<Q", len(header)) + header + b"zz")
+    with TensorFile(tmp_path / "file") as file:
+        assert file.entries["a"].shape == (2, 2)

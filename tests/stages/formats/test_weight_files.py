@@ -2,6 +2,8 @@
 
 import json
 import logging
+import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +124,59 @@ def test_a_tensor_of_several_pieces_is_converted_as_torch_does(tmp_path, stored,
     assert torch.equal(found, tensor.to(found.dtype))
     assert files.load("count", dtype).dtype == torch.int64
     assert files.load("none", dtype).shape == (0, 2)
+
+
+def damaged_header(folder, change):
+    """Change the header of the model's file, and nothing else."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    change(header, len(data) - end)
+    written = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(written)) + written + data[end:])
+
+
+DAMAGE = {
+    "a shape without its bytes": (
+        lambda header, end: header.update(x={"dtype": "F32", "shape": [2**62], "data_offsets": [end, end]}),
+        "x has 0 bytes",
+    ),
+    "a negative size": (
+        lambda header, end: header.update(x={"dtype": "F32", "shape": [-1, 0], "data_offsets": [end, end]}),
+        "x has 0 bytes",
+    ),
+    "two tensors in one place": (lambda header, end: header.update(x=dict(header[KEY])), "overlaps another tensor"),
+    "no JSON object": (lambda header, end: header.update(x=1), "damaged header"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_header_is_a_damaged_file_before_any_work(folder, lampctl, case):
+    change, says = DAMAGE[case]
+    damaged_header(folder, change)
+    answer = lampctl("run", folder, "--sparsity", "0.5", "--method", "magnitude", "--evaluate", "", "--run-dir", "r")
+    assert answer.code == 4, answer.err
+    assert f"{folder}/model.safetensors is no safetensors file, or damaged" in answer.err
+    assert says in answer.err
+    assert not Path("r").exists()
+
+
+@pytest.mark.parametrize("place", ["../elsewhere/{}", "{folder}/{}", "sub/../../elsewhere/{}"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(folder, lampctl, place):
+    write_shards(folder, load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {k: place.format(v, folder=folder) for k, v in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    answer = lampctl("run", folder, "--sparsity", "0.5", "--method", "magnitude", "--evaluate", "", "--run-dir", "r")
+    assert answer.code == 2, answer.err
+    assert "lies outside its folder" in answer.err
+
+
+def test_a_damaged_index_is_a_damaged_file(folder, lampctl):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / INDEX).write_text("{")
+    answer = lampctl("run", folder, "--sparsity", "0.5", "--method", "magnitude", "--evaluate", "", "--run-dir", "r")
+    assert answer.code == 4, answer.err
+    assert f"{INDEX} is damaged" in answer.err
