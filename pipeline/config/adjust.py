@@ -39,6 +39,8 @@ def with_absolute_paths(gathered: Gathered) -> Gathered:
     changes: dict[str, Any] = {}
     if local_path(settings.model).exists():
         changes["model"] = str(real_path(settings.model))
+    if settings.from_run is not None and "://" not in settings.from_run:
+        changes["from_run"] = str(local_path(settings.from_run).resolve())
     if settings.calibration is not None:
         changes["calibration"] = parse_source(settings.calibration).name
     if settings.evaluate is not None:

@@ -194,7 +194,7 @@ def _fill_training(draft: _Draft, defaults: TrainingDefaults) -> None:
 def _fill_distillation(draft: _Draft, defaults: TrainingDefaults) -> None:
     """Whether and how all blocks are trained together at the end."""
     values = draft.values
-    if values["distill"] is None and any(values[field] is not None for field in DISTILL_FIELDS):
+    if values["distill"] is None and any(values[field] is not None for field in DISTILL_FIELDS):  # one says it all
         values["distill"] = True
     draft.fill("distill", defaults.distill and draft.is_lamp)
     if not values["distill"]:

@@ -314,3 +314,12 @@ class PruningSettings:
             "the calibration set",
         ),
     ] = None
+    from_run: Annotated[
+        str | None,
+        Option(
+            "With --distill: take over the pruned blocks of RUN, which has the same settings but for distillation.",
+            "Training",
+            "RUN",
+            "every block is pruned here",
+        ),
+    ] = None

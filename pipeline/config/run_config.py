@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 RUNTIME_FIELDS = names_where(scope="runtime")
 LAMP_FIELDS = names_where(applies_to="lamp")
-DISTILL_FIELDS = ("distill_epochs", "distill_lr", "distill_batch", "distill_samples")
+DISTILL_FIELDS = ("distill_epochs", "distill_lr", "distill_batch", "distill_samples", "from_run")
 CALIBRATION_FIELDS = names_where(applies_to="methods with data")
 DRAWING_FIELDS = names_where(draws_samples=True)  # select the calibration samples within a data source
 
@@ -136,6 +136,16 @@ def with_recorded_defaults(config: RunConfig, origins: Mapping[str, str], record
         if origins.get(name, "default") == "default" and recorded.origins.get(name, "default") == "default"
     }
     return config.changed(**changes)
+
+
+def as_in_origin(config: RunConfig, origins: Mapping[str, str], origin: Recorded) -> RunConfig:
+    """The configuration of a run that takes over the blocks of another, with that run's own defaults.
+
+    Settings of distillation stay.
+    """
+    own = ("distill", *DISTILL_FIELDS)
+    changed = with_recorded_defaults(config, origins, origin)
+    return changed.changed(**{name: getattr(config, name) for name in own})
 
 
 @dataclass(frozen=True)

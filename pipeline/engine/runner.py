@@ -62,7 +62,7 @@ def _do(job: Job, step: Step) -> StepCommit:
 
 def _settle(job: Job) -> None:
     """Do what follows from the commits: release payloads, delete leftovers, refresh views."""
-    released = releasable(job.steps, job.committed)
+    released = job.run.made(releasable(job.steps, job.committed))
     job.run.release(name for name in released if not (job.keeps_activations and is_stream(name, job.steps)))
     job.run.clean()
     job.refresh_views()

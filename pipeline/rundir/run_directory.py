@@ -169,6 +169,11 @@ class RunDirectory:
         """The commit of a step, by its name; None if it has not been done."""
         return next((commit for commit in self.commits if commit.step == step), None)
 
+    def made(self, names: Iterable[str]) -> list[str]:
+        """Those of the payload names that a commit has. A step taken over from another run may have made fewer."""
+        there = {name for commit in self.commits for name in commit.payloads}
+        return [name for name in names if name in there]
+
     def payload(self, name: str) -> Payload:
         """The payload of that name, of the newest commit that made one. Raises StepOrderError."""
         return self.find(name)[1]

@@ -12,9 +12,10 @@ def collect_garbage(run: RunDirectory, config: RunConfig, *, is_dry_run: bool) -
     """Delete what the run does not need, or only list it: {key: bytes}."""
     steps = steps_of(run, config)
     done = [commit.step for commit in run.commits]
-    roots = [run.payload(name).root for name in releasable(steps, done)]
+    released = run.made(releasable(steps, done))
+    roots = [run.payload(name).root for name in released]
     found = {key: sum(run.storage.sizes(key).values()) for key in (*run.leftovers(), *roots) if run.storage.exists(key)}
     if not is_dry_run:
-        run.release(releasable(steps, done))
+        run.release(released)
         run.clean()
     return found

@@ -28,9 +28,11 @@ from pipeline.rundir.storage.locate import Place, locate, scratch_folder
 from pipeline.runs.disk_room import require_room_for
 from pipeline.runs.environment import settle_environment
 from pipeline.runs.model_card import ModelView
+from pipeline.runs.origin import origin_of
 from pipeline.runs.prepare import RUNS, Prepared
 from pipeline.runs.same_run import require_same
 from pipeline.steps.lamp_plan import steps_of
+from pipeline.steps.registry import STEP_KINDS
 from pipeline.steps.run_facts import StoredBlockBudget, config_in_force, config_of
 
 log = logging.getLogger(__name__)
@@ -171,7 +173,10 @@ def _do_remaining(
     from stages.machine import device
 
     steps = steps_of(run, config)
-    worker = StepExecutor(run, config, steps, options.shared_with)
+    done = [commit.step for commit in run.commits]
+    takes_over = any(STEP_KINDS.get(step.kind).sharing == "same steps" for step in next_steps(steps, done))
+    shared_with = (origin_of(config) if takes_over else None) or options.shared_with
+    worker = StepExecutor(run, config, steps, shared_with)
     device.apply(worker.choices)
     has_more = not is_finished(run, config)
     job = Job(

@@ -15,9 +15,10 @@ from pipeline.engine.plan import Step
 from pipeline.runs.budget import PrunableLayers, allocate_budget, feasible_defaults
 from pipeline.runs.environment import environment_record
 from pipeline.runs.export_names import check_export
+from pipeline.runs.origin import origin_of, settled_with
 from pipeline.runs.sources import check_sources, check_zero_shot
 from pipeline.steps.lamp_plan import chain_of
-from pipeline.steps.run_facts import EnvironmentRecord, IdentityRecord, ModelRecord
+from pipeline.steps.run_facts import EnvironmentRecord, IdentityRecord, ModelRecord, environment_of
 from pipeline.steps.stage_settings import fit_memory
 from stages.pruners.registry import LAMP
 
@@ -80,16 +81,20 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
         require_compiler(_device_of(gathered).torch_device)
     model = open_model(resolve(settings.model, settings.revision, trusts_code=settings.trust_remote_code))
     planned = plan_pruning(gathered, model, baselines)
-    config = planned.config
+    config, record, environment = planned.config, ModelRecord.of(model), environment_record(planned.device)
+    origin = origin_of(config)
+    if origin is not None:
+        config = settled_with(origin, config, planned.origins, record)
+        environment = environment_of(origin)  # the choices that its blocks were pruned with
     check_zero_shot(config, model)
     left_out = check_export(config, model)
     return Prepared(
         config=config,
         origins=planned.origins,
         notices=(*planned.notices, *left_out),
-        model=ModelRecord.of(model),
+        model=record,
         data=check_sources(config, model, task_named(model.task)),
-        environment=environment_record(planned.device),
+        environment=environment,
         budget=planned.budget,
         steps=chain_of(config, model.num_blocks),
     )

@@ -24,6 +24,7 @@ class Allocate(StepKind[AllocateResult]):
     title = "decide the budget"
     help = "Give each block its share of the sparsity by a pass of the original model (--budget outliers)."
     command = name
+    sharing = "same steps"
 
     @staticmethod
     def step() -> Step:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from stages.interfaces import DurableCallbacks
 
 # When the result of another run may be used instead of doing the step: never; if it has the same model and
-# calibration set; if it was also computed on the same machine with the same versions.
-Sharing = Literal["never", "same data", "same data and environment"]
+# calibration set; if it was also computed on the same machine with the same versions; if this run takes over the blocks
+# of that one (--from-run), so that all steps before are the same, too.
+Sharing = Literal["never", "same data", "same data and environment", "same steps"]
 
 R = TypeVar("R", bound=Result)
 
@@ -39,6 +40,7 @@ class StepKind(ABC, Generic[R]):
         is_per_block: The plan has one step of this kind for each of several blocks.
         command: The command of lampctl that does the next step; None: there is none, and ``lampctl resume`` does it.
         sharing: When another run's result may be used.
+        absence: What to do for a run that has no such step; it is filled with the run's name. Empty: nothing helps.
     """
 
     result: ClassVar[type[Result]]
@@ -49,6 +51,7 @@ class StepKind(ABC, Generic[R]):
     is_per_block: ClassVar[bool] = False
     command: ClassVar[str | None] = None
     sharing: ClassVar[Sharing] = "never"
+    absence: ClassVar[str] = ""
 
     @abstractmethod
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: DurableCallbacks) -> R:

@@ -26,6 +26,7 @@ class CompensateBlock(StepKind[CompensateResult]):
     help = "Train a block so that it undoes the error of the pruned blocks before it."
     is_per_block = True
     command = name
+    sharing = "same steps"
 
     @staticmethod
     def step(block: int, *, with_dense: bool) -> Step:

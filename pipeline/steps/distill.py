@@ -29,19 +29,23 @@ class Distill(StepKind[DistillResult]):
     title = "distill the model"
     help = "Train all pruned blocks together towards the original model's output, with their masks fixed (--distill)."
     command = name
+    absence = "begin a run that takes over its blocks: lampctl run MODEL ... --distill --from-run {run}"
 
     @staticmethod
-    def step(num_blocks: int, *, draws: bool) -> Step:
-        """The step in the plan. draws: there is a distillation set of its own (--distill-samples)."""
-        samples, teacher = (
-            (payloads.DISTILLATION_SET, payloads.teacher(num_blocks))
-            if draws
-            else (payloads.CALIBRATION, payloads.dense(num_blocks))
-        )
+    def step(num_blocks: int, *, draws: bool, teaches: bool) -> Step:
+        """The step in the plan.
+
+        Args:
+            num_blocks: Of the model.
+            draws: There is a distillation set of its own (--distill-samples).
+            teaches: A step of its own has computed the original model's output.
+        """
+        samples = payloads.DISTILLATION_SET if draws else payloads.CALIBRATION
+        teacher = payloads.teacher(num_blocks, samples) if teaches else payloads.dense(num_blocks)
         parts = (part for block in range(num_blocks) for part in (payloads.pruned(block), payloads.masks(block)))
         return Step(
             Distill.name,
-            reads=(samples.name, teacher.name, *(part.name for part in parts)),
+            reads=(samples.name, teacher.name, *(part.name for part in parts)),  # samples and teacher first
             outputs=tuple(payloads.distilled(block) for block in range(num_blocks)),
         )
 
@@ -60,7 +64,7 @@ class Distill(StepKind[DistillResult]):
         pruned = PrunedBlocks(
             lambda block: export.block_state(model, block, run.open_file(payloads.pruned(block).name)), outcome_of
         )
-        teacher = next(name for name in step.reads if name.startswith(("dense/", "teacher/")))
+        _, teacher, *_ = step.reads
         distiller = Distiller(
             context.stage(callbacks, samples=context.distillation_samples),
             pruned,

@@ -15,7 +15,7 @@ from pipeline.rundir.records import Result
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
 from pipeline.steps import payloads
-from pipeline.steps.base import StepKind
+from pipeline.steps.base import Sharing, StepKind
 from pipeline.steps.context import StepContext
 from pipeline.steps.registry import STEP_KINDS
 from pipeline.steps.run_facts import config_of, environment_of, facts_of
@@ -128,23 +128,30 @@ class StepExecutor:
         """The result of the same step in the other run, with its payloads; None where it cannot be used."""
         other, sharing = self._shared_with, STEP_KINDS.get(step.kind).sharing
         commit = other.commit_for(step.name) if other is not None and sharing != "never" else None
+        takes_over = self.context.config.from_run is not None
         if other is None or commit is None or not set(step.writes) <= commit.payloads.keys():
             return None
-        run, config, their_config = self.context.run, config_of(self.context.run), config_of(other)
-        same_data = all(getattr(their_config, field) == getattr(config, field) for field in DRAWING_FIELDS)
-        if not same_data or facts_of(other).identity.model != facts_of(run).identity.model:
+        if not takes_over and (sharing == "same steps" or not self._has_same_start(other, sharing)):
             return None
-        if sharing == "same data and environment" and environment_of(other) != environment_of(run):
-            return None
-        if not all(other.storage.exists(commit.payloads[name].root) for name in step.writes):
+        # Whoever takes over blocks reads nothing any more of what only the steps between them read.
+        wanted = [output for output in step.outputs if output.is_kept or not takes_over]
+        if not all(other.storage.exists(commit.payloads[output.name].root) for output in wanted):
             return None
         try:
-            for output in step.outputs:
+            for output in wanted:
                 attempt.adopt(output.name, other.storage, commit.payloads[output.name], is_bulky=output.is_stream)
         except DamagedData as error:
             raise DamagedData(f"{error}. `lampctl resume {other.label} --check-all` makes it again") from error
         found = commit.result_as(STEP_KINDS.get(step.kind).result)
         return found.model_copy(update={"shared_with": other.manifest.digest})
+
+    def _has_same_start(self, other: RunDirectory, sharing: Sharing) -> bool:
+        """Whether another run has the same model and calibration set, and the same environment if that matters."""
+        run, config, their_config = self.context.run, config_of(self.context.run), config_of(other)
+        same_data = all(getattr(their_config, field) == getattr(config, field) for field in DRAWING_FIELDS)
+        if not same_data or facts_of(other).identity.model != facts_of(run).identity.model:
+            return False
+        return sharing == "same data" or environment_of(other) == environment_of(run)
 
 
 def original_model(run: RunDirectory, config: RunConfig) -> BlockModel:

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.plan import Step
 from pipeline.rundir.run_directory import RunDirectory
@@ -25,6 +27,19 @@ from pipeline.steps.teach import Teach
 from stages.pruners.registry import reads_data
 
 
+@dataclass(frozen=True)
+class Distillation:
+    """How all blocks are trained together at the end.
+
+    Attributes:
+        draws: On samples of its own, not on the calibration set.
+        takes_over: The blocks are those of another run, whose streams are gone.
+    """
+
+    draws: bool = False
+    takes_over: bool = False
+
+
 def chain(
     num_blocks: int,
     *,
@@ -32,8 +47,7 @@ def chain(
     reads_data: bool = True,
     refines: bool = False,
     allocates: bool = False,
-    distills: bool = False,
-    draws_for_distillation: bool = False,
+    distillation: Distillation | None = None,
 ) -> tuple[Step, ...]:
     """The steps from the calibration set to the exported model, in the only order they can run (LAMP Alg. 1).
 
@@ -43,13 +57,14 @@ def chain(
         reads_data: Pruning reads the calibration set.
         refines: Each pruned block is trained before its output is computed.
         allocates: A first pass of the original model decides the budget.
-        distills: At the end all blocks are trained together.
-        draws_for_distillation: That is done on samples of its own.
+        distillation: How all blocks are trained together at the end; None: they are not.
     """
     last = num_blocks - 1
-    reads_dense_end = refines or (distills and not draws_for_distillation)  # the output of the last block
+    draws = distillation is not None and distillation.draws
+    teaches = distillation is not None and (draws or distillation.takes_over or not compensates)
+    reads_dense_end = refines or (distillation is not None and not teaches)  # the output of the last block
     steps: list[Step] = []
-    if reads_data or (distills and not draws_for_distillation):
+    if reads_data or (distillation is not None and not draws):
         steps.append(Calibrate.step())
     if reads_data:
         steps.append(Capture.step(with_dense=compensates and (last > 0 or reads_dense_end)))
@@ -71,11 +86,11 @@ def chain(
         )
         if refines:
             steps.append(RefineBlock.step(block, with_output=block < last))
-    if distills:
-        if draws_for_distillation or not compensates:
-            steps.append(Teach.step(num_blocks, draws=draws_for_distillation))
-        steps.append(Distill.step(num_blocks, draws=draws_for_distillation))
-    steps.append(Export.step(num_blocks, is_distilled=distills))
+    if distillation is not None:
+        if teaches:
+            steps.append(Teach.step(num_blocks, draws=draws))
+        steps.append(Distill.step(num_blocks, draws=draws, teaches=teaches))
+    steps.append(Export.step(num_blocks, is_distilled=distillation is not None))
     return tuple(steps)
 
 
@@ -88,8 +103,9 @@ def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
         reads_data=config.calibration is not None and (not config.distill or reads_data(config.method)),
         refines=bool(config.refine),
         allocates=config.budget == "outliers",
-        distills=bool(config.distill),
-        draws_for_distillation=config.distill_samples is not None,
+        distillation=Distillation(config.distill_samples is not None, config.from_run is not None)
+        if config.distill
+        else None,
     )
 
 

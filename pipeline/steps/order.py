@@ -26,7 +26,8 @@ def require_next(run: RunDirectory, steps: Sequence[Step], wanted: Step) -> None
     todo = next_steps(steps, [commit.step for commit in run.commits])
     command = command_for(wanted, run.label)
     if not any(step.name == wanted.name for step in steps):
-        raise StepOrderError(f"{command}: the run has no such step; its steps are {_brief(steps)}")
+        absence = STEP_KINDS.get(wanted.kind).absence.format(run=run.label)
+        raise StepOrderError(f"{command}: the run has no such step; " + (absence or f"its steps are {_brief(steps)}"))
     if not any(step.name == wanted.name for step in todo):
         rest = f"next is {command_for(todo[0], run.label)}" if todo else "the run is finished"
         raise StepOrderError(f"{command}: this step is already done; {rest}")

@@ -12,7 +12,7 @@ Each function gives one payload of a block, i, which counts from 0.
 | ``masks/i`` | pruning masks and quantization grids of block i |
 | ``distilled/i`` | weights of block i as exported, where the run distills |
 | ``distillation-set`` | samples to distill on, where they are not the calibration set |
-| ``teacher/i`` | activations: as ``dense/i``, on the distillation set |
+| ``teacher/i`` | activations: as ``dense/i``, on the samples to distill on |
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def masks(block: int) -> Output:
     return Output(f"masks/{block}", is_kept=True)
 
 
-def teacher(block: int) -> Output:
-    """Input of a block in the original model, on the distillation set. `block` is their number: the last output."""
-    return Output(f"teacher/{block}", is_stream=True, rebuilt_from=(DISTILLATION_SET.name,))
+def teacher(num_blocks: int, samples: Output) -> Output:
+    """Output of the last block in the original model on these samples: the calibration or the distillation set."""
+    kind = "teacher" if samples == CALIBRATION else "teacher-on-set"
+    return Output(f"{kind}/{num_blocks}", is_stream=True, rebuilt_from=(samples.name,))
 
 
 @dataclass(frozen=True)
@@ -85,4 +86,4 @@ class StreamContents:
 def contents_of(name: str) -> StreamContents:
     """What the stream of this name holds."""
     kind, _, block = name.partition("/")
-    return StreamContents(int(block), kind == "biased", DISTILLATION_SET if kind == "teacher" else CALIBRATION)
+    return StreamContents(int(block), kind == "biased", DISTILLATION_SET if kind == "teacher-on-set" else CALIBRATION)

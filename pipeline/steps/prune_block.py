@@ -34,6 +34,7 @@ class PruneBlock(StepKind[PruneResult]):
     help = "Choose the pruning masks of a block and set its remaining weights."
     is_per_block = True
     command = name
+    sharing = "same steps"
 
     @staticmethod
     def step(

@@ -26,6 +26,7 @@ class RefineBlock(StepKind[RefineResult]):
     help = "Train a pruned block towards its dense output with its pruning masks fixed (--refine)."
     is_per_block = True
     command = name
+    sharing = "same steps"
 
     @staticmethod
     def step(block: int, *, with_output: bool) -> Step:

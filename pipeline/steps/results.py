@@ -170,6 +170,7 @@ class AllocateResult(Result):
     outlier_shares: tuple[Share | None, ...]
     spread: Share
     budget: tuple[StoredBlockBudget, ...]
+    shared_with: Sha256 | None = None
 
 
 class LayerResult(_Part):
@@ -209,12 +210,14 @@ class PruneResult(Result):
     layers: dict[str, LayerResult]
     finished: FinishedRecord | None = None  # None: the block is refined in a later step
     experts: ExpertsRecord | None = None  # None: the block has none, or the pruner reads no data
+    shared_with: Sha256 | None = None
 
 
 class CompensateResult(Result):
     """How the compensation of a block went."""
 
     training: TrainingRecord
+    shared_with: Sha256 | None = None
 
 
 class RefineResult(Result):
@@ -222,6 +225,7 @@ class RefineResult(Result):
 
     training: TrainingRecord
     finished: FinishedRecord
+    shared_with: Sha256 | None = None
 
 
 class TeachResult(Result):

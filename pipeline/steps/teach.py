@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Teach(StepKind[TeachResult]):
     """Writes the last block's output in the original model, and the distillation set if it is not the calibration set.
 
-    LAMP has that output already on the calibration set: it is the dense stream's end.
+    LAMP has that output already on the calibration set: it is the dense stream's end, unless the blocks are those of
+    another run.
     """
 
     result = TeachResult
@@ -37,8 +38,10 @@ class Teach(StepKind[TeachResult]):
             draws: There is a distillation set of its own (--distill-samples).
         """
         if draws:
-            return Step(Teach.name, outputs=(payloads.DISTILLATION_SET, payloads.teacher(num_blocks)))
-        return Step(Teach.name, reads=(payloads.CALIBRATION.name,), outputs=(payloads.dense(num_blocks),))
+            teacher = payloads.teacher(num_blocks, payloads.DISTILLATION_SET)
+            return Step(Teach.name, outputs=(payloads.DISTILLATION_SET, teacher))
+        teacher = payloads.teacher(num_blocks, payloads.CALIBRATION)
+        return Step(Teach.name, reads=(payloads.CALIBRATION.name,), outputs=(teacher,))
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> TeachResult:
         from stages.replay import replay

@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pipeline.engine.plan import Step, next_steps, releasable
 from pipeline.rundir.records import Result
-from pipeline.steps.base import StepKind
+from pipeline.steps.base import Sharing, StepKind
 from pipeline.steps.reporting import BlockReport
 from pipeline.steps.results import EvaluateResult, ExportResult, ZeroShotResult
 
@@ -37,7 +37,7 @@ def check_step_kind(name: str, kind: type[StepKind[Any]]) -> None:
         assert "\n" not in text, f"the {attribute} of {name} has more than one line"
     assert issubclass(kind.result, Result), f"the result of {name} is no pipeline.rundir.records.Result"
     assert kind.result.model_config.get("extra") == "forbid", f"the result of {name} accepts unknown fields"
-    assert kind.sharing in ("never", "same data", "same data and environment"), f"{name}: sharing {kind.sharing}"
+    assert kind.sharing in get_args(Sharing), f"{name}: sharing {kind.sharing}"
     shares_results = "shared_with" in kind.result.model_fields
     assert shares_results == (kind.sharing != "never"), f"{name}: a shared result needs the field shared_with"
     if kind.command is not None:

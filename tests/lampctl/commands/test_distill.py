@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.errors import ConfigError
 from stages.distill import _Streamed
 from stages.machine import device
 from tests.conftest import TINY_OPT
@@ -153,5 +154,30 @@ def test_a_model_in_memory_gets_the_weights_of_the_run(lampctl):
     state = pruned.state_dict()
     for name, tensor in weights(Path("run")).items():
         assert torch.equal(state[name], tensor), name
-    with pytest.raises(package.ConfigError, match="distill_samples"):
+    with pytest.raises(ConfigError, match="distill_samples"):
         package.prune(model, [[5, 6, 7, 8]] * 4, sparsity=0.5, method="wanda", distill_samples=8)
+
+
+def test_a_run_takes_over_the_blocks_of_a_finished_one(lampctl):
+    arguments = (TINY_OPT, "--sparsity", "0.6", *DATA, "--epochs", "1", "--refine-epochs", "1")
+    assert lampctl("run", *arguments, "--run-dir", "whole", *DISTILL).code == 0
+    assert lampctl("run", *arguments, "--run-dir", "plain").code == 0
+    late = lampctl("distill", "plain")
+    assert late.code == 2
+    assert "lampctl run MODEL ... --distill --from-run" in late.err
+
+    told = lampctl("run", *arguments, *DISTILL, "--from-run", "plain", "--run-dir", "more")
+    assert told.code == 0, told.err
+    assert exported_weights(Path("more")) == exported_weights(Path("whole"))
+    commits = [json.loads(path.read_text()) for path in sorted(Path("more/commits").iterdir())]
+    own = [commit["step"] for commit in commits if not commit["result"].get("shared_with")]
+    assert own == ["teach", "distill", "export"]
+    assert lampctl("verify", "more", "--deep").code == 0
+    assert "refined" in lampctl("status", "more").out
+
+    refused = lampctl("run", *arguments[:-1], "2", *DISTILL, "--from-run", "plain", "--run-dir", "other")
+    assert refused.code == 3
+    assert "refine_epochs: 1 there, 2 asked for" in refused.err
+    refused = lampctl("run", *arguments, *DISTILL, "--from-run", "nowhere", "--run-dir", "other")
+    assert refused.code == 3
+    assert not Path("other").exists()

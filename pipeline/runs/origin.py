@@ -1,0 +1,54 @@
+"""The run whose pruned blocks another one takes over, to distill them (--from-run)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.config.run_config import DISTILL_FIELDS, Recorded, RunConfig, as_in_origin, differing_fields
+from pipeline.errors import ConfigMismatch, NotARun, RunNotFound
+from pipeline.rundir.run_directory import RunDirectory
+from pipeline.steps import payloads
+from pipeline.steps.run_facts import ModelRecord, config_of, facts_of
+
+
+def origin_of(config: RunConfig) -> RunDirectory | None:
+    """The run whose blocks are taken over; None: every block is pruned here.
+
+    Raises:
+        ConfigMismatch: It is not there.
+    """
+    if config.from_run is None:
+        return None
+    try:
+        return RunDirectory.open(config.from_run)
+    except (RunNotFound, NotARun) as error:
+        raise ConfigMismatch(
+            f"--from-run {config.from_run}: {error}. Its blocks are needed until all are taken over"
+        ) from error
+
+
+def settled_with(origin: RunDirectory, config: RunConfig, origins: Mapping[str, str], model: ModelRecord) -> RunConfig:
+    """The configuration with the defaults that the origin began with.
+
+    Raises:
+        ConfigMismatch: The origin has another model, other settings than those of distillation, or no pruned blocks.
+    """
+    recorded = Recorded(config_of(origin), facts_of(origin).provenance)
+    config = as_in_origin(config, origins, recorded)
+    own = {"distill", *DISTILL_FIELDS}
+    theirs, ours = recorded.config.identity, config.identity
+    differing = {name: pair for name, pair in differing_fields(theirs, ours).items() if name not in own}
+    if facts_of(origin).identity.model != model.files:
+        differing["model"] = (facts_of(origin).model.name, "other files")
+    if differing:
+        lines = [f"  {field}: {old!r} there, {new!r} asked for" for field, (old, new) in differing.items()]
+        raise ConfigMismatch(
+            f"--from-run {origin.label}: its blocks are not those of this run:\n" + "\n".join(lines) + "\n"
+            "give the same settings, or leave --from-run out"
+        )
+    last = payloads.pruned(facts_of(origin).model.num_blocks - 1).name
+    if not any(last in commit.payloads for commit in origin.commits):
+        raise ConfigMismatch(
+            f"--from-run {origin.label}: its last block is not pruned yet; finish it with lampctl resume {origin.label}"
+        )
+    return config
