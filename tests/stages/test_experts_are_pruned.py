@@ -97,6 +97,21 @@ def test_all_tokens_of_all_experts_give_one_hessian(monkeypatch):
     assert len(block.outcome.layers) == len(model.layers(0))
 
 
+@pytest.mark.parametrize("family", ["qwen2-moe", "deepseek-v2", "deepseek-v3", "glm4-moe"])
+@pytest.mark.parametrize("num_samples", [1, N], ids=["fewer tokens than channels", "enough tokens"])
+@pytest.mark.parametrize("to_all", [False, True])
+def test_a_shared_expert_is_pruned_beside_the_others(family, num_samples, to_all):
+    """It has no peers; with all tokens for all experts, that of Qwen2-MoE reads the same tensor as they."""
+    model = open_in_memory(build(family))
+    pruner = pruner_named("sparsegpt", calibrates_all_experts=to_all)
+    context = context_of(model, inputs_of(IDS[:num_samples]))
+    settings = LampSettings(pruner, None, None)
+    for index, block in enumerate(lamp(context, budget_of(model, 0.5), settings)):
+        masks = {name: layer.mask for name, layer in block.outcome.layers.items()}
+        assert masks.keys() == {info.name for info in model.layers(index)}
+        assert all(mask.float().mean() == 0.5 for mask in masks.values())
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 def test_training_reaches_the_experts_and_keeps_their_masks(bits):
     model = open_in_memory(build("gpt-oss"))

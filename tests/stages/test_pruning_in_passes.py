@@ -114,9 +114,17 @@ def test_groups_of_experts_give_the_bits_of_one_pass(family, method, tokens):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [{"bits": 4}, {"calibrates_all_experts": True}], ids=str)
-def test_the_bits_do_not_depend_on_passes_with_options_for_layers(options):
-    setup = setup_of(build("mixtral"), 4)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"bits": 4}),
+        ("mixtral", {"calibrates_all_experts": True}),
+        ("qwen2-moe", {"calibrates_all_experts": True}),  # its shared expert reads what all others read
+    ],
+    ids=str,
+)
+def test_the_bits_do_not_depend_on_passes_with_options_for_layers(family, options):
+    setup = setup_of(build(family), 4)
     pruner = pruner_named("sparsegpt", **options)
     one = setup.prune(pruner, None, dtype=torch.float32)
     assert equal(setup.prune(pruner, 1, dtype=torch.float32), one)

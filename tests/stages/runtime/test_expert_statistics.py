@@ -7,6 +7,7 @@ from stages.errors import UsageError
 from stages.in_memory import ListStream
 from stages.interfaces import Checkpoint
 from stages.models.base import LayerInfo
+from stages.models.experts import every_token_to_every_expert
 from stages.models.in_memory import open_in_memory
 from stages.pruners.statistics import HessianSum, SquareSum
 from stages.runtime.expert_statistics import ExpertTokens
@@ -33,23 +34,30 @@ class Progress:
         self.num_samples += count
 
 
-def collected(model, kind=HessianSum, block_index=0):
-    """The statistics of each layer of a block on its dense inputs, and the tokens of the experts' layers."""
+def collected(model, kind=HessianSum, block_index=0, *, to_all=False):
+    """The statistics of each layer of a block on its dense inputs, and the tokens of the experts' layers.
+
+    to_all: every expert gets all tokens.
+    """
     decoder = open_in_memory(model)
     inputs = ListStream(N, (T,), torch.long)
     hidden = ListStream(N, (T, decoder.hidden_size), torch.float32)
     entries = decoder.load_ends(CPU, "enter").enter(IDS)
+    before = entries.hidden
+    for index in range(block_index):
+        before = decoder.run_block(decoder.load_block(index, CPU), before, entries.calls[index])
     for i in range(N):
         inputs.write(i, IDS[i])
-        hidden.write(i, entries.hidden[i])
+        hidden.write(i, before[i])
     context = context_of(decoder, inputs).block(block_index)
     block, infos = context.load(), decoder.layers(block_index)
     modules = {info.path: block.get_submodule(info.path) for info in infos}
-    found = find_inputs(context, block, modules, hidden, with_digests=False)
-    passes = StatisticsPasses(found, kind, CPU, None)
-    assert passes.begin()
-    progress = Progress()
-    collect(context, block, modules, hidden, passes.current, passes.to_count, progress)
+    with every_token_to_every_expert(block, is_on=to_all):
+        found = find_inputs(context, block, modules, hidden, with_digests=False)
+        passes = StatisticsPasses(found, kind, CPU, None)
+        assert passes.begin()
+        progress = Progress()
+        collect(context, block, modules, hidden, passes.current, passes.to_count, progress)
     assert progress.num_samples == N
     return by_path(passes), passes.tokens
 
@@ -90,6 +98,28 @@ def test_hessians_are_those_of_the_tokens_that_the_router_sends(family):
             assert received[f"{path}.{layer}"] == len(tokens)
             own = 2 / len(tokens) * tokens.double().T @ tokens.double()
             torch.testing.assert_close(found[f"{path}.{layer}"].statistics.matrix().double(), own, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2-moe", "deepseek-v2", "deepseek-v3", "glm4-moe"])
+@pytest.mark.parametrize("to_all", [False, True])
+def test_a_shared_expert_has_the_statistics_of_all_tokens(family, to_all):
+    """The router does not choose it. Where all experts get all tokens, it may read the same tensor as they."""
+    model = build(family)
+    mlp = model.model.layers[1].mlp
+    shared = "shared_expert" if hasattr(mlp, "shared_expert") else "shared_experts"
+    seen = []
+    handle = mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1).double()))
+    model(IDS, use_cache=False)
+    handle.remove()
+    expected = 2 / (N * T) * seen[0].T @ seen[0]
+    found, received = collected(model, block_index=1, to_all=to_all)
+    with_all = [f"mlp.{shared}.gate_proj", f"mlp.{shared}.up_proj"]
+    if to_all:
+        with_all += [f"mlp.experts.{number}.gate_proj" for number in range(NUM_EXPERTS)]
+        assert {received[f"mlp.experts.{number}.down_proj"] for number in range(NUM_EXPERTS)} == {N * T}
+    for path in with_all:
+        torch.testing.assert_close(found[path].statistics.matrix().double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def infos_of(num_experts, cols):
