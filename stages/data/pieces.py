@@ -4,8 +4,10 @@ A text is cut only where the result is known to be the same: between two words o
 
 1. No entry of the vocabulary holds a letter that a space follows, so no token reaches across the cut, and neither the
    merges of BPE nor the best path of Unigram depend on the other side.
-2. Both neighbours of the cut are tokenized with `_CONTEXT` characters of the other side, and must agree on every token
-   near it. This covers what the vocabulary does not say: normalization and pre-tokenization.
+2. Normalizer and pre-tokenizer are of kinds that look at what stands near, and no pattern of theirs reaches over the
+   cut (`stages.data.tokenizer_parts`).
+3. Both neighbours of the cut are tokenized with `_CONTEXT` characters of the other side, and must agree on every token
+   near it.
 
 Where one of these fails, and for tokenizers without character offsets, the text is tokenized at once.
 """
@@ -19,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from stages.data.tokenizer_parts import are_local
 
 _PIECE = 1 << 14  # characters
 _CONTEXT = 512  # characters of the other side that a piece is tokenized with
@@ -127,8 +131,10 @@ class _Chunk:
 
 
 def _can_cut(tokenizer: Any) -> bool:
-    """Whether the tokenizer gives offsets and has no token that holds the end of a word and a space."""
-    return bool(tokenizer.is_fast) and not any(map(_WORDS_IN_ONE_TOKEN.search, tokenizer.get_vocab()))
+    """Whether the tokenizer gives offsets, its parts are local, and no token holds the end of a word and a space."""
+    if not tokenizer.is_fast or any(map(_WORDS_IN_ONE_TOKEN.search, tokenizer.get_vocab())):
+        return False
+    return are_local(tokenizer.backend_tokenizer)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

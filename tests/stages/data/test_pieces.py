@@ -163,6 +163,24 @@ def test_a_vocabulary_with_tokens_of_several_words_is_not_cut(small_pieces):
     assert tokenizer.num_calls <= 5
 
 
+FAR = {
+    "split": (normalizers.NFC(), pre_tokenizers.Split(Regex(r"(?m)<q>.*?</q>|\w+|\s+"), "isolated")),
+    "replaced": (normalizers.Replace(Regex(r"(?m)<q>.*?</q>"), "#"), pre_tokenizers.WhitespaceSplit()),
+}
+
+
+@pytest.mark.parametrize("kind", FAR)
+def test_a_pattern_whose_end_is_pieces_away(kind, small_pieces):
+    """A piece that holds <q> without its end is split in another way, and both sides of every cut agree."""
+    core = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    core.normalizer, core.pre_tokenizer = FAR[kind]
+    words = "of words and the fox"
+    core.train_from_iterator([f"{words} #"], trainers.WordLevelTrainer(special_tokens=["<unk>"], show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    text = f"<q>{words * 300}</q> {' '.join([words] * 100)}"
+    assert tokenize(tokenizer, text).tolist() == tokenizer(text)["input_ids"]
+
+
 def test_where_both_sides_of_a_cut_disagree_the_text_is_tokenized_at_once(small_pieces):
     """Pairs of words: which ones pair up depends on the start of the text."""
     core, trainer = byte_level(r"(?:[^ ]+ [^ ]+ ?)")
