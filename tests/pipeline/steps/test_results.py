@@ -5,7 +5,8 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from pipeline.steps.results import EvaluateResult, TrainingRecord, ZeroShotResult, judged
+from pipeline.steps.reporting import BlockTraining
+from pipeline.steps.results import EvaluateResult, LossRecord, TrainingRecord, ZeroShotResult, judged
 
 TEXT = {"num_tokens": 64, "num_tokens_available": 640, "num_windows": 2, "seqlen": 32, "bos": "stream"}
 RESULT = {
@@ -112,3 +113,11 @@ def test_held_out_samples_judge_a_training_if_there_are_any(before, after, expec
     for odd in ({**records[0], "extra": 1.0}, {**records[0], "trained": -1.0}):
         with pytest.raises(ValidationError):
             TrainingRecord.model_validate_json(json.dumps({**fields, "before": odd}), strict=True)
+
+
+def test_a_training_without_epochs_does_not_say_that_none_helped():
+    losses = LossRecord(trained=0.5, held_out=None)
+    untrained = TrainingRecord(before=losses, after=losses, epoch_losses=(), kept_epoch=0, num_steps=0)
+    assert BlockTraining("compensation", untrained).headline == "loss 0.5 (no epochs: not trained)"
+    in_vain = TrainingRecord(before=losses, after=losses, epoch_losses=(losses,), kept_epoch=0, num_steps=4)
+    assert "no epoch improved it" in BlockTraining("compensation", in_vain).headline
