@@ -282,6 +282,8 @@ class _Work:
         choices = context.device
         if choices.torch_dtype == torch.float16:
             choices = replace(choices, dtype="float32")
+        if choices.torch_train_dtype == torch.float16:
+            choices = replace(choices, train_dtype="float32")
         self.context, self.choices = replace(context, device=choices), choices
         self.model, self.device, self.callbacks = context.model, choices.torch_device, callbacks
         self.pruned, self.boundary, self.advance = pruned, boundary, advance
@@ -303,10 +305,11 @@ class _Work:
         state = self.pruned.state_of(index) if tensors is None else without_moments(tensors)
         return _Block(self.context.block(index), state, self.pruned.outcome_of(index), tensors)
 
-    def run(self, block: _Block, hidden: Tensor, inputs: Tensor) -> Tensor:
-        """The block's output (1, T, H) in fp32."""
+    def run(self, block: _Block, hidden: Tensor, inputs: Tensor, *, trains: bool) -> Tensor:
+        """The block's output (1, T, H) in fp32. trains: with the arithmetic of training steps."""
         call = self.model.calls(self.device).of(inputs, self.choices)[block.index]
-        return block.runner.training_forward(hidden, call).float()
+        forward = block.runner.training_forward if trains else block.runner.forward
+        return forward(hidden, call).float()
 
     def end(self, ends: Ends, number: int, hidden: Tensor, *, needs_gradient: bool) -> LossAndGradient:
         """The loss of a sample. hidden: the last block's output, (1, T, H)."""
@@ -426,7 +429,7 @@ class _Resident(_Student):
             hidden, passed = work.enter(self._ends, inputs), []
             for block in self._blocks:
                 leaf = hidden.float().requires_grad_()
-                out = work.run(block, leaf, inputs)
+                out = work.run(block, leaf, inputs, trains=True)
                 passed.append((leaf, out))
                 hidden = out.detach().to(work.choices.torch_dtype)
             loss, gradient = work.end(self._ends, number, hidden, needs_gradient=True)
@@ -449,7 +452,7 @@ class _Resident(_Student):
             inputs = work.inputs(number)
             hidden = work.enter(self._ends, inputs)
             for block in self._blocks:
-                hidden = work.run(block, hidden.float(), inputs).to(work.choices.torch_dtype)
+                hidden = work.run(block, hidden.float(), inputs, trains=False).to(work.choices.torch_dtype)
             losses.append(work.end(self._ends, number, hidden, needs_gradient=False).value)
             work.advance(losses[-1])
         return losses
@@ -502,7 +505,7 @@ class _Streamed(_Student):
             for place, number in enumerate(numbers):
                 work.boundary()
                 leaf = self._read(self._hidden, self._place(index, place)).float().requires_grad_()
-                out = work.run(block, leaf, work.inputs(number))
+                out = work.run(block, leaf, work.inputs(number), trains=True)
                 gradient = _backward(leaf, out, self._read(self._gradients, place))
                 self._gradients.write(place, gradient[0])
             block.adam.step(lr)
@@ -541,7 +544,7 @@ class _Streamed(_Student):
                 source = self._place(index if is_kept else 0, place)
                 # Gradients are enabled in training as they are when the block is resident.
                 leaf = self._read(self._hidden, source).float().requires_grad_(is_kept)
-                out = work.run(block, leaf, work.inputs(number)).detach()
+                out = work.run(block, leaf, work.inputs(number), trains=is_kept).detach()
                 self._hidden.write(self._place(index + 1 if is_kept else 0, place), out[0])
             del block
 

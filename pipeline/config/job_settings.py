@@ -109,6 +109,16 @@ class JobSettings:
             "auto: bfloat16 on GPUs that have it",
         ),
     ] = "auto"
+    train_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option(
+            "Arithmetic of training steps alone, while streams, Hessians and losses stay in --dtype: auto, float32, "
+            "bfloat16, float16.",
+            "Machine",
+            "DTYPE",
+            "auto: that of --dtype",
+        ),
+    ] = "auto"
     threads: Annotated[
         Annotated[int, Limits(ge=1, le=4096)] | None,
         Option("CPU threads.", "Machine", "N", "OMP_NUM_THREADS, else the fastest number"),

@@ -65,7 +65,12 @@ def environment_here(run: RunDirectory, config: RunConfig) -> tuple[EnvironmentR
         what = found or "missing"
         changes.append(f"{choices.device} is {what} here, it was {choices.device_name}")
         chosen = device.choose(config.device, choices.dtype, config.threads)
-        choices = replace(chosen, batch_tokens=choices.batch_tokens, compiles=choices.compiles)
+        choices = replace(
+            chosen,
+            batch_tokens=choices.batch_tokens,
+            compiles=choices.compiles,
+            train_dtype=choices.train_dtype,
+        )
     now = environment_record(choices)
     for name, version in _versions(then).items():
         here = _versions(now).get(name)

@@ -144,7 +144,7 @@ def _device_of(gathered: Gathered) -> DeviceChoices:
     from stages.machine.device import choose
 
     settings = gathered.values
-    return choose(settings.device, settings.dtype, settings.threads)
+    return choose(settings.device, settings.dtype, settings.threads).training_in(settings.train_dtype)
 
 
 def _defaults_for(

@@ -79,6 +79,7 @@ class DeviceRecord(_Part):
     device_name: str
     batch_tokens: int = Field(default=0, ge=0, le=2**40)
     compiles: bool = False
+    train_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @classmethod
     def of(cls, choices: DeviceChoices) -> Self:

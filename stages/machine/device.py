@@ -15,7 +15,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ class DeviceChoices:
     # Tokens per forward pass without training, in whole samples, at least one.
     batch_tokens: int = 0
     compiles: bool = False  # whether torch.compile compiles the training step
+    train_dtype: str | None = None  # arithmetic of training steps; None: `dtype`
 
     @property
     def torch_device(self) -> torch.device:
@@ -59,6 +60,21 @@ class DeviceChoices:
     def torch_dtype(self) -> torch.dtype:
         """The dtype of activations as a torch.dtype."""
         return DTYPES[self.dtype]
+
+    @property
+    def torch_train_dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic of training steps as a torch.dtype."""
+        return DTYPES[self.train_dtype or self.dtype]
+
+    def training_in(self, train_dtype: str) -> DeviceChoices:
+        """These choices with the arithmetic of training steps as the user wants it; "auto": that of `dtype`.
+
+        Raises:
+            UsageError: This device does not have it.
+        """
+        if train_dtype == "float16" and self.torch_device.type == "cpu":
+            raise UsageError("--train-dtype float16 needs a GPU: on a CPU choose float32 or bfloat16")
+        return replace(self, train_dtype=None if train_dtype in ("auto", self.dtype) else train_dtype)
 
 
 def choose(device: str = "auto", dtype: str = "auto", threads: int | None = None) -> DeviceChoices:
@@ -145,12 +161,13 @@ def apply(choices: DeviceChoices) -> None:
 
 
 @contextlib.contextmanager
-def computing(choices: DeviceChoices) -> Iterator[None]:
-    """Compute forward and backward passes inside in the chosen dtype. Weights stay in fp32."""
-    if choices.torch_dtype == torch.float32:
+def computing(choices: DeviceChoices, *, trains: bool = False) -> Iterator[None]:
+    """Compute forward passes inside in the chosen dtype. Weights stay in fp32. trains: in that of training steps."""
+    dtype = choices.torch_train_dtype if trains else choices.torch_dtype
+    if dtype == torch.float32:
         yield
     else:
-        with torch.autocast(choices.torch_device.type, choices.torch_dtype):
+        with torch.autocast(choices.torch_device.type, dtype):
             yield
 
 

@@ -103,8 +103,11 @@ class BlockRunner:
             return self._model.run_block(self._block, hidden, call)
 
     def training_forward(self, hidden: Tensor, call: BlockCall) -> Tensor:
-        """`forward` for a training step: through torch.compile if chosen, which changes values by rounding only."""
-        with computing(self._choices):
+        """`forward` for a training step: in its own dtype, and through torch.compile if these are chosen.
+
+        Both change values by rounding only.
+        """
+        with computing(self._choices, trains=True):
             return self._model.run_block(self._trained, hidden, call)
 
     @torch.no_grad()

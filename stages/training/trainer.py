@@ -258,7 +258,7 @@ class BlockTrainer:
         for parameter in parameters:
             parameter.requires_grad_(True)
         self._optimizer = torch.optim.Adam(parameters, lr=self.settings.lr, fused=True)
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.choices.torch_dtype == torch.float16)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.choices.torch_train_dtype == torch.float16)
         self._course = _TrainingState(best=before.judged)
         if self._restored is not None:
             self._resume(self._restored, parameters)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.long
 N, T = 9, 12
 FP32 = DeviceChoices("cpu", "float32", 1, "highest", "here")
 BF16 = DeviceChoices("cpu", "bfloat16", 1, "highest", "here")
+TRAIN_BF16 = DeviceChoices("cpu", "float32", 1, "highest", "here", train_dtype="bfloat16")
 SETTINGS = DistillSettings(epochs=2, lr=2e-3, batch=3, holds_out=True, seed=0)
 
 
@@ -149,6 +150,7 @@ KINDS = {
     "quantized": ("llama-gqa", 0.5, FP32, {"bits": 4}),
     "quantized and transposed": ("gpt2", Pattern(2, 4), FP32, {"bits": 4}),
     "bf16": ("llama-gqa", 0.6, BF16, {}),
+    "training in bf16": ("llama-gqa", 0.6, TRAIN_BF16, {}),
     "sam": ("sam", 0.6, FP32, {}),
     "vit": ("vit", 0.6, FP32, {}),
 }

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.long
 N, T, H = 5, 16, 32
 FP32 = DeviceChoices("cpu", "float32", 1, "highest", "here")
 BF16 = DeviceChoices("cpu", "bfloat16", 1, "highest", "here")
+TRAIN_BF16 = DeviceChoices("cpu", "float32", 1, "highest", "here", train_dtype="bfloat16")
 
 
 class Stopped(Exception):
@@ -107,6 +108,7 @@ TRAININGS = {
     "mse": (TrainingSettings(2, 1e-3, 0.9, False, 0), FP32),
     "held out": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), FP32),
     "bf16": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), BF16),
+    "training in bf16": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), TRAIN_BF16),
     "backtracking": (TrainingSettings(3, 0.3, 0.9, True, 0), FP32),
 }
 

@@ -26,7 +26,7 @@ PANELS = {
         "evaluate metrics evaluate-dense eval-seqlen eval-max-tokens eval-points eval-max-images tasks task-data "
         "task-limit"
     ),
-    "Machine": "device dtype threads micro-batch compile memory-limit allow-environment-change",
+    "Machine": "device dtype train-dtype threads micro-batch compile memory-limit allow-environment-change",
     "Stopping": "checkpoint-minutes max-runtime watch-preemption preemption-url takeover",
     "Storage": "keep-activations scratch-dir run-dir",
     "Options": "config preset json help",
