@@ -62,6 +62,7 @@ BUILDERS = {
     "vit": lambda: ViTModel(ViTConfig(**_SIZES, intermediate_size=48)),
     "vit-classifier": lambda: ViTForImageClassification(ViTConfig(**_SIZES, intermediate_size=48, num_labels=5)),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**_SIZES, mlp_ratio=2)),
+    "dinov2-swiglu": lambda: Dinov2Model(Dinov2Config(**_SIZES, mlp_ratio=2, use_swiglu_ffn=True)),
     "dinov2-classifier": lambda: Dinov2ForImageClassification(Dinov2Config(**_SIZES, mlp_ratio=2, num_labels=5)),
     "dinov2-registers": lambda: Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(**_SIZES, mlp_ratio=2, num_register_tokens=4)
@@ -72,7 +73,6 @@ BUILDERS = {
 }
 # What lampctl refuses.
 REFUSED = {
-    "dinov2-swiglu": lambda: Dinov2Model(Dinov2Config(**_SIZES, mlp_ratio=2, use_swiglu_ffn=True)),
     "siglip-vision": lambda: SiglipVisionModel(SiglipVisionConfig(**_CLIP)),
 }
 

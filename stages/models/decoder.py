@@ -32,7 +32,7 @@ from stages.models.meta_init import require_materialised, require_plain
 from stages.models.probe import probed
 from stages.models.recorder import Tape
 from stages.models.stored_model import StoredModel
-from stages.models.weight_pieces import separate_pieces
+from stages.models.weight_pieces import place_rows, separate_pieces
 
 
 def open_model(folder: ModelFolder) -> Decoder:
@@ -181,6 +181,8 @@ class Decoder(StoredModel[DecoderEnds]):
         pieces = separate_pieces(self._model, self.weights.keys, transforms, prefix, self.weights.shape)
         state = self._model.state_dict(keep_vars=True)
         self._parts = place_experts(self.weights.keys, self._experts, transforms, prefix, self.weights.shape)
+        inside = {name: tuple(t.shape) for name, t in state.items() if name.startswith(f"{self._blocks_path}.")}
+        self._parts |= place_rows(self.weights.keys, inside, transforms, prefix, self.weights.shape)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         others = [name for name in state if name not in self._parts and name not in pieces]
         matched = match_names(self.weights.keys, others, renamings, prefix) | pieces

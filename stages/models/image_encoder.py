@@ -39,6 +39,7 @@ from stages.models.image_processor import ImageProcessor
 from stages.models.meta_init import require_materialised, require_plain
 from stages.models.recorder import StopForward, Tape
 from stages.models.stored_model import StoredModel
+from stages.models.weight_pieces import place_rows
 
 _PROJECTION = "visual_projection.weight"
 
@@ -60,11 +61,6 @@ class ImageEncoder(StoredModel["ImageEnds"]):
         super().__init__(folder, WeightFiles(folder.path))
         config = _read_config(folder)
         self.name: str = config.model_type
-        if getattr(config, "use_swiglu_ffn", False):
-            raise UsageError(
-                f"{folder.name} is a {self.name} model with SwiGLU (use_swiglu_ffn in its config.json): its files hold "
-                "two matrices of each MLP as one, and it cannot be pruned"
-            )
         self.processor = ImageProcessor.of(folder.path)
         with without_weights():
             self._model = _tower(config, has_projection=_PROJECTION in self.weights).eval().requires_grad_(False)
@@ -108,10 +104,14 @@ class ImageEncoder(StoredModel["ImageEnds"]):
     def _match_weights(self) -> dict[str, str]:
         """For each weight of the model, its name in the files."""
         state = self._model.state_dict()
-        renamings = [t for t in get_model_conversion_mapping(self._model) if isinstance(t, WeightRenaming)]
+        transforms = get_model_conversion_mapping(self._model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         prefix = _PREFIXES.get(type(self._model), self._model.base_model_prefix)
-        stored = match_names(self.weights.keys, state, renamings, prefix)
-        missing = [name for name, tensor in state.items() if tensor.is_meta and name not in stored]
+        inside = {name: tuple(t.shape) for name, t in state.items() if name.startswith(f"{self._blocks_path}.")}
+        self._parts = place_rows(self.weights.keys, inside, transforms, prefix, self.weights.shape)
+        others = [name for name in state if name not in self._parts]
+        stored = match_names(self.weights.keys, others, renamings, prefix)
+        missing = [name for name in others if state[name].is_meta and name not in stored]
         if missing:
             raise UsageError(
                 f"{self.source.path} lacks {len(missing)} weights of a {type(self._model).__name__}, {missing[0]} "
@@ -124,6 +124,8 @@ class ImageEncoder(StoredModel["ImageEnds"]):
                     f"{tuple(state[name].shape)}"
                 )
             require_plain(self.weights, key, self.source.path)
+        for part in self._parts.values():
+            require_plain(self.weights, part.key, self.source.path)
         beyond = set(self._beyond()) & set(match_names(self.weights.keys, self._beyond(), renamings, prefix))
         if beyond:
             raise UsageError(

@@ -1,13 +1,13 @@
-"""Weights that the files hold in pieces: each piece is an entry of its own, and the module computes the same."""
+"""Weights that transformers joins or splits when it loads a model: each has its place in the files."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Chunk, Concatenate, Split, Transpose, WeightConverter, WeightRenaming
 
-from stages.models.weight_pieces import separate_pieces
+from stages.models.weight_pieces import place_rows, separate_pieces
 
 PIECES = {
     f"old.layers.0.{name}_conv1d.weight": torch.randn(rows, 1, 4) for name, rows in (("q", 6), ("k", 6), ("v", 3))
@@ -75,3 +75,61 @@ def test_what_does_not_fit_stays_as_it_is(case):
     names = set(model.state_dict())
     assert separated(model, **changes) == {}
     assert set(model.state_dict()) == names
+
+
+WANTED = {
+    "model.layers.0.self_attn.q_proj.weight": (6, 5),
+    "model.layers.0.self_attn.k_proj.weight": (2, 5),
+    "model.layers.0.self_attn.v_proj.weight": (2, 5),
+    "model.layers.0.self_attn.q_proj.bias": (6,),
+    "model.layers.0.self_attn.k_proj.bias": (2,),
+    "model.layers.0.self_attn.v_proj.bias": (2,),
+}
+JOINED = {
+    "layers.0.attention.query_key_value.weight": torch.randn(10, 5),
+    "layers.0.attention.query_key_value.bias": torch.randn(10),
+}
+ATTENTION = WeightRenaming(r"\.attention\.", ".self_attn.")
+SPLIT = WeightConverter("query_key_value", ["q_proj", "k_proj", "v_proj"], operations=[Split(dim=0)])
+
+
+def rows_placed(stored, transforms, wanted=WANTED):
+    return place_rows(stored, wanted, transforms, "model", lambda key: tuple(stored[key].shape))
+
+
+def test_joined_projections_are_split_as_transformers_splits_them():
+    parts = rows_placed(JOINED, [ATTENTION, SPLIT])
+    assert parts.keys() == WANTED.keys()
+    for kind in ("weight", "bias"):
+        key = f"layers.0.attention.query_key_value.{kind}"
+        for name, rows in zip("qkv", torch.split(JOINED[key], [6, 2, 2]), strict=True):
+            part = parts[f"model.layers.0.self_attn.{name}_proj.{kind}"]
+            assert part.key == key
+            assert torch.equal(part.of(JOINED[key]), rows)
+
+
+def test_equal_chunks_are_placed_too():
+    wanted = {f"model.layers.0.mlp.{name}_proj.weight": (4, 3) for name in ("gate", "up")}
+    stored = {"model.layers.0.mlp.weights_in.weight": torch.randn(8, 3)}
+    names = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    parts = rows_placed(stored, [WeightConverter("mlp.weights_in.weight", names, operations=[Chunk(dim=0)])], wanted)
+    whole = stored["model.layers.0.mlp.weights_in.weight"]
+    gate, up = (parts[name].of(whole) for name in wanted)
+    assert torch.equal(gate, whole[:4])
+    assert torch.equal(up, whole[4:])
+
+
+@pytest.mark.parametrize(
+    ("stored", "transforms"),
+    [
+        ({key: tensor[:9] for key, tensor in JOINED.items()}, [ATTENTION, SPLIT]),
+        (JOINED, [SPLIT]),
+        (JOINED, [ATTENTION, WeightConverter("query_key_value", ["q_proj", "no_proj"], operations=[Split(dim=0)])]),
+        (JOINED, [ATTENTION, WeightConverter("query_key_value", ["q_proj", "k_proj"], operations=[Chunk(dim=1)])]),
+        (JOINED, [ATTENTION, WeightConverter("query_key_value", ["q_proj"], operations=[Transpose(0, 1)])]),
+        ({name: torch.zeros(shape) for name, shape in WANTED.items()}, [ATTENTION, SPLIT]),
+    ],
+    ids=["too few rows", "another name", "a weight is unknown", "columns", "another conversion", "not joined"],
+)
+def test_what_is_not_joined_like_this_has_no_place(stored, transforms):
+    assert rows_placed(stored, transforms) == {}
