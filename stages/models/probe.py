@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from stages.errors import UsageError
@@ -79,7 +80,10 @@ class _Probe:
         self._uncalled: dict[_Structure, set[str]] = {}
         self._outputs: list[Tensor] = []
         self._list_name = list_name
-        self._tape = Tape(self._returns, self._new_output)
+        self._beside: dict[type[nn.Module], tuple[Any, ...]] = {}  # what a block returned after its hidden state
+        self._handed: list[Tensor] = []  # such values that recorders returned
+        self._independent: set[_Structure] = set()  # blocks that get such values and do not use them
+        self._tape = Tape(self._returns, self._new_output, self._new_values)
         self._layout = StreamLayout(0)
         self._hidden_size: int = model.config.get_text_config().hidden_size
         put_recorders(model, list_name, blocks, self._tape)
@@ -123,6 +127,12 @@ class _Probe:
         self._outputs.append(_normal(hidden.shape, self._generator))
         return self._outputs[-1]
 
+    def _new_values(self, block: nn.Module, _count: int) -> tuple[Any, ...]:
+        """What a recorder returns after the hidden state: like the block's own values, and like nothing else."""
+        values: tuple[Any, ...] = tree_map_only(Tensor, Tensor.clone, self._beside[type(block)])
+        self._handed += [tensor for tensor in _tensors(values) if tensor.numel()]
+        return values
+
     def _num_values(self, block_index: int) -> int | None:
         """How many values a block returns. Raises UsageError if its output for a token depends on later tokens."""
         block = self._block(block_index)
@@ -151,6 +161,7 @@ class _Probe:
                 f"{foreign} of a {type(self._model).__name__} reads the output of an encoder: this is half of an "
                 "encoder-decoder, and only decoder-only language models can be pruned"
             )
+        self._beside[type(block)] = () if isinstance(returned, Tensor) else tuple(returned[1:])
         return None if isinstance(returned, Tensor) else len(returned)
 
     def _require_chain(self) -> None:
@@ -175,12 +186,41 @@ class _Probe:
                     f"block {index} of a {type(self._model).__name__} reads the output of block {read} as well as that "
                     "of the block before it: such models cannot be pruned block by block"
                 )
+            self._require_nothing_else(index)
+
+    def _require_nothing_else(self, block_index: int) -> None:
+        """Raise UsageError if a block's output depends on what another one returned after its hidden state."""
+        call = self._tape.calls[block_index]
+        structure = _structure(self._blocks[block_index])
+        if structure in self._independent or not any(self._is_handed(tensor) for tensor in _tensors(call)):
+            return
+        block, hidden = self._block(block_index), self._tape.hidden[block_index]
+        # Recorders of a run return None in the place of such values.
+        without = tree_map_only(
+            Tensor, lambda tensor: None if self._is_handed(tensor) else tensor, (call.args, call.kwargs)
+        )
+        with _foreign_code(self._model):
+            first, second = (
+                output_of(block(hidden.clone(), *args, **kwargs))
+                for args, kwargs in ((call.args, call.kwargs), without)
+            )
+        if not torch.equal(first, second):
+            raise UsageError(
+                f"block {block_index} of a {type(self._model).__name__} reads what an earlier block returned beside "
+                "its hidden state: such models cannot be pruned block by block"
+            )
+        self._independent.add(structure)
+
+    def _is_handed(self, tensor: Tensor) -> bool:
+        """Whether a tensor is, or is a part of, a value that a recorder returned after the hidden state."""
+        place = tensor.untyped_storage().data_ptr()
+        return any(place == other.untyped_storage().data_ptr() for other in self._handed)
 
     def _hidden_layout(self) -> StreamLayout:
         """How the hidden state lies in a stream."""
         shape, size = tuple(self._tape.hidden[0].shape), self._hidden_size
-        if shape == (1, _TOKENS, size):
-            return StreamLayout(size)
+        if len(shape) == 3 and shape[:2] == (1, _TOKENS) and shape[2] % size == 0:
+            return StreamLayout(shape[2])  # Qwen4-Exp hands on several hidden states, one after the other
         for order in ((2, 0, 1, 3), (0, 1, 2, 3)):  # Gemma 3n, DeepSeek V4
             if len(shape) == 4:
                 usual = [shape[order.index(axis)] for axis in range(4)]

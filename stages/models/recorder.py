@@ -24,14 +24,21 @@ class StopForward(Exception):
 class Tape:
     """What the recorders of one model share during one forward."""
 
-    def __init__(self, returns: Returns, output: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> None:
+    def __init__(
+        self,
+        returns: Returns,
+        output: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+        others: Callable[[nn.Module, int], tuple[Any, ...]] = lambda _block, count: (None,) * count,
+    ) -> None:
         """Prepare the recorders.
 
         Args:
             returns: What the blocks return.
             output: Makes the hidden state that a recorder returns of the one that it gets. Default: the same one.
+            others: Makes the values that a recorder returns beside it, of the block and their number. Default: None.
         """
         self.returns = returns
+        self._others = others
         self.calls: list[BlockCall] = []
         self.hidden: list[Tensor] = []  # what each block got
         self.blocks: list[nn.Module] = []  # that were called
@@ -55,7 +62,7 @@ class Tape:
             raise StopForward
         output = self._last_output if is_last else self._output(hidden)
         num_values = self.returns[type(block)]
-        return output if num_values is None else (output, *[None] * (num_values - 1))
+        return output if num_values is None else (output, *self._others(block, num_values - 1))
 
 
 class Recorder(nn.Module):

@@ -25,6 +25,7 @@ Kind = Literal[
     "image encoder",
     "segmentation",
     "encoder",
+    "encoder-decoder",
 ]
 
 _COMMON: dict[str, Any] = {

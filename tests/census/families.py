@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from tests import multimodal_models, small_encoders, small_sam
-from tests.census.configuration import WORKS, Configuration, Kind, Verdict, tiny
+from tests.census.configuration import Configuration, Kind, tiny
+from tests.census.verdicts import verdict_of
 
 _ONLY_VOCABULARY = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -66,9 +67,31 @@ _SHARED = {
     "vocab_size_per_layer_input": 300,
 }
 
+_INDEXED = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 4}
+_RELATIVE = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 8,
+    "d_rel": 2,
+    "rel_extent": 8,
+}
+_ENCODER_AND_DECODER = {
+    "without": _ONLY_VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 128,
+}
+
 _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     ("dense", "opt", {"without": _NO_GROUPS, "ffn_dim": 64, "word_embed_proj_dim": 32}),
     ("dense", "gpt2", _GPT2),
+    ("dense", "gpt-sw3", _GPT2),
     ("dense", "openai-gpt", _GPT2),
     ("dense", "gpt_neo", {"without": f"{_ONLY_VOCABULARY}", "hidden_size": 32, "num_layers": 3, "num_heads": 4,
                           "max_position_embeddings": 128, "window_size": 8,
@@ -100,6 +123,10 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     ("GQA", "helium", {}),
     ("GQA", "smollm3", {}),
     ("GQA", "arcee", {}),
+    ("GQA", "olmo", {}),
+    ("GQA", "exaone", {}),
+    ("GQA", "internlm3", {}),
+    ("GQA", "iquestcoder", {}),
     ("GQA", "apertus", {}),
     ("GQA", "seed_oss", {}),
     ("GQA", "ernie4_5", {}),
@@ -129,6 +156,8 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     ("sliding window", "cwm", _WINDOWS),
     ("sliding window", "granite_swa", _WINDOWS),
     ("sliding window", "cohere2", _WINDOWS),
+    ("sliding window", "cohere_compass_text", {**_WINDOWS, "rope_parameters": {
+        name: {"rope_type": "default", "rope_theta": 1e4} for name in ("sliding_attention", "full_attention")}}),
     ("post-norm", "opt-350m", {"without": _NO_GROUPS, "ffn_dim": 64, "word_embed_proj_dim": 16,
                                "do_layer_norm_before": False}),
     ("post-norm", "olmo2", {}),
@@ -170,6 +199,25 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
         )
     ),
     ("MoE", "axk1", {**_MLA, **_ROUTED}),
+    ("MoE", "axk2", {**_MLA, **_ROUTED}),
+    ("MoE", "deepseek_v32", {**_MLA, **_ROUTED, **_INDEXED}),
+    ("MoE", "glm_moe_dsa", {**_MLA, **_ROUTED, **_INDEXED}),
+    ("MoE", "dots3_note_text", {
+        **_MLA, **_ANY_EXPERTS, **_INDEXED, "shared_experts_intermediate_size": 16, "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "sliding_window": 8,
+    }),
+    ("MoE", "mimo_v2_flash", {**_ANY_EXPERTS, **_WINDOWS}),
+    ("MoE", "sarvam_mla", {**_MLA, **_ANY_EXPERTS}),
+    ("MoE", "sarvam_moe", _ANY_EXPERTS),
+    ("MoE", "longcat_flash", {**_MLA, **_ANY_EXPERTS, "num_hidden_layers": 4, "ffn_hidden_size": 32, "moe_topk": 2,
+                              "expert_ffn_hidden_size": 16, "zero_expert_num": 1}),
+    ("MoE", "hy_v4", {**_MLA, **_ANY_EXPERTS, **_INDEXED, "num_local_experts": 16, "intermediate_size": 256,
+                      "hc_mult": 2}),
+    ("MoE", "zaya", {**_ANY_EXPERTS, "num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 64,
+                     "router_hidden_size": 8}),
+    ("MoE", "inkling2_text", {**_ANY_EXPERTS, **_RELATIVE, "unpadded_vocab_size": 300}),
+    ("MoE", "inkling2_loop_text", {**_ANY_EXPERTS, **_RELATIVE, "unpadded_vocab_size": 300}),
     # Each kind of attention and of router that the family has; compressed entries from the fourth token on.
     ("MoE", "deepseek_v4", {
         **_ANY_EXPERTS, "num_key_value_heads": 1, "num_hidden_layers": 4, "q_lora_rank": 16, "o_groups": 2,
@@ -180,8 +228,7 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     }),
     ("MoE", "glm4_moe_lite", {**_MLA, **_ROUTED}),
     ("MoE", "inkling_text", {
-        **_ANY_EXPERTS, "num_local_experts": 32, "n_shared_experts": 1, "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 8, "d_rel": 2, "rel_extent": 8,
+        **_ANY_EXPERTS, **_RELATIVE, "num_local_experts": 32, "n_shared_experts": 1,
         "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"],
     }),
     ("MoE", "minimax_m3_vl_text", {**_ANY_EXPERTS, "dense_intermediate_size": 64, "shared_intermediate_size": 16,
@@ -214,9 +261,17 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
                               "rescale_every": 2}),
     ("hybrid state", "qwen3_next", {**_DELTA, "num_experts": 0}),
     ("hybrid state", "qwen3_5_text", _DELTA),
+    ("hybrid state", "qwen3_5_moe_text", {**_DELTA, **_ANY_EXPERTS}),
+    ("hybrid state", "qwen4_exp_text", {
+        **_ANY_EXPERTS, **_DELTA, "hc_count": 2, "hc_lowrank": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+        "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 4,
+    }),
+    ("hybrid state", "lara_mini", {**_DELTA, **_ANY_EXPERTS}),
     ("hybrid state", "olmo_hybrid", {}),
     ("hybrid state", "minimax", {"num_local_experts": 1, "num_experts_per_tok": 1}),
     ("hybrid state", "lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
+    ("hybrid state", "lfm2_moe", {**_ANY_EXPERTS, "layer_types": ["conv", "full_attention", "conv"],
+                                  "block_multiple_of": 16}),
     ("hybrid state", "xlstm", {"without": _NO_GROUPS, "num_heads": 4, "num_blocks": 3}),
     ("shared KV", "gemma3n_text", {**_SHARED, "laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": 64,
                                    "activation_sparsity_pattern": None}),
@@ -229,47 +284,31 @@ _TINY: list[tuple[Kind, str, dict[str, Any]]] = [
     ("encoder", "xlm-roberta", {"without": _NO_GROUPS}),
     *(
         ("encoder", name, {"without": _NO_GROUPS})
-        for name in ("big_bird", "camembert", "data2vec-text", "ernie", "megatron-bert", "roformer")
+        for name in (
+            "bert-generation", "big_bird", "camembert", "data2vec-text", "ernie", "megatron-bert",
+            "roberta-prelayernorm", "roformer", "xlm-roberta-xl", "xmod",
+        )
     ),
-    ("encoder", "bart", {"without": f"{_ONLY_VOCABULARY}", "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
-                         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
-                         "decoder_ffn_dim": 64, "max_position_embeddings": 128}),
+    ("encoder", "roc_bert", {"without": _NO_GROUPS, "shape_vocab_size": 20, "pronunciation_vocab_size": 20}),
+    *(
+        ("encoder-decoder", name, _ENCODER_AND_DECODER)
+        for name in (
+            "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+        )
+    ),
+    ("encoder-decoder", "prophetnet", {
+        "without": _ONLY_VOCABULARY, "hidden_size": 32, "encoder_ffn_dim": 64, "num_encoder_layers": 2,
+        "num_encoder_attention_heads": 4, "decoder_ffn_dim": 64, "num_decoder_layers": 3,
+        "num_decoder_attention_heads": 4, "max_position_embeddings": 128,
+    }),
+    ("dense", "reformer", {"without": _NO_GROUPS, "is_decoder": True, "axial_pos_embds": False, "feed_forward_size": 64,
+                           "attention_head_size": 8, "attn_layers": ["local", "local", "local"]}),
 ]  # fmt: skip
-_TYPE_OF = {"llama-gqa": "llama", "opt-350m": "opt", "ministral3_text": "ministral3"}
-_ENCODER = Verdict("refused", "each token sees those after it: this is an encoder", "an encoder")
-_ENCODER_DECODER = Verdict("refused", "no decoder-only language model", "an encoder-decoder")
-_SHARES = Verdict("refused", "are one weight", "blocks share weights")
-_VERDICTS = {
-    "cpmant": Verdict("refused", "a hidden state of an unknown shape", "it puts a prompt before the text"),
-    "xlm": Verdict(
-        "refused", "changes the hidden state between block 0 and block 1", "its loop is a part of its blocks"
-    ),
-    "xlnet": Verdict("refused", r"only \d+% of the matrix weights", "attention without linear layers"),
-    "dory": Verdict("refused", "not each of them once", "blocks run several times"),
-    "hrm_text": Verdict("refused", "has no list of 24 blocks", "two stacks of blocks, each run several times"),
-    "trocr": Verdict("refused", "reads the output of an encoder", "half of an encoder-decoder"),
-    "zamba": _SHARES,
-    "zamba2": _SHARES,
-    "jetmoe": Verdict(
-        "refused", r"only \d+% of the matrix weights .* in a JetMoeParallelExperts", "attention is a mixture of experts"
-    ),
-    "bart": _ENCODER_DECODER,
-    "dinov2-swiglu": Verdict("refused", "with SwiGLU", "the files join two matrices of an MLP"),
-    "siglip-vision": Verdict(
-        "refused", "no decoder-only language model", "an image encoder that lampctl does not know"
-    ),
-    "gpt_oss": Verdict("works", reason="in bfloat16; the published mxfp4 form is refused"),
-}
-_VERDICTS_OF_KINDS: dict[Kind, Verdict] = {"encoder": _ENCODER}
-
-
-def _verdict(name: str, kind: Kind) -> Verdict:
-    return _VERDICTS.get(name, _VERDICTS_OF_KINDS.get(kind, WORKS))
-
+TYPE_OF = {"llama-gqa": "llama", "opt-350m": "opt", "ministral3_text": "ministral3"}
 
 CENSUS: tuple[Configuration, ...] = (
     *(
-        Configuration(name, kind, config=tiny(_TYPE_OF.get(name, name), **changes), verdict=_verdict(name, kind))
+        Configuration(name, kind, config=tiny(TYPE_OF.get(name, name), **changes), verdict=verdict_of(name, kind))
         for kind, name, changes in _TINY
     ),
     *(
@@ -281,7 +320,7 @@ CENSUS: tuple[Configuration, ...] = (
             name,
             "image encoder",
             saved=partial(small_encoders.save, name=name),
-            verdict=_verdict(name, "image encoder"),
+            verdict=verdict_of(name, "image encoder"),
         )
         for name in (*small_encoders.BUILDERS, *small_encoders.REFUSED)
     ),
@@ -301,4 +340,5 @@ ONE_OF_EACH = (
     "vit",
     "sam",
     "bert",
+    "bart",
 )

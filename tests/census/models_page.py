@@ -13,6 +13,7 @@ from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from tests.census.configuration import Configuration
 from tests.census.families import CENSUS
+from tests.census.verdicts import NOT_TAKEN
 
 _INTRODUCTION = """# Models
 
@@ -33,6 +34,12 @@ stay dense are small projections that steer a whole block; `--prune-all` prunes 
 | family | kind | | known roles | without a role | stay dense | notes |
 |---|---|---|---|---|---|---|
 """
+_NOT_TAKEN = """
+## Not in the census
+
+Other types of causal language models in transformers. lampctl opens them or says why not, and no test runs them.
+
+"""
 
 
 def models_page() -> str:
@@ -42,7 +49,13 @@ def models_page() -> str:
     words = Counter(entry.verdict.word for entry in CENSUS)
     counts = ", ".join(f"{words[word]} {word}" for word in ("works", "refused"))
     counts = f"{len(CENSUS)} configurations: {counts}."
-    return _INTRODUCTION.format(version=__version__, counts=counts) + "".join(_row(entry) for entry in CENSUS)
+    rows = "".join(_row(entry) for entry in CENSUS)
+    return _INTRODUCTION.format(version=__version__, counts=counts) + rows + _NOT_TAKEN + _others()
+
+
+def _others() -> str:
+    reasons = {reason: [name for name, other in NOT_TAKEN.items() if other == reason] for reason in NOT_TAKEN.values()}
+    return "".join(f"- {', '.join(names)}: {reason}.\n" for reason, names in reasons.items())
 
 
 def _row(entry: Configuration) -> str:

@@ -5,11 +5,14 @@ import signal
 from pathlib import Path
 
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests import warm_python
 from tests.census.configuration import Configuration, tiny
-from tests.census.families import CENSUS, ONE_OF_EACH
+from tests.census.families import CENSUS, ONE_OF_EACH, TYPE_OF
 from tests.census.journey import check_export, flags_for
+from tests.census.verdicts import NOT_TAKEN
 from tests.killed_runs import BOMB, exported_weights
 
 ENTRIES = {entry.name: entry for entry in CENSUS}
@@ -60,6 +63,12 @@ def test_the_census_has_each_kind_and_each_name_once():
     refused = [entry.verdict for entry in CENSUS if entry.verdict.word == "refused"]
     assert refused
     assert all(verdict.message and verdict.reason for verdict in refused)
+
+
+def test_every_causal_language_model_of_transformers_is_in_the_census_or_named_as_not_taken():
+    types = {TYPE_OF.get(entry.name, entry.name) for entry in CENSUS}
+    known = {kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING_NAMES}
+    assert known - types == NOT_TAKEN.keys()
 
 
 def test_a_configuration_that_leaves_a_size_at_that_of_the_published_model_is_none():

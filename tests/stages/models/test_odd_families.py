@@ -22,7 +22,9 @@ def saved(name, folder):
     return resolve(str(folder))
 
 
-@pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text", "gemma4_unified_text", "deepseek_v4", "bamba"])
+@pytest.mark.parametrize(
+    "name", ["gemma4_text", "gemma3n_text", "gemma4_unified_text", "deepseek_v4", "qwen4_exp_text", "bamba"]
+)
 def test_all_that_blocks_hand_on_travels_in_the_stream(name, tmp_path):
     folder = saved(name, tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32).eval()
@@ -79,6 +81,7 @@ def test_rwkv_is_the_same_model_whether_its_loop_rescales_or_not(rescale_every, 
         ("xlm", "changes the hidden state between block 0 and block 1"),
         ("dory", r"calls its blocks in the order \[0, 1, 2, 0\], not each of them once"),
         ("zamba2", r"layers\.1\.shared_transformer\.\S+ and model\.layers\.3\.shared_transformer\.\S+ are one weight"),
+        ("zaya", "block 1 of a ZayaForCausalLM reads what an earlier block returned beside its hidden state"),
         ("trocr", r"encoder_attn\.k_proj of a TrOCRForCausalLM reads the output of an encoder"),
         ("cpmant", r"a hidden state of an unknown shape \(1, 36, 32\)"),
         ("bart", "no decoder-only language model"),
