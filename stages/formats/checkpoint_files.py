@@ -145,7 +145,7 @@ def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
 
 def has_safetensors(folder: Path) -> bool:
     """Whether the folder holds weights that `WeightFiles` can read."""
-    return (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
+    return (folder / INDEX).exists() or bool(_safetensors_of(folder))
 
 
 def match_names(stored: Iterable[str], wanted: Iterable[str], transforms: Iterable[Any], prefix: str) -> dict[str, str]:
@@ -186,7 +186,12 @@ def weight_filenames(folder: Path) -> tuple[list[str], dict[str, str]]:
         filenames, named = files_of_weights(folder, "", named_by_config)
     else:
         filenames, named = [named_by_config], {}
-    return (sorted(path.name for path in folder.glob("*.safetensors")) if filenames is None else filenames), named
+    return (_safetensors_of(folder) if filenames is None else filenames), named
+
+
+def _safetensors_of(folder: Path) -> list[str]:
+    """Files, and links to files that are missing: folders may have such names, too."""
+    return sorted(path.name for path in folder.glob("*.safetensors") if not path.is_dir())
 
 
 def _places(folder: Path) -> dict[str, tuple[str, Entry]]:

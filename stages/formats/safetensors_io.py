@@ -144,6 +144,8 @@ def parse_head(head: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
     try:
         described: dict[str, Any] = json.loads(head[8:])
         metadata: dict[str, str] = described.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ is no mapping of texts")
         found = [(*about["data_offsets"], name, about) for name, about in described.items()]
         found.sort(key=lambda item: item[:3])
         entries, end = {}, 0

@@ -40,7 +40,8 @@ class ModelFolder:
     @cached_property
     def files(self) -> dict[str, FileDigest]:
         """Size and sha256 of every file that decides what the model computes."""
-        names = sorted(p.name for p in self.path.iterdir() if decides(p.name, trusts_code=self.trusts_code))
+        decide = (path for path in self.path.iterdir() if decides(path.name, trusts_code=self.trusts_code))
+        names = sorted(path.name for path in decide if not path.is_dir())
         return {name: digest_file(self.path / name) for name in names}
 
 

@@ -164,3 +164,13 @@ def test_a_run_directory_that_can_be_none(lampctl, tmp_path):
         lampctl_api.run("m", run_dir="a\0b", sparsity=0.5, method="magnitude", evaluate=())
     with pytest.raises(UnsupportedPlace, match="cannot be a folder"):
         lampctl_api.open_run("a\0b")
+
+
+def test_a_folder_with_the_name_of_a_deciding_file_is_none(lampctl, tmp_path):
+    folder = save(tmp_path / "m", "llama")
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    for name in ("spiece.model", "other.safetensors"):
+        (folder / name).mkdir()
+        (folder / name / "x.txt").write_text("x")
+    assert lampctl("run", "m", *FLAGS).code == 0
+    assert Path("r/model/spiece.model/x.txt").read_text() == "x"

@@ -79,6 +79,8 @@ def test_a_name_may_be_used_once(tmp_path):
         b'"b": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [2, 2]}}',
         b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "b": {"dtype": "F32", "shape": [-1, 0], '
         b'"data_offsets": [2, 2]}}',
+        b'{"__metadata__": [1], "a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}',
+        b'{"__metadata__": {"a": 1}, "a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}',
         b'{"a": {"dtype": "??", "shape": [-2, -1], "data_offsets": [0, 2]}}',
         b'{"a": {"dtype": "F4", "shape": [5], "data_offsets": [0, 2]}}',
     ],
