@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from stages.distill import Distillation, Distiller, DistillSettings, PrunedBlocks
+from stages.distill import Distillation, Distiller, DistillSettings
 from stages.in_memory import ListScratch, ListStream
 from stages.interfaces import Callbacks, Checkpoint
 from stages.lamp import LampBlock
 from stages.replay import replay
 from stages.runtime.block_context import StageContext
+from stages.training.student import PrunedBlocks
 
 
 @dataclass(frozen=True)

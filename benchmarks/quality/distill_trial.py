@@ -25,7 +25,7 @@ from pipeline.steps.run_facts import config_of
 from pipeline.steps.stage_settings import drawing_of
 from stages import export
 from stages.data.registry import parse_source
-from stages.distill import Distiller, DistillSettings, PrunedBlocks
+from stages.distill import Distiller, DistillSettings
 from stages.evaluate import evaluate
 from stages.formats.pruning_masks import read_mask_file
 from stages.in_memory import ListScratch, ListStream, NullCallbacks
@@ -33,6 +33,7 @@ from stages.machine.device import apply
 from stages.metrics.base import EvaluationProtocol, MetricContext
 from stages.replay import replay
 from stages.runtime.block_context import StageContext
+from stages.training.student import PrunedBlocks
 
 
 def main() -> None:

@@ -52,8 +52,9 @@ class Distill(StepKind[DistillResult]):
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: DurableCallbacks) -> DistillResult:
         from pipeline.steps.stage_settings import distill_settings
         from stages import export
-        from stages.distill import Distiller, PrunedBlocks
+        from stages.distill import Distiller
         from stages.formats.pruning_masks import read_mask_file
+        from stages.training.student import PrunedBlocks
 
         model, run, config = context.model, context.run, context.config
 

@@ -30,8 +30,8 @@ class TrainingDefaults:
     distill: bool = False
 
 
-# Of distillation: the rate at a batch of one sample, which grows with the root of the batch. One draw on SmolLM2-135M at
-# 70% (docs/experiments.md); other rates are not measured.
+# Of distillation: the rate at a batch of one sample, which grows with the root of the batch. One draw on SmolLM2-135M
+# at 70% (docs/experiments.md); other rates are not measured.
 _DISTILL_LR, DISTILL_EPOCHS, DISTILL_BATCH = 3.75e-4, 1, 16
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.rundir.step_checkpoints import _decode, _encode
-from stages.distill import Distiller, DistillSettings, PrunedBlocks
+from stages.distill import Distiller, DistillSettings
 from stages.errors import NumericalError
 from stages.export import block_dtypes
 from stages.in_memory import ListScratch, ListStream, NullCallbacks
@@ -18,6 +18,7 @@ from stages.models.resolve import resolve
 from stages.replay import replay
 from stages.sparsity.nm_pattern import Pattern
 from stages.training import end_loss
+from stages.training.student import PrunedBlocks
 from tests import small_encoders, small_experts, small_models, small_sam
 from tests.blocks import budget_of, context_of, pruner_named
 

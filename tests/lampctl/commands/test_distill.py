@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import ConfigError
-from stages.distill import _Streamed
 from stages.machine import device
+from stages.training.student import Streamed
 from tests.conftest import TINY_OPT
 from tests.killed_runs import exported_weights
 
@@ -70,8 +70,8 @@ def test_one_block_in_memory_gives_the_weights_of_all_in_memory(lampctl, monkeyp
     assert steps(Path("resident"))[-2:] == ["distill", "export"]
     assert "teach" not in steps(Path("resident")), "LAMP has the dense output already"
     loaded = []
-    load = _Streamed._load
-    monkeypatch.setattr(_Streamed, "_load", lambda self, index: loaded.append(index) or load(self, index))
+    load = Streamed._load
+    monkeypatch.setattr(Streamed, "_load", lambda self, index: loaded.append(index) or load(self, index))
     monkeypatch.setattr(device, "memory_available", lambda device: 0)
     assert lampctl("run", *arguments, "--run-dir", "streamed").code == 0
     assert loaded, "nothing was streamed"

@@ -1,0 +1,381 @@
+"""The pruned model while it is distilled: streamed, with one block in memory, or resident, with all of them.
+
+Both do the same arithmetic in the same order, so their weights are bit-identical (`stages.distill`).
+
+N: samples.    T: tokens of a sample.    H: hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stages.interfaces import Checkpoint, DurableCallbacks, Samples, Scratch
+from stages.machine.device import computing
+from stages.models.base import Ends
+from stages.runtime.block_context import BlockContext, StageContext
+from stages.sparsity.outcome import PruneOutcome
+from stages.training.end_loss import EndLoss, LossAndGradient
+from stages.training.kept_weights import KeptAdam, kept_masked, kept_of, plain_state, without_moments
+
+
+@dataclass(frozen=True)
+class PrunedBlocks:
+    """The finished blocks of the pruned model, read when asked for, by the block's index from 0."""
+
+    state_of: Callable[[int], Mapping[str, Tensor]]  # by names inside the block, in the export dtype
+    outcome_of: Callable[[int], PruneOutcome]  # pruning masks and quantization grids
+
+
+class Listener(Protocol):
+    """Hears of the work on samples."""
+
+    def boundary(self) -> None:
+        """Called before each sample: the work may stop here."""
+        ...
+
+    def advance(self, loss: float, /) -> None:
+        """Called when a sample is done."""
+        ...
+
+
+class Work:
+    """The model, its samples and the loss, for either student. The arithmetic is here, and so is the same for both."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        pruned: PrunedBlocks,
+        teacher: Samples,
+        end_loss: type[EndLoss],
+        callbacks: DurableCallbacks,
+        listener: Listener,
+    ) -> None:
+        """Prepare the work.
+
+        Args:
+            context: The model and its N samples.
+            pruned: The pruned model.
+            teacher: The last block's output in the dense model, N samples (T, H).
+            end_loss: The loss of the model's output.
+            callbacks: They store parts of the state.
+            listener: Hears of every sample.
+        """
+        # Gradients of half-precision floats underflow without a scaler, which would have to know those of all blocks.
+        choices = context.device
+        if choices.torch_dtype == torch.float16:
+            choices = replace(choices, dtype="float32")
+        if choices.torch_train_dtype == torch.float16:
+            choices = replace(choices, train_dtype="float32")
+        self.context, self.choices = replace(context, device=choices), choices
+        self.model, self.device, self.callbacks = context.model, choices.torch_device, callbacks
+        self.pruned, self.boundary, self.advance = pruned, listener.boundary, listener.advance
+        self._teacher, self._end_loss = teacher, end_loss
+
+    def inputs(self, number: int) -> Tensor:
+        """The model's input of a sample, as a batch of one."""
+        return self.context.inputs[number][None].to(self.device)
+
+    @torch.no_grad()
+    def enter(self, ends: Ends, inputs: Tensor) -> Tensor:
+        """The input of block 0, (1, T, H)."""
+        with computing(self.choices):
+            return ends.enter(inputs).hidden.to(self.choices.torch_dtype)
+
+    def load(self, index: int, tensors: Mapping[str, Tensor] | None) -> _Block:
+        """A block, ready to be trained. tensors: weights and moments; None: the pruned block, without moments."""
+        state = self.pruned.state_of(index) if tensors is None else without_moments(tensors)
+        return _Block(self.context.block(index), state, self.pruned.outcome_of(index), tensors)
+
+    def run(self, block: _Block, hidden: Tensor, inputs: Tensor, *, trains: bool) -> Tensor:
+        """The block's output (1, T, H) in fp32. trains: with the arithmetic of training steps."""
+        call = self.model.calls(self.device).of(inputs, self.choices)[block.index]
+        forward = block.runner.training_forward if trains else block.runner.forward
+        return forward(hidden, call).float()
+
+    def end(self, ends: Ends, number: int, hidden: Tensor, *, needs_gradient: bool) -> LossAndGradient:
+        """The loss of a sample. hidden: the last block's output, (1, T, H)."""
+        target = self._teacher[number][None].to(self.device)
+        vocabulary = self.model.vocab_size
+        return self._end_loss.of(ends, self.inputs(number), hidden, target, vocabulary, needs_gradient=needs_gradient)
+
+
+class _Block:
+    """A block on the device with its masks in force, and Adam."""
+
+    def __init__(
+        self,
+        context: BlockContext,
+        state: Mapping[str, Tensor],
+        outcome: PruneOutcome,
+        moments: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.index = context.index
+        self._module = context.load(state)
+        outcome = outcome.to(context.device.torch_device)
+        self._masking = contextlib.ExitStack()
+        self._masking.enter_context(kept_masked(context.model, self._module, self.index, outcome))
+        self.adam = KeptAdam(self._module, kept_of(context.model, self.index, outcome))
+        if moments is not None:
+            self.adam.load(moments)
+        self.runner = context.runner(self._module)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights by their names in the block, on the CPU."""
+        return {name: tensor.detach().to("cpu") for name, tensor in plain_state(self._module).items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and moments, on the CPU."""
+        moments = {name: tensor.to("cpu") for name, tensor in self.adam.tensors().items()}
+        return {**self.weights(), **moments}
+
+    @torch.no_grad()
+    def set_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Overwrite the weights; moments stay."""
+        for name, tensor in plain_state(self._module).items():
+            tensor.copy_(state[name])
+
+
+class Student(ABC):
+    """The pruned model while it is trained."""
+
+    def __init__(self, work: Work, stored: Collection[str]) -> None:
+        """Begin. stored: parts of the checkpoint from which the work is resumed; empty: begin with the pruned model."""
+        self._work = work
+        self._num_blocks = work.model.num_blocks
+        self._has_best = _best(0) in stored
+
+    @abstractmethod
+    def update(self, numbers: Sequence[int], lr: float) -> float:
+        """Train on a batch of samples. Returns their mean loss before the update."""
+
+    @abstractmethod
+    def losses(self, numbers: Sequence[int]) -> list[float]:
+        """The loss of each of these samples."""
+
+    @abstractmethod
+    def weights(self, index: int) -> Mapping[str, Tensor]:
+        """The trained weights of a block."""
+
+    @abstractmethod
+    def _set_weights(self, index: int, state: Mapping[str, Tensor]) -> None:
+        """Replace the weights of a block; its moments stay."""
+
+    @abstractmethod
+    def store(self) -> None:
+        """Store weights and moments, for a checkpoint."""
+
+    @abstractmethod
+    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        """Checkpoint an update that has ended, if one is due."""
+
+    @abstractmethod
+    def stop_or_checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        """Stop between two samples of an update, if requested."""
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of what a checkpoint needs."""
+        kinds = (_current, _best) if self._has_best else (_current,)
+        return [kind(index) for kind in kinds for index in range(self._num_blocks)]
+
+    def save_best(self) -> None:
+        """Store the weights as the best so far."""
+        for index in range(self._num_blocks):
+            self._work.callbacks.keep(_best(index), self.weights(index))
+        self._has_best = True
+
+    def restore_best(self) -> None:
+        """Return to the best weights so far: those stored, or those of the pruned model."""
+        for index in range(self._num_blocks):
+            best = self._work.callbacks.kept(_best(index)) if self._has_best else self._work.pruned.state_of(index)
+            self._set_weights(index, best)
+
+
+class Resident(Student):
+    """All blocks are in memory. A sample's activations are kept from its forward to its backward pass."""
+
+    def __init__(self, work: Work, stored: Collection[str]) -> None:
+        super().__init__(work, stored)
+        self._blocks = [
+            work.load(index, work.callbacks.kept(_current(index)) if stored else None)
+            for index in range(self._num_blocks)
+        ]
+        self._ends = work.model.load_ends(work.device, "all")
+
+    def update(self, numbers: Sequence[int], lr: float) -> float:
+        work, losses = self._work, []
+        for number in numbers:
+            work.boundary()
+            inputs = work.inputs(number)
+            hidden, passed = work.enter(self._ends, inputs), []
+            for block in self._blocks:
+                leaf = hidden.float().requires_grad_()
+                out = work.run(block, leaf, inputs, trains=True)
+                passed.append((leaf, out))
+                hidden = out.detach().to(work.choices.torch_dtype)
+            loss, gradient = work.end(self._ends, number, hidden, needs_gradient=True)
+            assert gradient is not None
+            gradient /= len(numbers)
+            while passed:
+                leaf, out = passed.pop()
+                gradient = _backward(leaf, out, gradient)
+            losses.append(loss)
+            work.advance(loss)
+        for block in reversed(self._blocks):
+            block.adam.step(lr)
+        return math.fsum(losses) / len(losses)
+
+    @torch.no_grad()
+    def losses(self, numbers: Sequence[int]) -> list[float]:
+        work, losses = self._work, []
+        for number in numbers:
+            work.boundary()
+            inputs = work.inputs(number)
+            hidden = work.enter(self._ends, inputs)
+            for block in self._blocks:
+                hidden = work.run(block, hidden.float(), inputs, trains=False).to(work.choices.torch_dtype)
+            losses.append(work.end(self._ends, number, hidden, needs_gradient=False).value)
+            work.advance(losses[-1])
+        return losses
+
+    def weights(self, index: int) -> Mapping[str, Tensor]:
+        return self._blocks[index].weights()
+
+    def _set_weights(self, index: int, state: Mapping[str, Tensor]) -> None:
+        self._blocks[index].set_weights(state)
+
+    def store(self) -> None:
+        for block in self._blocks:
+            self._work.callbacks.keep(_current(block.index), block.tensors())
+
+    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        self._work.callbacks.checkpoint(make)
+
+    def stop_or_checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        self._work.callbacks.checkpoint(make)  # weights and moments are those of the last update
+
+
+class Streamed(Student):
+    """One block is in memory. Hidden states between blocks, and weights and moments of the others, are stored."""
+
+    def __init__(self, work: Work, stored: Collection[str], scratch: Scratch, most_samples: int) -> None:
+        """most_samples: the most samples that pass through the blocks together."""
+        super().__init__(work, stored)
+        shape, dtype = work.context.hidden_shape, work.choices.torch_dtype
+        self._most = most_samples
+        # The input of every block of each sample of a batch; the last place of a sample is its output.
+        self._hidden = scratch.stream("hidden", most_samples * (self._num_blocks + 1), shape, dtype)
+        self._gradients = scratch.stream("gradients", most_samples, shape, torch.float32)
+        self._is_trained = bool(stored)
+
+    def update(self, numbers: Sequence[int], lr: float) -> float:
+        work = self._work
+        self._forward(numbers, is_kept=True)
+        ends = work.model.load_ends(work.device, "leave")
+        losses = []
+        for place, number in enumerate(numbers):
+            work.boundary()
+            hidden = self._read(self._hidden, self._place(self._num_blocks, place))
+            loss, gradient = work.end(ends, number, hidden, needs_gradient=True)
+            assert gradient is not None
+            self._gradients.write(place, (gradient / len(numbers))[0])
+            losses.append(loss)
+        del ends
+        for index in reversed(range(self._num_blocks)):
+            block = self._load(index)
+            for place, number in enumerate(numbers):
+                work.boundary()
+                leaf = self._read(self._hidden, self._place(index, place)).float().requires_grad_()
+                out = work.run(block, leaf, work.inputs(number), trains=True)
+                gradient = _backward(leaf, out, self._read(self._gradients, place))
+                self._gradients.write(place, gradient[0])
+            block.adam.step(lr)
+            work.callbacks.keep(_current(index), block.tensors())
+            del block
+        self._is_trained = True
+        for loss in losses:
+            work.advance(loss)
+        return math.fsum(losses) / len(losses)
+
+    @torch.no_grad()
+    def losses(self, numbers: Sequence[int]) -> list[float]:
+        work = self._work
+        self._forward(numbers, is_kept=False)
+        ends = work.model.load_ends(work.device, "leave")
+        losses = []
+        for place, number in enumerate(numbers):
+            work.boundary()
+            hidden = self._read(self._hidden, self._place(0, place))
+            losses.append(work.end(ends, number, hidden, needs_gradient=False).value)
+            work.advance(losses[-1])
+        return losses
+
+    def _forward(self, numbers: Sequence[int], *, is_kept: bool) -> None:
+        """Pass samples through all blocks. is_kept: every block's input is, not only the last output."""
+        work = self._work
+        ends = work.model.load_ends(work.device, "enter")
+        for place, number in enumerate(numbers):
+            work.boundary()
+            self._hidden.write(self._place(0, place), work.enter(ends, work.inputs(number))[0])
+        del ends
+        for index in range(self._num_blocks):
+            block = self._load(index)
+            for place, number in enumerate(numbers):
+                work.boundary()
+                source = self._place(index if is_kept else 0, place)
+                # Gradients are enabled in training as they are when the block is resident.
+                leaf = self._read(self._hidden, source).float().requires_grad_(is_kept)
+                out = work.run(block, leaf, work.inputs(number), trains=is_kept).detach()
+                self._hidden.write(self._place(index + 1 if is_kept else 0, place), out[0])
+            del block
+
+    def _place(self, index: int, place: int) -> int:
+        """Where the input of block `index` of a sample of the batch lies."""
+        return index * self._most + place
+
+    def _read(self, stream: Samples, place: int) -> Tensor:
+        return stream[place][None].to(self._work.device)
+
+    def _load(self, index: int) -> _Block:
+        return self._work.load(index, self._work.callbacks.kept(_current(index)) if self._is_trained else None)
+
+    def weights(self, index: int) -> Mapping[str, Tensor]:
+        return without_moments(self._work.callbacks.kept(_current(index)))
+
+    def _set_weights(self, index: int, state: Mapping[str, Tensor]) -> None:
+        block = self._load(index)
+        block.set_weights(state)
+        self._work.callbacks.keep(_current(index), block.tensors())
+
+    def store(self) -> None:
+        """Nothing is left to store."""
+
+    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        self._work.callbacks.checkpoint_now(make)
+
+    def stop_or_checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        # Some blocks may be stored as the unfinished update has them.
+        self._work.callbacks.check_stop()
+
+
+def _backward(leaf: Tensor, out: Tensor, gradient: Tensor) -> Tensor:
+    """Add up a block's gradients, and return that of its input, (1, T, H). gradient: of the block's output."""
+    out.backward(gradient)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _current(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def _best(index: int) -> str:
+    return f"best-{index:05d}"
