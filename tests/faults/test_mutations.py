@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.engine import verify
 from pipeline.errors import DamagedData, PipelineError
@@ -261,13 +262,19 @@ MUTATIONS = (
 )
 
 
+def _without_digest(cls, data, path, remedy=""):
+    """A record whose text is read, and whose digest nobody compares."""
+    try:
+        return cls.model_validate_json(data)
+    except ValidationError as error:  # a flipped bit may break the text itself
+        raise DamagedData(str(error)) from error
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_each_removed_safeguard_makes_a_proof_fail(quiet, tmp_path, monkeypatch, mutation):
     replacement = mutation.replacement
     if mutation.owner is Record:
-        replacement = classmethod(
-            lambda cls, data, path, remedy="": cls.model_validate_json(data)  # type: ignore[misc]
-        )
+        replacement = classmethod(_without_digest)  # type: ignore[arg-type]
     if mutation.attribute == "FileDigest":
 
         class Equal:

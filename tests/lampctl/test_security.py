@@ -131,7 +131,8 @@ def test_nothing_is_unpickled_but_tensors_and_only_when_converting():
     for package in ("lampctl", "pipeline", "stages"):
         for path in (root / package).rglob("*.py"):
             for number, line in enumerate(path.read_text().splitlines(), 1):
-                if unsafe.search(line) and ".eval()" not in line:
+                # BaseLoader makes nothing but texts, lists and mappings.
+                if unsafe.search(line) and ".eval()" not in line and "Loader=yaml.BaseLoader" not in line:
                     found.append((path.relative_to(root).as_posix(), number, line.strip()))
     converting = ["stages/models/convert.py", "stages/models/sam/checkpoint.py"]
     assert sorted(path for path, _, _ in found) == converting, found

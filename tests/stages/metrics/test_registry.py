@@ -107,7 +107,9 @@ def test_the_kit_refuses_a_value_that_the_metric_excludes(contexts):
 
 
 def test_a_metric_for_another_kind_of_model_is_refused(contexts):
-    with pytest.raises(UsageError, match="the metric iou measures vision models"):
+    with pytest.raises(
+        UsageError, match="the metric iou measures a model for segmentation; this is a model for language"
+    ):
         metric_for("language", "iou")
     with pytest.raises(UsageError, match="no metric is called perplxity"):
         metric_for("language", "perplxity")
