@@ -9,7 +9,7 @@ N: samples.    T: tokens of a sample.    H: hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from stages.errors import NumericalError
 from stages.finish_block import FinishedBlock, finish_block
 from stages.interfaces import Checkpoint, Samples
 from stages.models.base import LayerInfo
-from stages.models.experts import every_token_to_every_expert
+from stages.models.experts import every_token_to_every_expert, only_experts
 from stages.pruners.base import LayerProblem, Pruner
 from stages.quantization.grid import Grid, fit_grid
 from stages.runtime.block_context import BlockContext, BlockOutput
@@ -96,7 +96,8 @@ def prune_block(
                     layers.prune_readers(passes.current[0], progress)
                     passes.finish_first()
                 else:
-                    collect(context, block, layers.modules, biased, passes.current, passes.to_count, progress)
+                    with only_experts(block, None if passes.needs_all_experts else layers.experts_of(passes.current)):
+                        collect(context, block, layers.modules, biased, passes.current, passes.to_count, progress)
                     _complete(context, passes)
         experts = ExpertTokens.of(infos, passes.tokens, kind)
         if experts is not None and experts.num_short:
@@ -194,6 +195,7 @@ class _Layers:
         self._context, self._pruner = context, pruner
         num_masked = {layer.name: layer.num_masked for layer in budget.layers}
         self._names = {info.path: info.name for info in infos}
+        self._experts = {info.path: info.expert for info in infos}
         self._num_masked = {info.path: num_masked[info.name] for info in infos}
         self._prepared: Any = None
         self.modules = {info.path: block.get_submodule(info.path) for info in infos}
@@ -204,6 +206,11 @@ class _Layers:
         for path, module in self.modules.items():
             if not bool(torch.isfinite(self._context.model.weight_matrix(module)).all()):
                 raise NumericalError(f"{self._context.name}, layer {path}: the weights hold NaN or infinity")
+
+    def experts_of(self, inputs: Iterable[LayerInput]) -> set[str]:
+        """The experts whose layers read these inputs, by their paths in the block."""
+        experts = {self._experts[path] for found in inputs for path in found.source.paths}
+        return {expert for expert in experts if expert is not None}
 
     @property
     def count(self) -> int:

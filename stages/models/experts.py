@@ -11,7 +11,7 @@ S: tokens.    K: experts of a token.    E: experts.    H: hidden size.    I: wid
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -67,6 +67,27 @@ def every_token_to_every_expert(block: nn.Module, *, is_on: bool) -> Iterator[No
             module.sees_every_token = False
 
 
+@contextlib.contextmanager
+def only_experts(block: nn.Module, wanted: Collection[str] | None) -> Iterator[None]:
+    """Context in which the other experts compute nothing: their outputs are zero, and so the block's is wrong.
+
+    For a pass that needs the inputs of some experts' layers alone.
+
+    Args:
+        block: The block.
+        wanted: The experts, by their paths in the block: "mlp.experts.3". None: all.
+    """
+    modules = {path: module for path, module in block.named_modules() if isinstance(module, SeparateExperts)}
+    if wanted is not None:
+        for path, module in modules.items():
+            module.computed = {number for number in range(module.num_experts) if f"{path}.{number}" in wanted}
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.computed = None
+
+
 class SeparateExperts(nn.Module):
     """The experts of a block; the class of the family comes after this one and says how a gate is applied.
 
@@ -80,6 +101,7 @@ class SeparateExperts(nn.Module):
     is_interleaved: bool
     # Statistics may be collected on all tokens; the output is the same: an expert's other outputs are dropped.
     sees_every_token = False
+    computed: Collection[int] | None = None  # the other experts return zeros; None: all are computed
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The sum of the outputs of each token's experts, (S, H).
@@ -100,6 +122,8 @@ class SeparateExperts(nn.Module):
 
     def _run(self, number: int, x: Tensor) -> Tensor:
         """The output of one expert, (tokens, H)."""
+        if self.computed is not None and number not in self.computed:
+            return torch.zeros_like(x)
         family: Any = self  # the attributes of the class that follows
         expert: Any = self.get_submodule(str(number))
         if self.has_gate:

@@ -64,6 +64,13 @@ class StatisticsPasses:
         """`received`, if the current pass counts tokens; empty: an earlier one has."""
         return self.received if not self.num_passes else {}
 
+    @property
+    def needs_all_experts(self) -> bool:
+        """Whether the current pass needs outputs of all experts, or counts their tokens."""
+        first = min((self._rank[one] for one in self.received), default=len(self._inputs))
+        others = [found.source for found in self.current if not found.source.peers]
+        return not self.num_passes or any(self._rank[source] > first for source in others)
+
     def complete(self) -> None:
         """End a pass: what is left in `current` is ready for the pruner.
 

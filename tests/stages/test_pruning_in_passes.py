@@ -1,5 +1,6 @@
 """A block whose statistics are collected in several passes has the bits of one whose statistics fit in one pass."""
 
+import contextlib
 import itertools
 import weakref
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 
 from stages.capture import capture
 from stages.in_memory import ListStream, NullCallbacks
+from stages.models.experts import only_experts
 from stages.models.in_memory import open_in_memory
 from stages.prune_block import prune_block
 from stages.pruners.sparsegpt import SparseGPT
@@ -223,6 +225,27 @@ def test_statistics_of_a_pass_keep_within_their_room(monkeypatch, num_samples):
         assert Watched.most == size if room_bytes in (None, size) else Watched.most <= room_bytes
         assert Watched.most > (room_bytes or 0) // 2
     assert not Watched.alive
+
+
+def test_passes_after_the_first_compute_only_the_experts_that_they_collect(monkeypatch):
+    setup = setup_of(build("mixtral"), 2)
+    wanted = []
+
+    @contextlib.contextmanager
+    def watched(block, experts):
+        wanted.append(experts)
+        with only_experts(block, experts):
+            yield
+
+    monkeypatch.setattr("stages.prune_block.only_experts", watched)
+    pruner = pruner_named("wanda")
+    setup.prune(pruner, None)
+    assert wanted == [None]
+    wanted.clear()
+    setup.prune(pruner, setup.size_bytes(pruner) // 4)
+    assert len(wanted) > 4
+    assert wanted[0] is None
+    assert all(0 < len(experts) < NUM_EXPERTS for experts in wanted[1:-1])
 
 
 @torch.no_grad()

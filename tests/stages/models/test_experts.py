@@ -10,7 +10,7 @@ import lampctl as api
 from stages.errors import UsageError
 from stages.formats.tensor_parts import gather, scatter
 from stages.models.decoder import open_model
-from stages.models.experts import every_token_to_every_expert
+from stages.models.experts import every_token_to_every_expert, only_experts
 from stages.models.in_memory import open_in_memory
 from stages.models.resolve import resolve
 from tests.small_experts import FAMILIES, NUM_EXPERTS, TOP_K, build, loaded, save
@@ -118,6 +118,36 @@ def test_a_missing_expert_is_named(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight"):
         open_model(resolve(str(tmp_path)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_that_a_pass_does_not_need_are_not_computed(family):
+    decoder = open_in_memory(build(family))
+    entry = decoder.load_ends(CPU, "enter").enter(IDS)
+    index = decoder.num_blocks - 1
+    block, calls = decoder.load_block(index, CPU), []
+    layers = [info for info in decoder.layers(index) if info.expert is not None]
+    for info in layers:
+        record = lambda _, args, path=info.path: calls.append((path, args[0]))  # noqa: E731
+        block.get_submodule(info.path).register_forward_pre_hook(record)
+
+    def run():
+        calls.clear()
+        return decoder.run_block(block, entry.hidden, entry.calls[index]), list(calls)
+
+    output, all_calls = run()
+    wanted = sorted({info.expert for info in layers if info.path in dict(all_calls)})[1:3]
+    with only_experts(block, wanted):
+        _, few_calls = run()
+    expected = [(path, x) for path, x in all_calls if path.rpartition(".")[0] in wanted]
+    assert [path for path, _ in few_calls] == [path for path, _ in expected]
+    assert len(few_calls) == 6 < len(all_calls)
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(few_calls, expected, strict=True))
+    with only_experts(block, None):
+        again, calls_again = run()
+    assert torch.equal(again, output)
+    assert len(calls_again) == len(all_calls)
 
 
 def test_statistics_on_every_token_leave_the_output_as_it_is():
