@@ -7,6 +7,7 @@ N: samples.    T: tokens of a sample.    H: hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,7 +53,7 @@ def finish_block(
 
     Args:
         context: The block and its samples.
-        block: Pruned, fp32, on the device.
+        block: Pruned, fp32, on the device. It is empty afterwards: its weights are in the result.
         outcome: Pruning masks and quantization grids of its layers.
         biased: The block's input of each of N samples, (T, H); None only without an output stream.
         output: The export dtypes and the output stream.
@@ -71,9 +72,8 @@ def finish_block(
     if broken is not None:
         raise NumericalError(f"{context.name}: {broken} holds NaN or infinity after training or pruning")
     dtypes = output.dtypes
-    rounded = {name: tensor.to("cpu", dtypes[name], copy=True) for name, tensor in block.state_dict().items()}
     for name, tensor in block.state_dict().items():
-        tensor.copy_(rounded[name])
+        tensor.copy_(tensor.to(dtypes[name]))
     layers = tuple(
         check_layer(
             info.name,
@@ -86,4 +86,15 @@ def finish_block(
     if output.stream is not None:
         assert biased is not None
         context.runner(block).propagate(biased, output.stream, progress.boundary, progress.advance)
-    return FinishedBlock(rounded, layers)
+    return FinishedBlock(_taken(block, dtypes), layers)
+
+
+def _taken(block: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The block's state in the export dtypes, on the CPU. Frees each tensor once it is converted: never two blocks."""
+    state, taken = block.state_dict(), dict[str, Tensor]()
+    held = {**dict(block.named_parameters(remove_duplicate=False)), **dict(block.named_buffers(remove_duplicate=False))}
+    for name in [*state]:
+        taken[name] = state.pop(name).to("cpu", dtypes[name])
+        if name in held:
+            held[name].data = held[name].data.new_empty(0)
+    return taken

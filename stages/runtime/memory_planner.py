@@ -199,9 +199,8 @@ def _pruning(shapes: Shapes, work: Work, room_bytes: int | None) -> int:
     room_bytes: What the statistics take at most; None: all of them are collected at once, and each is freed when its
         layers are pruned.
     """
-    finishing = 3 * shapes.block  # the masks, and the rounded block, 2 bytes for each weight; no statistics any more
     if room_bytes is not None:
-        return max(room_bytes + _beside_statistics(shapes, work), finishing)
+        return room_bytes + _beside_statistics(shapes, work)
     groups = shapes.inputs.values()
     rest = sum(_sums(group, work) for group in groups)
     masked, most = 0, rest + _pooled(shapes, work)
@@ -209,7 +208,7 @@ def _pruning(shapes: Shapes, work: Work, room_bytes: int | None) -> int:
         masked += sum(layer.rows * layer.cols for layer in group)
         most = max(most, rest + masked + _solving(group, work))
         rest -= _sums(group, work)
-    return max(most, finishing)
+    return most
 
 
 def _beside_statistics(shapes: Shapes, work: Work) -> int:

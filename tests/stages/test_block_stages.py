@@ -13,6 +13,7 @@ from stages import lamp as lamp_module
 from stages.capture import capture
 from stages.compensate_block import compensate_block
 from stages.errors import NumericalError
+from stages.finish_block import finish_block
 from stages.in_memory import ListScratch, ListStream, NullCallbacks
 from stages.lamp import LampSettings, lamp
 from stages.models.decoder import open_model
@@ -20,6 +21,7 @@ from stages.models.resolve import resolve
 from stages.prune_block import prune_block
 from stages.refine_block import refine_block
 from stages.sparsity.nm_pattern import Pattern
+from stages.sparsity.outcome import PruneOutcome
 from stages.training.loss import block_loss, split_samples
 from stages.training.trainer import TrainingSettings
 from tests.blocks import budget_of, context_of, output_of, pruner_named
@@ -51,6 +53,11 @@ def inputs():
 
 def stream():
     return ListStream(N, (T, H), FP32)
+
+
+class NoProgress:
+    def boundary(self):
+        raise AssertionError("there is no stream to write")
 
 
 def settings(**changes):
@@ -203,6 +210,19 @@ def test_biased_output_is_computed_with_the_weights_as_exported(model, inputs):
         block = model.load_block(0, torch.device("cpu"), state=result.finished.state)
         call = model.load_ends(torch.device("cpu")).enter(inputs[0][None]).calls[0]
         assert torch.equal(model.run_block(block, biased[0][None], call)[0], out[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_finished_block_has_its_weights_once(model, inputs, dtype):
+    """A second copy of a block with many experts takes as much as the statistics of some passes."""
+    block = model.load_block(0, torch.device("cpu"))
+    expected = {name: tensor.to(dtype) for name, tensor in block.state_dict().items()}
+    nothing = PruneOutcome({}, None)
+    context = context_of(model, inputs).block(0)
+    finished = finish_block(context, block, nothing, None, output_of(model, 0, dtype), NoProgress())
+    assert list(finished.state) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in finished.state.items())
+    assert not sum(tensor.numel() for tensor in block.state_dict().values())
 
 
 def test_relative_error_is_that_of_the_layers_output(model, inputs):
