@@ -151,7 +151,9 @@ def damages(expected: dict, tmp_path: Path) -> bool:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(place, copy)
         data = bytearray((copy / key).read_bytes())
-        data[len(data) // 2] ^= 1
+        # Of run.json, the last digit of a year: nothing but the digest of the record can tell.
+        is_manifest = key == "run.json"
+        data[data.index(b'"created_at": "2026') + 18 if is_manifest else len(data) // 2] ^= 1
         (copy / key).write_bytes(data)
         try:
             if not verify.verify(RunDirectory.open(copy), STEPS, is_deep=True).damages:
