@@ -5,12 +5,13 @@ T: tokens of a sample.    H: hidden size.    V: vocabulary.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+# `lampctl status` shows the titles and must not wait a second for torch.
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from stages.models.base import Ends
+    from stages.models.base import Ends
 
 # Numbers of one matrix of logits that are in memory at once: 64 MB in fp32. Longer samples take several slices.
 _LOGITS_AT_ONCE = 2**24
@@ -61,6 +62,8 @@ class Divergence:
     def of(
         ends: Ends, inputs: Tensor, hidden: Tensor, target: Tensor, vocab_size: int, *, needs_gradient: bool
     ) -> LossAndGradient:
+        import torch
+
         tokens = inputs.shape[1]
         size = max(_LOGITS_AT_ONCE // vocab_size, 1)
         value, gradient = 0.0, torch.empty_like(hidden, dtype=torch.float32) if needs_gradient else None
@@ -88,6 +91,8 @@ class RelativeError:
     def of(
         ends: Ends, inputs: Tensor, hidden: Tensor, target: Tensor, vocab_size: int, *, needs_gradient: bool
     ) -> LossAndGradient:
+        import torch
+
         with torch.no_grad():
             expected = ends.leave(inputs, target.float()).float()
         with torch.set_grad_enabled(needs_gradient):

@@ -1,6 +1,8 @@
 """Distillation from the user's side: on a small OPT that has learnt something."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,11 @@ def test_only_kept_weights_of_the_blocks_change_and_the_loss_falls(lampctl, plai
     assert lampctl("report", "run", "--out", "report").code == 0
     assert "Distillation" in (tmp_path / "report" / "index.html").read_text()
     assert "KL divergence" in lampctl("status", "run").out
+    quick = (
+        "import sys; from lampctl.app import main; sys.argv = ['lampctl', 'status', 'run']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", quick], check=True, capture_output=True)
 
 
 def test_one_block_in_memory_gives_the_weights_of_all_in_memory(lampctl, monkeypatch):
