@@ -179,13 +179,20 @@ def test_streamed_and_resident_are_bit_identical_and_the_masks_stay(tmp_path, ki
                 assert torch.equal(outcome.grid.nearest(matrix).masked_fill(outcome.mask, 0), matrix)
 
 
-@pytest.mark.parametrize("resumed_resident", [True, False], ids=["resumed resident", "resumed streamed"])
-@pytest.mark.parametrize("stopped_resident", [True, False], ids=["stopped resident", "stopped streamed"])
+@pytest.mark.parametrize(
+    ("stopped_resident", "resumed_resident"),
+    [
+        pytest.param(True, False, id="resident, then streamed"),
+        pytest.param(False, True, id="streamed, then resident"),
+        pytest.param(True, True, id="resident", marks=pytest.mark.slow),
+        pytest.param(False, False, id="streamed", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_at_any_boundary_it_resumes_to_the_same_bits(case, stopped_resident, resumed_resident):
     uninterrupted = DurableStops()
     expected = case.distilled(uninterrupted, is_resident=stopped_resident)
     assert uninterrupted.num_boundaries > 20
-    # Every kind of boundary, spread over the whole; `make soak` kills runs at every one.
+    # Boundaries of every kind, spread over the whole.
     for at in range(0, uninterrupted.num_boundaries, max(uninterrupted.num_boundaries // 12, 1)):
         callbacks = DurableStops(at)
         with pytest.raises(Stopped):
