@@ -130,12 +130,13 @@ class Distiller:
         most = max(math.ceil(len(self._train_set) / self._num_updates), len(self._held_out))
         stored = () if self._restored is None else self._restored.parts
         self._student: Student = Resident(work, stored) if is_resident else Streamed(work, stored, scratch, most)
-        per_epoch = len(self._train_set) + len(self._held_out)
-        self._total = len(self._held_out) + settings.epochs * per_epoch
-        course = self._course
-        started = self._restored is not None
-        self._done = len(self._held_out) * started + len(course.epochs) * per_epoch
-        self._done += sum(len(batch) for batch in self._batches(course.epoch)[: len(course.losses)])
+        num_blocks, course = context.model.num_blocks, self._course
+        judging = len(self._held_out) * (num_blocks + 1)  # passes through blocks and head
+        of_sample = 2 * num_blocks + 1  # forward and backward
+        per_epoch = len(self._train_set) * of_sample + judging
+        self._total = judging + settings.epochs * per_epoch
+        self._done = judging * (self._restored is not None) + len(course.epochs) * per_epoch
+        self._done += of_sample * sum(len(batch) for batch in self._batches(course.epoch)[: len(course.losses)])
 
     def train(self) -> Distillation:
         """Train all blocks. Afterwards they hold the best weights.
@@ -244,16 +245,17 @@ class Distiller:
         self._student.checkpoint(self._checkpoint)
 
     def boundary(self) -> None:
-        """Stop here if requested. Between samples, weights and moments are those of the last finished update."""
+        """Stop here if requested. Between passes, weights and moments are those of the last finished update."""
         if self._restored is None and self._course.updates:
             self._student.stop_or_checkpoint(self._checkpoint)
         else:
             self._callbacks.check_stop()
 
-    def advance(self, loss: float, /) -> None:
-        """Report that a sample is done."""
+    def advance(self, loss: float | None = None, /) -> None:
+        """Report that a pass is done. loss: of the sample."""
         self._done += 1
-        self._callbacks.report(self._done, self._total, "samples", loss=loss, epoch=self._course.epoch)
+        shown = {} if loss is None else {"loss": loss, "epoch": self._course.epoch}
+        self._callbacks.report(self._done, self._total, "passes", **shown)
 
     def _checkpoint(self) -> Checkpoint:
         self._student.store()

@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from stages.distill import Distillation, Distiller, DistillSettings
-from stages.in_memory import ListScratch, ListStream
-from stages.interfaces import Callbacks, Checkpoint
+from stages.in_memory import KeepingParts, ListScratch, ListStream
 from stages.lamp import LampBlock
 from stages.replay import replay
 from stages.runtime.block_context import StageContext
@@ -42,7 +39,7 @@ def distill_in_memory(context: StageContext, blocks: Sequence[LampBlock], settin
     teacher = ListStream(len(context.inputs), context.hidden_shape, context.device.torch_dtype)
     replay(context, teacher, model.num_blocks, lambda index: None, ListScratch())
     pruned = PrunedBlocks(lambda i: blocks[i].finished.state, lambda i: blocks[i].outcome)
-    callbacks = _WithParts(context.callbacks)
+    callbacks = KeepingParts(context.callbacks)
     distiller = Distiller(context, pruned, teacher, settings, ListScratch(), callbacks, is_resident=True)
     report = distiller.train()
     finished = []
@@ -50,36 +47,3 @@ def distill_in_memory(context: StageContext, blocks: Sequence[LampBlock], settin
         dtypes = {name: tensor.dtype for name, tensor in block.finished.state.items()}
         finished.append(replace(block, finished=distiller.finish(block.index, dtypes)))
     return DistilledBlocks(report, tuple(finished))
-
-
-class _WithParts:
-    """`stages.interfaces.DurableCallbacks` that keep parts in memory, and no checkpoint."""
-
-    def __init__(self, callbacks: Callbacks) -> None:
-        self._callbacks = callbacks
-        self._parts: dict[str, dict[str, Tensor]] = {}
-
-    def report(self, done: int, total: int, unit: str, **metrics: float) -> None:
-        self._callbacks.report(done, total, unit, **metrics)
-
-    def check_stop(self) -> None:
-        self._callbacks.check_stop()
-
-    def warn(self, message: str) -> None:
-        self._callbacks.warn(message)
-
-    def restore(self) -> Checkpoint | None:
-        """Return None: there is no checkpoint."""
-        return None
-
-    def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
-        self._callbacks.check_stop()
-
-    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
-        self._callbacks.check_stop()
-
-    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self._parts[name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
-
-    def kept(self, name: str) -> Mapping[str, Tensor]:
-        return self._parts[name]

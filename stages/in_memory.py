@@ -63,12 +63,28 @@ class WithoutCheckpoints:
         self._watcher.warn(message)
 
 
+class KeepingParts(WithoutCheckpoints):
+    """`DurableCallbacks` that keep parts in memory, and no checkpoint."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        super().__init__(watcher)
+        self._parts: dict[str, dict[str, Tensor]] = {}
+
+    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
+        self._watcher.check_stop()
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._parts[name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+
+    def kept(self, name: str) -> Mapping[str, Tensor]:
+        return self._parts[name]
+
+
 class NullCallbacks:
-    """`DurableCallbacks` that show no progress, never stop, keep no checkpoint, and collect the warnings in a list."""
+    """`Callbacks` that show no progress, never stop, keep no checkpoint, and collect the warnings in a list."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
-        self._parts: dict[str, dict[str, Tensor]] = {}
 
     def report(self, done: int, total: int, unit: str, **metrics: float) -> None:
         """Do nothing."""
@@ -79,15 +95,6 @@ class NullCallbacks:
 
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
         """Do nothing."""
-
-    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
-        """Do nothing."""
-
-    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self._parts[name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
-
-    def kept(self, name: str) -> Mapping[str, Tensor]:
-        return self._parts[name]
 
     def check_stop(self) -> None:
         """Do nothing."""

@@ -143,7 +143,7 @@ def as_in_origin(config: RunConfig, origins: Mapping[str, str], origin: Recorded
 
     Settings of distillation stay.
     """
-    own = ("distill", *DISTILL_FIELDS)
+    own = ("distill", *DISTILL_FIELDS, *(CALIBRATION_FIELDS if origin.config.calibration is None else ()))
     changed = with_recorded_defaults(config, origins, origin)
     return changed.changed(**{name: getattr(config, name) for name in own})
 

@@ -182,7 +182,7 @@ class StepProgress:
                 self._run.storage.remove(f"{self._folder}/{name}")
 
     def _lost(self, folder: str) -> Superseded:
-        """The error for a part that vanished: nobody deletes one but another process that does this step."""
+        """The error for a part that vanished: only another process that does the same step deletes it."""
         self._run.check_superseded()
         return Superseded(
             f"{self._run.label}/{folder} was deleted during {self._binding['step']}: another process does "

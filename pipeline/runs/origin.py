@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from pipeline.config.run_config import DISTILL_FIELDS, Recorded, RunConfig, as_in_origin, differing_fields
+from pipeline.config.run_config import (
+    CALIBRATION_FIELDS,
+    DISTILL_FIELDS,
+    Recorded,
+    RunConfig,
+    as_in_origin,
+    differing_fields,
+)
 from pipeline.errors import ConfigMismatch, NotARun, RunNotFound
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.steps import payloads
 from pipeline.steps.run_facts import ModelRecord, config_of, facts_of
+
+if TYPE_CHECKING:
+    from stages.data.base import SourceDigest
 
 
 def origin_of(config: RunConfig) -> RunDirectory | None:
@@ -27,6 +38,17 @@ def origin_of(config: RunConfig) -> RunDirectory | None:
         ) from error
 
 
+def require_same_samples(origin: RunDirectory, config: RunConfig, data: Mapping[str, SourceDigest | None]) -> None:
+    """Raise ConfigMismatch if the calibration source has changed since the origin began. data: digests by source."""
+    source = config.calibration
+    theirs = config_of(origin).calibration
+    if theirs is not None and source is not None and facts_of(origin).identity.data.get(source) != data.get(source):
+        raise ConfigMismatch(
+            f"--from-run {origin.label}: {source} has changed since that run began: put the old data back, or leave "
+            "--from-run out"
+        )
+
+
 def settled_with(origin: RunDirectory, config: RunConfig, origins: Mapping[str, str], model: ModelRecord) -> RunConfig:
     """The configuration with the defaults that the origin began with.
 
@@ -35,7 +57,9 @@ def settled_with(origin: RunDirectory, config: RunConfig, origins: Mapping[str, 
     """
     recorded = Recorded(config_of(origin), facts_of(origin).provenance)
     config = as_in_origin(config, origins, recorded)
-    own = {"distill", *DISTILL_FIELDS}
+    # A method without data has a calibration set only to distill on.
+    reads_none = recorded.config.calibration is None
+    own = {"distill", *DISTILL_FIELDS, *((*CALIBRATION_FIELDS, "calibration_skip") if reads_none else ())}
     theirs, ours = recorded.config.identity, config.identity
     differing = {name: pair for name, pair in differing_fields(theirs, ours).items() if name not in own}
     if facts_of(origin).identity.model != model.files:

@@ -15,7 +15,7 @@ from pipeline.engine.plan import Step
 from pipeline.runs.budget import PrunableLayers, allocate_budget, feasible_defaults
 from pipeline.runs.environment import environment_record
 from pipeline.runs.export_names import check_export
-from pipeline.runs.origin import origin_of, settled_with
+from pipeline.runs.origin import origin_of, require_same_samples, settled_with
 from pipeline.runs.sources import check_sources, check_zero_shot
 from pipeline.steps.lamp_plan import chain_of
 from pipeline.steps.run_facts import EnvironmentRecord, IdentityRecord, ModelRecord, environment_of
@@ -88,12 +88,15 @@ def prepare(gathered: Gathered, baselines: Sequence[str] = ()) -> Prepared:
         environment = environment_of(origin)  # the choices that its blocks were pruned with
     check_zero_shot(config, model)
     left_out = check_export(config, model)
+    data = check_sources(config, model, task_named(model.task))
+    if origin is not None:
+        require_same_samples(origin, config, data)
     return Prepared(
         config=config,
         origins=planned.origins,
         notices=(*planned.notices, *left_out),
         model=record,
-        data=check_sources(config, model, task_named(model.task)),
+        data=data,
         environment=environment,
         budget=planned.budget,
         steps=chain_of(config, model.num_blocks),

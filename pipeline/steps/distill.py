@@ -77,7 +77,7 @@ class Distill(StepKind[DistillResult]):
         )
         report = distiller.train()
         for block in range(model.num_blocks):
-            callbacks.check_stop()
+            distiller.boundary()
             finished = distiller.finish(block, export.block_dtypes(model, block, config.export_dtype))
             write_distilled(context, attempt, block, finished)
         return DistillResult.of(report)

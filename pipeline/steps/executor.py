@@ -10,7 +10,7 @@ from pipeline.config.quantities import parse_size
 from pipeline.config.run_config import DRAWING_FIELDS, RunConfig
 from pipeline.engine.job import StepResult
 from pipeline.engine.plan import Step, maker_of
-from pipeline.errors import DamagedData
+from pipeline.errors import ConfigMismatch, DamagedData
 from pipeline.rundir.records import Result
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
@@ -125,17 +125,31 @@ class StepExecutor:
             callbacks.warn(f"this step took {taken / 1e9:.2f} GB, more than --memory-limit {limit}")
 
     def _shared_result(self, step: Step, attempt: Attempt) -> Result | None:
-        """The result of the same step in the other run, with its payloads; None where it cannot be used."""
+        """The result of the same step in the other run, with its payloads; None where it cannot be used.
+
+        Raises:
+            ConfigMismatch: This run takes over the steps of the other one, which lacks this one.
+            DamagedData: A payload of the other run is damaged.
+        """
         other, sharing = self._shared_with, STEP_KINDS.get(step.kind).sharing
-        commit = other.commit_for(step.name) if other is not None and sharing != "never" else None
-        takes_over = self.context.config.from_run is not None
-        if other is None or commit is None or not set(step.writes) <= commit.payloads.keys():
+        if other is None or sharing == "never":
             return None
+        takes_over = self.context.config.from_run is not None
         if not takes_over and (sharing == "same steps" or not self._has_same_start(other, sharing)):
             return None
+        commit = other.commit_for(step.name)
         # Whoever takes over blocks reads nothing any more of what only the steps between them read.
         wanted = [output for output in step.outputs if output.is_kept or not takes_over]
-        if not all(other.storage.exists(commit.payloads[output.name].root) for output in wanted):
+        is_there = commit is not None and all(
+            output.name in commit.payloads and other.storage.exists(commit.payloads[output.name].root)
+            for output in wanted
+        )
+        if takes_over and not is_there and (commit is not None or sharing == "same steps"):
+            raise ConfigMismatch(
+                f"--from-run {other.label}: it lacks what {step.name} wrote; make it again by `lampctl resume "
+                f"{other.label} --check-all`"
+            )
+        if commit is None or not is_there:
             return None
         try:
             for output in wanted:

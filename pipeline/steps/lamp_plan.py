@@ -28,7 +28,7 @@ from stages.pruners.registry import reads_data
 
 
 @dataclass(frozen=True)
-class Distillation:
+class DistillationPlan:
     """How all blocks are trained together at the end.
 
     Attributes:
@@ -47,7 +47,7 @@ def chain(
     reads_data: bool = True,
     refines: bool = False,
     allocates: bool = False,
-    distillation: Distillation | None = None,
+    distillation: DistillationPlan | None = None,
 ) -> tuple[Step, ...]:
     """The steps from the calibration set to the exported model, in the only order they can run (LAMP Alg. 1).
 
@@ -103,7 +103,7 @@ def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
         reads_data=config.calibration is not None and (not config.distill or reads_data(config.method)),
         refines=bool(config.refine),
         allocates=config.budget == "outliers",
-        distillation=Distillation(config.distill_samples is not None, config.from_run is not None)
+        distillation=DistillationPlan(config.distill_samples is not None, config.from_run is not None)
         if config.distill
         else None,
     )

@@ -11,7 +11,7 @@ from stages.errors import UsageError
 
 # "auto": by the chat template; "none": the contents of the messages, separated by empty lines.
 ChatTemplate = Literal["auto", "none"]
-# Each with "role", "content" (text; None beside tool calls) and whatever else the data set gives it.
+# Each with "role", "content" (text; None beside tool calls) and any other keys of the data set.
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
 Render = Callable[[Messages], str]

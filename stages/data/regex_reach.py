@@ -1,8 +1,8 @@
 """Which texts a pattern of a tokenizer can match across: read from the pattern itself, before any text is seen.
 
 A pattern that matches no lower-case letter with a space behind it stops at ``x| y`` wherever it began, and a search
-that goes on from there does not depend on what came before. `<q>.*?</q>` is none of these: whether it matches depends
-on text that may be as far away as one likes.
+from there on does not depend on what came before. `<q>.*?</q>` is no such pattern: whether it matches depends on text
+at any distance.
 """
 
 from __future__ import annotations

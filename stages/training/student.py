@@ -35,14 +35,14 @@ class PrunedBlocks:
 
 
 class Listener(Protocol):
-    """Hears of the work on samples."""
+    """Hears of the passes of samples through blocks and head."""
 
     def boundary(self) -> None:
-        """Called before each sample: the work may stop here."""
+        """Called before each pass: the work may stop here."""
         ...
 
-    def advance(self, loss: float, /) -> None:
-        """Called when a sample is done."""
+    def advance(self, loss: float | None = None, /) -> None:
+        """Called after each pass. loss: of the sample, after its pass through the head."""
         ...
 
 
@@ -66,14 +66,13 @@ class Work:
             teacher: The last block's output in the dense model, N samples (T, H).
             end_loss: The loss of the model's output.
             callbacks: They store parts of the state.
-            listener: Hears of every sample.
+            listener: Hears of every pass.
         """
-        # Gradients of half-precision floats underflow without a scaler, which would have to know those of all blocks.
         choices = context.device
-        if choices.torch_dtype == torch.float16:
-            choices = replace(choices, dtype="float32")
-        if choices.torch_train_dtype == torch.float16:
-            choices = replace(choices, train_dtype="float32")
+        if torch.float16 in (choices.torch_dtype, choices.torch_train_dtype):
+            # Their gradients underflow without a scaler, which would have to know those of all blocks.
+            callbacks.warn("distillation computes in float32: gradients in float16 would underflow")
+            choices = replace(choices, dtype="float32", train_dtype=None)
         self.context, self.choices = replace(context, device=choices), choices
         self.model, self.device, self.callbacks = context.model, choices.torch_device, callbacks
         self.pruned, self.boundary, self.advance = pruned, listener.boundary, listener.advance
@@ -178,7 +177,7 @@ class Student(ABC):
 
     @abstractmethod
     def stop_or_checkpoint(self, make: Callable[[], Checkpoint]) -> None:
-        """Stop between two samples of an update, if requested."""
+        """Stop between two passes of an update, if requested."""
 
     @property
     def parts(self) -> list[str]:
@@ -213,22 +212,26 @@ class Resident(Student):
     def update(self, numbers: Sequence[int], lr: float) -> float:
         work, losses = self._work, []
         for number in numbers:
-            work.boundary()
             inputs = work.inputs(number)
             hidden, passed = work.enter(self._ends, inputs), []
             for block in self._blocks:
+                work.boundary()
                 leaf = hidden.float().requires_grad_()
                 out = work.run(block, leaf, inputs, trains=True)
                 passed.append((leaf, out))
                 hidden = out.detach().to(work.choices.torch_dtype)
+                work.advance()
+            work.boundary()
             loss, gradient = work.end(self._ends, number, hidden, needs_gradient=True)
             assert gradient is not None
             gradient /= len(numbers)
-            while passed:
-                leaf, out = passed.pop()
-                gradient = _backward(leaf, out, gradient)
             losses.append(loss)
             work.advance(loss)
+            while passed:
+                work.boundary()
+                leaf, out = passed.pop()
+                gradient = _backward(leaf, out, gradient)
+                work.advance()
         for block in reversed(self._blocks):
             block.adam.step(lr)
         return math.fsum(losses) / len(losses)
@@ -237,11 +240,13 @@ class Resident(Student):
     def losses(self, numbers: Sequence[int]) -> list[float]:
         work, losses = self._work, []
         for number in numbers:
-            work.boundary()
             inputs = work.inputs(number)
             hidden = work.enter(self._ends, inputs)
             for block in self._blocks:
+                work.boundary()
                 hidden = work.run(block, hidden.float(), inputs, trains=False).to(work.choices.torch_dtype)
+                work.advance()
+            work.boundary()
             losses.append(work.end(self._ends, number, hidden, needs_gradient=False).value)
             work.advance(losses[-1])
         return losses
@@ -288,6 +293,7 @@ class Streamed(Student):
             assert gradient is not None
             self._gradients.write(place, (gradient / len(numbers))[0])
             losses.append(loss)
+            work.advance(loss)
         del ends
         for index in reversed(range(self._num_blocks)):
             block = self._load(index)
@@ -297,12 +303,11 @@ class Streamed(Student):
                 out = work.run(block, leaf, work.inputs(number), trains=True)
                 gradient = _backward(leaf, out, self._read(self._gradients, place))
                 self._gradients.write(place, gradient[0])
+                work.advance()
             block.adam.step(lr)
             work.callbacks.keep(_current(index), block.tensors())
             del block
         self._is_trained = True
-        for loss in losses:
-            work.advance(loss)
         return math.fsum(losses) / len(losses)
 
     @torch.no_grad()
@@ -335,6 +340,7 @@ class Streamed(Student):
                 leaf = self._read(self._hidden, source).float().requires_grad_(is_kept)
                 out = work.run(block, leaf, work.inputs(number), trains=is_kept).detach()
                 self._hidden.write(self._place(index + 1 if is_kept else 0, place), out[0])
+                work.advance()
             del block
 
     def _place(self, index: int, place: int) -> int:

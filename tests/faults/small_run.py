@@ -24,10 +24,10 @@ from pipeline.rundir.records import Result, RunManifest
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
 from pipeline.rundir.storage.base import Storage
-from pipeline.steps.lamp_plan import Distillation, chain
+from pipeline.steps.lamp_plan import DistillationPlan, chain
 from stages.interfaces import Callbacks, Checkpoint, DurableCallbacks
 
-STEPS = chain(3, compensates=True, refines=True, distillation=Distillation())
+STEPS = chain(3, compensates=True, refines=True, distillation=DistillationPlan())
 _SHAPE = (2, 2)
 _NUM_SAMPLES = 2
 _NUM_BATCHES = 2

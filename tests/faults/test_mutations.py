@@ -265,7 +265,7 @@ MUTATIONS = (
 
 
 def _without_digest(cls, data, path, remedy=""):
-    """A record whose text is read, and whose digest nobody compares."""
+    """The record, parsed without a comparison with its digest."""
     try:
         return cls.model_validate_json(data)
     except ValidationError as error:  # a flipped bit may break the text itself

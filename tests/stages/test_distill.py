@@ -1,6 +1,7 @@
 """Distillation: one loss for all blocks, the same bits streamed and resident, stopped and not, and no mask changes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,38 +9,32 @@ import torch
 from pipeline.rundir.step_checkpoints import _decode, _encode
 from stages.distill import Distiller, DistillSettings
 from stages.errors import NumericalError
-from stages.export import block_dtypes
-from stages.in_memory import ListScratch, ListStream, NullCallbacks
+from stages.in_memory import KeepingParts, ListScratch, NullCallbacks
 from stages.interfaces import Checkpoint
-from stages.lamp import LampSettings, lamp
 from stages.machine.device import DeviceChoices
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
-from stages.replay import replay
 from stages.sparsity.nm_pattern import Pattern
 from stages.training import end_loss
-from stages.training.student import PrunedBlocks
 from tests import small_encoders, small_experts, small_models, small_sam
-from tests.blocks import budget_of, context_of, pruner_named
+from tests.blocks import context_of
+from tests.distillation import FP32, SETTINGS, Case, N, require_same
 
 pytestmark = pytest.mark.long
 
-N, T = 9, 12
-FP32 = DeviceChoices("cpu", "float32", 1, "highest", "here")
 BF16 = DeviceChoices("cpu", "bfloat16", 1, "highest", "here")
 TRAIN_BF16 = DeviceChoices("cpu", "float32", 1, "highest", "here", train_dtype="bfloat16")
-SETTINGS = DistillSettings(epochs=2, lr=2e-3, batch=3, holds_out=True, seed=0)
 
 
 class Stopped(Exception):
     pass
 
 
-class DurableStops(NullCallbacks):
+class DurableStops(KeepingParts):
     """Stops at boundary number `at`; what was durable then is what the next one begins with, as on a disk."""
 
     def __init__(self, at=None, before=None) -> None:
-        super().__init__()
+        super().__init__(NullCallbacks())
         self.at, self.num_boundaries = at, 0
         self.durable: Checkpoint | None = before.durable if before else None
         self._durable_parts = dict(before._durable_parts) if before else {}
@@ -49,7 +44,8 @@ class DurableStops(NullCallbacks):
         return self.durable
 
     def report(self, done, total, unit, **figures):
-        assert 0 <= done <= total
+        assert 0 < done <= total
+        self.progress = done / total
 
     def checkpoint(self, make):
         self._at_boundary(make)
@@ -75,21 +71,6 @@ class DurableStops(NullCallbacks):
         self._durable_parts = {name: copy.deepcopy(self._parts[name]) for name in made.parts}
 
 
-def ids(model, num=N, tokens=T):
-    stream = ListStream(num, (tokens,), torch.long)
-    for i in range(num):
-        stream.write(i, torch.randint(4, model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(i)))
-    return stream
-
-
-def pixels(model, num=N):
-    side = {"vision": 64}.get(model.task, 32)
-    stream = ListStream(num, (3, side, side), torch.float32)
-    for i in range(num):
-        stream.write(i, torch.randn(3, side, side, generator=torch.Generator().manual_seed(i)))
-    return stream
-
-
 def opened(folder, name):
     if name == "sam":
         return open_model(resolve(str(small_sam.save(folder / "sam.pth"))))
@@ -100,46 +81,9 @@ def opened(folder, name):
     return open_model(resolve(str(small_models.save(folder / name, name))))
 
 
-class Case:
-    """A pruned model, its samples and its teacher."""
-
-    def __init__(self, model, goal=0.6, device=FP32, **options) -> None:
-        self.model, self.device = model, device
-        self.inputs = ids(model) if model.task == "language" else pixels(model)
-        context = context_of(model, self.inputs, device)
-        pattern = goal if isinstance(goal, Pattern) else None
-        settings = LampSettings(pruner_named("sparsegpt", pattern=pattern, **options))
-        self.blocks = {b.index: b for b in lamp(context, budget_of(model, goal), settings)}
-        self.teacher = ListStream(N, context.hidden_shape, device.torch_dtype)
-        replay(context, self.teacher, model.num_blocks, lambda index: None, ListScratch())
-
-    @property
-    def pruned(self):
-        return PrunedBlocks(lambda i: self.blocks[i].finished.state, lambda i: self.blocks[i].outcome)
-
-    def distilled(self, callbacks=None, *, is_resident, settings=SETTINGS):
-        """The report and the finished blocks."""
-        callbacks = callbacks or NullCallbacks()
-        context = context_of(self.model, self.inputs, self.device, callbacks)
-        distiller = Distiller(
-            context, self.pruned, self.teacher, settings, ListScratch(), callbacks, is_resident=is_resident
-        )
-        report = distiller.train()
-        finished = [distiller.finish(i, block_dtypes(self.model, i, "original")) for i in range(self.model.num_blocks)]
-        return report, [block.state for block in finished]
-
-
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return Case(opened(tmp_path_factory.mktemp("models"), "llama-gqa"))
-
-
-def require_same(found, expected):
-    assert found[0] == expected[0]
-    for left, right in zip(found[1], expected[1], strict=True):
-        assert left.keys() == right.keys()
-        for name in left:
-            assert torch.equal(left[name], right[name]), name
 
 
 KINDS = {
@@ -191,13 +135,17 @@ def test_streamed_and_resident_are_bit_identical_and_the_masks_stay(tmp_path, ki
 def test_stopped_at_any_boundary_it_resumes_to_the_same_bits(case, stopped_resident, resumed_resident):
     uninterrupted = DurableStops()
     expected = case.distilled(uninterrupted, is_resident=stopped_resident)
+    assert uninterrupted.progress == 1
     assert uninterrupted.num_boundaries > 20
     # Boundaries of every kind, spread over the whole.
     for at in range(0, uninterrupted.num_boundaries, max(uninterrupted.num_boundaries // 12, 1)):
         callbacks = DurableStops(at)
         with pytest.raises(Stopped):
             case.distilled(callbacks, is_resident=stopped_resident)
-        require_same(case.distilled(DurableStops(None, callbacks), is_resident=resumed_resident), expected)
+        resumed = DurableStops(None, callbacks)
+        require_same(case.distilled(resumed, is_resident=resumed_resident), expected)
+        # Stopped after the last update, nothing is left to report.
+        assert resumed.num_boundaries == 0 or resumed.progress == 1
 
 
 def test_an_epoch_that_does_not_help_is_undone(case):
@@ -275,10 +223,22 @@ def test_weights_that_overflow_are_refused(case):
 
 
 def test_one_sample_is_trained_on_but_not_judged(case):
-    callbacks = NullCallbacks()
+    watcher = NullCallbacks()
+    callbacks = KeepingParts(watcher)
     context = context_of(case.model, [case.inputs[0]], FP32, callbacks)
     distiller = Distiller(context, case.pruned, case.teacher, SETTINGS, ListScratch(), callbacks, is_resident=True)
     report = distiller.train()
     assert report.before is report.after is None
     assert report.kept_epoch == 2
-    assert "only one sample" in callbacks.warnings[0]
+    assert "only one sample" in watcher.warnings[0]
+
+
+def test_half_precision_floats_are_not_trained_in_and_that_is_said(case):
+    watcher = NullCallbacks()
+    half = replace(FP32, train_dtype="float16")
+    context = context_of(case.model, case.inputs, half, watcher)
+    distiller = Distiller(
+        context, case.pruned, case.teacher, SETTINGS, ListScratch(), KeepingParts(watcher), is_resident=True
+    )
+    assert watcher.warnings == ["distillation computes in float32: gradients in float16 would underflow"]
+    assert distiller.train() == case.distilled(is_resident=True)[0]

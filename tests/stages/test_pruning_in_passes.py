@@ -88,7 +88,7 @@ def equal(found, expected):
 
 
 def announced(callbacks):
-    """The number of passes that the user is told."""
+    """The number of passes in the message."""
     told = [message for message in callbacks.warnings if "passes over its inputs" in message]
     assert len(told) <= 1
     return int(told[0].split(": ")[1].split()[0]) if told else 1
@@ -171,7 +171,7 @@ def test_a_stop_in_any_pass_goes_on_to_the_same_bits(family, method, room, step)
     for at, expected, found, again, uninterrupted in every_stop(run, step=step):
         assert equal(expected, one)
         assert equal(found, one), at
-        # Nothing is done twice, and the progress that is shown goes on where it stopped.
+        # Nothing is done twice: the progress continues where it stopped.
         assert again.num_boundaries == uninterrupted.num_boundaries - min(at, uninterrupted.num_boundaries - 4)
         assert again.done == sorted(again.done)
         assert again.done[-1] == uninterrupted.done[-1]

@@ -68,7 +68,7 @@ TWO_CHATS = [
 
 
 def chat_samples(made, bos, length, num_samples, folder):
-    """The text of samples of so many tokens, drawn from two conversations."""
+    """The text of samples of this number of tokens, drawn from two conversations."""
     (folder / "two.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in TWO_CHATS))
     drawing = Drawing(num_samples, length, "contiguous", 0, 0, bos=bos)
     return [made.decode(ids) for ids in draw_tokens(parse_source("jsonl:two.jsonl"), made, drawing)]

@@ -143,7 +143,7 @@ NOT_LOCAL = {
     "spaces as another character": backend(N.Replace(Regex(r"\s"), "~")),
     "words of any signs behind SentencePiece's": backend(N.Replace(" ", "\u2581"), P.Split(Regex(r"\S+"), "isolated")),
     "letters behind byte-level BPE": backend(None, P.Sequence([P.ByteLevel(), P.Split(Regex(r"\w+"), "isolated")])),
-    "so many characters": backend(None, P.FixedLength(5)),
+    "a fixed number of characters": backend(None, P.FixedLength(5)),
 }
 
 

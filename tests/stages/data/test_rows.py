@@ -307,7 +307,7 @@ def test_a_column_of_any_name_is_named_and_named_again(tmp_path, kind, column):
     path.write_bytes(lines([row]) if kind == "jsonl" else parquet_bytes([row]))
     found = parse_source(f"{kind}:{path}?column={quote(column)}")
     assert (found.column, found.documents("evaluation")) == (column, ["mine"])
-    assert parse_source(found.name) == found, "a run that goes on parses the name that it recorded"
+    assert parse_source(found.name) == found, "a resumed run parses the name that it recorded"
 
 
 HALF = json.dumps(
