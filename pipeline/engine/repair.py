@@ -33,7 +33,7 @@ def repair(job: Job, *, is_deep: bool = True) -> None:
     """
     run = job.run
     while True:
-        damaged = damaged_payloads(run, needed(job.steps, job.committed), is_deep=is_deep)
+        damaged = damaged_payloads(run, run.made(needed(job.steps, job.committed)), is_deep=is_deep)
         if not damaged:
             return
         run.forget_checks()

@@ -1,6 +1,7 @@
 """Distillation from the user's side: on a small OPT that has learnt something."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,41 @@ def test_a_run_takes_over_the_blocks_of_a_finished_one(lampctl):
     refused = lampctl("run", *arguments, *DISTILL, "--from-run", "nowhere", "--run-dir", "other")
     assert refused.code == 3
     assert not Path("other").exists()
+
+
+@pytest.fixture
+def taken_over(lampctl, words):
+    """The command that takes over the blocks of a finished run of Wanda on words.txt."""
+    data = ("--calibration", "text:words.txt", "--num-samples", "8", "--seqlen", "64", "--evaluate", "")
+    arguments = (TINY_OPT, "--sparsity", "0.6", "--method", "wanda", *data, "--device", "cpu")
+    assert lampctl("run", *arguments, "--run-dir", "plain").code == 0
+    return ("run", *arguments, *DISTILL, "--from-run", "plain", "--run-dir", "more")
+
+
+def test_a_run_that_has_lost_a_block_is_not_taken_over(lampctl, taken_over):
+    commits = [json.loads(path.read_text()) for path in sorted(Path("plain/commits").iterdir())]
+    payload = next(c["payloads"]["pruned/3"] for c in commits if "pruned/3" in c["payloads"])
+    shutil.rmtree(Path("plain") / payload["root"])
+    refused = lampctl(*taken_over)
+    assert refused.code == 3
+    assert "it lacks what prune-block/3 wrote" in refused.err
+    assert lampctl("resume", "plain", "--check-all").code == 0
+    assert lampctl(*taken_over).code == 0
+    assert lampctl("verify", "more", "--deep").code == 0
+
+
+def test_a_run_on_a_text_that_has_changed_is_not_taken_over(lampctl, taken_over, words):
+    words.write_text(words.read_text() + "more")
+    refused = lampctl(*taken_over)
+    assert refused.code == 3
+    assert "words.txt has changed since that run began" in refused.err
+    assert not Path("more").exists()
+
+
+def test_the_blocks_of_a_method_without_data_are_taken_over(lampctl):
+    arguments = (TINY_OPT, "--sparsity", "0.6", "--method", "magnitude", *DATA)
+    assert lampctl("run", *arguments, "--run-dir", "plain").code == 0
+    assert lampctl("run", *arguments, *DISTILL, "--run-dir", "whole").code == 0
+    told = lampctl("run", *arguments, *DISTILL, "--from-run", "plain", "--run-dir", "more")
+    assert told.code == 0, told.err
+    assert exported_weights(Path("more")) == exported_weights(Path("whole"))
