@@ -1,11 +1,13 @@
 """The memory planner: estimates before a run, choices that keep a limit, and refusals with numbers."""
 
+from dataclasses import replace
+
 import pytest
 
 from stages.errors import ResourceError
 from stages.models.base import LayerInfo
 from stages.pruners.registry import PRUNERS
-from stages.runtime.memory_planner import Shapes, Work, fit, least_room, peaks, statistics_room
+from stages.runtime.memory_planner import Shapes, Work, distillation, fit, least_room, peaks, statistics_room
 
 LAMP = Work(PRUNERS.get("sparsegpt"), trains=True, is_quantized=False, eval_tokens=2048)
 GB = 10**9
@@ -137,3 +139,38 @@ def test_a_pruner_without_statistics_needs_no_passes():
     shapes, work = mixture(8, 2), Work(PRUNERS.get("magnitude"), False, False, 0)
     assert least_room(shapes, work) == 0
     assert prune_peak(shapes, work) <= prune_peak(shapes, work, room_bytes=0)
+
+
+def deep(num_blocks):
+    shapes = opt_6_7b()
+    return replace(shapes, num_blocks=num_blocks, all_blocks=num_blocks * shapes.block)
+
+
+DISTILLED = replace(LAMP, distills=True, kept=0.3)
+
+
+def test_distillation_streamed_does_not_grow_with_depth_and_resident_does():
+    streamed, resident = (
+        [distillation(deep(num), DISTILLED, is_resident=is_resident) for num in (2, 8)] for is_resident in (False, True)
+    )
+    assert streamed[0] == streamed[1]
+    assert resident[0] < resident[1]
+    block = 4 * opt_6_7b().block
+    assert streamed[0] > 2.6 * block, "weights, gradients, and two moments of the kept 30%"
+    assert resident[1] > 8 * 2.6 * block
+
+
+def test_all_blocks_are_distilled_in_memory_only_where_limit_and_machine_have_room():
+    shapes = deep(4)
+    needed = int(1.05 * distillation(shapes, DISTILLED, is_resident=True))
+    streamed = max(peaks(shapes, DISTILLED, 1, spills=True).values())
+    assert streamed < needed
+
+    def is_resident(limit, available):
+        return fit(shapes, DISTILLED, 0, limit, [1], "memory", available).distills_resident
+
+    assert is_resident(None, needed)
+    assert not is_resident(None, needed - 1)
+    assert not is_resident(needed - 1, 10 * needed)
+    assert is_resident(needed, 10 * needed)
+    assert not fit(shapes, LAMP, 0, None, [1], "memory", 10 * needed).distills_resident
