@@ -13,6 +13,7 @@ from pipeline.rundir.records import ENVIRONMENT, EnvironmentChange, JsonObject
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.steps.committed import CommittedResult, results_of, stored_budget
 from pipeline.steps.lamp_plan import steps_of
+from pipeline.steps.registry import STEP_KINDS
 from pipeline.steps.reporting import BlockReport, BlockTraining, Series
 from pipeline.steps.results import EvaluateResult, LossRecord, ZeroShotResult, judged
 from pipeline.steps.run_facts import StoredBlockBudget, facts_of
@@ -298,14 +299,15 @@ def _step_state(step: Step, done: CommittedResult | None) -> StepState:
 def _remaining_s(states: Sequence[StepState]) -> float | None:
     """Each step to come takes as long as the median of its kind so far.
 
-    None while the work on blocks cannot be estimated; export and evaluations that nothing is known of are left out.
+    None while the work on blocks, or a long step, cannot be estimated; other steps that nothing is known of are left out.
     """
     seconds: dict[str, list[float]] = {}
     for state in states:
         if state.elapsed_s is not None:
             seconds.setdefault(state.kind, []).append(state.elapsed_s)
     todo = [state for state in states if not state.is_done]
-    if any(state.block is not None and state.kind not in seconds for state in todo):
+    unknown = [state for state in todo if state.kind not in seconds]
+    if any(state.block is not None or STEP_KINDS.get(state.kind).is_long for state in unknown):
         return None
     known = [statistics.median(seconds[state.kind]) for state in todo if state.kind in seconds]
     return sum(known) if known or not todo else None

@@ -38,6 +38,7 @@ class StepKind(ABC, Generic[R]):
         help: What the step does, in one line.
         is_measurement: It measures a model and changes none.
         is_per_block: The plan has one step of this kind for each of several blocks.
+        is_long: It takes as long as the work on many blocks: no time left is shown while its time is not known.
         command: The command of lampctl that does the next step; None: there is none, and ``lampctl resume`` does it.
         sharing: When another run's result may be used.
         absence: What to do for a run that has no such step; it is filled with the run's name. Empty: nothing helps.
@@ -49,6 +50,7 @@ class StepKind(ABC, Generic[R]):
     help: ClassVar[str]
     is_measurement: ClassVar[bool] = False
     is_per_block: ClassVar[bool] = False
+    is_long: ClassVar[bool] = False
     command: ClassVar[str | None] = None
     sharing: ClassVar[Sharing] = "never"
     absence: ClassVar[str] = ""

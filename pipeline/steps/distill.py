@@ -28,6 +28,7 @@ class Distill(StepKind[DistillResult]):
     name = "distill"
     title = "distill the model"
     help = "Train all pruned blocks together towards the original model's output, with their masks fixed (--distill)."
+    is_long = True
     command = name
     absence = "begin a run that takes over its blocks: lampctl run MODEL ... --distill --from-run {run}"
 
