@@ -299,7 +299,7 @@ def _step_state(step: Step, done: CommittedResult | None) -> StepState:
 def _remaining_s(states: Sequence[StepState]) -> float | None:
     """Each step to come takes as long as the median of its kind so far.
 
-    None while the work on blocks, or a long step, cannot be estimated; other steps that nothing is known of are left out.
+    None while the work on blocks, or a long step, cannot be estimated; other steps of unknown time are left out.
     """
     seconds: dict[str, list[float]] = {}
     for state in states:
