@@ -136,6 +136,7 @@ class Distiller:
         per_epoch = len(self._train_set) * of_sample + judging
         self._total = judging + settings.epochs * per_epoch
         self._done = judging * (self._restored is not None) + len(course.epochs) * per_epoch
+        self._shown: dict[str, float] = {}  # with the progress, from the last sample
         self._done += of_sample * sum(len(batch) for batch in self._batches(course.epoch)[: len(course.losses)])
 
     def train(self) -> Distillation:
@@ -254,8 +255,9 @@ class Distiller:
     def advance(self, loss: float | None = None, /) -> None:
         """Report that a pass is done. loss: of the sample."""
         self._done += 1
-        shown = {} if loss is None else {"loss": loss, "epoch": self._course.epoch}
-        self._callbacks.report(self._done, self._total, "passes", **shown)
+        if loss is not None:
+            self._shown = {"loss": loss, "epoch": self._course.epoch}
+        self._callbacks.report(self._done, self._total, "passes", **self._shown)
 
     def _checkpoint(self) -> Checkpoint:
         self._student.store()

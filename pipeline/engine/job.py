@@ -45,11 +45,13 @@ class StepResult:
         result: The result for the commit.
         peak_memory_bytes: Peak memory of the process.
         peak_device_bytes: Peak memory of the GPU; None: no GPU was used.
+        elapsed_s: Seconds of the work, where it was done in another run; None: as measured here.
     """
 
     result: Result
     peak_memory_bytes: int | None = None
     peak_device_bytes: int | None = None
+    elapsed_s: float | None = None
 
 
 class Worker(Protocol):

@@ -50,7 +50,7 @@ def _do(job: Job, step: Step) -> StepCommit:
             result.result,
             job.runtime,
             started_at,
-            progress.elapsed_s,
+            progress.elapsed_s if result.elapsed_s is None else result.elapsed_s,
             result.peak_memory_bytes,
             result.peak_device_bytes,
         )

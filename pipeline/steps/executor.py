@@ -11,7 +11,6 @@ from pipeline.config.run_config import DRAWING_FIELDS, RunConfig
 from pipeline.engine.job import StepResult
 from pipeline.engine.plan import Step, maker_of
 from pipeline.errors import ConfigMismatch, DamagedData
-from pipeline.rundir.records import Result
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.rundir.step_transaction import Attempt
 from pipeline.steps import payloads
@@ -61,11 +60,11 @@ class StepExecutor:
         from stages.machine.device import PeakMemory, release_memory
 
         peak = PeakMemory(self.choices.torch_device)
-        found = self._shared_result(step, attempt)
-        if found is None:
+        result = self._shared_result(step, attempt)
+        if result is None:
             found = self._kind(step).run(self.context, step, attempt, callbacks)
-        result = StepResult(found, peak.process_bytes(), peak.device_bytes())
-        self._warn_of_excess(result, callbacks)
+            result = StepResult(found, peak.process_bytes(), peak.device_bytes())
+            self._warn_of_excess(result, callbacks)
         release_memory(self.choices.torch_device)
         return result
 
@@ -124,8 +123,10 @@ class StepExecutor:
         if taken > parse_size(limit):
             callbacks.warn(f"this step took {taken / 1e9:.2f} GB, more than --memory-limit {limit}")
 
-    def _shared_result(self, step: Step, attempt: Attempt) -> Result | None:
+    def _shared_result(self, step: Step, attempt: Attempt) -> StepResult | None:
         """The result of the same step in the other run, with its payloads; None where it cannot be used.
+
+        The time and memory of steps that are taken over count, since this run consists of them.
 
         Raises:
             ConfigMismatch: This run takes over the steps of the other one, which lacks this one.
@@ -157,7 +158,10 @@ class StepExecutor:
         except DamagedData as error:
             raise DamagedData(f"{error}. `lampctl resume {other.label} --check-all` makes it again") from error
         found = commit.result_as(STEP_KINDS.get(step.kind).result)
-        return found.model_copy(update={"shared_with": other.manifest.digest})
+        found = found.model_copy(update={"shared_with": other.manifest.digest})
+        if not takes_over:
+            return StepResult(found)
+        return StepResult(found, commit.peak_memory_bytes, commit.peak_device_bytes, commit.elapsed_s)
 
     def _has_same_start(self, other: RunDirectory, sharing: Sharing) -> bool:
         """Whether another run has the same model and calibration set, and the same environment if that matters."""

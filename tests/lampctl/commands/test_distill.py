@@ -178,6 +178,9 @@ def test_a_run_takes_over_the_blocks_of_a_finished_one(lampctl):
     assert told.code == 0, told.err
     assert exported_weights(Path("more")) == exported_weights(Path("whole"))
     commits = [json.loads(path.read_text()) for path in sorted(Path("more/commits").iterdir())]
+    theirs = {c["step"]: c for c in (json.loads(p.read_text()) for p in Path("plain/commits").iterdir())}
+    taken = [commit for commit in commits if commit["result"].get("shared_with")]
+    assert all(commit["elapsed_s"] == theirs[commit["step"]]["elapsed_s"] for commit in taken)
     own = [commit["step"] for commit in commits if not commit["result"].get("shared_with")]
     assert own == ["teach", "distill", "export"]
     assert lampctl("verify", "more", "--deep").code == 0
