@@ -48,10 +48,9 @@ demo-vision: $(READY) ## Prune sam-tiny to 70% and compare with SparseGPT, with 
 	$(BIN)/python examples/sam_predict.py examples/sam-tiny runs/sam-tiny-s70-sparsegpt/model \
 		runs/sam-tiny-s70-lamp/model --titles dense,SparseGPT,LAMP --out runs/sam-tiny-s70.png
 
-bench: $(READY) ## Quality on SmolLM2-135M, side by side with the baselines and peers (a long day on 2 cores)
+bench: $(READY) ## Quality on SmolLM2-135M: the core table of docs/benchmark.md (many hours)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python -m benchmarks.quality.peers
-	$(BIN)/python -m benchmarks.quality --jobs 2
+	$(BIN)/python -m benchmarks.quality
 
 bench-speed: $(READY) ## Speed and memory: the table of docs/performance.md (an hour and a half on 2 quiet cores)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

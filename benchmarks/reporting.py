@@ -105,6 +105,13 @@ def software() -> str:
     return ", ".join([*versions, f"Python {platform.python_version()}"])
 
 
+def code_version() -> str:
+    """Commit of this checkout, with "+changes" if any file but the results differs from it; empty without git."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    is_changed = commit and _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return f"{commit}+changes" if is_changed else commit
+
+
 def _git(*words: str) -> str:
     """Output of git in this checkout; empty if git fails."""
     done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
 """Cells of a benchmark: commands to run, one row of figures each, kept in a CSV; what the commands made is thrown away.
 
-A benchmark that is stopped goes on at the first cell that has no row yet; within a cell, lampctl resumes.
+A benchmark that is stopped resumes at the first cell that has no row yet; within a cell, lampctl resumes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reporting import locked, machine, read_rows, software, write_rows
+from benchmarks.quality.ledger import Ledger
+from benchmarks.reporting import code_version, locked, machine, read_rows, software, write_rows
 
 Row = dict[str, str]
 # Of the rows, beside a cell's own columns: how and where they were measured.
-CIRCUMSTANCES = ("threads", "jobs", "settings", "software", "machine")
+CIRCUMSTANCES = ("threads", "jobs", "settings", "resolved", "reported", "code", "software", "machine")
+UNKNOWN = "-"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Cell:
     commands: tuple[tuple[str, ...], ...]  # each prints JSON
     figures: Callable[[list[dict]], Row]  # from what they printed, in their order
     wanted: tuple[str, ...] = ()  # figures without which a row does not count
-    resumes: bool = False  # whether the commands go on with what they find in the folder
+    resumes: bool = False  # whether the commands continue with what they find in the folder
+    kept_for: tuple[Row, ...] = ()  # keys of rows that need the folder, too: it stays until the table has them
 
     @property
     def name(self) -> str:
@@ -48,7 +51,7 @@ class Cell:
 
 
 def folder_for(key: Row, settings: str, work: Path) -> Path:
-    """A folder that belongs to this key and these settings: a run begun with others is not gone on with."""
+    """A folder that belongs to this key and these settings: a run with other settings is not resumed."""
     name = re.sub(r"[^\w.%-]+", "_", " ".join(key.values()))
     return work / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
 
@@ -76,6 +79,10 @@ class Table:
             and all(row.get(name) for name in cell.wanted)
             for row in rows
         )
+
+    def has_row(self, key: Row) -> bool:
+        """Whether there is a row of this key, with whatever settings."""
+        return any(self._names(row, key) for row in self.rows())
 
     def put(self, key: Row, row: Row) -> None:
         """Add a row, in place of an older one of the same key. Other processes may do so at the same time."""
@@ -106,9 +113,11 @@ def run_cells(cells: Sequence[Cell], table: Table, jobs: int = 1, threads: int =
             return
         started = time.monotonic()
         print(f"[{number}/{len(missing)}] {cell.name}", file=sys.stderr, flush=True)
-        is_resumed = cell.resumes and cell.folder.exists()
+        if not cell.resumes:
+            shutil.rmtree(cell.folder, ignore_errors=True)
+        ledger = Ledger(cell.folder)
         try:
-            reports = [processes.run(command) for command in cell.commands]
+            reports = [processes.run(command, ledger) for command in cell.commands]
         except _CommandError as error:
             if processes.is_stopping:
                 return
@@ -116,14 +125,13 @@ def run_cells(cells: Sequence[Cell], table: Table, jobs: int = 1, threads: int =
             print(f"[{number}/{len(missing)}] {cell.name} FAILED\n{error}", file=sys.stderr, flush=True)
             return
         figures = cell.figures(reports)
-        if is_resumed and "cpu_seconds" in figures:  # what went before is not counted in it
-            figures["cpu_seconds"] = "-"
-        circumstances = {"threads": str(threads), "jobs": str(jobs), "settings": cell.settings, "machine": machine()}
-        row = {**cell.key, **figures, **circumstances}
+        row = {**cell.key, **figures, "threads": str(threads), "jobs": str(jobs)}
+        row |= {"settings": cell.settings, "code": ledger.code, "machine": machine()}
         row["software"] = figures.get("software") or software()
         table.put(cell.key, row)
-        shutil.rmtree(cell.folder, ignore_errors=True)
-        shown = ", ".join(f"{k} {v}" for k, v in figures.items() if k.startswith("perplexity"))
+        if all(map(table.has_row, cell.kept_for)):
+            shutil.rmtree(cell.folder, ignore_errors=True)
+        shown = ", ".join(f"{k} {v}" for k, v in figures.items() if k.startswith(("perplexity", "acc_mean")))
         took = time.monotonic() - started
         print(f"[{number}/{len(missing)}] {cell.name}: {shown} in {took:.0f} s", file=sys.stderr, flush=True)
 
@@ -141,6 +149,8 @@ def run_cells(cells: Sequence[Cell], table: Table, jobs: int = 1, threads: int =
 def show_commands(cells: Sequence[Cell], table: Table) -> None:
     """Print what `run_cells` would run."""
     rows = table.rows()
+    num_done = sum(table.has(cell, rows) for cell in cells)
+    print(f"{num_done} of {len(cells)} cells are done", file=sys.stderr)
     for cell in cells:
         print(f"# {cell.name}" + (": done" if table.has(cell, rows) else ""))
         for command in () if table.has(cell, rows) else cell.commands:
@@ -160,17 +170,19 @@ class _Processes:
         self._running: set[int] = set()
         self._lock, self.is_stopping = threading.Lock(), False
 
-    def run(self, command: Sequence[str]) -> dict:
-        """What the command printed, and `cpu_s`, the seconds of processor time that it took."""
+    def run(self, command: Sequence[str], ledger: Ledger) -> dict:
+        """What the command printed, and `cpu_s`, the processor seconds of all its calls; None: not known."""
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             with self._lock:
                 if self.is_stopping:
                     raise _CommandError("stopped before it began")
+                ledger.begin(command, code_version())
                 child = subprocess.Popen(command, stdout=out, stderr=err, env=self._environment)
                 self._running.add(child.pid)
             _, status, usage = os.wait4(child.pid, 0)
             with self._lock:
                 self._running.discard(child.pid)
+            ledger.end(command, usage.ru_utime + usage.ru_stime)
             child.returncode = os.waitstatus_to_exitcode(status)
             texts = [file.seek(0) or file.read() for file in (out, err)]
         if child.returncode:
@@ -179,7 +191,7 @@ class _Processes:
             report = json.loads(texts[0])
         except json.JSONDecodeError:  # others' programs talk before they come to the point
             report = json.loads(texts[0].splitlines()[-1])
-        return {**report, "cpu_s": usage.ru_utime + usage.ru_stime}
+        return {**report, "cpu_s": ledger.cpu_s(command)}
 
     @contextlib.contextmanager
     def stopped_with_us(self) -> Iterator[None]:
@@ -205,6 +217,6 @@ def figures_of_run(report: dict) -> Row:
     """What a `lampctl run` took: seconds and peak memory of pruning, and processor time of all of it."""
     return {
         "seconds": f"{report['pruning_s']:.0f}",
-        "cpu_seconds": f"{report['cpu_s']:.0f}",
+        "cpu_seconds": UNKNOWN if report["cpu_s"] is None else f"{report['cpu_s']:.0f}",
         "peak_memory_mb": f"{report['peak_memory_bytes'] / 1e6:.0f}",
     }

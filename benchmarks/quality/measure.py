@@ -44,8 +44,8 @@ def main() -> None:
         source = parse_source(name)
         protocol = EvaluationProtocol(args.eval_seqlen, args.eval_max_tokens)
         found = evaluate(MetricContext(model, model, source, protocol, ListScratch(), choices, NullCallbacks()))
-        num_tokens = found.details["num_tokens"]
-        report["evaluations"].append({"source": source.name, "perplexity": found.value, "num_tokens": num_tokens})
+        measured = {"source": source.name, "perplexity": found.value, "num_tokens": found.details.amount}
+        report["evaluations"].append(measured)
     report["elapsed_s"] = time.monotonic() - started
     report["peak_memory_bytes"] = peak.device_bytes() or peak.process_bytes()
     print(json.dumps(report))

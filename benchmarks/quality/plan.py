@@ -1,112 +1,54 @@
-"""What the quality benchmark compares: the methods, the points, and which of them at which amount of calibration.
-
-Everything that one may want to change is a table here.
-"""
+"""The commands of every cell of the quality benchmark, and what becomes a row of it."""
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.quality.cells import Cell, Row, figures_of_run, folder_for, run_command
-from benchmarks.quality.texts import EMBEDDED, Text
+from benchmarks.quality.cells import UNKNOWN, Cell, Row, figures_of_run, folder_for, run_command
+from benchmarks.quality.methods import DENSE, PEER_POINTS, PEERS, flags_of
+from benchmarks.quality.parts import CORE, NONE, PARTS, Study
+from benchmarks.quality.texts import C4_FIRST, EMBEDDED, Text
+from pipeline.config.run_config import DISTILL_FIELDS, LAMP_FIELDS
 
 HERE = Path(__file__).resolve().parent
-DENSE, MAGNITUDE, REFERENCE = "dense", "magnitude", "SparseGPT"
-# Ours: the flags of `lampctl run` beside those of the point.
-METHODS: dict[str, tuple[str, ...]] = {
-    MAGNITUDE: ("--method", "magnitude"),
-    "Wanda": ("--method", "wanda"),
-    REFERENCE: ("--method", "sparsegpt"),
-    "ALPS": ("--method", "alps"),
-    # As many training steps as effort medium, at the rate that suits it best (docs/experiments.md).
-    "LAMP as published": (
-        *("--method", "lamp", "--dtype", "bfloat16", "--epochs", "5", "--lr", "1e-3", "--no-hold-aside"),
-        *("--no-refine", "--loss", "mse", "--pruner", "sparsegpt"),
-    ),
-    "LAMP, effort low": ("--method", "lamp", "--dtype", "bfloat16", "--effort", "low"),
-    "LAMP, effort medium": ("--method", "lamp", "--dtype", "bfloat16", "--effort", "medium"),
-    "LAMP, effort high": ("--method", "lamp", "--dtype", "bfloat16", "--effort", "high"),
-}
-# The peers': the pruner of benchmarks/quality/peer_prune.py.
-PEERS = {"llm-compressor Wanda": "wanda", "llm-compressor SparseGPT": "sparsegpt"}
-LAMPS = tuple(name for name in METHODS if name.startswith("LAMP"))
-# In tables and when running: what is quick first.
-ORDER = (DENSE, *(name for name in METHODS if name not in LAMPS), *PEERS, *LAMPS)
-
-# What is asked of each method, as lampctl says it.
-POINTS: dict[str, tuple[str, ...]] = {
-    "50%": ("--sparsity", "0.5"),
-    "60%": ("--sparsity", "0.6"),
-    "70%": ("--sparsity", "0.7"),
-    "80%": ("--sparsity", "0.8"),
-    "2:4": ("--pattern", "2:4"),
-    "4:8": ("--pattern", "4:8"),
-    "2:4+int4": ("--pattern", "2:4", "--bits", "4"),
-}
-# As the peers say it: sparsity and mask. A point that is missing here is not asked of them.
-PEER_POINTS = {
-    **{point: (flags[1], "0:0") for point, flags in POINTS.items() if point.endswith("%")},
-    "2:4": ("0.5", "2:4"),
-    "4:8": ("0.5", "4:8"),
-}
-# (method, point): why there is none.
-LEFT_OUT = {
-    ("Wanda", "2:4+int4"): "it changes no weight that it keeps, and so cannot quantize",
-    **{(method, "2:4+int4"): "it would prune and quantize one after the other, on another grid" for method in PEERS},
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some points of some methods at one amount of calibration; draws: windows left out at the text's start."""
-
-    num_samples: int
-    seqlen: int
-    draws: tuple[int, ...]
-    points: tuple[str, ...]
-    methods: tuple[str, ...] = ORDER
-
-
-FULL = (
-    Part(64, 256, (0,), tuple(POINTS)),
-    Part(128, 512, (0, 128, 256), ("70%", "2:4")),
-)
-QUICK = (
-    Part(
-        32,
-        256,
-        (0,),
-        tuple(POINTS),
-        tuple(name for name in ORDER if name not in ("LAMP, effort low", "LAMP, effort high")),
-    ),
-    Part(32, 256, (0, 32, 64), ("70%",)),
-)
+# Settings of the run that a row states as they were in force.
+RESOLVED = ("method", "alpha", "beta", "bits", *LAMP_FIELDS, "distill", *DISTILL_FIELDS, "dtype", "train_dtype")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is the same in every cell."""
+    """What is the same in every cell.
+
+    Attributes:
+        calibration: The text of all parts but those on C4.
+        c4: The text of those; None: there is none, and they are left out.
+        peer_python: None: cells of the peers are left out.
+        task_data: The rows of the zero-shot tasks; None: the cells of tasks are left out.
+    """
 
     model: str
     calibration: Text
+    c4: Text | None
     evaluation: tuple[Text, ...]
     eval_seqlen: int
     eval_max_tokens: int
+    task_data: Path | None
+    task_limit: int
     work: Path
-    peer_python: Path | None  # None: cells of the peers are left out
+    peer_python: Path | None
 
     @property
-    def evaluate(self) -> str:
-        return ",".join(text.source for text in self.evaluation)
+    def study(self) -> Study:
+        windows = f"{self.eval_max_tokens // self.eval_seqlen}x{self.eval_seqlen}"
+        return Study(self.model, windows, f"{self.task_limit} rows a task", self.calibration.label)
 
     @property
     def eval_flags(self) -> tuple[str, ...]:
         numbers = ("--eval-seqlen", str(self.eval_seqlen), "--eval-max-tokens", str(self.eval_max_tokens))
-        return ("--evaluate", self.evaluate, *numbers)
+        return ("--evaluate", ",".join(text.source for text in self.evaluation), *numbers)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -118,36 +60,47 @@ class Setup:
         return {f"perplexity_{text.label}": f"{found[text.source]:.2f}" for text in self.evaluation}
 
 
-KEY = ("model", "evaluated", "calibration", "num_samples", "seqlen", "point", "method", "draw")
-NONE = "-"  # in a column that says nothing of this method
-
-
-def cells_of(parts: tuple[Part, ...], setup: Setup) -> list[Cell]:
-    """The cells of `parts`, each once, the quick ones first."""
+def cells_of(names: Sequence[str], setup: Setup) -> list[Cell]:
+    """The cells of these parts, each once, in the order in which they are run."""
     cells: dict[tuple[str, ...], Cell] = {}
-    for part in parts:
-        # The embedded corpus is too small for draws beside each other of the large size.
-        draws = part.draws[:1] if setup.calibration.source == EMBEDDED and part.seqlen > 256 else part.draws
-        for point, method, draw in itertools.product(part.points, part.methods, draws):
-            if (method, point) in LEFT_OUT or (method in PEERS and setup.peer_python is None):
-                continue
-            cell = _cell(setup, part, point, method, draw)
-            cells.setdefault(tuple(cell.key.values()), cell)
-    return sorted(cells.values(), key=lambda cell: ORDER.index(cell.key["method"]))
+    for name in names:
+        for key in setup.study.keys(PARTS[name]):
+            if _why_not(setup, key) is None:
+                cells.setdefault(tuple(key.values()), _cell(setup, key))
+    return list(cells.values())
 
 
-def _cell(setup: Setup, part: Part, point: str, method: str, draw: int) -> Cell:
-    num_windows = setup.eval_max_tokens // setup.eval_seqlen
-    looks_at_data = method not in (DENSE, MAGNITUDE)
-    amount = (setup.calibration.label, str(part.num_samples), str(part.seqlen)) if looks_at_data else (NONE,) * 3
-    asked = NONE if method == DENSE else point
-    values = (setup.model, f"{num_windows}x{setup.eval_seqlen}", *amount, asked, method)
-    key = dict(zip(KEY, (*values, str(draw) if looks_at_data else NONE), strict=True))
-    if method == DENSE:
+def left_out(names: Sequence[str], setup: Setup) -> dict[str, int]:
+    """Why cells of these parts cannot be run here: the reason, and how many."""
+    counts: dict[str, int] = {}
+    for name in names:
+        for key in setup.study.keys(PARTS[name]):
+            reason = _why_not(setup, key)
+            if reason is not None:
+                counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def _why_not(setup: Setup, key: Row) -> str | None:
+    if key["method"] in PEERS and setup.peer_python is None:
+        return "the peers have no Python yet: python -m benchmarks.quality.peers"
+    if key["evaluated"] == setup.study.tasks and setup.task_data is None:
+        return "no rows of the zero-shot tasks in ../shared/data/tasks (--data DIR)"
+    if key["calibration"] == C4_FIRST and setup.c4 is None:
+        return "no documents of C4 in ../shared/data/text (--data DIR)"
+    if setup.calibration.source == EMBEDDED and key["draw"] not in (NONE, "0"):
+        return f"{EMBEDDED} is too short for a second draw"
+    return None
+
+
+def _cell(setup: Setup, key: Row) -> Cell:
+    if key["evaluated"] == setup.study.tasks:
+        return _tasks_cell(setup, key)
+    if key["method"] == DENSE:
         return _dense_cell(setup, key)
-    if method in PEERS:
-        return _peer_cell(setup, key, part, draw)
-    return _lampctl_cell(setup, key, part, draw)
+    if key["method"] in PEERS:
+        return _peer_cell(setup, key)
+    return _lampctl_cell(setup, key)
 
 
 def _dense_cell(setup: Setup, key: Row) -> Cell:
@@ -158,54 +111,120 @@ def _dense_cell(setup: Setup, key: Row) -> Cell:
     return Cell(key, "", folder, (_measure(setup.model, *setup.eval_flags),), figures, setup.wanted)
 
 
-def _lampctl_cell(setup: Setup, key: Row, part: Part, draw: int) -> Cell:
-    point, flags = key["point"], (*METHODS[key["method"]], *POINTS[key["point"]])
+def _lampctl_cell(setup: Setup, key: Row) -> Cell:
+    settings, folder, run = _pruning(setup, key)
+    measured = _measure(str(folder / "run" / "model"), *setup.eval_flags, *_pattern(key["point"]))
+
+    def figures(reports: list[dict]) -> Row:
+        run_report, status, measurement = reports
+        return {
+            **setup.perplexities(measurement["evaluations"]),
+            **_counts(measurement),
+            **figures_of_run(run_report),
+            **of_status(status),
+        }
+
+    twin = {**key, "evaluated": setup.study.tasks}
+    kept_for = (twin,) if setup.task_data and twin in setup.study.keys(PARTS["tasks"]) else ()
+    commands = (run, _status(folder), measured)
+    return Cell(key, settings, folder, commands, figures, setup.wanted, resumes=True, kept_for=kept_for)
+
+
+def _tasks_cell(setup: Setup, key: Row) -> Cell:
+    """Tasks on the run of the cell that has the perplexities; it is made here if it is not there."""
+    on_tasks = ("--data", "", "--tasks", "zero-shot", "--task-data", str(setup.task_data))
+    on_tasks += ("--limit", str(setup.task_limit), "--json")
+    evaluate = (sys.executable, "-m", "lampctl", "evaluate")
+    if key["method"] == DENSE:
+        command = (*evaluate, setup.model, *on_tasks)
+        folder = folder_for(key, "", setup.work)
+        return Cell(key, "", folder, (command,), lambda r: _accuracies(r[0]["accuracies"]), ("acc_mean",))
+    twin = {**key, "evaluated": setup.study.evaluated}
+    settings, folder, run = _pruning(setup, twin)
+
+    def figures(reports: list[dict]) -> Row:
+        pruned = [found for found in reports[2]["accuracies"] if found["which"] == "pruned"]
+        return {**_accuracies(pruned), **of_status(reports[1])}
+
+    kept_for = (twin,) if twin in setup.study.keys(PARTS[CORE]) else ()
+    commands = (run, _status(folder), (*evaluate, str(folder / "run"), *on_tasks))
+    return Cell(key, settings, folder, commands, figures, ("acc_mean",), resumes=True, kept_for=kept_for)
+
+
+def _pruning(setup: Setup, key: Row) -> tuple[str, Path, tuple[str, ...]]:
+    """Settings, folder and command of a run, which is evaluated apart: its processor time is that of pruning."""
+    flags = flags_of(key["method"], key["point"])
     settings = " ".join(flags)
     folder = folder_for(key, settings, setup.work)
-    calibration: tuple[str, ...] = ("--seqlen", str(part.seqlen))
+    calibration: tuple[str, ...] = ()
     if key["draw"] != NONE:
-        calibration += ("--calibration", setup.calibration.source, "--num-samples", str(part.num_samples))
-        calibration += ("--calibration-sampling", "contiguous", "--calibration-skip", str(draw))
-    # Evaluated apart, as the peers' models are, so that the processor time of the run is that of pruning.
-    run = run_command(setup.model, (*flags, *calibration, "--evaluate", ""), folder / "run")
-    measured = _measure(str(folder / "run" / "model"), *setup.eval_flags, *_pattern(point))
-
-    def figures(reports: list[dict]) -> Row:
-        return {
-            **setup.perplexities(reports[1]["evaluations"]),
-            **_counts(reports[1]),
-            **figures_of_run(reports[0]),
-        }
-
-    return Cell(key, settings, folder, (run, measured), figures, setup.wanted, resumes=True)
+        calibration = ("--calibration", _calibration(setup, key).source, "--num-samples", key["num_samples"])
+        calibration += ("--seqlen", key["seqlen"], "--calibration-sampling", "contiguous")
+        calibration += ("--calibration-skip", key["draw"])
+    unmeasured = ("--evaluate", "", "--no-evaluate-dense")
+    return settings, folder, run_command(setup.model, (*flags, *calibration, *unmeasured), folder / "run")
 
 
-def _peer_cell(setup: Setup, key: Row, part: Part, draw: int) -> Cell:
-    point, pruner = key["point"], PEERS[key["method"]]
-    sparsity, mask = PEER_POINTS[point]
-    flags = ("--pruner", pruner, "--sparsity", sparsity, "--mask", mask)
+def _peer_cell(setup: Setup, key: Row) -> Cell:
+    sparsity, mask = PEER_POINTS[key["point"]]
+    flags = ("--pruner", PEERS[key["method"]], "--sparsity", sparsity, "--mask", mask)
     settings = " ".join(flags)
     folder = folder_for(key, settings, setup.work)
-    amount = ("--num-samples", str(part.num_samples), "--seqlen", str(part.seqlen), "--skip", str(draw))
-    windows = (sys.executable, str(HERE / "windows.py"), setup.model, setup.calibration.source, str(folder))
+    amount = ("--num-samples", key["num_samples"], "--seqlen", key["seqlen"], "--skip", key["draw"])
+    source = _calibration(setup, key).source
+    windows = (sys.executable, str(HERE / "windows.py"), setup.model, source, str(folder), *amount)
     prune = (str(setup.peer_python), str(HERE / "peer_prune.py"), str(folder), *flags)
-    measured = _measure(str(folder / "pruned"), *setup.eval_flags, *_pattern(point))
+    measured = _measure(str(folder / "pruned"), *setup.eval_flags, *_pattern(key["point"]))
 
     def figures(reports: list[dict]) -> Row:
+        _, pruned, measurement = reports
         return {
-            **setup.perplexities(reports[2]["evaluations"]),
-            **_counts(reports[2]),
-            "seconds": f"{reports[1]['seconds']:.0f}",
-            "cpu_seconds": f"{reports[1]['cpu_s']:.0f}",
-            "peak_memory_mb": f"{reports[1]['peak_memory_bytes'] / 1e6:.0f}",
-            "software": ", ".join(f"{name} {version}" for name, version in reports[1]["versions"].items()),
+            **setup.perplexities(measurement["evaluations"]),
+            **_counts(measurement),
+            "seconds": f"{pruned['seconds']:.0f}",
+            "cpu_seconds": UNKNOWN if pruned["cpu_s"] is None else f"{pruned['cpu_s']:.0f}",
+            "peak_memory_mb": f"{pruned['peak_memory_bytes'] / 1e6:.0f}",
+            "software": ", ".join(f"{name} {version}" for name, version in pruned["versions"].items()),
         }
 
-    return Cell(key, settings, folder, ((*windows, *amount), prune, measured), figures, setup.wanted)
+    return Cell(key, settings, folder, (windows, prune, measured), figures, setup.wanted)
+
+
+def of_status(report: Mapping) -> Row:
+    """What produced a row, from `lampctl status --json`: settings in force, and what steps of the whole model report.
+
+    A distillation reports the held-out end loss before and after.
+    """
+    config = report["config"]
+    resolved = [f"{name}={config[name]}" for name in RESOLVED if config.get(name) is not None]
+    reported = [
+        f"{step['name']}: {step['headline']}"
+        for step in report["steps"]
+        if step["block"] is None and step["headline"] and not step["is_tabled"]
+    ]
+    return {"resolved": " ".join(resolved), "reported": "; ".join(reported)}
+
+
+def _accuracies(found: Sequence[Mapping]) -> Row:
+    """`acc` of each task, and their mean."""
+    of_task = {each["task"]: each["metrics"]["acc"] for each in found}
+    columns = {f"acc_{task}": f"{value:.4f}" for task, value in of_task.items()}
+    return {"acc_mean": f"{sum(of_task.values()) / len(of_task):.4f}", **columns}
+
+
+def _calibration(setup: Setup, key: Row) -> Text:
+    if key["calibration"] == C4_FIRST:
+        assert setup.c4 is not None
+        return setup.c4
+    return setup.calibration
 
 
 def _measure(model: str, *flags: str) -> tuple[str, ...]:
     return (sys.executable, str(HERE / "measure.py"), model, *flags)
+
+
+def _status(folder: Path) -> tuple[str, ...]:
+    return (sys.executable, "-m", "lampctl", "status", str(folder / "run"), "--json")
 
 
 def _counts(report: dict) -> Row:

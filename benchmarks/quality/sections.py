@@ -1,4 +1,4 @@
-"""The quality benchmark's table in words: means over draws, ratios to our SparseGPT, quality against seconds."""
+"""The rows of the quality benchmark put beside its plan: what was measured of each part, and what was not yet."""
 
 from __future__ import annotations
 
@@ -6,119 +6,160 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.quality.cells import Row
-from benchmarks.quality.plan import DENSE, LAMPS, LEFT_OUT, MAGNITUDE, NONE, ORDER, PEERS, POINTS, REFERENCE
-from benchmarks.reporting import markdown_table
+from benchmarks.quality.cells import UNKNOWN, Row
+from benchmarks.quality.methods import CURVE, DENSE, MAGNITUDE, ORDER, POINTS
+from benchmarks.quality.parts import KEY, NONE, PARTS, Part, Study
+from benchmarks.quality.texts import C4_FIRST
 
-_PREFIX = "perplexity_"
+PERPLEXITY, ACCURACY = "perplexity_", "acc_"
 
 
 @dataclass(frozen=True)
 class Line:
-    """All draws of one method at one point."""
+    """All draws of one method at one point, planned and measured."""
 
     point: str
     method: str
-    rows: tuple[Row, ...]
+    draws: tuple[str, ...]  # as planned
+    rows: tuple[Row, ...]  # those that were measured, in the order of the plan
 
     @property
-    def draws(self) -> dict[str, Row]:
+    def by_draw(self) -> dict[str, Row]:
         return {row["draw"]: row for row in self.rows}
 
     @property
-    def seconds(self) -> float:
-        """Median over draws."""
-        return statistics.median(float(row["seconds"]) for row in self.rows)
+    def missing(self) -> list[str]:
+        """Draws that were not measured yet."""
+        return [draw for draw in self.draws if draw not in self.by_draw]
 
-    @property
-    def cpu_seconds(self) -> float | None:
-        """Median over draws; None if it is not known of all."""
-        values = [row.get("cpu_seconds") for row in self.rows]
-        return statistics.median(map(float, values)) if all(v not in (None, "", NONE) for v in values) else None
+    def values(self, column: str) -> list[float]:
+        """One a measured draw; nothing for a draw whose value is not known."""
+        return [value for row in self.rows if (value := number(row, column)) is not None]
 
-    @property
-    def peak_memory_mb(self) -> float:
-        return max(float(row["peak_memory_mb"]) for row in self.rows)
-
-    def perplexities(self, text: str) -> list[float]:
-        return [float(row[_PREFIX + text]) for row in self.rows if row.get(_PREFIX + text)]
-
-    def mean(self, text: str) -> float | None:
-        values = self.perplexities(text)
+    def mean(self, column: str) -> float | None:
+        """The mean over the measured draws."""
+        values = self.values(column)
         return statistics.mean(values) if values else None
 
 
 @dataclass(frozen=True)
 class Section:
-    """What may be compared: one model, one amount of calibration, one evaluation."""
+    """One part of one study.
 
-    title: str
-    texts: tuple[str, ...]
+    Attributes:
+        name: Of the part.
+        dense: The row of the original model.
+        columns: Those of its figures: perplexities of texts, or accuracies of tasks.
+        lines: By point, then method.
+        num_planned: Cells of the part.
+        num_missing: Those that were not measured yet.
+        beside: All that was measured on the same calibration tokens, whatever part it belongs to.
+    """
+
+    name: str
+    part: Part
+    study: Study
     dense: Row | None
-    lines: tuple[Line, ...]  # by point, then method
-
-    def at(self, point: str) -> list[Line]:
-        return [line for line in self.lines if line.point == point]
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    num_planned: int
+    num_missing: int
+    beside: tuple[Line, ...]
 
     @property
     def points(self) -> list[str]:
         return list(dict.fromkeys(line.point for line in self.lines))
 
+    def line(self, point: str, method: str) -> Line | None:
+        """What was measured of a method at a point; None: nothing."""
+        return next((one for one in self.beside if (one.point, one.method) == (point, method)), None)
 
-def sections_of(rows: Sequence[Row]) -> list[Section]:
-    """The rows put together; those that looked at no calibration text stand in every section of their model."""
+    def ratio(self, line: Line, method: str, column: str) -> float | None:
+        """Mean of a column over that of `method`, on the draws that both have; None: there are none."""
+        reference = self.line(line.point, method)
+        if reference is None:
+            return None
+        pairs = []
+        for draw, row in reference.by_draw.items():
+            mine = line.rows[0] if line.rows and line.method == MAGNITUDE else line.by_draw.get(draw)
+            pair = (number(mine, column) if mine else None, number(row, column))
+            if None not in pair:
+                pairs.append(pair)
+        if not pairs:
+            return None
+        own, others = zip(*pairs, strict=True)
+        return statistics.mean(own) / statistics.mean(others)
+
+
+def studies_of(rows: Sequence[Row]) -> list[Study]:
+    """What the rows belong to; the benchmark's usual study if there are no rows."""
+    default = Study()
+    task_labels = {row["model"]: row["evaluated"] for row in rows if _is_of_tasks(row)}
+    measured = [row for row in rows if not _is_of_tasks(row)]
     groups = dict.fromkeys(
-        (r["model"], r["evaluated"], r["calibration"], r["num_samples"], r["seqlen"])
-        for r in rows
-        if r["calibration"] != NONE
+        (row["model"], row["evaluated"], row["calibration"])
+        for row in measured
+        if row["calibration"] not in (NONE, C4_FIRST)
     )
+    known = {(model, evaluated) for model, evaluated, _ in groups}
+    for row in measured:
+        if (row["model"], row["evaluated"]) not in known:
+            groups[row["model"], row["evaluated"], default.calibration] = None
+    if not groups:
+        groups[default.model, default.evaluated, default.calibration] = None
+    return [
+        Study(model, evaluated, task_labels.get(model, default.tasks), calibration)
+        for model, evaluated, calibration in groups
+    ]
+
+
+def sections_of(rows: Sequence[Row], study: Study) -> list[Section]:
+    """Every part of the study, measured or not."""
+    by_key = {_values(row): row for row in rows}
+    lines_of = {name: _lines(study.keys(part), by_key) for name, part in PARTS.items()}
+    dense_of = {key["evaluated"]: by_key.get(_values(key)) for key in study.dense_keys()}
     sections = []
-    for model, evaluated, calibration, num_samples, seqlen in groups:
-        same_model = [r for r in rows if (r["model"], r["evaluated"]) == (model, evaluated)]
-        mine = [
-            r
-            for r in same_model
-            if r["calibration"] == NONE
-            or (r["calibration"], r["num_samples"], r["seqlen"]) == (calibration, num_samples, seqlen)
-        ]
-        names = [*ORDER, *sorted({r["method"] for r in mine} - set(ORDER))]
-        points = [p for p in POINTS if any(r["point"] == p and r["calibration"] != NONE for r in mine)]
-        lines = []
-        for point in points:
-            for method in names:
-                found = tuple(r for r in mine if (r["point"], r["method"]) == (point, method))
-                if found:
-                    lines.append(Line(point, method, tuple(sorted(found, key=_draw_number))))
-        texts = tuple(k.removeprefix(_PREFIX) for k in rows[0] if k.startswith(_PREFIX) and any(r.get(k) for r in mine))
-        title = f"{model}, calibrated on {num_samples} x {seqlen} tokens of {calibration}"
-        dense = next((r for r in mine if r["method"] == DENSE), None)
-        sections.append(Section(title, texts, dense, tuple(lines)))
+    for name, part in PARTS.items():
+        amount, keys = _amount(part, study), study.keys(part)
+        beside: dict[tuple[str, str], Line] = {}
+        for one in (line for other in PARTS if _amount(PARTS[other], study) == amount for line in lines_of[other]):
+            known = beside.get((one.point, one.method))
+            if one.rows and (known is None or len(one.rows) > len(known.rows)):  # the one with most draws
+                beside[one.point, one.method] = one
+        alike = [r for r in rows if (r["model"], r["evaluated"]) == (study.model, study.evaluated_of(part))]
+        sections.append(
+            Section(
+                name=name,
+                part=part,
+                study=study,
+                dense=dense_of[study.evaluated_of(part)],
+                columns=_columns(alike, ACCURACY if part.is_tasks else PERPLEXITY),
+                lines=lines_of[name],
+                num_planned=len(keys),
+                num_missing=sum(_values(key) not in by_key for key in keys),
+                beside=tuple(beside.values()),
+            )
+        )
     return sections
 
 
-def ratio_to_reference(section: Section, line: Line, text: str) -> float | None:
-    """Mean perplexity over that of our SparseGPT, on the draws that both have; None if there is none."""
-    reference = next((other for other in section.at(line.point) if other.method == REFERENCE), None)
-    if reference is None:
-        return None
-    column = _PREFIX + text
-    shared = [d for d in reference.draws if d in line.draws or line.method == MAGNITUDE]
-    mine = [line.draws.get(d, line.rows[0]).get(column) for d in shared]
-    theirs = [reference.draws[d].get(column) for d in shared]
-    if not shared or not all(mine) or not all(theirs):
-        return None
-    return statistics.mean(map(float, mine)) / statistics.mean(map(float, theirs))
+def outside_of(rows: Sequence[Row]) -> int:
+    """How many rows belong to no part of any study."""
+    planned = {_values(key) for study in studies_of(rows) for part in PARTS.values() for key in study.keys(part)}
+    return sum(_values(row) not in planned for row in rows)
 
 
-def frontier(lines: Sequence[Line], text: str) -> list[tuple[Line, bool]]:
+def frontier(lines: Sequence[Line], column: str) -> list[tuple[Line, bool]]:
     """By processor time, of which other work on the machine takes nothing; True: no faster method is as good.
 
     Methods whose time is not known are left out, and so is magnitude: it looks at no data.
     """
     timed = [
-        (line.cpu_seconds, value, line)
+        (cpu, value, line)
         for line in lines
-        if line.method != MAGNITUDE and line.cpu_seconds is not None and (value := line.mean(text)) is not None
+        if line.method != MAGNITUDE
+        and (cpu := line.mean("cpu_seconds")) is not None
+        and (value := line.mean(column)) is not None
     ]
     best, result = float("inf"), []
     for _, value, line in sorted(timed, key=lambda each: each[:2]):
@@ -127,106 +168,50 @@ def frontier(lines: Sequence[Line], text: str) -> list[tuple[Line, bool]]:
     return result
 
 
-def has_efforts(lines: Sequence[Line]) -> bool:
-    """Whether there is more than one LAMP to weigh against its seconds."""
-    return sum(line.method in LAMPS for line in lines) > 1
+def curve(section: Section, column: str) -> list[tuple[int, float]]:
+    """Number of samples that ours was distilled on, and the mean of a column."""
+    means = {CURVE[one.method]: one.mean(column) for one in section.lines if one.method in CURVE}
+    return sorted((count, mean) for count, mean in means.items() if mean is not None)
 
 
-def markdown(rows: Sequence[Row]) -> list[str]:
-    """The lines of the whole report."""
-    lines = ["# Quality, side by side", "", *_circumstances(rows)]
-    for section in sections_of(rows):
-        lines += ["", f"## {section.title}", "", *_table(section), *_missing(section), *_frontiers(section)]
-    return lines
+def number(row: Row, column: str) -> float | None:
+    """The value of a column; None where it is not known."""
+    value = row.get(column)
+    return None if value in (None, "", UNKNOWN) else float(value)
 
 
-def _circumstances(rows: Sequence[Row]) -> list[str]:
-    def all_of(column: str) -> str:
-        return "; ".join(dict.fromkeys(row[column] for row in rows if row.get(column)))
-
-    threads = dict.fromkeys((row["threads"], row["jobs"]) for row in rows)
-    loads = ", ".join(f"{t} thread{'s' * (t != '1')} a cell, {j} side by side" for t, j in threads)
-    evaluated = ", ".join(dict.fromkeys(row["evaluated"] for row in rows))
-    return [
-        f"Perplexity on the first {evaluated} tokens of each text, by lampctl's own evaluation for every method. A "
-        "draw is the number of windows left out at the calibration text's start; more draws than one are given as mean "
-        f'(least to most). "of {REFERENCE}": the mean over that of lampctl\'s SparseGPT on the same draws. Sparsity: '
-        "zeros counted in the model's files, over the weights of the blocks' linear layers. Seconds: from reading "
-        "the model to having written the pruned one, without evaluation, median over draws; they grow with whatever "
-        "else the machine does, CPU s (processor time of the whole call that prunes, median) do so hardly. Memory: "
-        "the process's peak.",
-        "",
-        f"- machine: {all_of('machine')}; {loads}",
-        f"- software: {all_of('software')}",
-        "- commands: `python -m benchmarks.quality.peers`, then `python -m benchmarks.quality` (all of it; `--quick`: "
-        "the 32 x 256 part); `--report` makes this page and its figure anew from quality.csv",
-        "",
-        "![perplexity by sparsity and by pattern](quality.png)",
-    ]
-
-
-def _table(section: Section) -> list[str]:
-    heads = ["at", "method", "draws"]
-    for text in section.texts:
-        heads += [text, f"of {REFERENCE}"]
-    heads += ["sparsity", "seconds", "CPU s", "peak MB"]
-    rows = []
-    if section.dense is not None:
-        values = [NONE, DENSE, NONE]
-        for text in section.texts:
-            values += [section.dense.get(_PREFIX + text) or NONE, NONE]
-        rows.append([*values, *(NONE,) * 4])
-    for line in section.lines:
-        values = [line.point, line.method, ", ".join(line.draws)]
-        for text in section.texts:
-            ratio = ratio_to_reference(section, line, text)
-            values += [_spread(line.perplexities(text)), NONE if ratio is None else f"{ratio:.2f}"]
-        sparsity = statistics.mean(float(row["sparsity"]) for row in line.rows)
-        cpu = NONE if line.cpu_seconds is None else f"{line.cpu_seconds:.0f}"
-        values += [f"{sparsity:.3%}", f"{line.seconds:.0f}", cpu, f"{line.peak_memory_mb:.0f}"]
-        rows.append(values)
-    return markdown_table(heads, rows)
-
-
-def _missing(section: Section) -> list[str]:
-    notes = []
-    for (method, point), reason in LEFT_OUT.items():
-        if point in section.points:
-            notes.append(f"- no {method} at {point}: {reason}")
-    broken = [
-        f"- {line.method} at {line.point} breaks the pattern in {1 - float(row['pattern_held']):.2%} of its groups"
-        for line in section.lines
-        for row in line.rows
-        if row.get("pattern_held") not in (None, "", NONE) and float(row["pattern_held"]) < 1
-    ]
-    if not any(line.method in PEERS for line in section.lines):
-        notes.append("- the peers were not measured here")
-    return ["", *notes, *broken] if notes or broken else []
-
-
-def _frontiers(section: Section) -> list[str]:
+def _lines(keys: Sequence[Row], by_key: dict[tuple[str, ...], Row]) -> tuple[Line, ...]:
+    """What is planned and measured of every method but the dense model."""
+    planned: dict[tuple[str, str], list[Row]] = {}
+    for key in keys:
+        if key["method"] != DENSE:
+            planned.setdefault((key["point"], key["method"]), []).append(key)
     lines = []
-    for point in section.points:
-        if not has_efforts(section.at(point)):
-            continue
-        text = section.texts[0]
-        lines += ["", f"### Perplexity on {text} for processor time, at {point}", ""]
-        lines += markdown_table(
-            ("CPU s", "method", text, "best for its time"),
-            [
-                (f"{line.cpu_seconds:.0f}", line.method, f"{line.mean(text):.1f}", "yes" if is_best else "")
-                for line, is_best in frontier(section.at(point), text)
-            ],
-        )
-    return lines
+    for point, method in sorted(planned, key=_place):
+        mine = planned[point, method]
+        rows = tuple(by_key[_values(key)] for key in mine if _values(key) in by_key)
+        lines.append(Line(point, method, tuple(key["draw"] for key in mine), rows))
+    return tuple(lines)
 
 
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return NONE
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+def _values(row: Row) -> tuple[str, ...]:
+    """The columns that name a row."""
+    return tuple(row[name] for name in KEY)
 
 
-def _draw_number(row: Row) -> int:
-    return int(row["draw"]) if row["draw"] != NONE else 0
+def _place(of: tuple[str, str]) -> tuple[int, int]:
+    point, method = of
+    return list(POINTS).index(point), ORDER.index(method)
+
+
+def _amount(part: Part, study: Study) -> tuple[object, ...]:
+    grid = part.grids[0]
+    return (grid.is_on_c4, grid.num_samples, grid.seqlen, study.evaluated_of(part))
+
+
+def _columns(rows: Sequence[Row], prefix: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for row in rows for name in row if name.startswith(prefix) and row[name]))
+
+
+def _is_of_tasks(row: Row) -> bool:
+    return bool(row.get(f"{ACCURACY}mean"))

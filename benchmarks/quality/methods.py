@@ -1,0 +1,95 @@
+"""The methods and the points of the quality benchmark, as flags of `lampctl run` and of the peers' script."""
+
+from __future__ import annotations
+
+DENSE, MAGNITUDE, WANDA, REFERENCE, ALPS = "dense", "magnitude", "Wanda", "SparseGPT", "ALPS"
+PUBLISHED, OURS = "LAMP as published", "LAMP"
+LOW, HIGH = "LAMP, effort low", "LAMP, effort high"
+HIGH_480 = "LAMP, effort high, distilled on 480"
+
+# What is asked of each method, as lampctl says it.
+POINTS: dict[str, tuple[str, ...]] = {
+    "50%": ("--sparsity", "0.5"),
+    "60%": ("--sparsity", "0.6"),
+    "70%": ("--sparsity", "0.7"),
+    "80%": ("--sparsity", "0.8"),
+    "90%": ("--sparsity", "0.9"),
+    "2:4": ("--pattern", "2:4"),
+    "4:8": ("--pattern", "4:8"),
+    "2:4+int4": ("--pattern", "2:4", "--bits", "4"),
+    "2:4+int3": ("--pattern", "2:4", "--bits", "3"),
+}
+
+# Learning rate and epochs of the paper's method at each point: its best on 128 x 256 tokens.
+PUBLISHED_TRAINING: dict[str, tuple[str, str]] = {
+    "50%": ("1e-3", "2"),
+    "60%": ("1e-3", "2"),
+    "70%": ("1e-3", "2"),
+    "80%": ("1e-3", "2"),
+    "90%": ("1e-3", "2"),
+    "2:4": ("1e-3", "2"),
+    "4:8": ("1e-3", "2"),
+    "2:4+int4": ("1e-3", "2"),
+    "2:4+int3": ("1e-3", "2"),
+}
+
+# Ours on a distillation set of its own, by its number of samples.
+DISTILLED = {f"LAMP, distilled on {count}": count for count in (256, 480, 1024)}
+# The curve by samples of the distillation set; without --distill-samples it is the calibration set.
+CURVE = {OURS: 128, **DISTILLED}
+
+_METHODS: dict[str, tuple[str, ...]] = {
+    MAGNITUDE: ("--method", "magnitude"),
+    WANDA: ("--method", "wanda"),
+    REFERENCE: ("--method", "sparsegpt"),
+    ALPS: ("--method", "alps"),
+    PUBLISHED: (
+        *("--method", "lamp", "--pruner", "sparsegpt", "--loss", "mse"),
+        *("--no-refine", "--no-held-out", "--no-distill"),
+    ),
+    LOW: ("--method", "lamp", "--effort", "low"),
+    OURS: ("--method", "lamp"),
+    HIGH: ("--method", "lamp", "--effort", "high"),
+    **{name: ("--method", "lamp", "--distill-samples", str(count)) for name, count in DISTILLED.items()},
+    HIGH_480: ("--method", "lamp", "--effort", "high", "--distill-samples", "480"),
+}
+_ARITHMETIC = ("--dtype", "float32")
+
+# The peers': the pruner of benchmarks/quality/peer_prune.py.
+PEERS = {"llm-compressor Wanda": "wanda", "llm-compressor SparseGPT": "sparsegpt"}
+# As the peers say a point: sparsity and mask.
+PEER_POINTS = {
+    **{point: (flags[1], "0:0") for point, flags in POINTS.items() if point.endswith("%")},
+    "2:4": ("0.5", "2:4"),
+    "4:8": ("0.5", "4:8"),
+}
+
+# In tables.
+ORDER = (
+    *(DENSE, MAGNITUDE, WANDA, "llm-compressor Wanda", REFERENCE, "llm-compressor SparseGPT", ALPS, PUBLISHED),
+    *(LOW, OURS, *DISTILLED, HIGH, HIGH_480),
+)
+
+# (method, point): why there is none.
+LEFT_OUT = {
+    **{
+        (WANDA, point): "it changes no weight that it keeps, and so cannot quantize"
+        for point in POINTS
+        if "int" in point
+    },
+    **{
+        (method, point): "it would prune and quantize one after the other, on another quantization grid"
+        for method in PEERS
+        for point in POINTS
+        if "int" in point
+    },
+}
+
+
+def flags_of(method: str, point: str) -> tuple[str, ...]:
+    """The flags of `lampctl run` that make this method at this point what it is."""
+    training: tuple[str, ...] = ()
+    if method == PUBLISHED:
+        rate, epochs = PUBLISHED_TRAINING[point]
+        training = ("--lr", rate, "--epochs", epochs)
+    return (*_METHODS[method], *training, *_ARITHMETIC, *POINTS[point])
