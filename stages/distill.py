@@ -36,6 +36,7 @@ from stages.tasks.registry import task_named
 from stages.training.end_loss import EndLoss
 from stages.training.kept_weights import kept_masked
 from stages.training.loss import split_samples
+from stages.training.rates import Rate
 from stages.training.seeding import generator_for
 from stages.training.student import PrunedBlocks, Resident, Streamed, Student, Work
 from stages.training.trainer import BACKTRACK, Losses
@@ -49,7 +50,7 @@ class DistillSettings:
     """How to distill."""
 
     epochs: int
-    lr: float  # the highest learning rate of Adam: it rises, then falls to zero along a cosine
+    lr: Rate  # the highest learning rate of Adam: it rises, then falls to zero along a cosine
     batch: int  # samples of an update, about: an epoch's samples are split evenly
     # Measure each epoch on held-out samples; undo an epoch without improvement. False: train on all samples, and keep
     # the last weights.
@@ -126,7 +127,7 @@ class Distiller:
         self._num_updates = max(round(len(self._train_set) / settings.batch), 1)  # of an epoch
         self._restored = callbacks.restore()
         self._course = _Course() if self._restored is None else _Course.from_json(self._restored.figures["course"])
-        work = Work(context, pruned, teacher, self._end_loss, callbacks, self)
+        work = Work(context, pruned, teacher, self._end_loss, settings.lr, callbacks, self)
         most = max(math.ceil(len(self._train_set) / self._num_updates), len(self._held_out))
         stored = () if self._restored is None else self._restored.parts
         self._student: Student = Resident(work, stored) if is_resident else Streamed(work, stored, scratch, most)
@@ -157,7 +158,7 @@ class Distiller:
                 if not math.isfinite(loss):
                     raise NumericalError(
                         f"distillation: the loss became {loss} in update {len(course.updates) + 1}; use a smaller "
-                        f"--distill-lr than {self._settings.lr:g}"
+                        f"--distill-lr than {self._settings.lr}"
                     )
                 course.losses.append(loss)
                 course.updates.append(loss)
@@ -205,7 +206,7 @@ class Distiller:
         warm = math.ceil(total * _WARM_UP) if total > 1 else 0
         rising = min(1.0, (number + 1) / (warm + 1))
         falling = 0.5 * (1 + math.cos(math.pi * number / total))
-        return self._settings.lr * self._course.rate * rising * falling
+        return self._settings.lr.value * self._course.rate * rising * falling
 
     def _judge(self) -> float | None:
         """The mean loss over the held-out samples; None: there are none."""
@@ -216,7 +217,7 @@ class Distiller:
         if not math.isfinite(mean):
             raise NumericalError(
                 f"distillation: the held-out loss is {mean} after {len(self._course.updates)} updates; use a smaller "
-                f"--distill-lr than {self._settings.lr:g}"
+                f"--distill-lr than {self._settings.lr}"
                 if self._course.updates
                 else f"distillation: the loss of the pruned model is {mean}: its weights or activations hold NaN or "
                 "infinity"

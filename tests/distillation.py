@@ -11,11 +11,12 @@ from stages.lamp import LampSettings, lamp
 from stages.machine.device import DeviceChoices
 from stages.replay import replay
 from stages.sparsity.nm_pattern import Pattern
+from stages.training.rates import Rate
 from stages.training.student import PrunedBlocks
 from tests.blocks import budget_of, context_of, pruner_named
 
 FP32 = DeviceChoices("cpu", "float32", 1, "highest", "here")
-SETTINGS = DistillSettings(epochs=2, lr=2e-3, batch=3, holds_out=True, seed=0)
+SETTINGS = DistillSettings(epochs=2, lr=Rate(2e-3), batch=3, holds_out=True, seed=0)
 N, T = 9, 12
 
 

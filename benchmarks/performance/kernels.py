@@ -25,6 +25,7 @@ from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.runtime.block_context import StageContext
 from stages.runtime.block_runner import BlockRunner
+from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 
 NUM_SAMPLES, SEQLEN = 32, 256
@@ -51,7 +52,7 @@ def arithmetic(model_name: str, dtype: str, folder: Path, repeats: int = 3) -> l
     context = StageContext(model, inputs, choices, NullCallbacks())
     capture(context, biased, dense)
     one_pass_s = _ideal_pass_s(model, choices) * NUM_SAMPLES
-    settings = TrainingSettings(epochs=1, lr=1e-4, lr_decay=1.0, holds_out=False, seed=0)
+    settings = TrainingSettings(epochs=1, lr=Rate(1e-4), lr_decay=1.0, holds_out=False, seed=0)
 
     def do_capture() -> None:
         capture(context, biased, dense)

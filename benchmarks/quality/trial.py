@@ -35,6 +35,7 @@ from stages.pruners.registry import PRUNERS
 from stages.runtime.block_context import StageContext
 from stages.sparsity.budget import BlockBudget, LayerShape, allocate, follow_pattern
 from stages.sparsity.nm_pattern import Pattern
+from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 
 
@@ -83,10 +84,10 @@ def prune_first_blocks(
     pattern = Pattern.parse(args.pattern) if args.pattern else None
     options = PruneOptions(pattern=pattern, bits=args.bits)
     shared = (args.lr_decay, args.held_out, args.seed, args.loss)
-    refinement = TrainingSettings(args.refine_epochs, args.refine_lr or args.lr, *shared)
+    refinement = TrainingSettings(args.refine_epochs, Rate.parse(args.refine_lr or args.lr), *shared)
     settings = LampSettings(
         PRUNERS.get(args.pruner)(options),
-        TrainingSettings(args.epochs, args.lr, *shared),
+        TrainingSettings(args.epochs, Rate.parse(args.lr), *shared),
         refinement if args.refine_epochs else None,
     )
     budget = _budgets(model, pattern, args)[: args.blocks]
@@ -112,12 +113,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--pruner", default="sparsegpt")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", default="1%")
     parser.add_argument("--lr-decay", type=float, default=0.87)
     parser.add_argument("--loss", default="token")
     parser.add_argument("--held-out", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--refine-epochs", type=int, default=3)
-    parser.add_argument("--refine-lr", type=float)
+    parser.add_argument("--refine-lr")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)

@@ -61,6 +61,19 @@ def known_metrics(metrics: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(metrics))
 
 
+def learning_rate(value: Any) -> Any:
+    """A learning rate: a number, or "1%" for one relative to each tensor (`stages.training.rates`)."""
+    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
+        return value
+    from stages.training.rates import Rate
+
+    try:
+        rate = Rate.parse(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    return str(rate) if rate.is_relative else rate.value
+
+
 def quoted_pattern(value: Any) -> Any:
     """Refuse a pattern that YAML has read as a number: without quotes, 2:4 is a number in base 60."""
     if isinstance(value, int):

@@ -9,6 +9,8 @@ from stages.pruners.registry import LAMP
 
 Share = Annotated[float, Limits(gt=0, lt=1)]
 Positive = Annotated[float, Limits(gt=0, le=1e6)]
+# Text first: so the command line takes it, "1%" and all.
+LearningRate = Annotated[str | float | None, Before(checks.learning_rate)]
 Count = Annotated[int, Limits(ge=1, le=10**9)]
 Tokens = Annotated[int, Limits(ge=2, le=10**9)]
 Patterns = Annotated[tuple[str, ...], Before(checks.one_or_many), After(checks.valid_regexes)]
@@ -244,7 +246,14 @@ class PruningSettings:
         Option("LAMP only: epochs of compensation per block.", "Training", "N", "by effort", applies_to="lamp"),
     ] = None
     lr: Annotated[
-        Positive | None, Option("Learning rate of Adam.", "Training", "RATE", "by sparsity", applies_to="lamp")
+        LearningRate,
+        Option(
+            "Learning rate of Adam, such as 1e-3, or such as 1%: of the root mean square of each tensor's values.",
+            "Training",
+            "RATE",
+            "1% above 45% sparsity",
+            applies_to="lamp",
+        ),
     ] = None
     lr_decay: Annotated[
         Annotated[float, Limits(gt=0, le=1)] | None,
@@ -284,7 +293,7 @@ class PruningSettings:
         Count | None, Option("Epochs of refinement per block.", "Training", "N", "by effort", applies_to="lamp")
     ] = None
     refine_lr: Annotated[
-        Positive | None, Option("Learning rate of refinement.", "Training", "RATE", "by sparsity", applies_to="lamp")
+        LearningRate, Option("Learning rate of refinement.", "Training", "RATE", "as --lr", applies_to="lamp")
     ] = None
 
     distill: Annotated[
@@ -298,7 +307,7 @@ class PruningSettings:
     ] = None
     distill_epochs: Annotated[Count | None, Option("Epochs of distillation.", "Training", "N", "1")] = None
     distill_lr: Annotated[
-        Positive | None,
+        LearningRate,
         Option("Highest learning rate of distillation; it rises, then falls to zero.", "Training", "RATE", "by batch"),
     ] = None
     distill_batch: Annotated[

@@ -30,26 +30,29 @@ def pruner_of(config: RunConfig) -> Pruner:
     return PRUNERS.get(config.pruner_name)(config.prune_options)
 
 
-def training_settings(config: RunConfig, epochs: int | None, lr: float | None) -> TrainingSettings:
+def training_settings(config: RunConfig, epochs: int | None, lr: str | float | None) -> TrainingSettings:
     """How blocks are trained: by compensation or refinement, which have epochs and a learning rate of their own."""
+    from stages.training.rates import Rate
     from stages.training.trainer import TrainingSettings
 
     assert epochs is not None
-    assert lr
+    assert lr is not None
     return TrainingSettings(
-        epochs, lr, config.lr_decay or 1.0, bool(config.held_out), config.seed, config.loss or "mse"
+        epochs, Rate.parse(lr), config.lr_decay or 1.0, bool(config.held_out), config.seed, config.loss or "mse"
     )
 
 
 def distill_settings(config: RunConfig) -> DistillSettings:
     """How all blocks are trained together at the end."""
     from stages.distill import DistillSettings
+    from stages.training.rates import Rate
 
     assert config.distill_epochs is not None
     assert config.distill_lr is not None
     assert config.distill_batch is not None
     holds_out = config.held_out is not False  # methods that train nothing else have no such setting
-    return DistillSettings(config.distill_epochs, config.distill_lr, config.distill_batch, holds_out, config.seed)
+    rate = Rate.parse(config.distill_lr)
+    return DistillSettings(config.distill_epochs, rate, config.distill_batch, holds_out, config.seed)
 
 
 def block_budget(stored: StoredBlockBudget) -> BlockBudget:

@@ -19,9 +19,11 @@ from torch.nn.utils import parametrize
 from stages.models.base import BlockModel
 from stages.quantization.grid import Grid
 from stages.sparsity.outcome import PruneOutcome
+from stages.training.rates import Rate
 
 _ORIGINAL = ".parametrizations.weight.original"
 _ADAM = "adam."
+_FACTOR = "factor"
 
 
 @contextlib.contextmanager
@@ -69,22 +71,24 @@ class KeptAdam:
     A step is that of `torch.optim.Adam` on the vector of the kept weights.
     """
 
-    def __init__(self, block: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    def __init__(self, block: nn.Module, kept: Mapping[str, Tensor], rate: Rate) -> None:
         """Begin without moments.
 
         Args:
             block: On the device, with `kept_masked` in force.
             kept: Where the kept weights of pruned layers are (`kept_of`), on the device.
+            rate: A relative one refers to the weights that the block has now, unless `load` restores others.
         """
         self._parameters = {plain_name(name): parameter for name, parameter in block.named_parameters()}
         self._kept = kept
+        self._factors = rate.factors(self._parameters)
         self._moments: dict[str, dict[str, Tensor]] = {}
         for parameter in self._parameters.values():
             parameter.requires_grad_(True)
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Change the weights by their gradients, and drop the gradients."""
+    def step(self, rate: float) -> None:
+        """Change the weights by their gradients, and drop the gradients. rate: before the factor of each tensor."""
         vectors: dict[str, nn.Parameter] = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:  # an expert that got no token of this batch has none
@@ -93,7 +97,8 @@ class KeptAdam:
                 parameter.grad = None
         if not vectors:
             return
-        optimizer = torch.optim.Adam(vectors.values(), lr=lr, fused=True)
+        groups = [{"params": [vector], "lr": rate * self._factors[name]} for name, vector in vectors.items()]
+        optimizer = torch.optim.Adam(groups, fused=True)
         for name, vector in vectors.items():
             if name in self._moments:
                 optimizer.state[vector] = self._moments[name]
@@ -106,15 +111,24 @@ class KeptAdam:
                 self._parameters[name].copy_(vector)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments, (K,) each, and the number of steps, by names that begin with "adam."."""
-        return {f"{_ADAM}{key}.{name}": t for name, state in self._moments.items() for key, t in state.items()}
+        """The moments, (K,) each, the number of steps and the rate's factors, by names that begin with "adam."."""
+        moments = {f"{_ADAM}{key}.{name}": t for name, state in self._moments.items() for key, t in state.items()}
+        factors = {
+            f"{_ADAM}{_FACTOR}.{name}": torch.tensor(factor, dtype=torch.float64)
+            for name, factor in self._factors.items()
+        }
+        return {**moments, **factors}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` gave; other names are ignored."""
         self._moments = {}
         for label in tensors:
-            if label.startswith(_ADAM):
-                key, _, name = label.removeprefix(_ADAM).partition(".")
+            if not label.startswith(_ADAM):
+                continue
+            key, _, name = label.removeprefix(_ADAM).partition(".")
+            if key == _FACTOR:
+                self._factors[name] = tensors[label].item()
+            else:
                 device = self._parameters[name].device
                 self._moments.setdefault(name, {})[key] = tensors[label].to(device)
 

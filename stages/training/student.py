@@ -24,6 +24,7 @@ from stages.runtime.block_context import BlockContext, StageContext
 from stages.sparsity.outcome import PruneOutcome
 from stages.training.end_loss import EndLoss, LossAndGradient
 from stages.training.kept_weights import KeptAdam, kept_masked, kept_of, plain_state, without_moments
+from stages.training.rates import Rate
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Work:
         pruned: PrunedBlocks,
         teacher: Samples,
         end_loss: type[EndLoss],
+        rate: Rate,
         callbacks: DurableCallbacks,
         listener: Listener,
     ) -> None:
@@ -65,6 +67,7 @@ class Work:
             pruned: The pruned model.
             teacher: The last block's output in the dense model, N samples (T, H).
             end_loss: The loss of the model's output.
+            rate: The highest learning rate.
             callbacks: They store parts of the state.
             listener: Hears of every pass.
         """
@@ -76,7 +79,7 @@ class Work:
         self.context, self.choices = replace(context, device=choices), choices
         self.model, self.device, self.callbacks = context.model, choices.torch_device, callbacks
         self.pruned, self.boundary, self.advance = pruned, listener.boundary, listener.advance
-        self._teacher, self._end_loss = teacher, end_loss
+        self._teacher, self._end_loss, self._rate = teacher, end_loss, rate
 
     def inputs(self, number: int) -> Tensor:
         """The model's input of a sample, as a batch of one."""
@@ -91,7 +94,7 @@ class Work:
     def load(self, index: int, tensors: Mapping[str, Tensor] | None) -> _Block:
         """A block, ready to be trained. tensors: weights and moments; None: the pruned block, without moments."""
         state = self.pruned.state_of(index) if tensors is None else without_moments(tensors)
-        return _Block(self.context.block(index), state, self.pruned.outcome_of(index), tensors)
+        return _Block(self.context.block(index), state, self.pruned.outcome_of(index), self._rate, tensors)
 
     def run(self, block: _Block, hidden: Tensor, inputs: Tensor, *, trains: bool) -> Tensor:
         """The block's output (1, T, H) in fp32. trains: with the arithmetic of training steps."""
@@ -114,6 +117,7 @@ class _Block:
         context: BlockContext,
         state: Mapping[str, Tensor],
         outcome: PruneOutcome,
+        rate: Rate,
         moments: Mapping[str, Tensor] | None,
     ) -> None:
         self.index = context.index
@@ -121,7 +125,7 @@ class _Block:
         outcome = outcome.to(context.device.torch_device)
         self._masking = contextlib.ExitStack()
         self._masking.enter_context(kept_masked(context.model, self._module, self.index, outcome))
-        self.adam = KeptAdam(self._module, kept_of(context.model, self.index, outcome))
+        self.adam = KeptAdam(self._module, kept_of(context.model, self.index, outcome), rate)
         if moments is not None:
             self.adam.load(moments)
         self.runner = context.runner(self._module)

@@ -21,7 +21,9 @@ from stages.interfaces import Checkpoint, Samples, Scratch, Stream
 from stages.runtime.block_context import BlockContext
 from stages.runtime.prefetch import Writing
 from stages.training.best_weights import BestWeights
+from stages.training.kept_weights import plain_name
 from stages.training.loss import block_loss, split_samples
+from stages.training.rates import Rate
 from stages.training.seeding import generator_for
 
 # After an epoch without improvement, training resumes from the best weights, and the learning rate is multiplied by
@@ -34,7 +36,7 @@ class TrainingSettings:
     """How to train."""
 
     epochs: int
-    lr: float
+    lr: Rate
     lr_decay: float  # the learning rate is multiplied by this after each epoch
     # Measure each epoch on held-out samples; undo an epoch without improvement and reduce the learning rate. False: as
     # in the paper, train on all samples and keep the last weights.
@@ -257,7 +259,7 @@ class BlockTrainer:
             self._best = BestWeights(self.block, self._spill)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        self._optimizer = torch.optim.Adam(parameters, lr=self.settings.lr, fused=True)
+        self._optimizer = torch.optim.Adam(self._groups(parameters), fused=True)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.choices.torch_train_dtype == torch.float16)
         self._course = _TrainingState(best=before.judged)
         if self._restored is not None:
@@ -267,14 +269,21 @@ class BlockTrainer:
             _freeze(parameters)
         return self._course
 
+    def _groups(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+        """One group per parameter, because each has a learning rate of its own. The block is as before training."""
+        named = {plain_name(name): parameter for name, parameter in self.block.named_parameters()}
+        factors, names = self.settings.lr.factors(named), {parameter: name for name, parameter in named.items()}
+        return [{"params": [parameter], "factor": factors[names[parameter]]} for parameter in parameters]
+
     def _train_epoch(self, course: _TrainingState) -> None:
         """Train on each training sample once, in a seeded order; a resumed epoch trains on the remaining samples."""
         assert self._optimizer is not None
         assert self._scaler is not None
         generator = generator_for(self.settings.seed, self.purpose, self.block_index, course.epoch)
         order = [self.train_set[i] for i in torch.randperm(len(self.train_set), generator=generator).tolist()]
+        rate = self.settings.lr.value * self.settings.lr_decay ** (course.epoch - 1) * course.rate
         for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.lr * self.settings.lr_decay ** (course.epoch - 1) * course.rate
+            group["lr"] = rate * group["factor"]
         steps = [[index] for index in order[len(course.losses) :]]
         with self._pass.reading(steps, self.stream_in, self.targets) as read:
             for batch in read:
@@ -351,7 +360,7 @@ class BlockTrainer:
 
     def _advice(self) -> str:
         flag = "--refine-lr" if self.purpose == "refine" else "--lr"
-        return f"use a smaller {flag} than {self.settings.lr:g}"
+        return f"use a smaller {flag} than {self.settings.lr}"
 
     def _mean_loss(self, indices: Sequence[int]) -> float:
         return _mean(self._losses(indices, self.boundary), indices)

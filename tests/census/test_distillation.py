@@ -7,10 +7,11 @@ from stages.distill import DistillSettings
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from stages.training import end_loss
+from stages.training.rates import Rate
 from tests.census.families import CENSUS
 from tests.distillation import Case, require_same
 
-SETTINGS = DistillSettings(epochs=1, lr=1e-3, batch=2, holds_out=True, seed=0)
+SETTINGS = DistillSettings(epochs=1, lr=Rate(1e-3), batch=2, holds_out=True, seed=0)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from stages.refine_block import refine_block
 from stages.sparsity.nm_pattern import Pattern
 from stages.sparsity.outcome import PruneOutcome
 from stages.training.loss import block_loss, split_samples
+from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 from tests.blocks import budget_of, context_of, output_of, pruner_named
 from tests.small_models import VOCAB, save
@@ -61,7 +62,7 @@ class NoProgress:
 
 
 def settings(**changes):
-    return TrainingSettings(**{"epochs": 2, "lr": 1e-3, "lr_decay": 0.9, "holds_out": True, "seed": 0, **changes})
+    return TrainingSettings(**{"epochs": 2, "lr": Rate(1e-3), "lr_decay": 0.9, "holds_out": True, "seed": 0, **changes})
 
 
 def block_inputs(whole, list_name, ids):
@@ -157,7 +158,7 @@ def test_compensation_reports_the_mse_of_the_last_blocks_output(model, inputs):
 
 
 def test_an_update_that_makes_it_worse_is_never_kept(model, inputs):
-    found = compensated(model, inputs, after_block_0(model, inputs), settings(lr=3.0))
+    found = compensated(model, inputs, after_block_0(model, inputs), settings(lr=Rate(3.0)))
     state, result = found.state, found.training
     assert result.kept_epoch == 0
     assert result.after == result.before
@@ -171,12 +172,12 @@ def test_an_update_that_makes_it_worse_is_never_kept(model, inputs):
 def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_change(model, inputs):
     streams = after_block_0(model, inputs)
     with pytest.raises(NumericalError, match=r"block 1: the loss became .* use a smaller --lr"):
-        compensated(model, inputs, streams, settings(lr=1e30, holds_out=False))
+        compensated(model, inputs, streams, settings(lr=Rate(1e30), holds_out=False))
 
 
 def test_weights_that_diverged_in_the_last_step_are_refused(model, inputs):
     biased, target, pruned = pruned_for_refining(model, inputs)
-    diverging = settings(lr=1e38, epochs=1, holds_out=False)
+    diverging = settings(lr=Rate(1e38), epochs=1, holds_out=False)
     with pytest.raises(NumericalError, match="block 1: "):
         refine_block(context_of(model, inputs).block(1), pruned, biased, target, diverging, output_of(model, 1))
 
@@ -289,7 +290,7 @@ def mean_loss(model, state, inputs, biased, target):
 def test_refining_lowers_the_loss_and_keeps_mask_pattern_and_grid(model, inputs, changes, dtype):
     biased, target, pruned = pruned_for_refining(model, inputs, **changes)
     out = stream()
-    training, output = settings(lr=3e-3, epochs=8, holds_out=False), output_of(model, 1, dtype, out)
+    training, output = settings(lr=Rate(3e-3), epochs=8, holds_out=False), output_of(model, 1, dtype, out)
     result = refine_block(context_of(model, inputs).block(1), pruned, biased, target, training, output)
     state = result.finished.state
     assert mean_loss(model, state, inputs, biased, target) < mean_loss(model, pruned.state, inputs, biased, target)
@@ -314,7 +315,7 @@ def test_refining_lowers_the_loss_and_keeps_mask_pattern_and_grid(model, inputs,
 def test_a_refinement_that_makes_it_worse_is_never_kept(model, inputs):
     biased, target, pruned = pruned_for_refining(model, inputs)
     output = output_of(model, 1)
-    result = refine_block(context_of(model, inputs).block(1), pruned, biased, target, settings(lr=3.0), output)
+    result = refine_block(context_of(model, inputs).block(1), pruned, biased, target, settings(lr=Rate(3.0)), output)
     assert result.training.kept_epoch == 0
     assert all(torch.equal(tensor, pruned.state[name]) for name, tensor in result.finished.state.items())
 
@@ -350,7 +351,7 @@ def test_best_weights_on_the_disk_change_nothing(model, inputs):
     biased, dense = stream(), stream()
     capture(context_of(model, inputs), biased, dense)
     found = [
-        compensated(model, inputs, (biased, dense, stream()), settings(epochs=3, lr=3e-2), spill=spill)
+        compensated(model, inputs, (biased, dense, stream()), settings(epochs=3, lr=Rate(3e-2)), spill=spill)
         for spill in (None, ListScratch())
     ]
     assert found[0].training == found[1].training

@@ -16,6 +16,7 @@ from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from stages.sparsity.nm_pattern import Pattern
 from stages.training import end_loss
+from stages.training.rates import Rate
 from tests import small_encoders, small_experts, small_models, small_sam
 from tests.blocks import context_of
 from tests.distillation import FP32, SETTINGS, Case, N, require_same
@@ -149,7 +150,7 @@ def test_stopped_at_any_boundary_it_resumes_to_the_same_bits(case, stopped_resid
 
 
 def test_an_epoch_that_does_not_help_is_undone(case):
-    settings = DistillSettings(epochs=3, lr=0.5, batch=3, holds_out=True, seed=0)
+    settings = DistillSettings(epochs=3, lr=Rate(0.5), batch=3, holds_out=True, seed=0)
     report, states = case.distilled(is_resident=True, settings=settings)
     assert report.kept_epoch == 0
     assert report.after == report.before
@@ -161,7 +162,7 @@ def test_an_epoch_that_does_not_help_is_undone(case):
 def test_a_later_epoch_that_does_not_help_returns_to_the_best_one(case):
     # The rate of the second half is what is left of the cosine: raised by the seed's order until epoch 2 fails.
     for lr in (5e-3, 1e-2, 2e-2, 4e-2, 8e-2):
-        settings = DistillSettings(epochs=4, lr=lr, batch=1, holds_out=True, seed=0)
+        settings = DistillSettings(epochs=4, lr=Rate(lr), batch=1, holds_out=True, seed=0)
         report, states = case.distilled(is_resident=True, settings=settings)
         failed = [epoch.held_out > report.after for epoch in report.epochs[report.kept_epoch :]]
         if report.kept_epoch and failed:
@@ -174,7 +175,7 @@ def test_a_later_epoch_that_does_not_help_returns_to_the_best_one(case):
 
 def test_one_update_is_a_step_of_adam_on_the_whole_models_gradient(case):
     """Against a plain loop: the blocks one after the other under autograd, and torch's Adam on whole tensors."""
-    settings = DistillSettings(epochs=1, lr=1e-3, batch=100, holds_out=False, seed=0)
+    settings = DistillSettings(epochs=1, lr=Rate(1e-3), batch=100, holds_out=False, seed=0)
     report, states = case.distilled(is_resident=True, settings=settings)
     model, device = case.model, torch.device("cpu")
     blocks = [model.load_block(i, device, state=case.blocks[i].finished.state) for i in range(model.num_blocks)]
@@ -217,7 +218,7 @@ def test_slices_of_tokens_give_the_loss_and_gradient_of_the_whole(case, monkeypa
 
 
 def test_weights_that_overflow_are_refused(case):
-    settings = DistillSettings(epochs=1, lr=1e30, batch=1, holds_out=False, seed=0)
+    settings = DistillSettings(epochs=1, lr=Rate(1e30), batch=1, holds_out=False, seed=0)
     with pytest.raises(NumericalError, match="smaller --distill-lr than 1e\\+30"):
         case.distilled(is_resident=True, settings=settings)
 

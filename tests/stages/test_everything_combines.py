@@ -8,6 +8,7 @@ from stages.lamp import LampSettings, lamp
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.sparsity.nm_pattern import Pattern
+from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 from tests.blocks import budget_of, context_of, pruner_named
 from tests.small_models import VOCAB, save
@@ -43,7 +44,7 @@ def pruned_blocks(model, method, goal, bits):
     trains, refines = method.startswith("lamp"), method.endswith("refined")
     name = "alps" if refines else "sparsegpt" if trains else method
     pruner = pruner_named(name, pattern=pattern, bits=bits[0], group_size=bits[1])
-    training = TrainingSettings(1, 1e-3, 0.9, True, 0)
+    training = TrainingSettings(1, Rate(1e-3), 0.9, True, 0)
     settings = LampSettings(pruner, training if trains else None, training if refines else None, "bfloat16")
     budget = budget_of(model, *((goal,) if pattern else goal))
     yield from zip(budget, lamp(context_of(model, inputs), budget, settings), strict=True)

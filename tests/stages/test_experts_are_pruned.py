@@ -17,6 +17,7 @@ from stages.models.in_memory import open_in_memory
 from stages.models.resolve import resolve
 from stages.pruners.sparsegpt import SparseGPT
 from stages.sparsity.nm_pattern import Pattern
+from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 from tests.blocks import FP32, budget_of, context_of, pruner_named
 from tests.small_experts import FAMILIES, NUM_EXPERTS, build, loaded, save
@@ -115,7 +116,7 @@ def test_a_shared_expert_is_pruned_beside_the_others(family, num_samples, to_all
 @pytest.mark.parametrize("bits", [None, 4])
 def test_training_reaches_the_experts_and_keeps_their_masks(bits):
     model = open_in_memory(build("gpt-oss"))
-    training = TrainingSettings(1, 1e-3, 0.9, False, 0)
+    training = TrainingSettings(1, Rate(1e-3), 0.9, False, 0)
     pruner = pruner_named("sparsegpt", bits=bits)
     plain = list(lamp(context_of(model, inputs_of(IDS)), budget_of(model, 0.5), LampSettings(pruner, None, None)))
     trained = list(

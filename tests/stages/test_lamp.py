@@ -18,14 +18,15 @@ from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.sparsity.budget import allocate
 from stages.sparsity.owl import budget_by_outliers
+from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 from tests.blocks import context_of, pruner_named
 from tests.small_models import save
 
 N, T = 5, 16
 AMOUNT = ("--num-samples", N, "--seqlen", T, "--evaluate", "", "--device", "cpu", "--threads", 1, "--micro-batch", 1)
-LOW = TrainingSettings(1, 1e-3, 0.9, True, 0, "token")
-MSE = TrainingSettings(2, 5e-4, 0.9, False, 0, "mse")
+LOW = TrainingSettings(1, Rate(1e-3), 0.9, True, 0, "token")
+MSE = TrainingSettings(2, Rate(5e-4), 0.9, False, 0, "mse")
 
 
 def exported(run):

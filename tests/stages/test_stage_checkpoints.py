@@ -17,6 +17,7 @@ from stages.prune_block import prune_block
 from stages.refine_block import refine_block
 from stages.sparsity.nm_pattern import Pattern
 from stages.training.loss import block_loss
+from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 from tests.blocks import budget_of, context_of, output_of, perplexity_of, pruner_named
 from tests.small_models import VOCAB, save
@@ -105,11 +106,11 @@ def every_stop(run, callbacks_of=StoppingCallbacks, step=1):
 
 
 TRAININGS = {
-    "mse": (TrainingSettings(2, 1e-3, 0.9, False, 0), FP32),
-    "held out": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), FP32),
-    "bf16": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), BF16),
-    "training in bf16": (TrainingSettings(2, 1e-3, 0.9, True, 0, "token"), TRAIN_BF16),
-    "backtracking": (TrainingSettings(3, 0.3, 0.9, True, 0), FP32),
+    "mse": (TrainingSettings(2, Rate(1e-3), 0.9, False, 0), FP32),
+    "held out": (TrainingSettings(2, Rate(1e-3), 0.9, True, 0, "token"), FP32),
+    "bf16": (TrainingSettings(2, Rate(1e-3), 0.9, True, 0, "token"), BF16),
+    "training in bf16": (TrainingSettings(2, Rate(1e-3), 0.9, True, 0, "token"), TRAIN_BF16),
+    "backtracking": (TrainingSettings(3, Rate(0.3), 0.9, True, 0), FP32),
 }
 
 
@@ -140,8 +141,8 @@ def test_compensation_goes_on_to_the_same_bits(model, inputs, streams, name):
 def test_refinement_goes_on_to_the_same_bits_also_while_it_runs_the_stream_on(model, inputs, streams, bits):
     biased, dense = streams
     target = ListStream(N, (T, H), torch.float32)
-    settings = TrainingSettings(2, 1e-3, 0.9, True, 0, "token")
-    block, no_training = context_of(model, inputs, FP32).block(1), TrainingSettings(0, 1e-3, 1, False, 0)
+    settings = TrainingSettings(2, Rate(1e-3), 0.9, True, 0, "token")
+    block, no_training = context_of(model, inputs, FP32).block(1), TrainingSettings(0, Rate(1e-3), 1, False, 0)
     compensate_block(block, biased, dense, target, no_training)
     pruner = pruner_named("sparsegpt", bits=bits)
     pruned = prune_block(block, pruner, budget_of(model, 0.5)[1], biased, output=None)

@@ -12,6 +12,7 @@ from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.prune_block import prune_block
 from stages.runtime.block_runner import BlockRunner, Counter, micro_batches, samples_at_once
+from stages.training.rates import Rate
 from stages.training.trainer import BlockTrainer, Purpose, TrainingSettings
 from tests.blocks import budget_of, context_of, output_of, perplexity_of, pruner_named
 from tests.small_models import FAMILIES, VOCAB, save
@@ -90,7 +91,7 @@ def test_pruning_and_losses_do_not_depend_on_it_either(models):
         budget = budget_of(model, 0.5)[0]
         result = prune_block(context.block(0), pruner_named("sparsegpt"), budget, biased, output=output)
         results.append((result, rows(out)))
-        settings = TrainingSettings(epochs=0, lr=1e-3, lr_decay=1.0, holds_out=True, seed=0)
+        settings = TrainingSettings(epochs=0, lr=Rate(1e-3), lr_decay=1.0, holds_out=True, seed=0)
         block, purpose = model.load_block(1, choices.torch_device), Purpose("compensate", 1, 0)
         trainer = BlockTrainer(context.block(1), block, biased, dense, settings, purpose)
         losses.append(trainer.first_pass().trained)

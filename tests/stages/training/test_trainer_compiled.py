@@ -12,6 +12,7 @@ from stages.in_memory import ListStream
 from stages.machine.device import DeviceChoices
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
+from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 from tests.blocks import context_of
 from tests.small_models import VOCAB, save
@@ -30,7 +31,7 @@ def test_compiled_training_ends_where_plain_training_does(tmp_path):
         inputs.write(index, torch.randint(4, VOCAB, (T,), generator=generator))
     biased, dense, out = (ListStream(N, (T, model.hidden_size), torch.float32) for _ in range(3))
     capture(context_of(model, inputs, CHOICES), biased, dense)
-    settings = TrainingSettings(epochs=2, lr=1e-3, lr_decay=1.0, holds_out=False, seed=0)
+    settings = TrainingSettings(epochs=2, lr=Rate(1e-3), lr_decay=1.0, holds_out=False, seed=0)
 
     def train(choices):
         return compensate_block(context_of(model, inputs, choices).block(1), biased, dense, out, settings)

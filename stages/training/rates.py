@@ -1,0 +1,78 @@
+"""Learning rates: absolute, or relative to the size of each tensor's values.
+
+A rate that suits one model is far off for another: Adam moves every weight by about the rate, and 2e-3 is 1% of the
+weights of SmolLM2-135M, but 5 to 12% of those of Gemma-3-270M, which it ruins (docs/experiments.md). A relative rate
+moves every tensor by the same share of its own values, so one default carries over from model to model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.errors import UsageError
+
+_LARGEST = 1e6
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate of Adam.
+
+    Attributes:
+        value: The rate. If it is relative, as a share: 0.01 for 1%.
+        is_relative: It is multiplied by the root mean square of each tensor before training.
+    """
+
+    value: float
+    is_relative: bool = False
+
+    @classmethod
+    def parse(cls, text: str | float) -> Rate:
+        """A rate as settings have it: 0.001 or "1e-3" (absolute), "1%" (relative).
+
+        Raises:
+            UsageError: It is no rate.
+        """
+        number = str(text).strip()
+        is_relative = number.endswith("%")
+        try:
+            value = float(number.removesuffix("%"))
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= _LARGEST:  # also refuses NaN
+            raise UsageError(
+                "expected a number above zero such as 1e-3, or such as 1% (of each tensor's root mean square)"
+            )
+        return cls(value / 100, is_relative=True) if is_relative else cls(value)
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:g}%" if self.is_relative else f"{self.value:g}"
+
+    @torch.no_grad()
+    def factors(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+        """What the rate is multiplied by for each parameter of a block: 1, or the root mean square of its values.
+
+        A parameter that is zero throughout, such as a new bias, takes that of its module's weight, or else that of all
+        parameters.
+
+        Args:
+            parameters: All parameters by names such as "self_attn.q_proj.weight".
+        """
+        if not self.is_relative:
+            return dict.fromkeys(parameters, 1.0)
+        squares = {name: _mean_square(parameter) for name, parameter in parameters.items()}
+        counts = {name: parameter.numel() for name, parameter in parameters.items()}
+        overall = math.fsum(squares[name] * counts[name] for name in squares) / max(sum(counts.values()), 1)
+        return {
+            name: math.sqrt(square or squares.get(f"{name.rpartition('.')[0]}.weight", 0.0) or overall)
+            for name, square in squares.items()
+        }
+
+
+def _mean_square(tensor: Tensor) -> float:
+    return tensor.float().square().mean(dtype=torch.float64).item()
