@@ -63,7 +63,7 @@ def known_metrics(metrics: tuple[str, ...]) -> tuple[str, ...]:
 
 def learning_rate(value: Any) -> Any:
     """A learning rate: a number, or "1%" for one relative to each tensor (`stages.training.rates`)."""
-    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float):
         return value
     from stages.training.rates import Rate
 

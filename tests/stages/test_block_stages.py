@@ -347,6 +347,26 @@ def test_the_rate_falls_by_epoch(model, inputs, monkeypatch):
     assert rates == [1e-3] * N + [5e-4] * N + [2.5e-4] * N
 
 
+def test_a_relative_rate_is_that_share_of_every_tensor(model, inputs, monkeypatch):
+    streams = after_block_0(model, inputs)
+    block = model.load_block(1, torch.device("cpu"))
+    sizes = [parameter.square().mean().sqrt().item() for parameter in block.parameters()]
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda o, *a: rates.append([g["lr"] for g in o.param_groups]) or step(o, *a)
+    )
+    relative = Rate(0.01, is_relative=True)
+    compensated(model, inputs, streams, settings(epochs=1, lr=relative, holds_out=False))
+    named = dict(block.named_parameters())
+    expected = [
+        size or named[f"{name.rpartition('.')[0]}.weight"].square().mean().sqrt().item()
+        for size, name in zip(sizes, named, strict=True)
+    ]
+    assert len(rates) == N
+    for found in rates:
+        assert found == pytest.approx([0.01 * size for size in expected], rel=1e-5)
+
+
 def test_best_weights_on_the_disk_change_nothing(model, inputs):
     biased, dense = stream(), stream()
     capture(context_of(model, inputs), biased, dense)

@@ -49,7 +49,7 @@ BAD = [
     (("--sparsity", "0.5", "--baseline", "best"), "--baseline best: choose one of", 2),
     (("--sparsity", "0.5", "--revision", "main"), "only models from the hub have revisions", 2),
     (("--sparsity", "0.5", "--colour", "red"), "--colour", 2),
-    (("--sparsity", "0.5", "--lr", "inf"), "finite", 2),
+    (("--sparsity", "0.5", "--lr", "inf"), "such as 1e-3, or such as 1%", 2),
     (("--sparsity", "0.6", "--beta", "1"), "use a smaller beta or less --sparsity", 2),
     (("--sparsity", "0.5", "--calibration", "text:~nosuchuser/x"), "no such user", 2),
     (("--sparsity", "0.5", "--run-dir", "words.txt"), "words.txt is a file", 2),

@@ -1,5 +1,6 @@
 """Settings: where they come from, what is filled in, what is refused."""
 
+import json
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -10,7 +11,7 @@ import yaml
 from pipeline.config.completion import check_combinations, complete
 from pipeline.config.declarations import options, type_of
 from pipeline.config.gather import gather
-from pipeline.config.run_config import RUNTIME_FIELDS, differing_fields
+from pipeline.config.run_config import RUNTIME_FIELDS, RunConfig, differing_fields
 from pipeline.errors import ConfigError
 from stages.tasks.language import Language
 from stages.training.presets import measured, published
@@ -34,6 +35,19 @@ def test_lamp_gets_the_measured_defaults_and_others_are_uniform():
         config, _, notices = completed({"method": method})
         assert (config.alpha, config.beta, config.lr, config.epochs) == (1.0, 0.0, None, None)
         assert notices == []
+
+
+@pytest.mark.parametrize(("given", "kept"), [("1e-3", 1e-3), (0.002, 0.002), ("0.5 %", "0.5%"), ("2%", "2%")])
+def test_a_rate_is_a_number_or_a_share_of_each_tensor(given, kept):
+    config, _, _ = completed({"lr": given, "distill": True, "distill_lr": given})
+    assert (config.lr, config.distill_lr) == (kept, kept)
+    assert RunConfig.recorded(json.loads(json.dumps(config.as_json()))) == config
+
+
+@pytest.mark.parametrize("given", [True, [1], "1%%", -1])
+def test_what_is_no_rate_is_refused(given):
+    with pytest.raises(ConfigError, match="--refine-lr"):
+        completed({"refine_lr": given})
 
 
 def test_a_setting_that_a_method_does_not_use_is_said_to_have_no_effect():
