@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from stages.errors import UsageError
+
+# Settings are read without torch: `lampctl status` must not wait a second for it.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LARGEST = 1e6
 
@@ -53,7 +55,6 @@ class Rate:
     def __str__(self) -> str:
         return f"{100 * self.value:g}%" if self.is_relative else f"{self.value:g}"
 
-    @torch.no_grad()
     def factors(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
         """What the rate is multiplied by for each parameter of a block: 1, or the root mean square of its values.
 
@@ -75,4 +76,6 @@ class Rate:
 
 
 def _mean_square(tensor: Tensor) -> float:
-    return tensor.float().square().mean(dtype=torch.float64).item()
+    import torch
+
+    return tensor.detach().float().square().mean(dtype=torch.float64).item()
