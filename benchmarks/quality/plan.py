@@ -14,6 +14,7 @@ from benchmarks.quality.texts import C4_FIRST, EMBEDDED, Text
 from pipeline.config.run_config import DISTILL_FIELDS, LAMP_FIELDS
 
 HERE = Path(__file__).resolve().parent
+_EVERY_RUN = ("calibrate", "export")  # kinds of steps that report nothing that a row does not have
 # Settings of the run that a row states as they were in force.
 RESOLVED = ("method", "alpha", "beta", "bits", *LAMP_FIELDS, "distill", *DISTILL_FIELDS, "dtype", "train_dtype")
 
@@ -200,7 +201,7 @@ def of_status(report: Mapping) -> Row:
     reported = [
         f"{step['name']}: {step['headline']}"
         for step in report["steps"]
-        if step["block"] is None and step["headline"] and not step["is_tabled"]
+        if step["headline"] and step["block"] is None and not step["is_tabled"] and step["kind"] not in _EVERY_RUN
     ]
     return {"resolved": " ".join(resolved), "reported": "; ".join(reported)}
 

@@ -195,9 +195,10 @@ def test_the_picture_is_drawn_from_what_there_is(tmp_path):
 
 def test_a_row_says_which_settings_were_in_force_and_what_the_distillation_reports():
     config = {"method": "lamp", "pruner": "alps", "epochs": 0, "lr": 0.002, "distill": True, "bits": None, "seed": 7}
-    distill = {"name": "distill", "block": None, "is_tabled": False, "headline": "KL 0.6 -> 0.5"}
-    evaluate = {"name": "evaluate-1", "block": None, "is_tabled": True, "headline": "perplexity 9"}
-    found = plan.of_status({"config": config, "steps": [distill, evaluate]})
+    calibrate = {"name": "calibrate", "kind": "calibrate", "block": None, "is_tabled": False, "headline": "9 tokens"}
+    distill = {"name": "distill", "kind": "distill", "block": None, "is_tabled": False, "headline": "KL 0.6 -> 0.5"}
+    evaluate = {"name": "evaluate-1", "kind": "evaluate", "block": None, "is_tabled": True, "headline": "perplexity 9"}
+    found = plan.of_status({"config": config, "steps": [calibrate, distill, evaluate]})
     assert found == {
         "resolved": "method=lamp pruner=alps epochs=0 lr=0.002 distill=True",
         "reported": "distill: KL 0.6 -> 0.5",
