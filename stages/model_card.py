@@ -45,6 +45,7 @@ class CardFacts:
     accuracies: tuple[CardFigure, ...]  # of zero-shot tasks, as shares
     version: str
     source_card: SourceCard | None
+    end_loss: str | None = None  # how far the output is from the original model's, in a few words; None: not measured
 
 
 def model_card(facts: CardFacts) -> bytes:
@@ -78,6 +79,8 @@ def model_card(facts: CardFacts) -> bytes:
         lines += ["| zero-shot accuracy on | original | pruned | |", "|---|---|---|---|"]
         lines += [f"| {f.source} | {_percent(f.dense)} | {_percent(f.pruned)} | {f.note} |" for f in facts.accuracies]
         lines.append("")
+    if facts.end_loss is not None:
+        lines += [f"{facts.end_loss}.", ""]
     task = task_named(facts.task)
     loading = (line.replace(task.loader, facts.loader) for line in task.loading)
     lines += ["```python", *loading, "```", "", "## Settings", ""]

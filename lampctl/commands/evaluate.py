@@ -13,7 +13,7 @@ _OF_MODEL = ("device", "dtype", "bos", "chat_template", "revision", "trust_remot
 
 
 @with_changes(
-    *("evaluate", "tasks", "task_data", "task_limit", "metrics"),
+    *("evaluate", "tasks", "task_data", "task_limit", "metrics", "end_loss"),
     *("eval_seqlen", "eval_max_tokens", "eval_points", "eval_max_images", *_OF_MODEL, "allow_environment_change"),
     environment=("allow_environment_change",),
     flags={
@@ -55,6 +55,10 @@ def evaluate(
     from pipeline.runs.model_evaluation import names_run
 
     if not names_run(place):
+        if "end_loss" in changes:
+            raise ConfigError(
+                f"--end-loss: {place} is a model that belongs to no run, so there is none to compare with"
+            )
         _evaluate_model(place, changes, as_json)
         return
     fixed = [name for name in _OF_MODEL if name in changes]

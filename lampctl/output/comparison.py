@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lampctl.output.labels import measured_label
+from lampctl.output.labels import measured_label, source_label
 from lampctl.output.units import duration, size
 from pipeline.runs.comparison import ModelSummary
 from pipeline.runs.status import EvaluationResult, MeasuredOn
+from pipeline.steps.end_loss_result import EndLossResult
 from stages.metrics.registry import figure_text, metric_of
 from stages.pruners.registry import method_title
 
-Unit = Literal["share", "bytes", "seconds"]
+Unit = Literal["share", "bytes", "seconds", "loss"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Column:
             "share": lambda v: f"{100 * v:.4f}%",
             "bytes": size,
             "seconds": duration,
+            "loss": lambda v: f"{v:.4g}" if math.isfinite(v) else "infinite",
         }
         if self.unit not in show:
             return figure_text(self.unit, value)
@@ -127,7 +129,7 @@ def compare(summaries: Sequence[ModelSummary]) -> Comparison:
     """Build the table. Columns without any value are left out.
 
     Perplexities share a column only if they were measured on the same number of tokens and the same windows. Those of
-    two tokenizers cannot be compared and get a column each.
+    two tokenizers cannot be compared and get a column each. So do end losses on other samples.
     """
     measured = _measured_columns([result for summary in summaries for result in summary.evaluations])
     originals: dict[str, dict[str, float]] = {}
@@ -135,15 +137,16 @@ def compare(summaries: Sequence[ModelSummary]) -> Comparison:
         for result in summary.evaluations:
             if result.which == "dense":
                 originals.setdefault(summary.base, {})[measured[result.measured_on].key] = _value(result)
+    losses = _loss_columns([summary.end_loss for summary in summaries if summary.end_loss is not None])
     names = _distinct_names([summary.label for summary in summaries])
     rows = [
-        _row(summary, name, measured, None if summary.method else originals.pop(summary.base, None))
+        _row(summary, name, measured, losses, None if summary.method else originals.pop(summary.base, None))
         for summary, name in zip(summaries, names, strict=True)
     ]
     rows += [
         Row(Path(base).name, Path(base).name, base, None, None, True, 0, values) for base, values in originals.items()
     ]
-    columns = (*dict.fromkeys(measured.values()), *(column for column, _ in _FIXED))
+    columns = (*dict.fromkeys(measured.values()), *losses.values(), *(column for column, _ in _FIXED))
     known = {key for row in rows for key in row.values}
     return Comparison(tuple(column for column in columns if column.key in known), tuple(rows))
 
@@ -160,12 +163,18 @@ def _distinct_names(labels: Sequence[str]) -> list[str]:
 
 
 def _row(
-    summary: ModelSummary, name: str, measured: dict[MeasuredOn, Column], as_original: dict[str, float] | None
+    summary: ModelSummary,
+    name: str,
+    measured: dict[MeasuredOn, Column],
+    losses: dict[tuple[str, str], Column],
+    as_original: dict[str, float] | None,
 ) -> Row:
     """The row of one summary. as_original: what runs measured of it, if it is the original model of one."""
     is_original = as_original is not None
     values = dict(as_original or {})
     values |= {measured[r.measured_on].key: _value(r) for r in summary.evaluations if r.which == "pruned"}
+    if (found := summary.end_loss) is not None:
+        values[losses[found.loss, found.samples_sha256].key] = math.inf if found.value is None else found.value
     for column, figure in _FIXED:
         value = figure(summary)
         if value is not None:
@@ -194,6 +203,22 @@ def _measured_columns(results: Sequence[EvaluationResult]) -> dict[MeasuredOn, C
             key if is_alone else f"{key}:{amount}", title, metric
         )
     return columns
+
+
+def _loss_columns(found: Sequence[EndLossResult]) -> dict[tuple[str, str], Column]:
+    """One column per end loss and set of samples. Its key holds the samples' digest if the name is not unique."""
+    distinct = {(result.loss, result.samples_sha256): result for result in found}
+    columns = {}
+    for (loss, digest), result in distinct.items():
+        is_alone = [other for other, _ in distinct].count(loss) == 1
+        title = f"{result.title}\n{source_label(result.source)}, {_counted(result)}"
+        key = f"end_loss/{loss}" if is_alone else f"end_loss/{loss}:{digest[:8]}"
+        columns[loss, digest] = Column(key, title if is_alone else f"{title} ({digest[:8]})", "loss")
+    return columns
+
+
+def _counted(result: EndLossResult) -> str:
+    return "1 sample" if result.num_samples == 1 else f"{result.num_samples:,} samples"
 
 
 def as_json(comparison: Comparison) -> str:

@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 
 from lampctl.output.accuracy import accuracy_table, mean_notes, means_record
 from lampctl.output.comparison import Comparison
 from lampctl.output.console import console_here, shown_path
+from lampctl.output.end_loss import end_loss_lines, worse_than_baselines
 from lampctl.output.labels import layer_label, source_label, step_label
 from lampctl.output.units import duration, size
 from pipeline.rundir.storage.locate import is_address
@@ -41,11 +43,17 @@ if TYPE_CHECKING:
 
 
 def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json: bool) -> None:
-    """The figures of a run and of its baselines side by side; where the model lies and how to open it."""
+    """The figures of a run and of its baselines side by side; where the model lies and how to open it.
+
+    A run that is worse than a baseline is warned of on stderr.
+    """
     states = [status_of(run, config) for run, config in zip(runs, configs, strict=True)]
+    for sentence in worse_than_baselines(states):
+        Console(stderr=True, markup=False).print(f"warning: {sentence}", highlight=False, soft_wrap=True)
     if as_json:
         report = result_record(states[0])
         report["baselines"] = [result_record(state) for state in states[1:]]
+        report["warnings"] = [*worse_than_baselines(states)]
         print(json.dumps(report, indent=2))
         return
     console = console_here()
@@ -59,6 +67,8 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
     else:
         for state in states:
             console.print(_summary_line(state))
+    for line in end_loss_lines(states):
+        console.print(line, highlight=False, soft_wrap=True)
     accuracies = _current_accuracies(states)
     if accuracies:
         console.print(accuracy_table(accuracies))
@@ -93,6 +103,7 @@ def result_record(state: RunStatus) -> JsonObject:
         "model": state.model,
         "evaluations": [result.record() for result in state.evaluations if _is_current(state, result)],
         "accuracies": [asdict(result) for result in state.accuracies if _is_current(state, result)],
+        "end_loss": state.end_loss.model_dump(mode="json") if state.end_loss is not None else None,
         "mean_accuracies": {
             which: means_record([r for r in state.accuracies if r.which == which and _is_current(state, r)])
             for which in ("dense", "pruned")

@@ -117,6 +117,8 @@ def _tiles(state: RunStatus) -> Tiles:
             partial = ", part of it" if found.is_partial else ""
             title = f"{metric_of(found.metric).title}, {source_label(found.source)}{partial}"
             tiles.append((title, _value_of(found), remark))
+    if state.end_loss is not None:
+        tiles.append((state.end_loss.title, state.end_loss.text, state.end_loss.measured_on))
     if state.sparsity is not None:
         count = f"{state.num_masked:,} of {state.num_prunable:,} weights"
         tiles.append(("sparsity achieved", f"{100 * state.sparsity:.4f}%", count))

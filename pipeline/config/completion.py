@@ -221,6 +221,10 @@ def _fill_calibration(draft: _Draft, task: Task) -> None:
     if values["distill_samples"] == values["num_samples"]:
         values["distill_samples"] = None
     draft.fill("calibration_sampling", task.default_sampling(values["calibration"]))
+    if reads_data(method) or values["distill_samples"] is None:
+        draft.fill("end_loss", True)
+    else:
+        draft.drop("end_loss", "there is no calibration set, only samples to distill on", is_reported=True)
 
 
 def _fill_bos(draft: _Draft, task: Task) -> None:

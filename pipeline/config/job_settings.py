@@ -99,6 +99,18 @@ class JobSettings:
         ),
     ] = None
 
+    end_loss: Annotated[
+        bool | None,
+        Option(
+            "Measure how far the pruned model's output is from the original model's (language models: the KL "
+            "divergence of the next-token distribution), on the calibration samples that training holds out.",
+            "Evaluation",
+            default="on",
+            scope="runtime",
+            applies_to="methods with data",
+        ),
+    ] = None
+
     device: Annotated[str, Option("auto, cpu, cuda or cuda:N.", "Machine", "DEV", "auto")] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

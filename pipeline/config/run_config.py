@@ -16,7 +16,7 @@ from pipeline.config.pruning_settings import Tokens
 from pipeline.config.settings import Settings
 from stages.metrics.base import EvaluationProtocol
 from stages.pruners.base import PruneOptions
-from stages.pruners.registry import LAMP, PAPER_PRUNER
+from stages.pruners.registry import LAMP, PAPER_PRUNER, reads_data
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -50,6 +50,13 @@ class RunConfig(Settings):
     def is_lamp(self) -> bool:
         """Whether the method is LAMP: blocks are compensated, and may be refined."""
         return self.method == LAMP
+
+    @property
+    def has_calibration_set(self) -> bool:
+        """Whether a step reads one: a method without data needs it only to distill on it."""
+        if self.calibration is None:
+            return False
+        return not self.distill or self.distill_samples is None or reads_data(self.method)
 
     @property
     def pruner_name(self) -> str:

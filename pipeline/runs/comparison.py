@@ -14,6 +14,7 @@ from pipeline.runs.lifecycle import reopen
 from pipeline.runs.model_evaluation import EvaluationRequest
 from pipeline.runs.status import EvaluationResult, RunStatus, evaluation_of, status
 from pipeline.steps.bos_choice import recorded_bos
+from pipeline.steps.end_loss_result import EndLossResult
 from pipeline.steps.evaluate import evaluate_result
 from stages.interfaces import Watcher
 
@@ -38,6 +39,7 @@ class ModelSummary:
     pruning_s: float | None
     peak_memory_bytes: int | None
     peak_device_bytes: int | None
+    end_loss: EndLossResult | None = None
 
     @property
     def sparsity(self) -> float | None:
@@ -83,6 +85,7 @@ def summary_of(state: RunStatus) -> ModelSummary:
         pruning_s=state.pruning_s,
         peak_memory_bytes=state.peak_memory_bytes,
         peak_device_bytes=state.peak_device_bytes,
+        end_loss=state.end_loss,
     )
 
 

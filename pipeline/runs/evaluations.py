@@ -43,6 +43,8 @@ def change_evaluation(run: RunDirectory, config: RunConfig, settings: GivenSetti
     if given.tasks is None and not config.tasks:
         changes["tasks"] = usual_tasks(given.task_data, given.task_limit)
     changed = config.with_runtime(changes)
+    if changes.get("end_loss") and not changed.has_calibration_set:
+        raise ConfigError(f"--end-loss: {run.label} has no calibration set to measure on")
     model = facts_of(run).model
     check_evaluation(changed, model.max_positions)
     _require_about(model, changes)

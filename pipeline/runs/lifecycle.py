@@ -89,7 +89,10 @@ def start(prepared: Prepared, place: Place) -> tuple[RunDirectory, RunConfig]:
 def _same_run(run: RunDirectory, prepared: Prepared) -> tuple[RunDirectory, RunConfig]:
     """The run and its configuration with the runtime settings that are asked for now. Raises ConfigMismatch."""
     recorded = Recorded(config_of(run), with_current_names(run.manifest.provenance))
-    prepared = replace(prepared, config=with_recorded_defaults(prepared.config, prepared.origins, recorded))
+    config = with_recorded_defaults(prepared.config, prepared.origins, recorded)
+    if all(origins.get("end_loss", "default") == "default" for origins in (prepared.origins, recorded.origins)):
+        config = config.changed(end_loss=config_in_force(run).end_loss)  # a run of an older version gains no step
+    prepared = replace(prepared, config=config)
     require_same(run, prepared)
     return run, prepared.config
 

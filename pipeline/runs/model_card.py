@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.run_config import RunConfig
 from pipeline.errors import DamagedData
 from pipeline.rundir.run_directory import RunDirectory
-from pipeline.runs.status import AccuracyResult, described, side_by_side, status
+from pipeline.runs.status import AccuracyResult, RunStatus, described, side_by_side, status
 from pipeline.steps.committed import is_exported
 from pipeline.steps.run_facts import facts_of
 from stages.version import VERSION
@@ -85,6 +85,14 @@ def card_facts(run: RunDirectory, config: RunConfig) -> CardFacts:
         accuracies=accuracies,
         version=VERSION,
         source_card=None,
+        end_loss=_end_loss(state),
+    )
+
+
+def _end_loss(state: RunStatus) -> str | None:
+    found = state.end_loss
+    return (
+        None if found is None else f"{found.title}: {found.text} {found.measured_on} (calibration set: {found.source})"
     )
 
 

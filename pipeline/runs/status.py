@@ -12,6 +12,7 @@ from pipeline.rundir.lease import holder_of, is_known_dead
 from pipeline.rundir.records import ENVIRONMENT, EnvironmentChange, JsonObject
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.steps.committed import CommittedResult, results_of, stored_budget
+from pipeline.steps.end_loss_result import EndLossResult
 from pipeline.steps.lamp_plan import steps_of
 from pipeline.steps.registry import STEP_KINDS
 from pipeline.steps.reporting import BlockReport, BlockTraining, Series
@@ -174,6 +175,7 @@ class RunStatus:
     blocks: tuple[BlockState, ...]
     evaluations: tuple[EvaluationResult, ...]
     accuracies: tuple[AccuracyResult, ...]
+    end_loss: EndLossResult | None  # how far the exported model's output is from the original's; None: not measured
     num_prunable: int
     num_masked: int | None  # in the exported model; None before export
     num_other_zeros: int | None
@@ -222,6 +224,7 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
         blocks=tuple(_block_state(index, one, _reports(index, steps, by_step)) for index, one in enumerate(budget)),
         evaluations=tuple(evaluation_of(one.step, one.measurement) for one in results if one.measurement is not None),
         accuracies=tuple(_accuracy_of(one.step, one.accuracies) for one in results if one.accuracies is not None),
+        end_loss=next((one.end_loss for one in reversed(results) if one.end_loss is not None), None),
         num_prunable=sum(block.size for block in budget),
         num_masked=exported.num_masked if exported else None,
         num_other_zeros=exported.num_other_zeros if exported else None,

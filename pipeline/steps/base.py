@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.engine.plan import Step
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
+    from pipeline.steps.end_loss_result import EndLossResult
     from pipeline.steps.reporting import BlockReport, Series
     from pipeline.steps.results import EvaluateResult, ExportResult, ZeroShotResult
     from pipeline.steps.run_facts import StoredBlockBudget
@@ -105,6 +106,11 @@ class StepKind(ABC, Generic[R]):
     @classmethod
     def accuracies(cls, result: R) -> ZeroShotResult | None:
         """Accuracies of a model on a zero-shot task. They stand in every table of accuracies."""
+        return None
+
+    @classmethod
+    def end_loss(cls, result: R) -> EndLossResult | None:
+        """How far the exported model's output is from the original model's, if the step measured it."""
         return None
 
     @classmethod

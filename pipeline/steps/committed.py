@@ -10,6 +10,7 @@ from pipeline.rundir.records import Result, StepCommit
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
+from pipeline.steps.end_loss_result import EndLossResult
 from pipeline.steps.registry import STEP_KINDS
 from pipeline.steps.reporting import BlockReport
 from pipeline.steps.results import EvaluateResult, ExportResult, ZeroShotResult
@@ -48,6 +49,11 @@ class CommittedResult:
     def accuracies(self) -> ZeroShotResult | None:
         """The accuracies that the step measured."""
         return self.kind.accuracies(self.result)
+
+    @property
+    def end_loss(self) -> EndLossResult | None:
+        """How far the exported model's output is from the original model's."""
+        return self.kind.end_loss(self.result)
 
     @property
     def exported(self) -> ExportResult | None:

@@ -81,7 +81,7 @@ class Distill(StepKind[DistillResult]):
             distiller.boundary()
             finished = distiller.finish(block, export.block_dtypes(model, block, config.export_dtype))
             write_distilled(context, attempt, block, finished)
-        return DistillResult.of(report)
+        return DistillResult.of(report).model_copy(update={"calibration_samples": _calibration_samples(context)})
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         return finished_bytes(context, int(payload.rpartition("/")[2]))
@@ -97,9 +97,9 @@ class Distill(StepKind[DistillResult]):
 
     @classmethod
     def headline(cls, result: DistillResult) -> str:
-        from stages.training.end_loss import END_LOSSES
+        from stages.training.end_loss import title_of
 
-        title = END_LOSSES[result.loss].title
+        title = title_of(result.loss)
         if result.before is None or result.after is None:
             return f"{title}: not measured, no sample is held out"
         if not result.kept_epoch:
@@ -108,7 +108,20 @@ class Distill(StepKind[DistillResult]):
 
     @classmethod
     def series(cls, result: DistillResult) -> tuple[Series, ...]:
-        from stages.training.end_loss import END_LOSSES
+        from stages.training.end_loss import title_of
 
         points = tuple((float(number), loss) for number, loss in enumerate(result.updates, 1))
-        return (Series("Distillation", "update", END_LOSSES[result.loss].title, points),)
+        return (Series("Distillation", "update", title_of(result.loss), points),)
+
+
+def _calibration_samples(context: StepContext) -> tuple[int, ...] | None:
+    """The held-out calibration samples that are trained on here; None: there is no distillation set of its own."""
+    from pipeline.steps.stage_settings import distill_settings
+    from stages.measure_end_loss import measured_samples, occurring
+    from stages.training.loss import split_samples
+
+    if context.config.distill_samples is None or not context.config.has_calibration_set:
+        return None
+    samples, own = context.calibration, context.run.open_stream(payloads.DISTILLATION_SET.name)
+    trained, _ = split_samples(len(own), distill_settings(context.config).holds_out)
+    return tuple(occurring(samples, measured_samples(len(samples)), own, trained))

@@ -1,7 +1,7 @@
 """The plan of a run: LAMP Algorithm 1 as a list of steps, then the export and what follows it.
 
     calibrate -> capture -> [allocate] -> prune 0 -> [refine 0] -> compensate 1 -> prune 1 -> ... -> prune n-1
-    -> [refine n-1] -> [teach] -> [distill] -> export -> evaluate ... -> zero-shot ...
+    -> [refine n-1] -> [teach] -> [distill] -> export -> [end-loss] -> evaluate ... -> zero-shot ...
 
 `stages.lamp` is the same algorithm on streams in memory.
 """

@@ -22,6 +22,7 @@ STEP_KINDS: Registry[type[StepKind[Any]]] = Registry(
         "teach": "pipeline.steps.teach:Teach",
         "distill": "pipeline.steps.distill:Distill",
         "export": "pipeline.steps.export:Export",
+        "end-loss": "pipeline.steps.end_loss:EndLossStep",
         "evaluate": "pipeline.steps.evaluate:Evaluate",
         "zero-shot": "pipeline.steps.zero_shot:ZeroShotStep",
     },

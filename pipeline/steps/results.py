@@ -245,6 +245,8 @@ class DistillResult(Result):
         updates: Mean loss of each batch, before its update.
         kept_epoch: The epoch whose weights were kept, from 1; 0: no epoch improved the model.
         num_held_out: Number of held-out samples.
+        calibration_samples: With a distillation set of its own: those calibration samples that no training of blocks
+            sees and that this one was trained on. None: it has no such set, or the run is older than this field.
     """
 
     loss: str
@@ -254,6 +256,7 @@ class DistillResult(Result):
     updates: tuple[Loss, ...]
     kept_epoch: Amount
     num_held_out: Amount
+    calibration_samples: tuple[Amount, ...] | None = None
 
     @model_validator(mode="after")
     def _kept_one_of_them(self) -> Self:

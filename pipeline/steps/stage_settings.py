@@ -106,7 +106,15 @@ def _work_of(config: RunConfig) -> Work:
         eval_tokens=config.eval_seqlen if config.evaluate else 0,
         distills=bool(config.distill),
         kept=1 - config.target_sparsity,
+        num_heads=_num_heads(config),
     )
+
+
+def _num_heads(config: RunConfig) -> int:
+    """Heads in memory while the end loss is measured: the exported model may have one in another dtype."""
+    if not config.end_loss or not config.has_calibration_set:
+        return 0
+    return 1 if config.export_dtype == "original" else 2
 
 
 def prunable_layers(

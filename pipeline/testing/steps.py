@@ -14,6 +14,7 @@ from typing import Any, get_args
 from pipeline.engine.plan import Step, next_steps, releasable
 from pipeline.rundir.records import Result
 from pipeline.steps.base import Sharing, StepKind
+from pipeline.steps.end_loss_result import EndLossResult
 from pipeline.steps.reporting import BlockReport
 from pipeline.steps.results import EvaluateResult, ExportResult, ZeroShotResult
 
@@ -66,6 +67,7 @@ def check_reports(kind: type[StepKind[Any]], result: Result) -> None:
         "block_report": BlockReport,
         "measurement": EvaluateResult,
         "accuracies": ZeroShotResult,
+        "end_loss": EndLossResult,
         "exported": ExportResult,
     }
     for method, form in expected.items():

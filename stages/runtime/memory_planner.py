@@ -100,6 +100,7 @@ class Work:
     eval_tokens: int  # of one evaluation window; 0: nothing is evaluated
     distills: bool = False
     kept: float = 1.0  # share of the weights that are not masked
+    num_heads: int = 0  # in memory at once while the end loss is measured; 0: it is not
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool, room_bytes:
     if work.eval_tokens:
         logits = 3 * _FP32 * work.eval_tokens * shapes.vocabulary
         found["evaluate"] = max(2 * ends + logits, ends + passing, block + passing) + shapes.chunks(2, samples)
+    if work.num_heads:
+        head = work.num_heads * ends + min(_LOGITS, 4 * _FP32 * shapes.tokens * shapes.vocabulary)
+        found["end-loss"] = max(head, ends + passing, block + passing) + shapes.chunks(2, samples)
     return {kind: int(size * _SLACK) for kind, size in found.items()}
 
 

@@ -34,7 +34,14 @@ class EndLoss(Protocol):
 
     @staticmethod
     def of(
-        ends: Ends, inputs: Tensor, hidden: Tensor, target: Tensor, vocab_size: int, *, needs_gradient: bool
+        ends: Ends,
+        inputs: Tensor,
+        hidden: Tensor,
+        target: Tensor,
+        vocab_size: int,
+        *,
+        needs_gradient: bool,
+        dense_ends: Ends | None = None,
     ) -> LossAndGradient:
         """The loss of one sample.
 
@@ -45,6 +52,7 @@ class EndLoss(Protocol):
             target: The last block's output in the dense model, (1, T, H).
             vocab_size: V.
             needs_gradient: Compute the gradient with respect to `hidden`, too.
+            dense_ends: The dense model's final norm and head; None: they are `ends`.
         """
         ...
 
@@ -60,17 +68,25 @@ class Divergence:
 
     @staticmethod
     def of(
-        ends: Ends, inputs: Tensor, hidden: Tensor, target: Tensor, vocab_size: int, *, needs_gradient: bool
+        ends: Ends,
+        inputs: Tensor,
+        hidden: Tensor,
+        target: Tensor,
+        vocab_size: int,
+        *,
+        needs_gradient: bool,
+        dense_ends: Ends | None = None,
     ) -> LossAndGradient:
         import torch
 
+        dense_ends = dense_ends or ends
         tokens = inputs.shape[1]
         size = max(_LOGITS_AT_ONCE // vocab_size, 1)
         value, gradient = 0.0, torch.empty_like(hidden, dtype=torch.float32) if needs_gradient else None
         for start in range(0, tokens, size):
             part = slice(start, min(start + size, tokens))
             with torch.no_grad():
-                expected = ends.leave(inputs[:, part], target[:, part].float()).float().log_softmax(-1)
+                expected = dense_ends.leave(inputs[:, part], target[:, part].float()).float().log_softmax(-1)
             with torch.set_grad_enabled(needs_gradient):
                 student = hidden[:, part].detach().float().requires_grad_(needs_gradient)
                 found = ends.leave(inputs[:, part], student).float().log_softmax(-1)
@@ -89,12 +105,20 @@ class RelativeError:
 
     @staticmethod
     def of(
-        ends: Ends, inputs: Tensor, hidden: Tensor, target: Tensor, vocab_size: int, *, needs_gradient: bool
+        ends: Ends,
+        inputs: Tensor,
+        hidden: Tensor,
+        target: Tensor,
+        vocab_size: int,
+        *,
+        needs_gradient: bool,
+        dense_ends: Ends | None = None,
     ) -> LossAndGradient:
         import torch
 
+        dense_ends = dense_ends or ends
         with torch.no_grad():
-            expected = ends.leave(inputs, target.float()).float()
+            expected = dense_ends.leave(inputs, target.float()).float()
         with torch.set_grad_enabled(needs_gradient):
             student = hidden.detach().float().requires_grad_(needs_gradient)
             found = ends.leave(inputs, student).float()
@@ -104,3 +128,8 @@ class RelativeError:
 
 
 END_LOSSES: dict[str, type[EndLoss]] = {loss.name: loss for loss in (Divergence, RelativeError)}
+
+
+def title_of(name: str) -> str:
+    """The title of an end loss, for people; of one of another package its name."""
+    return END_LOSSES[name].title if name in END_LOSSES else name
