@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stages.interfaces import Callbacks
     from stages.lamp import Budget, LampBlock, LampSettings
     from stages.machine.device import DeviceChoices
+    from stages.measure_end_loss import MeasuredEndLoss
     from stages.models.decoder import Decoder
     from stages.runtime.block_context import StageContext
     from stages.sparsity.outcome import PrunedLayer
@@ -56,6 +57,9 @@ class PruneReport:
     num_prunable: int
     blocks: tuple[BlockReport, ...]
     distillation: Distillation | None = None  # losses before and after; None: the model was not distilled
+    # How far the output is from the original model's, on the samples that training holds out unless held_out=False;
+    # None: there is no calibration set.
+    end_loss: MeasuredEndLoss | None = None
 
     @property
     def sparsity(self) -> float:
@@ -103,8 +107,9 @@ def prune(
         ConfigError, UsageError: A setting is wrong, or the model cannot be pruned; the message says what to change.
         NumericalError: A weight or a loss is not finite.
     """
-    from stages.in_memory import NullCallbacks
+    from stages.in_memory import ListScratch, NullCallbacks
     from stages.lamp import lamp
+    from stages.measure_end_loss import EndLossMeasuring
     from stages.models.in_memory import open_in_memory
     from stages.runtime.block_context import StageContext
 
@@ -119,8 +124,9 @@ def prune(
         inputs = _samples(calibration, tokenizer, planned, decoder, config.num_samples)
         context = StageContext(decoder, inputs, planned.device, told)
         target = model if inplace else copy.deepcopy(model)
-        distillation = None
+        distillation = end_loss = None
         with _applied(planned.device):
+            measuring = EndLossMeasuring(context, ListScratch()) if config.end_loss else None
             finished = lamp(context, _budget(planned, context), _settings(planned))
             if config.distill:
                 wanted = config.distill_samples
@@ -129,6 +135,8 @@ def prune(
                 distilled = _distilled(replace(context, inputs=own), list(finished), planned)
                 distillation, finished = distilled.distillation, iter(distilled.blocks)
             blocks = tuple(_kept(block, target, decoder) for block in finished)
+            if measuring is not None:
+                end_loss = measuring.of(open_in_memory(target), shares_ends=True)
     for message in getattr(told, "warnings", ()) if callbacks is None else ():
         warnings.warn(message, stacklevel=2)
     layers = [layer for block in blocks for layer in block.layers]
@@ -141,6 +149,7 @@ def prune(
             num_prunable=sum(layer.size for block in planned.budget for layer in block.layers),
             blocks=blocks,
             distillation=distillation,
+            end_loss=end_loss,
         ),
     )
 

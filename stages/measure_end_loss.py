@@ -51,7 +51,6 @@ def occurring(samples: Samples, numbers: Iterable[int], others: Samples, other_n
     return [number for number in numbers if _digest(samples[number]) in known]
 
 
-@torch.no_grad()
 def measure_end_loss(
     context: StageContext, exported: BlockModel, scratch: Scratch, *, shares_ends: bool
 ) -> MeasuredEndLoss:
@@ -63,38 +62,53 @@ def measure_end_loss(
         scratch: Space for the hidden states of n samples in both models.
         shares_ends: Embeddings, final norm and head of both models are equal; otherwise both heads are in memory.
     """
-    original, choices, callbacks = context.model, context.device, context.callbacks
-    inputs = _Chosen(context.inputs, measured_samples(len(context.inputs)))
-    passes = 2 * (original.num_blocks + 1) + 1  # in and through each block, in both models; out
-    counter = Counter(callbacks, len(inputs) * passes, "passes")
+    return EndLossMeasuring(context, scratch).of(exported, shares_ends=shares_ends)
 
-    def end_of(model: BlockModel, name: str) -> Stream:
-        """The last block's output of every sample, (T, H)."""
-        stream = scratch.stream(name, len(inputs), context.hidden_shape, choices.torch_dtype)
-        through_blocks(model, (inputs, inputs), stream, choices, callbacks.check_stop, counter.advance)
-        return stream
 
-    dense, found = end_of(original, "dense"), end_of(exported, "exported")
-    end_loss, device = task_named(original.task).end_loss, choices.torch_device
-    ends = exported.load_ends(device, part="leave")
-    dense_ends = ends if shares_ends else original.load_ends(device, part="leave")
-    losses: list[float] = []
-    for number in range(len(inputs)):
-        callbacks.check_stop()
-        sample, hidden, target = (part[number][None].to(device) for part in (inputs, found, dense))
-        loss = end_loss.of(
-            ends, sample, hidden, target, original.vocab_size, needs_gradient=False, dense_ends=dense_ends
+class EndLossMeasuring:
+    """The measurement in two parts, for an original model that is overwritten by the pruned one between them."""
+
+    @torch.no_grad()
+    def __init__(self, context: StageContext, scratch: Scratch) -> None:
+        """Run the original model. The arguments are those of `measure_end_loss`."""
+        self._context, self._scratch = context, scratch
+        self._inputs = _Chosen(context.inputs, measured_samples(len(context.inputs)))
+        passes = 2 * (context.model.num_blocks + 1) + 1  # in and through each block, in both models; out
+        self._counter = Counter(context.callbacks, len(self._inputs) * passes, "passes")
+        self._dense = self._end_of(context.model, "dense")
+
+    @torch.no_grad()
+    def of(self, exported: BlockModel, *, shares_ends: bool) -> MeasuredEndLoss:
+        """Run the exported model, and compare. The arguments are those of `measure_end_loss`."""
+        original, device, callbacks = self._context.model, self._context.device.torch_device, self._context.callbacks
+        found = self._end_of(exported, "exported")
+        ends = exported.load_ends(device, part="leave")
+        dense_ends = ends if shares_ends else original.load_ends(device, part="leave")
+        end_loss, losses = task_named(original.task).end_loss, []
+        for number in range(len(self._inputs)):
+            callbacks.check_stop()
+            sample, hidden, target = (part[number][None].to(device) for part in (self._inputs, found, self._dense))
+            loss = end_loss.of(
+                ends, sample, hidden, target, original.vocab_size, needs_gradient=False, dense_ends=dense_ends
+            )
+            losses.append(loss.value)
+            self._counter.advance(loss=loss.value)
+        return MeasuredEndLoss(
+            end_loss.name,
+            end_loss.title,
+            math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf,
+            len(self._inputs),
+            len(self._inputs) * tokens_of(original, self._inputs),
+            self._inputs.sha256(),
         )
-        losses.append(loss.value)
-        counter.advance(loss=loss.value)
-    return MeasuredEndLoss(
-        end_loss.name,
-        end_loss.title,
-        math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf,
-        len(inputs),
-        len(inputs) * tokens_of(original, inputs),
-        inputs.sha256(),
-    )
+
+    def _end_of(self, model: BlockModel, name: str) -> Stream:
+        """The last block's output of every sample, (T, H)."""
+        context, inputs = self._context, self._inputs
+        stream = self._scratch.stream(name, len(inputs), context.hidden_shape, context.device.torch_dtype)
+        boundary, advance = context.callbacks.check_stop, self._counter.advance
+        through_blocks(model, (inputs, inputs), stream, context.device, boundary, advance)
+        return stream
 
 
 class _Chosen:

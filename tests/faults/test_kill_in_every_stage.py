@@ -27,9 +27,10 @@ ALL = (
     "teach",
     "distill",
     "export",
+    "end-loss",
     "evaluate",
 )
-SOME = ("capture", "refine-block", "distill")
+SOME = ("capture", "refine-block", "distill", "end-loss")
 
 
 def lampctl(*arguments: str, bomb: str | None = None, cwd: Path) -> subprocess.CompletedProcess:

@@ -57,6 +57,7 @@ def test_pruning_in_memory_gives_the_bits_of_a_run(family, tmp_path, words):
     model = build(family)
     before = states(model)
     pruned, report = lampctl.prune(model, f"text:{words}", tokenizer=tokenizer(), **QUICK, **data)
+    assert report.end_loss.value == run.status.end_loss.value > 1e-3
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pruned.state_dict().items())
     assert report.num_masked == run.status.num_masked
@@ -78,7 +79,9 @@ def test_a_spread_that_does_not_fit_is_a_warning_and_a_message_to_the_callbacks(
 def test_in_place_the_model_itself_changes_to_the_same_bits():
     model, other = build("llama"), build("llama")
     copied = lampctl.prune(other, TOKENS, **QUICK).model
+    expected = lampctl.prune(model, TOKENS, **QUICK)[1].end_loss
     found, report = lampctl.prune(model, TOKENS, inplace=True, **QUICK)
+    assert report.end_loss == expected
     assert found is model
     assert all(torch.equal(tensor, copied.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert report.sparsity == pytest.approx(0.6, abs=1e-4)

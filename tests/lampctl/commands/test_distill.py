@@ -53,7 +53,7 @@ def test_only_kept_weights_of_the_blocks_change_and_the_loss_falls(lampctl, plai
     found = result(Path("run"), "distill")
     assert found["after"] < found["before"]
     assert "KL divergence to the dense model" in told.err
-    assert steps(Path("run"))[-3:] == ["teach", "distill", "export"]
+    assert steps(Path("run"))[-4:] == ["teach", "distill", "export", "end-loss"]
     before, after = weights(plain), weights(Path("run"))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -75,7 +75,7 @@ def test_only_kept_weights_of_the_blocks_change_and_the_loss_falls(lampctl, plai
 def test_one_block_in_memory_gives_the_weights_of_all_in_memory(lampctl, monkeypatch):
     arguments = (TINY_OPT, "--sparsity", "0.6", *DATA, "--epochs", "1", "--refine-epochs", "1", *DISTILL)
     assert lampctl("run", *arguments, "--run-dir", "resident").code == 0
-    assert steps(Path("resident"))[-2:] == ["distill", "export"]
+    assert steps(Path("resident"))[-3:] == ["distill", "export", "end-loss"]
     assert "teach" not in steps(Path("resident")), "LAMP has the dense output already"
     loaded = []
     load = Streamed._load
@@ -159,6 +159,7 @@ def test_a_model_in_memory_gets_the_weights_of_the_run(lampctl):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY_OPT), AutoTokenizer.from_pretrained(TINY_OPT)
     pruned, report = package.prune(model, "pydocs", tokenizer=tokenizer, **settings)
     assert report.distillation.after == result(Path("run"), "distill")["after"]
+    assert report.end_loss.value == pytest.approx(result(Path("run"), "end-loss")["value"], rel=1e-5)
     state = pruned.state_dict()
     for name, tensor in weights(Path("run")).items():
         assert torch.equal(state[name], tensor), name
@@ -182,7 +183,7 @@ def test_a_run_takes_over_the_blocks_of_a_finished_one(lampctl):
     taken = [commit for commit in commits if commit["result"].get("shared_with")]
     assert all(commit["elapsed_s"] == theirs[commit["step"]]["elapsed_s"] for commit in taken)
     own = [commit["step"] for commit in commits if not commit["result"].get("shared_with")]
-    assert own == ["teach", "distill", "export"]
+    assert own == ["teach", "distill", "export", "end-loss"]
     assert lampctl("verify", "more", "--deep").code == 0
     assert "refined" in lampctl("status", "more").out
 

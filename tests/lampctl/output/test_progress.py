@@ -20,15 +20,16 @@ def test_progress_in_a_log_is_one_line_per_block(lampctl, tmp_path, words):
     answer = lampctl("run", save(tmp_path / "m", "llama"), *FLAGS)
     assert answer.code == 0, answer.err
     lines = answer.err.splitlines()
-    blocks = [line for line in lines if re.match(r"\[\d+/13\] block \d of 3: \d\d\.\d\d% masked", line)]
+    blocks = [line for line in lines if re.match(r"\[\d+/14\] block \d of 3: \d\d\.\d\d% masked", line)]
     assert len(blocks) == 3
     assert ", loss" not in blocks[0]
     losses = r"loss [\d.e-]+ (-> [\d.e-]+|\(no epoch improved it; kept the weights from before\))"
     assert re.search(f"masked, refined {losses}, ", blocks[0])
     assert re.search(f"masked, {losses}, refined {losses}, ", blocks[1])
     assert not any("\x1b" in line or "\r" in line for line in lines)
-    # What began the run, the blocks, and the steps that belong to none: calibrate, capture, export, two evaluations.
-    assert len(lines) == 1 + 3 + 5
+    # What began the run, the blocks, and the steps that belong to none: calibrate, capture, export,
+    # the end loss, two evaluations.
+    assert len(lines) == 1 + 3 + 6
     assert "evaluate/pruned/text:words.txt@64:256: perplexity" in answer.err
 
 
