@@ -25,7 +25,7 @@ def check_task(task: type[Task] | str, model: BlockModel, source: DataSource, fo
 
     Requirements: name, title, help and loading are complete; its metric measures it; samples have the number and
     shape asked for, are the same at every call, and are shifted by `skip`; a local source that is too small and a
-    source of another task are refused.
+    source of another task are refused; its end loss is 0 for the dense model's own output and above 0 for another.
 
     Args:
         task: The class, or its name in the registry.
@@ -52,6 +52,7 @@ def check_task(task: type[Task] | str, model: BlockModel, source: DataSource, fo
     tokens = model.fixed_tokens or 8
     for sampling in ("contiguous", "random"):
         _check_samples(chosen, model, source, Drawing(3, tokens, sampling, 0, 0))
+    _check_end_loss(chosen, model, source, Drawing(1, tokens, "contiguous", 0, 0))
     many = Drawing(_TOO_MANY, tokens, "contiguous", 0, 0)
     assert _refuses(chosen, model, source, many), f"{source.name}: {_TOO_MANY} samples are not refused"
     assert _refuses(chosen, model, foreign, replace(many, num_samples=1)), f"{foreign.name} is not refused"
@@ -67,6 +68,26 @@ def _check_samples(task: Task, model: BlockModel, source: DataSource, drawing: D
     assert shape[-1] == model.hidden_size, f"{where}: the model does not take samples of {tuple(first.shape[1:])}"
     skipped = _samples(task, model, source, replace(drawing, num_samples=drawing.num_samples - 1, skip=1))
     assert torch.equal(skipped, first[1:]), f"{where}: skip does not leave out the first sample"
+
+
+def _check_end_loss(task: Task, model: BlockModel, source: DataSource, drawing: Drawing) -> None:
+    loss = getattr(task, "end_loss", None)
+    assert loss is not None, f"{task.name} has no end_loss"
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", loss.name), f"{loss.name!r} is no name of an end loss"
+    assert re.fullmatch(r"[^\x00-\x1f\x7f-\x9f]{1,200}", loss.title), f"{loss.name}: the title is no line of text"
+    inputs = _samples(task, model, source, drawing)
+    ends = model.load_ends(torch.device("cpu"), "all")
+    with torch.no_grad():
+        own = ends.enter(inputs).hidden.float()
+    other = own + own.std() * torch.randn(own.shape, generator=torch.Generator().manual_seed(0))
+    values = {}
+    for name, hidden in (("own", own), ("other", other)):
+        found = loss.of(ends, inputs, hidden, own, model.vocab_size, needs_gradient=True, dense_ends=ends)
+        values[name] = found.value
+        assert found.gradient is not None, f"{loss.name} gives no gradient"
+        assert found.gradient.shape == own.shape, f"{loss.name}: the gradient is not of the output's shape"
+    assert abs(values["own"]) < 1e-5, f"{loss.name} is {values['own']} for the dense model's own output"
+    assert values["other"] > abs(values["own"]), f"{loss.name} is {values['other']} for another output"
 
 
 def _samples(task: Task, model: BlockModel, source: DataSource, drawing: Drawing) -> Tensor:

@@ -10,6 +10,7 @@ from stages.models.resolve import resolve
 from stages.tasks.language import Language
 from stages.tasks.registry import TASKS
 from stages.testing.tasks import check_task
+from stages.training.end_loss import Divergence, LossAndGradient
 from tests import small_encoders, small_models, small_sam
 
 pytestmark = pytest.mark.long
@@ -41,3 +42,16 @@ def test_the_kit_sees_a_task_that_ignores_skip(cases):
 
     with pytest.raises(AssertionError, match="skip does not leave out the first sample"):
         check_task(Forgetful, *cases["language"])
+
+
+def test_the_kit_sees_an_end_loss_that_says_nothing(cases):
+    class Constant(Divergence):
+        @staticmethod
+        def of(ends, inputs, hidden, target, vocab_size, *, needs_gradient, dense_ends=None):
+            return LossAndGradient(0.0, hidden)
+
+    class Indifferent(Language):
+        end_loss = Constant
+
+    with pytest.raises(AssertionError, match=r"kl is 0\.0 for another output"):
+        check_task(Indifferent, *cases["language"])
