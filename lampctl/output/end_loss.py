@@ -11,6 +11,7 @@ from pipeline.config.run_config import RunConfig
 from pipeline.runs.status import RunStatus
 from pipeline.steps.end_loss_result import EndLossResult
 from stages.pruners.registry import method_title
+from stages.training.rates import Rate
 
 
 def end_loss_lines(states: Sequence[RunStatus]) -> list[str]:
@@ -62,7 +63,7 @@ def worse_than_baselines(states: Sequence[RunStatus]) -> list[str]:
 def _learning_rates(config: RunConfig) -> list[str]:
     """The flags of the learning rates that a run was trained with, and their values."""
     used = {"lr": config.is_lamp and config.epochs, "refine_lr": config.refine, "distill_lr": config.distill}
-    return [f"{flag_of(name)} below {getattr(config, name):g}" for name, is_used in used.items() if is_used]
+    return [f"{flag_of(name)} below {Rate.parse(getattr(config, name))}" for name, is_used in used.items() if is_used]
 
 
 def _value(found: EndLossResult) -> float:

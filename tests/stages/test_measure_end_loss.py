@@ -8,6 +8,7 @@ from stages.measure_end_loss import measure_end_loss, measured_samples, occurrin
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from stages.training import trainer
+from stages.training.rates import Rate
 from stages.training.student import Resident
 from tests.blocks import budget_of, context_of, pruner_named
 from tests.distillation import FP32, Case, ids
@@ -37,7 +38,7 @@ def test_no_training_sees_the_samples_that_are_measured(case, monkeypatch):
     orders = []
     draw = torch.randperm
     monkeypatch.setattr(trainer.torch, "randperm", lambda n, **rest: orders.append(n) or draw(n, **rest))
-    training = TrainingSettings(1, 1e-4, 1.0, True, 0, "token")
+    training = TrainingSettings(1, Rate(1e-4), 1.0, True, 0, "token")
     settings = LampSettings(pruner_named("sparsegpt"), training, training)
     list(lamp(context_of(case.model, case.inputs), budget_of(case.model, 0.5), settings))
     assert set(orders) == {33 - len(measured)}
