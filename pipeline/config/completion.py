@@ -14,8 +14,9 @@ from pipeline.errors import ConfigError
 from stages.metrics.harness_tasks import LAYOUT
 from stages.pruners.registry import LAMP, PAPER_PRUNER, PRUNERS, bit_methods, method_title, reads_data
 from stages.tasks.base import Task
-from stages.training.presets import DISTILL_BATCH, DISTILL_EPOCHS, TrainingDefaults, distill_lr
+from stages.training.presets import TrainingDefaults, distill_lr, distillation
 
+NUM_SAMPLES = 128  # of the calibration set, as in the paper
 BASELINE = "baseline"  # the origin of a baseline's method
 
 
@@ -201,8 +202,10 @@ def _fill_distillation(draft: _Draft, defaults: TrainingDefaults) -> None:
         return
     if draft.gathered.preset == "paper":
         draft.notices.append("--distill: this departs from the paper's settings (--preset paper)")
-    draft.fill("distill_epochs", DISTILL_EPOCHS)
-    draft.fill("distill_batch", DISTILL_BATCH)
+    num_samples = values["distill_samples"] or values["num_samples"] or NUM_SAMPLES
+    epochs, batch = distillation(values["effort"] or "medium", num_samples)
+    draft.fill("distill_epochs", epochs)
+    draft.fill("distill_batch", batch)
     draft.fill("distill_lr", distill_lr(values["distill_batch"]))
 
 
@@ -217,7 +220,7 @@ def _fill_calibration(draft: _Draft, task: Task) -> None:
     draft.fill("calibration", task.default_calibration)
     if values["calibration"] is None:
         raise ConfigError(task.missing_calibration)
-    draft.fill("num_samples", 128)
+    draft.fill("num_samples", NUM_SAMPLES)
     if values["distill_samples"] == values["num_samples"]:
         values["distill_samples"] = None
     draft.fill("calibration_sampling", task.default_sampling(values["calibration"]))

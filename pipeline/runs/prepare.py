@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.adjust import adjusted_to, with_absolute_paths
-from pipeline.config.completion import check_combinations, complete
+from pipeline.config.completion import NUM_SAMPLES, check_combinations, complete
 from pipeline.config.gather import Gathered
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.plan import Step
@@ -160,7 +160,8 @@ def _defaults_for(
     if gathered.preset == "paper":
         defaults = published(model.name, settings.target_sparsity)
     else:
-        defaults = measured(model.name, settings.target_sparsity, model.num_blocks, settings.effort or "medium")
+        effort, num_samples = settings.effort or "medium", settings.num_samples or NUM_SAMPLES
+        defaults = measured(model.name, settings.target_sparsity, model.num_blocks, effort, num_samples)
     if settings.method != LAMP or settings.pattern is not None:
         return defaults, ()
     return feasible_defaults(layers, settings, defaults)

@@ -18,7 +18,7 @@ class TrainingDefaults:
     alpha: float  # LAMP Eqs. 1-2
     beta: float  # LAMP Eqs. 3-4
     pruner: str  # "sparsegpt", or "alps"
-    effort: str | None  # a key of _EPOCHS; None: the paper's settings
+    effort: str | None  # a key of EFFORTS; None: the paper's settings
     epochs: int  # of compensation
     lr: str | float  # `stages.training.rates.Rate.parse` reads it
     lr_decay: float  # factor per epoch
@@ -32,7 +32,7 @@ class TrainingDefaults:
 
 # Of distillation: the rate at a batch of one sample, which grows with the root of the batch. One draw on SmolLM2-135M
 # at 70% (docs/experiments.md); other rates are not measured.
-_DISTILL_LR, DISTILL_EPOCHS, DISTILL_BATCH = 0.2, 1, 16
+_DISTILL_LR = 0.2
 
 
 def distill_lr(batch: int) -> str:
@@ -45,8 +45,49 @@ def distill_lr(batch: int) -> str:
 # rates below 45% are not measured.
 _RATES = ((0.25, "0.25%"), (0.45, "0.5%"), (1.0, "1%"))
 
-# effort: epochs of compensation and of refinement.
-_EPOCHS = {"low": (1, 2), "medium": (2, 3), "high": (4, 6)}
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to train, in samples: the epochs follow from the size of the set.
+
+    Distinct samples are worth more than epochs (docs/experiments.md): a large set is trained on once, and a small one
+    only as often as it does not over-fit.
+
+    Attributes:
+        compensation: Training steps of compensation per block, of one sample each.
+        refinement: Training steps of refinement per block.
+        distillation: Samples that distillation trains on, counted each time.
+        pruner: Of the blocks.
+    """
+
+    compensation: int
+    refinement: int
+    distillation: int
+    pruner: str
+
+
+# The time of ALPS does not depend on the steps: it is a small part of a long training.
+EFFORTS = {
+    "low": Effort(0, 60, 60, "sparsegpt"),
+    "medium": Effort(0, 120, 120, "alps"),
+    "high": Effort(120, 240, 240, "alps"),
+}
+_MOST_EPOCHS = 4
+_MOST_DISTILL_EPOCHS = 2
+# An epoch of distillation has about this many updates, of at most _LARGEST_BATCH samples: seven updates do what 120 do.
+_UPDATES, _LARGEST_BATCH = 8, 16
+
+
+def _epochs(num_steps: int, num_samples: int, most: int) -> int:
+    """Epochs that come to about `num_steps` samples: at least one unless there are no steps, and at most `most`."""
+    return min(max(round(num_steps / num_samples), 1), most) if num_steps else 0
+
+
+def distillation(effort: str, num_samples: int) -> tuple[int, int]:
+    """Default epochs and batch of distillation on a set of `num_samples`."""
+    batch = min(max(round(num_samples / _UPDATES), 1), _LARGEST_BATCH)
+    return _epochs(EFFORTS[effort].distillation, num_samples, _MOST_DISTILL_EPOCHS), batch
+
 
 # alpha moves sparsity from the last block to the others. In a model of few blocks that costs more than it gains, so
 # each of the others may lose at most this share of its weights in addition (tiny-opt, 6 blocks at 70%: perplexity 30.2
@@ -55,7 +96,7 @@ _EPOCHS = {"low": (1, 2), "medium": (2, 3), "high": (4, 6)}
 _MOST_ADDED = 0.02
 
 
-def measured(model_type: str, sparsity: float, num_blocks: int, effort: str) -> TrainingDefaults:
+def measured(model_type: str, sparsity: float, num_blocks: int, effort: str, num_samples: int) -> TrainingDefaults:
     """The default settings.
 
     Args:
@@ -63,24 +104,25 @@ def measured(model_type: str, sparsity: float, num_blocks: int, effort: str) -> 
         sparsity: Target share of masked weights.
         num_blocks: Blocks of the model.
         effort: "low", "medium" or "high".
+        num_samples: Of the calibration set.
     """
     spared = 0.3 if sparsity > 0.55 else 0.15
     lr = next(rate for limit, rate in _RATES if sparsity <= limit)
-    epochs, refine_epochs = _EPOCHS[effort]
+    steps = EFFORTS[effort]
     return TrainingDefaults(
         alpha=round(1 - min(spared, _MOST_ADDED * (num_blocks - 1) / sparsity), 4),
         beta=round(0.7 * (1 - sparsity), 4) if model_type == "opt" else 0.0,
-        # The time of ALPS does not depend on the epochs: it is a small part of a long training.
-        pruner="sparsegpt" if effort == "low" else "alps",
+        pruner=steps.pruner,
         effort=effort,
-        epochs=epochs,
+        epochs=_epochs(steps.compensation, num_samples, _MOST_EPOCHS),
         lr=lr,
         lr_decay=0.87,
         loss="token",
         held_out=True,
         refine=True,
-        refine_epochs=refine_epochs,
+        refine_epochs=_epochs(steps.refinement, num_samples, _MOST_EPOCHS),
         refine_lr=lr,
+        distill=True,
     )
 
 
