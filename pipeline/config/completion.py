@@ -175,6 +175,8 @@ def _fill_training(draft: _Draft, defaults: TrainingDefaults) -> None:
     if values["bits"] is not None:
         joint = PRUNERS.get(defaults.pruner).quantizes_jointly
         draft.fill("pruner", defaults.pruner if joint else PAPER_PRUNER)
+    if values["refine"] is False:  # then compensation alone has the whole budget
+        draft.fill("epochs", max(defaults.epochs, defaults.refine_epochs))
     for field in LAMP_FIELDS:
         draft.fill(field, getattr(defaults, field))
     if draft.gathered.preset == "paper":

@@ -14,10 +14,11 @@ from pipeline.config.gather import gather
 from pipeline.config.run_config import RUNTIME_FIELDS, RunConfig, differing_fields
 from pipeline.errors import ConfigError
 from stages.tasks.language import Language
-from stages.training.presets import measured, published
+from stages.training.presets import distill_lr, distillation, measured, published
+from stages.training.rates import Rate
 from stages.version import VERSION
 
-DEFAULTS = measured("llama", 0.7, 30, "medium")
+DEFAULTS = measured("llama", 0.7, 30, "medium", 128)
 GIVEN = {"model": "m", "sparsity": 0.7}
 
 
@@ -83,18 +84,36 @@ def test_the_paper_preset_is_what_was_published():
 
 @pytest.mark.parametrize("model_type", ["opt", "llama"])
 def test_the_rate_grows_with_sparsity_and_few_blocks_are_spared_less(model_type):
-    rates = [measured(model_type, s / 100, 30, "medium").lr for s in range(10, 95, 5)]
-    assert rates == sorted(rates)
-    assert measured(model_type, 0.7, 30, "low").alpha < measured(model_type, 0.7, 6, "low").alpha < 1
-    assert measured(model_type, 0.7, 1, "low").alpha == 1
+    rates = [measured(model_type, s / 100, 30, "medium", 128).lr for s in range(10, 95, 5)]
+    assert rates == sorted(rates, key=lambda rate: Rate.parse(rate).value)
+    assert all(Rate.parse(rate).is_relative for rate in rates)
+    alphas = [measured(model_type, 0.7, num_blocks, "low", 128).alpha for num_blocks in (30, 6, 1)]
+    assert alphas == sorted(set(alphas))
+    assert alphas[-1] == 1
 
 
-def test_more_effort_trains_longer():
-    steps = [
-        (d.epochs + d.refine_epochs)
-        for d in (measured("llama", 0.7, 30, effort) for effort in get_args(type_of("effort")))
-    ]
-    assert steps == sorted(set(steps))
+@pytest.mark.parametrize("num_samples", [1, 8, 32, 64, 128, 480, 4096])
+def test_more_effort_trains_longer_and_a_large_set_for_fewer_epochs(num_samples):
+    efforts = get_args(type_of("effort"))
+    found = [measured("llama", 0.7, 30, effort, num_samples) for effort in efforts]
+    steps = [(d.epochs + d.refine_epochs) * num_samples for d in found]
+    passes = [distillation(effort, num_samples)[0] * num_samples for effort in efforts]
+    assert steps == sorted(steps)
+    assert passes == sorted(passes)
+    assert steps[0] < steps[-1]
+    fewer = [measured("llama", 0.7, 30, effort, 2 * num_samples) for effort in efforts]
+    assert all(few.refine_epochs <= d.refine_epochs for few, d in zip(fewer, found, strict=True))
+    assert all(d.refine_epochs >= 1 for d in found)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "epochs", "batch"), [(1, 2, 1), (16, 2, 2), (32, 2, 4), (128, 1, 16), (480, 1, 16)]
+)
+def test_distillation_has_about_eight_updates_an_epoch_and_at_most_two_epochs(num_samples, epochs, batch):
+    assert distillation("medium", num_samples) == (epochs, batch)
+    config, _, _ = completed({"distill": True, "distill_samples": num_samples})
+    assert (config.distill_epochs, config.distill_batch) == (epochs, batch)
+    assert config.distill_lr == distill_lr(batch)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +168,7 @@ def test_refinement_alone_and_none_at_all():
     assert (config.epochs, config.refine) == (0, True)
     config, _, _ = completed({"refine": False})
     assert (config.refine, config.refine_epochs, config.refine_lr) == (False, None, None)
+    assert config.epochs == 1, "the budget of refinement goes to compensation"
     with pytest.raises(ConfigError, match="trains nothing"):
         completed({"epochs": 0, "refine": False})
     assert completed({"refine_epochs": 2}, preset="paper")[0].refine
