@@ -115,10 +115,10 @@ class JobSettings:
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Option(
-            "Arithmetic of forward and backward passes: auto, float32, bfloat16, float16.",
+            "Arithmetic of streams, Hessians and forward passes: auto, float32, bfloat16, float16.",
             "Machine",
             "DTYPE",
-            "auto: bfloat16 on GPUs that have it",
+            "auto: float32",
         ),
     ] = "auto"
     train_dtype: Annotated[
@@ -128,7 +128,7 @@ class JobSettings:
             "bfloat16, float16.",
             "Machine",
             "DTYPE",
-            "auto: that of --dtype",
+            "auto: that of --dtype; bfloat16 with --dtype auto on GPUs that have it",
         ),
     ] = "auto"
     threads: Annotated[

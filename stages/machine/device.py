@@ -67,27 +67,35 @@ class DeviceChoices:
         return DTYPES[self.train_dtype or self.dtype]
 
     def training_in(self, train_dtype: str) -> DeviceChoices:
-        """These choices with the arithmetic of training steps as the user wants it; "auto": that of `dtype`.
+        """These choices with the arithmetic of training steps as the user wants it; "auto": as it is.
 
         Raises:
             UsageError: This device does not have it.
         """
         if train_dtype == "float16" and self.torch_device.type == "cpu":
             raise UsageError("--train-dtype float16 needs a GPU: on a CPU choose float32 or bfloat16")
-        return replace(self, train_dtype=None if train_dtype in ("auto", self.dtype) else train_dtype)
+        if train_dtype == "auto":
+            return self
+        return replace(self, train_dtype=None if train_dtype == self.dtype else train_dtype)
 
 
 def choose(device: str = "auto", dtype: str = "auto", threads: int | None = None) -> DeviceChoices:
     """Resolve "auto", and choose the number of threads and the precision mode that are fastest here (`autotune`).
+
+    dtype "auto": streams, Hessians and forward passes in fp32, because bf16 costs one-shot pruning 6 to 23% of its
+    perplexity (docs/performance.md); training steps in bf16 on a GPU that has it.
 
     Raises:
         UsageError: the device or dtype does not exist.
         ResourceError: there is no such GPU.
     """
     chosen = _resolve_device(device)
+    train_dtype = None
     if dtype == "auto":
-        on_gpu = chosen.type == "cuda"
-        dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+        dtype = "float32"
+        # Emulated bf16, as on a T4, is slower than fp32.
+        if chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            train_dtype = "bfloat16"
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
     if dtype == "float16" and chosen.type == "cpu":
@@ -95,7 +103,8 @@ def choose(device: str = "auto", dtype: str = "auto", threads: int | None = None
     if chosen.type == "cuda":
         # TF32 would cost the Hessians and solves their last 13 bits.
         name = torch.cuda.get_device_name(chosen)
-        return DeviceChoices(str(chosen), dtype, threads or torch.get_num_threads(), "highest", name)
+        num_threads = threads or torch.get_num_threads()
+        return DeviceChoices(str(chosen), dtype, num_threads, "highest", name, train_dtype=train_dtype)
     tuning = tuned(_processor_name(), threads)
     return DeviceChoices("cpu", dtype, tuning.num_threads, tuning.matmul_precision, _processor_name())
 
