@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import stat
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Self
@@ -15,6 +16,8 @@ from pipeline.rundir.records import PayloadFile, relative_path
 from pipeline.rundir.storage.base import Disk
 
 MANIFEST = "run.json"
+# A file that another thread or process may be writing now: its temporaries are left alone until they are this old.
+_YOUNG_S = 600.0
 
 
 class FolderStorage:
@@ -189,7 +192,7 @@ class FolderStorage:
         for root in self._roots:
             for folder in [root, root / "data", root / "progress", *(root / key for key in attempts)]:
                 for path in _children(folder):
-                    if filesystem.LEFTOVER.match(path.name):
+                    if filesystem.LEFTOVER.match(path.name) and not (folder == self.folder and _is_in_flight(path)):
                         _remove(path)
 
     def publish(self, view: str, sources: Mapping[str, PayloadFile]) -> Path:
@@ -244,6 +247,15 @@ def _is_same(source: Path, shown: Path) -> bool:
         return source.samefile(shown) or filesystem.hash_file(source) == filesystem.hash_file(shown)
     except (FileNotFoundError, FileGone):
         return False
+
+
+def _is_in_flight(path: Path) -> bool:
+    """Whether this temporary may be a file, such as lease.json, that is being written: it is young, and no folder."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:  # renamed since: it was
+        return True
+    return stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime < _YOUNG_S
 
 
 def _remove(path: Path) -> None:

@@ -504,6 +504,17 @@ def test_release_frees_the_space_of_one_payload_and_may_run_twice(tmp_path: Path
         run.release(["pruned/7"])
 
 
+def test_cleaning_leaves_a_lease_that_is_being_renewed_alone(run):
+    """The heartbeat of the process that cleans writes a temporary and renames it at any time."""
+    young, old = run.path / ".lease.json.0123abcd.tmp", run.path / ".lease.json.89abcdef.tmp"
+    for path in (young, old):
+        path.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    run.clean()
+    assert young.exists()
+    assert not old.exists()
+
+
 def test_clean_spares_attempts_at_a_step_to_come(run: RunDirectory) -> None:
     stale = run.begin("calibrate")
     stale.write_file("a", "a", b"x")
