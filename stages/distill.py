@@ -43,6 +43,8 @@ from stages.training.trainer import BACKTRACK, Losses
 
 # Share of the updates in which the learning rate rises to its full value.
 _WARM_UP = 1 / 15
+# Where no epoch improved the model, distillation begins again at a smaller rate, unless this many epochs have failed.
+_MOST_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class DistillSettings:
     epochs: int
     lr: Rate  # the highest learning rate of Adam: it rises, then falls to zero along a cosine
     batch: int  # samples of an update, about: an epoch's samples are split evenly
-    # Measure each epoch on held-out samples; undo an epoch without improvement. False: train on all samples, and keep
-    # the last weights.
+    # Measure each epoch on held-out samples; undo an epoch without improvement, and if none improved the model, begin
+    # again at a smaller rate. False: train on all samples, and keep the last weights.
     holds_out: bool
     seed: int
 
@@ -83,6 +85,7 @@ class _Course:
     best: float = math.inf  # the lowest held-out loss so far
     kept_epoch: int = 0
     rate: float = 1.0  # factor of the learning rate after backtracking
+    beginning: int = 0  # finished epochs when the schedule of the learning rate began
     is_over: bool = False  # every epoch is finished, and the blocks hold the weights that are kept
 
     def to_json(self) -> dict[str, Any]:
@@ -134,9 +137,9 @@ class Distiller:
         num_blocks, course = context.model.num_blocks, self._course
         judging = len(self._held_out) * (num_blocks + 1)  # passes through blocks and head
         of_sample = 2 * num_blocks + 1  # forward and backward
-        per_epoch = len(self._train_set) * of_sample + judging
-        self._total = judging + settings.epochs * per_epoch
-        self._done = judging * (self._restored is not None) + len(course.epochs) * per_epoch
+        self._per_epoch = len(self._train_set) * of_sample + judging
+        self._total = judging + (course.beginning + settings.epochs) * self._per_epoch
+        self._done = judging * (self._restored is not None) + len(course.epochs) * self._per_epoch
         self._shown: dict[str, float] = {}  # with the progress, from the last sample
         self._done += of_sample * sum(len(batch) for batch in self._batches(course.epoch)[: len(course.losses)])
 
@@ -202,7 +205,7 @@ class Distiller:
     def _rate(self) -> float:
         """The learning rate of the next update."""
         total = self._settings.epochs * self._num_updates
-        number = len(self._course.updates)
+        number = len(self._course.updates) - self._course.beginning * self._num_updates
         warm = math.ceil(total * _WARM_UP) if total > 1 else 0
         rising = min(1.0, (number + 1) / (warm + 1))
         falling = 0.5 * (1 + math.cos(math.pi * number / total))
@@ -226,7 +229,8 @@ class Distiller:
 
     def _end_epoch(self) -> None:
         """Keep the epoch's weights, or undo them if the held-out loss did not fall (Adam's moments stay)."""
-        course, is_last = self._course, self._course.epoch == self._settings.epochs
+        course = self._course
+        is_last = course.epoch == course.beginning + self._settings.epochs
         held_out = self._judge()
         if held_out is None or held_out < course.best:
             course.best = math.inf if held_out is None else held_out
@@ -240,6 +244,9 @@ class Distiller:
         course.losses = []
         course.epoch += 1
         course.is_over = is_last
+        if is_last and not course.kept_epoch and len(course.epochs) < _MOST_FAILURES:
+            course.beginning, course.is_over = len(course.epochs), False
+            self._total += self._settings.epochs * self._per_epoch
         self._checkpoint_due()
 
     def _checkpoint_due(self) -> None:

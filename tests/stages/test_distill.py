@@ -149,14 +149,36 @@ def test_stopped_at_any_boundary_it_resumes_to_the_same_bits(case, stopped_resid
         assert resumed.num_boundaries == 0 or resumed.progress == 1
 
 
-def test_an_epoch_that_does_not_help_is_undone(case):
-    settings = DistillSettings(epochs=3, lr=Rate(0.5), batch=3, holds_out=True, seed=0)
+@pytest.mark.parametrize(("num_epochs", "num_done"), [(1, 3), (2, 4), (3, 3)])
+def test_an_epoch_that_does_not_help_is_undone(case, num_epochs, num_done):
+    settings = DistillSettings(epochs=num_epochs, lr=Rate(5.0), batch=3, holds_out=True, seed=0)
     report, states = case.distilled(is_resident=True, settings=settings)
     assert report.kept_epoch == 0
     assert report.after == report.before
+    assert len(report.epochs) == num_done
     for index, state in enumerate(states):
         assert all(torch.equal(state[key], case.blocks[index].finished.state[key]) for key in state)
     require_same(case.distilled(is_resident=False, settings=settings), (report, states))
+
+
+def test_where_no_epoch_helped_it_begins_again_at_a_smaller_rate_and_resumes_there(case):
+    for lr in (0.02, 0.04, 0.08, 0.16):
+        settings = DistillSettings(epochs=1, lr=Rate(lr), batch=3, holds_out=True, seed=0)
+        uninterrupted = DurableStops()
+        expected = case.distilled(uninterrupted, is_resident=True, settings=settings)
+        if expected[0].kept_epoch > 1:
+            break
+    report, _ = expected
+    assert report.kept_epoch in (2, 3)
+    assert len(report.epochs) == report.kept_epoch
+    assert len(report.updates) == 3 * report.kept_epoch
+    assert report.after < report.before < report.epochs[0].held_out
+    assert uninterrupted.progress == 1
+    for at in range(uninterrupted.num_boundaries // 2, uninterrupted.num_boundaries, 7):
+        callbacks = DurableStops(at)
+        with pytest.raises(Stopped):
+            case.distilled(callbacks, is_resident=True, settings=settings)
+        require_same(case.distilled(DurableStops(None, callbacks), is_resident=False, settings=settings), expected)
 
 
 def test_a_later_epoch_that_does_not_help_returns_to_the_best_one(case):
