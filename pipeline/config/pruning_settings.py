@@ -234,7 +234,7 @@ class PruningSettings:
     effort: Annotated[
         Literal["low", "medium", "high"] | None,
         Option(
-            "LAMP only: how long to train: low, medium or high. The README has the results.",
+            "LAMP only: how many steps to train: low, medium or high. The README has the results.",
             "Training",
             "HOW",
             "medium",
@@ -243,7 +243,9 @@ class PruningSettings:
     ] = None
     epochs: Annotated[
         Annotated[int, Limits(ge=0, le=10**6)] | None,
-        Option("LAMP only: epochs of compensation per block.", "Training", "N", "by effort", applies_to="lamp"),
+        Option(
+            "LAMP only: epochs of compensation per block.", "Training", "N", "by effort and samples", applies_to="lamp"
+        ),
     ] = None
     lr: Annotated[
         LearningRate,
@@ -290,7 +292,8 @@ class PruningSettings:
         ),
     ] = None
     refine_epochs: Annotated[
-        Count | None, Option("Epochs of refinement per block.", "Training", "N", "by effort", applies_to="lamp")
+        Count | None,
+        Option("Epochs of refinement per block.", "Training", "N", "by effort and samples", applies_to="lamp"),
     ] = None
     refine_lr: Annotated[
         LearningRate, Option("Learning rate of refinement.", "Training", "RATE", "as --lr", applies_to="lamp")
@@ -302,16 +305,19 @@ class PruningSettings:
             "At the end, train the remaining weights of all blocks together towards the original model's output "
             "(language models: the KL divergence of the next-token distribution), with the pruning masks fixed.",
             "Training",
-            default="off",
+            default="on for LAMP, but for preset paper",
         ),
     ] = None
-    distill_epochs: Annotated[Count | None, Option("Epochs of distillation.", "Training", "N", "1")] = None
+    distill_epochs: Annotated[
+        Count | None, Option("Epochs of distillation.", "Training", "N", "by effort and samples")
+    ] = None
     distill_lr: Annotated[
         LearningRate,
         Option("Highest learning rate of distillation; it rises, then falls to zero.", "Training", "RATE", "by batch"),
     ] = None
     distill_batch: Annotated[
-        Count | None, Option("Samples of one update of distillation, about.", "Training", "N", "16")
+        Count | None,
+        Option("Samples of one update of distillation, about.", "Training", "N", "an eighth of the set, 16 at most"),
     ] = None
     distill_samples: Annotated[
         Count | None,
