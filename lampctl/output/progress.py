@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lampctl.output.labels import step_label
-from lampctl.output.units import duration
+from lampctl.output.units import duration, time_left
 from pipeline.steps.run_facts import facts_of
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class ProgressListener:
 
     @property
     def _remaining(self) -> str:
-        seconds = self._state.remaining_s
-        return "" if seconds is None else f"about {duration(seconds)} left"
+        state = self._state
+        return time_left(state.remaining_s, state.remaining_until)
 
     @property
     def _num_blocks(self) -> int:

@@ -17,7 +17,7 @@ from lampctl.output.comparison import Comparison
 from lampctl.output.console import console_here, shown_path
 from lampctl.output.end_loss import end_loss_lines, worse_than_baselines
 from lampctl.output.labels import layer_label, source_label, step_label
-from lampctl.output.units import duration, size
+from lampctl.output.units import duration, size, time_left
 from pipeline.rundir.storage.locate import is_address
 from pipeline.runs.status import (
     AccuracyResult,
@@ -120,6 +120,7 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
             "next_step": state.next_step,
             "num_done": state.num_done,
             "remaining_s": state.remaining_s,
+            "remaining_until": state.remaining_until,
             "holder": state.holder,
             "environment_changes": list(state.environment_changes),
             "steps": [asdict(step) for step in state.steps],
@@ -136,8 +137,8 @@ def status(state: RunStatus, provenance: Mapping[str, str] | None, as_json: bool
         how_far = (
             f"{state.num_done} of {len(state.steps)} steps in {duration(state.elapsed_s)}; next: {state.next_step}"
         )
-        if state.remaining_s is not None:
-            how_far += f"; about {duration(state.remaining_s)} left"
+        if left := time_left(state.remaining_s, state.remaining_until):
+            how_far += f"; {left}"
     console.print(how_far, highlight=False, soft_wrap=True)
     if state.holder is not None:
         console.print(f"is being worked on by {state.holder}", highlight=False, soft_wrap=True)

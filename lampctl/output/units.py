@@ -13,6 +13,13 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def time_left(seconds: float | None, until: str | None) -> str:
+    """ "about 9 min left", or only until a long step whose time is not known: "about 9 min until distill"."""
+    if seconds is None:
+        return ""
+    return f"about {duration(seconds)} left" if until is None else f"about {duration(seconds)} until {until}"
+
+
 def size(num_bytes: float) -> str:
     """For example ``812 MB``, ``7.81 GB`` (powers of ten)."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

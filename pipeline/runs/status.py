@@ -168,6 +168,7 @@ class RunStatus:
     num_done: int
     elapsed_s: float
     remaining_s: float | None  # estimated; None while nothing comparable has run
+    remaining_until: str | None  # the long step to come that `remaining_s` leaves out; None: it is that of all steps
     pruning_s: float  # calibrate to export, without evaluations
     peak_memory_bytes: int | None  # of the process, in these steps
     peak_device_bytes: int | None  # of a GPU
@@ -208,6 +209,7 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
     exported = next((one.exported for one in reversed(results) if one.exported is not None), None)
     pruning = [one.commit for one in results if not one.kind.is_measurement]
     measured = pruning or run.commits
+    remaining_s, remaining_until = _remaining(states)
     return RunStatus(
         label=run.label,
         task=model.task,
@@ -216,7 +218,8 @@ def status(run: RunDirectory, config: RunConfig) -> RunStatus:
         next_step=todo[0].name if todo else None,
         num_done=len(states) - len(todo),
         elapsed_s=sum(commit.elapsed_s for commit in run.commits),
-        remaining_s=_remaining_s(states),
+        remaining_s=remaining_s,
+        remaining_until=remaining_until,
         pruning_s=sum(commit.elapsed_s for commit in pruning),
         peak_memory_bytes=max((c.peak_memory_bytes or 0 for c in measured), default=0) or None,
         peak_device_bytes=max((c.peak_device_bytes or 0 for c in measured), default=0) or None,
@@ -299,21 +302,23 @@ def _step_state(step: Step, done: CommittedResult | None) -> StepState:
     )
 
 
-def _remaining_s(states: Sequence[StepState]) -> float | None:
-    """Each step to come takes as long as the median of its kind so far.
+def _remaining(states: Sequence[StepState]) -> tuple[float | None, str | None]:
+    """The time of the steps to come, and the long step up to which it counts because that one's is not known.
 
-    None while the work on blocks, or a long step, cannot be estimated; other steps of unknown time are left out.
+    Each step takes as long as the median of its kind so far. None while the work on blocks cannot be estimated; other
+    steps of unknown time are left out.
     """
     seconds: dict[str, list[float]] = {}
     for state in states:
         if state.elapsed_s is not None:
             seconds.setdefault(state.kind, []).append(state.elapsed_s)
     todo = [state for state in states if not state.is_done]
-    unknown = [state for state in todo if state.kind not in seconds]
-    if any(state.block is not None or STEP_KINDS.get(state.kind).is_long for state in unknown):
-        return None
-    known = [statistics.median(seconds[state.kind]) for state in todo if state.kind in seconds]
-    return sum(known) if known or not todo else None
+    is_unknown = [state.kind not in seconds for state in todo]
+    long = next((i for i, s in enumerate(todo) if is_unknown[i] and STEP_KINDS.get(s.kind).is_long), None)
+    if any(state.block is not None and is_unknown[i] for i, state in enumerate(todo)):
+        return None, None
+    known = [statistics.median(seconds[state.kind]) for state in todo[:long] if state.kind in seconds]
+    return sum(known) if known or not todo else None, None if long is None else todo[long].name
 
 
 def _reports(block: int, steps: Sequence[Step], by_step: Mapping[str, CommittedResult]) -> list[BlockReport]:

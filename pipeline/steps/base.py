@@ -39,7 +39,7 @@ class StepKind(ABC, Generic[R]):
         help: What the step does, in one line.
         is_measurement: It measures a model and changes none.
         is_per_block: The plan has one step of this kind for each of several blocks.
-        is_long: It takes as long as the work on many blocks: no time left is shown while its time is not known.
+        is_long: It takes as long as the work on many blocks: while its time is not known, the time left ends before it.
         command: The command of lampctl that does the next step; None: there is none, and ``lampctl resume`` does it.
         sharing: When another run's result may be used.
         absence: What to do for a run that has no such step; it is filled with the run's name. Empty: nothing helps.

@@ -181,7 +181,7 @@ def test_steps_one_by_one_give_the_weights_of_run_and_refuse_to_be_done_out_of_o
         "prune-block 2",
         "refine-block",
     ]
-    for step in (*order, "export", "evaluate"):
+    for step in (*order, "distill", "export", "evaluate"):
         name, _, block = step.partition(" ")
         answer = lampctl(name, "steps", *(("--block", block) if block else ()))
         assert answer.code == 0, (step, answer.err)
@@ -206,11 +206,12 @@ def test_status_shows_steps_budget_losses_and_the_next_step(lampctl, tmp_path):
     assert refinement["after"]["trained"] <= refinement["before"]["trained"]
     assert compensation["after"]["trained"] <= compensation["before"]["trained"]
     assert state["remaining_s"] > 0
+    assert state["remaining_until"] == "distill"
     assert sum(layer["num_masked"] for b in state["blocks"] for layer in b["layers"]) == round(
         0.5 * sum(layer["size"] for b in state["blocks"] for layer in b["layers"])
     )
     shown = lampctl("status", "r", "--settings")
-    assert "next: refine-block/1" in shown.out
+    assert re.search(r"next: refine-block/1; about .* until distill", shown.out)
     assert "down_proj" in shown.out
     assert "preset" not in shown.out
     assert lampctl("resume", "r").code == 0
@@ -536,7 +537,8 @@ def test_defaults_of_a_newer_version_do_not_stop_a_run_but_given_values_do(lampc
     assert lampctl("init", *call[1:]).code == 0
     began = json.loads(Path("r/run.json").read_text())["config"]
     monkeypatch.setattr(presets, "_RATES", ((1.0, 0.125),))
-    monkeypatch.setattr(presets, "_EPOCHS", {"low": (1, 1), "medium": (1, 1), "high": (1, 1)})
+    efforts = dict.fromkeys(presets.EFFORTS, presets.Effort(2, 2, 2, "sparsegpt"))
+    monkeypatch.setattr(presets, "EFFORTS", efforts)
     refused = lampctl(*call, "--lr", 0.125)
     assert refused.code == 3
     assert "lr: " in refused.err

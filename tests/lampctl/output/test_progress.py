@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from lampctl.output.progress import LiveListener
-from lampctl.output.units import duration, size
+from lampctl.output.units import duration, size, time_left
 from tests.small_models import save
 
 FLAGS = (
@@ -20,16 +20,17 @@ def test_progress_in_a_log_is_one_line_per_block(lampctl, tmp_path, words):
     answer = lampctl("run", save(tmp_path / "m", "llama"), *FLAGS)
     assert answer.code == 0, answer.err
     lines = answer.err.splitlines()
-    blocks = [line for line in lines if re.match(r"\[\d+/14\] block \d of 3: \d\d\.\d\d% masked", line)]
+    blocks = [line for line in lines if re.match(r"\[\d+/15\] block \d of 3: \d\d\.\d\d% masked", line)]
     assert len(blocks) == 3
     assert ", loss" not in blocks[0]
     losses = r"loss [\d.e-]+ (-> [\d.e-]+|\(no epoch improved it; kept the weights from before\))"
     assert re.search(f"masked, refined {losses}, ", blocks[0])
     assert re.search(f"masked, {losses}, refined {losses}, ", blocks[1])
     assert not any("\x1b" in line or "\r" in line for line in lines)
-    # What began the run, the blocks, and the steps that belong to none: calibrate, capture, export,
+    # What began the run, the blocks, and the steps that belong to none: calibrate, capture, distill, export,
     # the end loss, two evaluations.
-    assert len(lines) == 1 + 3 + 6
+    assert len(lines) == 1 + 3 + 7
+    assert re.search(r"about [\d.]+ s until distill$", blocks[1])
     assert "evaluate/pruned/text:words.txt@64:256: perplexity" in answer.err
 
 
@@ -59,8 +60,9 @@ def test_progress_on_a_terminal_shows_steps_metrics_and_remaining_time(lampctl, 
         listener.warn("mind [this]")
         resume(run, config, listener, StopRequest(end_now))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
-    for expected in ("compensate-block/1", "loss ", "epoch 1", "block 1 of 3", "13/13", "warning: mind [this]"):
+    for expected in ("compensate-block/1", "loss ", "epoch 1", "block 1 of 3", "15/15", "warning: mind [this]"):
         assert expected in shown, expected
+    assert re.search(r"about [\d.]+ s until distill", shown)
     assert re.search(r"about [\d.]+ s left", shown)
     assert shown.count("mind [this]") == 1
 
@@ -78,6 +80,12 @@ def test_progress_on_a_terminal_shows_steps_metrics_and_remaining_time(lampctl, 
 )
 def test_duration_formats_seconds(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_time_left_may_end_before_a_step_of_unknown_time():
+    assert time_left(None, None) == time_left(None, "distill") == ""
+    assert time_left(90, None) == f"about {duration(90)} left"
+    assert time_left(90, "distill") == f"about {duration(90)} until distill"
 
 
 def test_size_formats_bytes():

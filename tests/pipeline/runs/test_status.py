@@ -50,12 +50,15 @@ def test_unfinished_run_names_its_next_step_and_estimates_the_rest(tmp_path):
     assert state.num_masked is None
 
 
-def test_nothing_is_estimated_before_a_distillation_whose_time_is_not_known(tmp_path):
+def test_the_estimate_ends_before_a_distillation_whose_time_is_not_known(tmp_path):
     run, config = reopen(copy_of_golden(tmp_path / "run", 7))
+    assert status(run, config).remaining_until is None
     config = config.changed(distill=True, distill_epochs=1, distill_lr=1e-3, distill_batch=4)
     state = status(run, config)
     assert "distill" in [step.name for step in state.steps]
-    assert state.remaining_s is None
+    assert state.remaining_until == "distill"
+    assert state.remaining_s is not None
+    assert 0 < state.remaining_s <= status(*reopen(copy_of_golden(tmp_path / "other", 7))).remaining_s
 
 
 def test_nothing_is_estimated_before_a_step_of_each_block_kind_is_done(tmp_path):
