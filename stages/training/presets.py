@@ -32,7 +32,7 @@ class TrainingDefaults:
 
 # Of distillation: the rate at a batch of one sample, which grows with the root of the batch. One draw on SmolLM2-135M
 # at 70%: 0.2% to 0.4% at a batch of 16 (docs/experiments.md).
-_DISTILL_LR = 0.06
+_DISTILL_LR = 0.08
 
 
 def distill_lr(batch: int) -> str:
