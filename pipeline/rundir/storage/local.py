@@ -16,8 +16,8 @@ from pipeline.rundir.records import PayloadFile, relative_path
 from pipeline.rundir.storage.base import Disk
 
 MANIFEST = "run.json"
-# A file that another thread or process may be writing now: its temporaries are left alone until they are this old.
-_YOUNG_S = 600.0
+# The heartbeat of this very process may be writing it now: its temporaries are left alone until they are this old.
+_LEASE, _YOUNG_S = "lease.json", 600.0
 
 
 class FolderStorage:
@@ -192,7 +192,8 @@ class FolderStorage:
         for root in self._roots:
             for folder in [root, root / "data", root / "progress", *(root / key for key in attempts)]:
                 for path in _children(folder):
-                    if filesystem.LEFTOVER.match(path.name) and not (folder == self.folder and _is_in_flight(path)):
+                    leftover = filesystem.LEFTOVER.match(path.name)
+                    if leftover and not (leftover["name"] == _LEASE and _is_young(path)):
                         _remove(path)
 
     def publish(self, view: str, sources: Mapping[str, PayloadFile]) -> Path:
@@ -249,13 +250,12 @@ def _is_same(source: Path, shown: Path) -> bool:
         return False
 
 
-def _is_in_flight(path: Path) -> bool:
-    """Whether this temporary may be a file, such as lease.json, that is being written: it is young, and no folder."""
+def _is_young(path: Path) -> bool:
+    """Whether a temporary was written just now, or has been renamed since."""
     try:
-        found = path.lstat()
-    except FileNotFoundError:  # renamed since: it was
+        return time.time() - path.lstat().st_mtime < _YOUNG_S
+    except FileNotFoundError:
         return True
-    return stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime < _YOUNG_S
 
 
 def _remove(path: Path) -> None:

@@ -24,7 +24,7 @@ PANELS = {
     "distill distill-epochs distill-lr distill-batch distill-samples from-run",
     "Evaluation": (
         "evaluate metrics evaluate-dense eval-seqlen eval-max-tokens eval-points eval-max-images tasks task-data "
-        "task-limit"
+        "task-limit end-loss"
     ),
     "Machine": "device dtype train-dtype threads micro-batch compile memory-limit allow-environment-change",
     "Stopping": "checkpoint-minutes max-runtime watch-preemption preemption-url takeover",
