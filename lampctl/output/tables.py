@@ -48,12 +48,13 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
     A run that is worse than a baseline is warned of on stderr.
     """
     states = [status_of(run, config) for run, config in zip(runs, configs, strict=True)]
-    for sentence in worse_than_baselines(states):
+    warnings = worse_than_baselines(states)
+    for sentence in warnings:
         Console(stderr=True, markup=False).print(f"warning: {sentence}", highlight=False, soft_wrap=True)
     if as_json:
         report = result_record(states[0])
         report["baselines"] = [result_record(state) for state in states[1:]]
-        report["warnings"] = [*worse_than_baselines(states)]
+        report["warnings"] = warnings
         print(json.dumps(report, indent=2))
         return
     console = console_here()

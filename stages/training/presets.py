@@ -50,8 +50,8 @@ _RATES = ((0.25, "0.25%"), (0.45, "0.5%"), (1.0, "1%"))
 class Effort:
     """How long to train, in samples: the epochs follow from the size of the set.
 
-    Distinct samples are worth more than epochs (docs/experiments.md): a large set is trained on once, and a small one
-    only as often as it does not over-fit.
+    A large set is trained on once, a small one several times, so that a set four times as large does not take four times
+    as long. These budgets are not compared with others yet (docs/experiments.md).
 
     Attributes:
         compensation: Training steps of compensation per block, of one sample each.
@@ -74,7 +74,8 @@ EFFORTS = {
 }
 _MOST_EPOCHS = 4
 _MOST_DISTILL_EPOCHS = 2
-# An epoch of distillation has about this many updates, of at most _LARGEST_BATCH samples: seven updates do what 120 do.
+# An epoch of distillation has about this many updates, of at most _LARGEST_BATCH samples: a streamed model is read three
+# times for each.
 _UPDATES, _LARGEST_BATCH = 8, 16
 
 
