@@ -54,7 +54,7 @@ def results(runs: Sequence[RunDirectory], configs: Sequence[RunConfig], as_json:
     if as_json:
         report = result_record(states[0])
         report["baselines"] = [result_record(state) for state in states[1:]]
-        report["warnings"] = warnings
+        report["warnings"] = [*warnings]
         print(json.dumps(report, indent=2))
         return
     console = console_here()

@@ -50,8 +50,8 @@ _RATES = ((0.25, "0.25%"), (0.45, "0.5%"), (1.0, "1%"))
 class Effort:
     """How long to train, in samples: the epochs follow from the size of the set.
 
-    A large set is trained on once, a small one several times, so that a set four times as large does not take four times
-    as long. These budgets are not compared with others yet (docs/experiments.md).
+    A large set is trained on once, a small one several times, so that a set four times as large does not take four
+    times as long. These budgets are not compared with others yet (docs/experiments.md).
 
     Attributes:
         compensation: Training steps of compensation per block, of one sample each.
@@ -74,8 +74,8 @@ EFFORTS = {
 }
 _MOST_EPOCHS = 4
 _MOST_DISTILL_EPOCHS = 2
-# An epoch of distillation has about this many updates, of at most _LARGEST_BATCH samples: a streamed model is read three
-# times for each.
+# An epoch of distillation has about this many updates, of at most _LARGEST_BATCH samples: a streamed model is read
+# three times for each.
 _UPDATES, _LARGEST_BATCH = 8, 16
 
 

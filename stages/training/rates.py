@@ -1,8 +1,8 @@
 """Learning rates: absolute, or relative to the size of each tensor's values.
 
-Adam moves every weight by about the rate, and 2e-3 is 1% of the root mean square of most matrices of SmolLM2-135M, but 5
-to 12% of that of Gemma-3-270M's (docs/experiments.md). A relative rate moves every tensor by the same share of its own
-values.
+Adam moves every weight by about the rate, and 2e-3 is 1% of the root mean square of most matrices of SmolLM2-135M, but
+5 to 12% of that of Gemma-3-270M's (docs/experiments.md). A relative rate moves every tensor by the same share of its
+own values.
 """
 
 from __future__ import annotations
