@@ -23,11 +23,14 @@ from benchmarks.reporting import markdown_table
 
 MISSING = "not measured yet"
 RULES = (
-    "- Settings and defaults were chosen on `c4_demo.jsonl` and on the embedded corpus (`pydocs`) only.",
+    "- Learning rates and alpha were chosen on `c4_demo.jsonl`, on documents 0 to "
+    f"{FIRST_UNSEEN_DOCUMENT - 1} of `c4_prompts.pf-decoding.jsonl` and on the embedded corpus (`pydocs`). The form of "
+    "the default (refinement, then distillation, one epoch of each on 128 samples) follows earlier experiments that "
+    "were judged on the start of WikiText-2's test file and of C4.",
     "- Calibration reads WikiText-2's validation file; the part `c4` reads the first half of "
     f"`c4_prompts.pf-decoding.jsonl`, documents 0 to {FIRST_UNSEEN_DOCUMENT - 1}.",
     "- Results are reported on WikiText-2's test file and on the second half of `c4_prompts.pf-decoding.jsonl`, "
-    f"documents from {FIRST_UNSEEN_DOCUMENT} on. Nothing is chosen by them.",
+    f"documents from {FIRST_UNSEEN_DOCUMENT} on.",
 )
 
 
@@ -56,13 +59,18 @@ def _explanation() -> list[str]:
         "",
         *RULES,
         "",
-        "A draw is the number of calibration windows left out at the start of the text; more draws than one are given "
-        f'as mean (least to most). "of published": the mean over that of {PUBLISHED}, the paper\'s method at the '
-        f'learning rate and epochs that suit it best; "of {REFERENCE}": over that of lampctl\'s {REFERENCE}; both on '
-        "the draws that both have. CPU s: processor seconds of the whole call that prunes, mean over draws. Zeros: "
-        "counted in the model's files, over the weights of the blocks' linear layers. Memory: the process's peak. "
-        "quality.csv has, for each row, the flags, the settings that were in force, what the run reports of its "
-        "distillation, the version of the code and the machine.",
+        "Columns:",
+        "",
+        "- draw: how many calibration windows are skipped at the start of the text. Several draws are given as their "
+        "mean (lowest to highest).",
+        f'- "of published": the ratio to the mean of {PUBLISHED}, the paper\'s method at the learning rate and epochs '
+        f'of docs/benchmark.md; "of {REFERENCE}": to that of lampctl\'s {REFERENCE}. Both on the draws that both have.',
+        "- CPU s: processor seconds of the whole call that prunes, mean over draws.",
+        "- zeros: counted in the model's files, over the weights of the blocks' linear layers.",
+        "- memory: the peak of the process.",
+        "",
+        "quality.csv has, for each row, the flags, the settings in force, what the run reports of its distillation, "
+        "the version of the code and the machine.",
         "",
         "`python -m benchmarks.quality` measures the core table, `--part NAME` another part, `--report` makes this "
         "page and its figure anew from quality.csv (docs/benchmark.md). [quality-0.1.0.md](quality-0.1.0.md) is the "
