@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from pipeline.config.declarations import GivenSettings
     from pipeline.config.gather import Gathered
+    from pipeline.config.run_config import RunConfig
     from pipeline.runs.prepare import PlannedPruning
+    from stages.data.drawing import Drawing
     from stages.data.text_source import Bos, TextSource
     from stages.distill import Distillation
     from stages.distill_in_memory import DistilledBlocks
@@ -107,6 +109,7 @@ def prune(
         ConfigError, UsageError: A setting is wrong, or the model cannot be pruned; the message says what to change.
         NumericalError: A weight or a loss is not finite.
     """
+    from pipeline.steps.stage_settings import distillation_drawing_of, drawing_of
     from stages.in_memory import ListScratch, NullCallbacks
     from stages.lamp import lamp
     from stages.measure_end_loss import EndLossMeasuring
@@ -117,11 +120,11 @@ def prune(
     with _WORKING, _usual_modes():
         decoder = open_in_memory(model)
         gathered = _gathered({**settings, "model": decoder.source.name}, preset, calibration)
-        planned = _planned(gathered, decoder)
+        planned = _planned(gathered, decoder, calibration)
         for notice in planned.notices:
             warnings.warn(notice, stacklevel=2)
         config = planned.config
-        inputs = _samples(calibration, tokenizer, planned, decoder, config.num_samples)
+        inputs = _samples(calibration, tokenizer, planned, decoder, drawing_of)
         context = StageContext(decoder, inputs, planned.device, told)
         target = model if inplace else copy.deepcopy(model)
         distillation = end_loss = None
@@ -129,8 +132,9 @@ def prune(
             measuring = EndLossMeasuring(context, ListScratch()) if config.end_loss else None
             finished = lamp(context, _budget(planned, context), _settings(planned))
             if config.distill:
-                wanted = config.distill_samples
-                own = _samples(calibration, tokenizer, planned, decoder, wanted) if wanted is not None else inputs
+                own = inputs
+                if config.distill_samples is not None:
+                    own = _samples(calibration, tokenizer, planned, decoder, distillation_drawing_of)
                 # The original blocks are needed to the end: nothing is written into the model before.
                 distilled = _distilled(replace(context, inputs=own), list(finished), planned)
                 distillation, finished = distilled.distillation, iter(distilled.blocks)
@@ -207,10 +211,11 @@ def _described(value: Any) -> str:
     return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")
 
 
-def _planned(gathered: Gathered, decoder: Decoder) -> PlannedPruning:
+def _planned(gathered: Gathered, decoder: Decoder, calibration: Any) -> PlannedPruning:
     from pipeline.runs.prepare import plan_pruning
 
-    return plan_pruning(gathered, decoder)
+    # Token ids are used as they are.
+    return plan_pruning(gathered, decoder, draws_samples=isinstance(calibration, str) or _is_text(calibration))
 
 
 def _is_text(calibration: Any) -> bool:
@@ -218,10 +223,13 @@ def _is_text(calibration: Any) -> bool:
 
 
 def _samples(
-    calibration: Any, tokenizer: Any, planned: PlannedPruning, decoder: Decoder, num_samples: int | None
+    calibration: Any,
+    tokenizer: Any,
+    planned: PlannedPruning,
+    decoder: Decoder,
+    drawing_of: Callable[[RunConfig], Drawing],
 ) -> Sequence[Tensor]:
-    """The token ids of each sample, (T,). num_samples: how many are drawn from text."""
-    from pipeline.steps.stage_settings import drawing_of
+    """The token ids of each sample, (T,). drawing_of: says which are drawn from text."""
     from stages.calibrate import draw_tokens
     from stages.data.tokenization import require_vocabulary
     from stages.pruners.registry import method_title, reads_data
@@ -248,8 +256,7 @@ def _samples(
         raise ConfigError(
             f"tokenizer= is {_described(tokenizer)}, no tokenizer of transformers: AutoTokenizer.from_pretrained(...)"
         )
-    assert num_samples is not None
-    drawing = replace(drawing_of(config), num_samples=num_samples)
+    drawing = drawing_of(config)
     if config.bos == "auto":
         drawing = replace(drawing, bos=_chosen_bos(source, tokenizer, planned, decoder))
     tokens = draw_tokens(source, tokenizer, drawing)

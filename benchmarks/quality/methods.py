@@ -5,7 +5,6 @@ from __future__ import annotations
 DENSE, MAGNITUDE, WANDA, REFERENCE, ALPS = "dense", "magnitude", "Wanda", "SparseGPT", "ALPS"
 PUBLISHED, OURS = "LAMP as published", "LAMP"
 LOW, HIGH = "LAMP, effort low", "LAMP, effort high"
-HIGH_480 = "LAMP, effort high, distilled on 480"
 
 # What is asked of each method, as lampctl says it.
 POINTS: dict[str, tuple[str, ...]] = {
@@ -51,7 +50,6 @@ _METHODS: dict[str, tuple[str, ...]] = {
     OURS: ("--method", "lamp"),
     HIGH: ("--method", "lamp", "--effort", "high"),
     **{name: ("--method", "lamp", "--distill-samples", str(count)) for name, count in DISTILLED.items()},
-    HIGH_480: ("--method", "lamp", "--effort", "high", "--distill-samples", "480"),
 }
 _ARITHMETIC = ("--dtype", "float32")
 
@@ -67,7 +65,7 @@ PEER_POINTS = {
 # In tables.
 ORDER = (
     *(DENSE, MAGNITUDE, WANDA, "llm-compressor Wanda", REFERENCE, "llm-compressor SparseGPT", ALPS, PUBLISHED),
-    *(LOW, OURS, *DISTILLED, HIGH, HIGH_480),
+    *(LOW, OURS, *DISTILLED, HIGH),
 )
 
 # (method, point): why there is none.

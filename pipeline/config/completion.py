@@ -204,6 +204,8 @@ def _fill_distillation(draft: _Draft, defaults: TrainingDefaults) -> None:
         return
     if draft.gathered.preset == "paper":
         draft.notices.append("--distill: this departs from the paper's settings (--preset paper)")
+    if draft.is_lamp:
+        draft.fill("distill_samples", defaults.distill_samples)
     num_samples = values["distill_samples"] or values["num_samples"] or NUM_SAMPLES
     epochs, batch = distillation(values["effort"] or "medium", num_samples)
     draft.fill("distill_epochs", epochs)

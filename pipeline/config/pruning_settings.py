@@ -326,7 +326,7 @@ class PruningSettings:
             "calibration set.",
             "Training",
             "N",
-            "the calibration set",
+            "the calibration set; at --effort high 480 samples",
         ),
     ] = None
     from_run: Annotated[

@@ -114,13 +114,16 @@ class PlannedPruning:
     device: DeviceChoices
 
 
-def plan_pruning(gathered: Gathered, model: BlockModel, baselines: Sequence[str] = ()) -> PlannedPruning:
+def plan_pruning(
+    gathered: Gathered, model: BlockModel, baselines: Sequence[str] = (), *, draws_samples: bool = True
+) -> PlannedPruning:
     """Complete the settings for a model, and compute its budget.
 
     Args:
         gathered: What the user gave; combinations are checked already.
         model: From a folder or from memory.
         baselines: Methods that run beside this one with the same settings.
+        draws_samples: There is a source to draw from. False: the calibration set is all that there is.
 
     Raises:
         ConfigError: The settings do not fit the model.
@@ -131,6 +134,8 @@ def plan_pruning(gathered: Gathered, model: BlockModel, baselines: Sequence[str]
     gathered = adjusted_to(gathered, model)
     layers = PrunableLayers.of(model, gathered.values)
     defaults, notices = _defaults_for(gathered, model, layers)
+    if not draws_samples:
+        defaults = replace(defaults, distill_samples=None)
     completed = complete(gathered, model.max_positions, defaults, task_named(model.task), baselines)
     device = _fit_to_memory(completed.config, model, _device_of(gathered))
     return PlannedPruning(

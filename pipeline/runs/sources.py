@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.config.run_config import RunConfig
 from pipeline.errors import ConfigError
-from pipeline.steps.stage_settings import drawing_of, task_data_of
+from pipeline.steps.stage_settings import distillation_drawing_of, drawing_of, task_data_of
 from stages.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,11 +30,10 @@ def check_sources(config: RunConfig, model: BlockModel, task: Task) -> dict[str,
         source = parse_source(config.calibration)
         require_readable(source, model)
         source.check()
-        drawing = drawing_of(config)
-        task.require_samples(model, source, drawing)
+        task.require_samples(model, source, drawing_of(config))
         if config.distill_samples is not None:
             try:
-                task.require_samples(model, source, replace(drawing, num_samples=config.distill_samples))
+                task.require_samples(model, source, distillation_drawing_of(config))
             except UsageError as error:
                 raise UsageError(f"--distill-samples {config.distill_samples}: {error}") from error
         digests[config.calibration] = source.digest()

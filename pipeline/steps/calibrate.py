@@ -16,6 +16,7 @@ from pipeline.steps.run_facts import facts_of
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
+    from stages.data.drawing import Drawing
     from stages.interfaces import Callbacks, Stream
 
 
@@ -35,9 +36,9 @@ class Calibrate(StepKind[CalibrateResult]):
         return Step(Calibrate.name, outputs=(payloads.CALIBRATION,))
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> CalibrateResult:
-        num_samples = context.config.num_samples
-        assert num_samples is not None
-        return draw_samples(context, payloads.CALIBRATION.name, num_samples, attempt, callbacks)[1]
+        from pipeline.steps.stage_settings import drawing_of
+
+        return draw_samples(context, payloads.CALIBRATION.name, drawing_of(context.config), attempt, callbacks)[1]
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
         return context.num_tokens * context.model.input_bytes_per_token
@@ -56,14 +57,14 @@ class Calibrate(StepKind[CalibrateResult]):
 
 
 def draw_samples(
-    context: StepContext, payload: str, num_samples: int, attempt: Attempt, callbacks: Callbacks
+    context: StepContext, payload: str, drawing: Drawing, attempt: Attempt, callbacks: Callbacks
 ) -> tuple[Stream, CalibrateResult]:
     """Write samples of the run's data source.
 
     Args:
         context: The run.
         payload: Name of the payload with the samples.
-        num_samples: How many; the first ones are the same however many there are, if sampling is contiguous.
+        drawing: Which; the first ones are the same however many there are, if sampling is contiguous.
         attempt: Receives the payload.
         callbacks: Progress and stops.
 
@@ -73,7 +74,6 @@ def draw_samples(
     Raises:
         ConfigMismatch: The data has changed since the run began.
     """
-    from pipeline.steps.stage_settings import drawing_of
     from stages.data.registry import parse_source
 
     config = context.config
@@ -84,7 +84,6 @@ def draw_samples(
             f"{config.calibration} has changed since this run began: put the old data back, or start a new run"
         )
     chosen = None
-    drawing = replace(drawing_of(config), num_samples=num_samples)
     if context.task.reads_text:
         protocol = replace(config.evaluation_protocol, seqlen=config.seqlen)
         chosen = bos_for(context, source, protocol, "calibration", attempt, callbacks)

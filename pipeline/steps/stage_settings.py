@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.config.quantities import parse_size
@@ -190,6 +191,12 @@ def drawing_of(config: RunConfig) -> Drawing:
         config.decided_bos,
         config.chat_template,
     )
+
+
+def distillation_drawing_of(config: RunConfig) -> Drawing:
+    """Which samples the set of distillation is made of, where it is not the calibration set."""
+    assert config.distill_samples is not None
+    return replace(drawing_of(config), num_samples=config.distill_samples, flag="--distill-samples")
 
 
 def task_data_of(config: RunConfig) -> TaskData | None:

@@ -44,16 +44,15 @@ class Teach(StepKind[TeachResult]):
         return Step(Teach.name, reads=(payloads.CALIBRATION.name,), outputs=(teacher,))
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> TeachResult:
+        from pipeline.steps.stage_settings import distillation_drawing_of
         from stages.replay import replay
         from stages.runtime.block_context import StageContext
 
         drawn: CalibrateResult | None = None
         inputs = context.calibration if payloads.CALIBRATION.name in step.reads else None
         if inputs is None:
-            num_samples = context.config.distill_samples
-            assert num_samples is not None
-            name = payloads.DISTILLATION_SET.name
-            inputs, drawn = draw_samples(context, name, num_samples, attempt, callbacks)
+            drawing = distillation_drawing_of(context.config)
+            inputs, drawn = draw_samples(context, payloads.DISTILLATION_SET.name, drawing, attempt, callbacks)
         output = next(output.name for output in step.outputs if output.is_stream)
         shape = context.model.hidden_shape(tuple(inputs[0].shape))
         stream = attempt.stream(output, len(inputs), shape, context.choices.torch_dtype)

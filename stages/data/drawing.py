@@ -19,3 +19,4 @@ class Drawing:
     seed: int = 0
     bos: Bos = "stream"  # where BOS stands; it is one of the tokens of a sample
     chat_template: ChatTemplate = "auto"  # how conversations become text
+    flag: str = "--num-samples"  # the setting that says how many: errors name it

@@ -76,18 +76,18 @@ def calibration_tokens(
     """
     num_samples, seqlen, skip = drawing.num_samples, drawing.tokens, drawing.skip
     if drawing.sampling == "random":
-        count, rng = skip + num_samples, random.Random(drawing.seed)
+        rng = random.Random(drawing.seed)
         if source.has_documents:
-            return _draw_from_documents(source, tokenizer, count, seqlen, rng)[skip:]
+            return _draw_from_documents(source, tokenizer, drawing, rng)[skip:]
         tokens = tokenize(tokenizer, source.text("calibration"), progress)
-        return _draw_windows(source, tokens, count, seqlen, rng)[skip:]
+        return _draw_windows(source, tokens, skip + num_samples, seqlen, rng)[skip:]
     needed = (skip + num_samples) * seqlen
     tokens = _first_tokens(source, tokenizer, needed)
     if len(tokens) < needed:
         where = f"after skipping {skip} windows " if skip else ""
         raise UsageError(
             f"{source.name} has {len(tokens):,} tokens; {num_samples} samples of {seqlen} {where}need {needed:,}: "
-            f"lower --num-samples{' or --calibration-skip' if skip else ''} or --seqlen, or use more text"
+            f"lower {drawing.flag}{' or --calibration-skip' if skip else ''} or --seqlen, or use more text"
         )
     return tokens[:needed].view(-1, seqlen)[skip:].clone()
 
@@ -116,8 +116,9 @@ def _draw_windows(source: TextSource, tokens: Tensor, count: int, seqlen: int, r
     return torch.stack([tokens[start : start + seqlen] for start in starts])
 
 
-def _draw_from_documents(source: TextSource, tokenizer: Any, count: int, seqlen: int, rng: random.Random) -> Tensor:
+def _draw_from_documents(source: TextSource, tokenizer: Any, drawing: Drawing, rng: random.Random) -> Tensor:
     documents = source.documents("calibration")
+    count, seqlen = drawing.skip + drawing.num_samples, drawing.tokens
     samples: list[Tensor] = []
     rejected = 0
     while len(samples) < count:
@@ -127,7 +128,7 @@ def _draw_from_documents(source: TextSource, tokenizer: Any, count: int, seqlen:
             if rejected >= _MAX_REJECTIONS * (len(samples) + 1):
                 raise UsageError(
                     f"of {rejected + len(samples):,} documents drawn from {source.name}, {len(samples)} have more than "
-                    f"{seqlen} tokens, and {count} are needed: lower --seqlen or --num-samples"
+                    f"{seqlen} tokens, and {count} are needed: lower --seqlen or {drawing.flag}"
                 )
             continue
         start = rng.randint(0, len(tokens) - seqlen - 1)

@@ -49,7 +49,7 @@ class ImageTask(ABC):
         needed = drawing.skip + drawing.num_samples
         if len(records) < needed:
             raise UsageError(
-                f"{source.name} has {len(records)} images, {needed} are needed: lower --num-samples"
+                f"{source.name} has {len(records)} images, {needed} are needed: lower {drawing.flag}"
                 + (" or --calibration-skip" if drawing.skip else "")
             )
 
@@ -61,7 +61,7 @@ class ImageTask(ABC):
         if len(usable) < needed:
             raise UsageError(
                 f"{source.name} holds {len(usable)} pictures that can be read ({_listed(skipped)}), "
-                f"{needed} are needed: " + ("lower --num-samples" if usable else "name a folder of pictures")
+                f"{needed} are needed: " + (f"lower {drawing.flag}" if usable else "name a folder of pictures")
             )
         drawn = usable[drawing.skip :]
         return Drawn(_Pictures(drawn, read), len(drawn), "images", dict(skipped.reasons))

@@ -53,7 +53,7 @@ class Language:
         tokenizer = _tokenizer(model.source)
         text, framing = text.for_model(tokenizer, drawing.chat_template), Framing.of(tokenizer, drawing.bos)
         num_windows = 1 if is_random else drawing.skip + drawing.num_samples
-        remedy = "lower --num-samples, --calibration-skip or --seqlen, or use more text"
+        remedy = f"lower {drawing.flag}, --calibration-skip or --seqlen, or use more text"
         needed = num_windows * framing.text_tokens(drawing.tokens) + is_random
         require_length(text, framing.tokenizer, "calibration", needed, model.vocab_size, remedy)
 

@@ -28,6 +28,7 @@ class TrainingDefaults:
     refine_epochs: int
     refine_lr: str | float
     distill: bool = False
+    distill_samples: int | None = None  # None: the calibration set
 
 
 # Of distillation: the rate at a batch of one sample, which grows with the root of the batch. One draw on SmolLM2-135M
@@ -58,19 +59,21 @@ class Effort:
         refinement: Training steps of refinement per block.
         distillation: Samples that distillation trains on, counted each time.
         pruner: Of the blocks.
+        distillation_set: Samples of the set that distillation draws for itself. None: it has the calibration set.
     """
 
     compensation: int
     refinement: int
     distillation: int
     pruner: str
+    distillation_set: int | None = None
 
 
 # The time of ALPS does not depend on the steps: it is a small part of a long training.
 EFFORTS = {
     "low": Effort(0, 60, 60, "sparsegpt"),
     "medium": Effort(0, 120, 120, "alps"),
-    "high": Effort(120, 240, 240, "alps"),
+    "high": Effort(120, 240, 480, "alps", distillation_set=480),
 }
 _MOST_EPOCHS = 4
 _MOST_DISTILL_EPOCHS = 2
@@ -82,6 +85,12 @@ _UPDATES, _LARGEST_BATCH = 8, 16
 def _epochs(num_steps: int, num_samples: int, most: int) -> int:
     """Epochs that come to about `num_steps` samples: at least one unless there are no steps, and at most `most`."""
     return min(max(round(num_steps / num_samples), 1), most) if num_steps else 0
+
+
+def distillation_set(effort: str, num_samples: int) -> int | None:
+    """Default size of the set of distillation beside a calibration set of `num_samples`; None: that set itself."""
+    wanted = EFFORTS[effort].distillation_set
+    return wanted if wanted is not None and wanted > num_samples else None
 
 
 def distillation(effort: str, num_samples: int) -> tuple[int, int]:
@@ -124,6 +133,7 @@ def measured(model_type: str, sparsity: float, num_blocks: int, effort: str, num
         refine_epochs=_epochs(steps.refinement, num_samples, _MOST_EPOCHS),
         refine_lr=lr,
         distill=True,
+        distill_samples=distillation_set(effort, num_samples),
     )
 
 

@@ -136,6 +136,7 @@ def test_settings_that_exclude_each_other_are_named(lampctl):
     refused = lampctl(*arguments, "--distill-samples", "100000")
     assert refused.code == 2
     assert "--distill-samples 100000" in refused.err
+    assert "lower --distill-samples" in refused.err
 
 
 def test_settings_of_distillation_switch_it_on(lampctl):
@@ -165,6 +166,18 @@ def test_a_model_in_memory_gets_the_weights_of_the_run(lampctl):
         assert torch.equal(state[name], tensor), name
     with pytest.raises(ConfigError, match="distill_samples"):
         package.prune(model, [[5, 6, 7, 8]] * 4, sparsity=0.5, method="wanda", distill_samples=8)
+
+
+def test_token_ids_are_the_set_of_distillation_at_any_effort():
+    from transformers import AutoModelForCausalLM
+
+    import lampctl as package
+
+    model = AutoModelForCausalLM.from_pretrained(TINY_OPT)
+    short = {"epochs": 1, "refine_epochs": 1, "distill_epochs": 1}
+    _, report = package.prune(model, [[5, 6, 7, 8, 9, 10]] * 4, sparsity=0.5, effort="high", **short)
+    assert report.settings["distill_samples"] is None
+    assert report.distillation is not None
 
 
 def test_a_run_takes_over_the_blocks_of_a_finished_one(lampctl):

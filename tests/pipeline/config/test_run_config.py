@@ -97,13 +97,32 @@ def test_more_effort_trains_longer_and_a_large_set_for_fewer_epochs(num_samples)
     efforts = get_args(type_of("effort"))
     found = [measured("llama", 0.7, 30, effort, num_samples) for effort in efforts]
     steps = [(d.epochs + d.refine_epochs) * num_samples for d in found]
-    passes = [distillation(effort, num_samples)[0] * num_samples for effort in efforts]
+    sets = [d.distill_samples or num_samples for d in found]
+    passes = [distillation(effort, size)[0] * size for effort, size in zip(efforts, sets, strict=True)]
     assert steps == sorted(steps)
     assert passes == sorted(passes)
     assert steps[0] < steps[-1]
     fewer = [measured("llama", 0.7, 30, effort, 2 * num_samples) for effort in efforts]
     assert all(few.refine_epochs <= d.refine_epochs for few, d in zip(fewer, found, strict=True))
     assert all(d.refine_epochs >= 1 for d in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn", "epochs"),
+    [
+        ({"effort": "high"}, 480, 1),
+        ({"effort": "high", "num_samples": 32}, 480, 1),
+        ({"effort": "high", "num_samples": 480}, None, 1),
+        ({"effort": "high", "num_samples": 512}, None, 1),
+        ({"effort": "high", "distill_samples": 128}, None, 2),  # the user's own choice: the calibration set
+        ({"effort": "medium"}, None, 1),
+        ({"effort": "high", "distill": False}, None, None),
+    ],
+)
+def test_effort_high_distils_on_a_larger_set(given, drawn, epochs):
+    defaults = measured("llama", 0.7, 30, given["effort"], given.get("num_samples", 128))
+    config, _, _ = complete(gather({**GIVEN, **given}, environ={}), 2048, defaults, Language())
+    assert (config.distill_samples, config.distill_epochs) == (drawn, epochs)
 
 
 @pytest.mark.parametrize(
