@@ -58,7 +58,16 @@ def against_peer(work: Path, peer_python: Path, method: str, repeats: int) -> li
     flags = ("--num-samples", "32", "--seqlen", "256")
     quality = ROOT / "benchmarks" / "quality"
     call((sys.executable, str(quality / "windows.py"), "smollm2-135m", "pydocs", str(laid), *flags))
-    prune = (str(peer_python), str(quality / "peer_prune.py"), str(laid), "--pruner", method, "--sparsity", "0.5")
+    prune = (
+        str(peer_python),
+        "-m",
+        "benchmarks.quality.peer_prune",
+        str(laid),
+        "--pruner",
+        method,
+        "--sparsity",
+        "0.5",
+    )
     ours, theirs = [], []
     for _ in range(repeats):
         ours.append(run("smollm2-135m", work / "ours", "--sparsity", "0.5", "--method", method, *_SMALL))

@@ -5,6 +5,10 @@ from __future__ import annotations
 DENSE, MAGNITUDE, WANDA, REFERENCE, ALPS = "dense", "magnitude", "Wanda", "SparseGPT", "ALPS"
 PUBLISHED, OURS = "LAMP as published", "LAMP"
 LOW, HIGH = "LAMP, effort low", "LAMP, effort high"
+# Retraining of the whole model on as many tokens as LAMP trains on: with a fixed mask towards the original model's
+# output, and by ADMM on the next-token loss.
+KD_MAGNITUDE, KD_REFERENCE = "magnitude, then distillation", "SparseGPT, then distillation"
+ADMM = "global ADMM (after ELSA)"
 
 # What is asked of each method, as lampctl says it.
 POINTS: dict[str, tuple[str, ...]] = {
@@ -37,6 +41,7 @@ DISTILLED = {f"LAMP, distilled on {count}": count for count in (256, 480, 1024)}
 # The curve by samples of the distillation set; without --distill-samples it is the calibration set.
 CURVE = {OURS: 128, **DISTILLED}
 
+_TWO_EPOCHS = ("--distill", "--distill-epochs", "2")
 _METHODS: dict[str, tuple[str, ...]] = {
     MAGNITUDE: ("--method", "magnitude"),
     WANDA: ("--method", "wanda"),
@@ -46,6 +51,8 @@ _METHODS: dict[str, tuple[str, ...]] = {
         *("--method", "lamp", "--pruner", "sparsegpt", "--loss", "mse"),
         *("--no-refine", "--no-held-out", "--no-distill"),
     ),
+    KD_MAGNITUDE: ("--method", "magnitude", *_TWO_EPOCHS),
+    KD_REFERENCE: ("--method", "sparsegpt", *_TWO_EPOCHS),
     LOW: ("--method", "lamp", "--effort", "low"),
     OURS: ("--method", "lamp"),
     HIGH: ("--method", "lamp", "--effort", "high"),
@@ -53,18 +60,25 @@ _METHODS: dict[str, tuple[str, ...]] = {
 }
 _ARITHMETIC = ("--dtype", "float32")
 
-# The peers': the pruner of benchmarks/quality/peer_prune.py.
-PEERS = {"llm-compressor Wanda": "wanda", "llm-compressor SparseGPT": "sparsegpt"}
-# As the peers say a point: sparsity and mask.
-PEER_POINTS = {
-    **{point: (flags[1], "0:0") for point, flags in POINTS.items() if point.endswith("%")},
-    "2:4": ("0.5", "2:4"),
-    "4:8": ("0.5", "4:8"),
+# Methods that are no run of lampctl's: the script of each (benchmarks/quality/SCRIPT.py) and its flags.
+PEERS: dict[str, tuple[str, ...]] = {
+    "llm-compressor Wanda": ("peer_prune", "--pruner", "wanda"),
+    "llm-compressor SparseGPT": ("peer_prune", "--pruner", "sparsegpt"),
+    ADMM: ("global_admm",),
+}
+IN_PEER_PYTHON = "peer_prune"  # the script that needs the peers' environment
+LLM_COMPRESSOR = tuple(method for method, (script, *_) in PEERS.items() if script == IN_PEER_PYTHON)
+# As these say a point: sparsity and, where there is a pattern, the mask.
+PEER_POINTS: dict[str, tuple[str, ...]] = {
+    **{point: flags for point, flags in POINTS.items() if point.endswith("%")},
+    "2:4": ("--sparsity", "0.5", "--mask", "2:4"),
+    "4:8": ("--sparsity", "0.5", "--mask", "4:8"),
 }
 
 # In tables.
 ORDER = (
     *(DENSE, MAGNITUDE, WANDA, "llm-compressor Wanda", REFERENCE, "llm-compressor SparseGPT", ALPS, PUBLISHED),
+    *(ADMM, KD_MAGNITUDE, KD_REFERENCE),
     *(LOW, OURS, *DISTILLED, HIGH),
 )
 

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 
 from benchmarks.quality.cells import Row
 from benchmarks.quality.methods import (
+    ADMM,
     ALPS,
     CURVE,
     DENSE,
     HIGH,
+    KD_MAGNITUDE,
+    KD_REFERENCE,
     LEFT_OUT,
+    LLM_COMPRESSOR,
     LOW,
     MAGNITUDE,
     OURS,
-    PEERS,
     PUBLISHED,
     REFERENCE,
     WANDA,
@@ -77,10 +80,14 @@ PARTS: dict[str, Part] = {
     ),
     "baselines": Part(
         "Other one-shot pruners, and llm-compressor's",
-        (Grid(CORE_POINTS, (MAGNITUDE, WANDA, REFERENCE, *PEERS)),),
+        (Grid(CORE_POINTS, (MAGNITUDE, WANDA, REFERENCE, *LLM_COMPRESSOR)),),
     ),
     "efforts": Part("Efforts", (Grid(("70%", "2:4"), (LOW, OURS, HIGH)),)),
     "samples": Part("More samples to distill on", (Grid(("2:4",), (*CURVE, HIGH)),)),
+    "retraining": Part(
+        "Retraining of the whole model, on as many tokens as LAMP trains on",
+        (Grid(("70%", "90%"), (REFERENCE, KD_MAGNITUDE, KD_REFERENCE, ADMM, OURS)),),
+    ),
     "points": Part("Other points", (Grid(("60%", "90%", "4:8", "2:4+int3"), CORE_METHODS),)),
     "c4": Part("Calibrated on C4", (Grid(("70%", "2:4"), CORE_METHODS, is_on_c4=True),)),
     "long": Part("Longer windows", (Grid(("70%",), CORE_METHODS, seqlen=512),)),

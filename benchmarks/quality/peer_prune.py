@@ -1,6 +1,6 @@
 """Prune a model with llm-compressor. Runs with the peer's own Python and knows nothing of lampctl.
 
-    PEER_PYTHON benchmarks/quality/peer_prune.py FOLDER --pruner sparsegpt --sparsity 0.7 [--mask 2:4]
+    PEER_PYTHON -m benchmarks.quality.peer_prune FOLDER --pruner sparsegpt --sparsity 0.7 [--mask 2:4]
 
 FOLDER/model is a folder of safetensors, FOLDER/windows.npy token ids (samples, tokens), as windows.py leaves them.
 FOLDER/pruned becomes a copy of the model with the pruned weights in their original names and dtype, not compressed.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -21,9 +20,9 @@ import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+
+from benchmarks.quality.saving import save_like
 
 _PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 _UNSTRUCTURED = "0:0"
@@ -47,7 +46,7 @@ def main() -> None:
         moe_calibrate_all_experts=False,
     )
     oneshot_s = time.monotonic() - pruning_started
-    _save_like(args.folder / "model", model, args.folder / "pruned")
+    save_like(args.folder / "model", model, args.folder / "pruned")
     figures = {
         "seconds": time.monotonic() - started,  # from reading the model to having written it
         "oneshot_s": oneshot_s,
@@ -70,26 +69,6 @@ def _loader(path: Path) -> torch.utils.data.DataLoader:
     windows = torch.from_numpy(numpy.load(path))
     samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows]
     return torch.utils.data.DataLoader(samples, batch_size=1, shuffle=False)
-
-
-def _save_like(original: Path, model: torch.nn.Module, out: Path) -> None:
-    """Write `model` with the files, names and dtypes of `original`: the peer's own way of saving stays out of it."""
-    state = model.state_dict()
-    shutil.rmtree(out, ignore_errors=True)  # half of it, from a call that was stopped
-    out.mkdir()
-    for path in sorted(original.iterdir()):
-        if path.suffix != ".safetensors":
-            shutil.copy(path, out)
-            continue
-        with safe_open(path, framework="pt") as stored:
-            tensors = {}
-            names = stored.keys()  # of a file, which is not a dictionary
-            for name in names:
-                before = stored.get_tensor(name)
-                after = state[name].detach().to("cpu", before.dtype).contiguous()
-                assert after.shape == before.shape, name
-                tensors[name] = after
-        save_file(tensors, out / path.name, metadata={"format": "pt"})
 
 
 def _peak_memory_bytes() -> int:

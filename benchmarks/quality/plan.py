@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality.cells import UNKNOWN, Cell, Row, figures_of_run, folder_for, run_command
-from benchmarks.quality.methods import DENSE, PEER_POINTS, PEERS, flags_of
+from benchmarks.quality.methods import DENSE, IN_PEER_PYTHON, PEER_POINTS, PEERS, flags_of
 from benchmarks.quality.parts import CORE, NONE, PARTS, Study
 from benchmarks.quality.texts import C4_FIRST, EMBEDDED, Text
 from pipeline.config.run_config import DISTILL_FIELDS, LAMP_FIELDS
@@ -83,7 +83,7 @@ def left_out(names: Sequence[str], setup: Setup) -> dict[str, int]:
 
 
 def _why_not(setup: Setup, key: Row) -> str | None:
-    if key["method"] in PEERS and setup.peer_python is None:
+    if key["method"] in PEERS and PEERS[key["method"]][0] == IN_PEER_PYTHON and setup.peer_python is None:
         return "the peers have no Python yet: python -m benchmarks.quality.peers"
     if key["evaluated"] == setup.study.tasks and setup.task_data is None:
         return "no rows of the zero-shot tasks in ../shared/data/tasks (--data DIR)"
@@ -167,14 +167,15 @@ def _pruning(setup: Setup, key: Row) -> tuple[str, Path, tuple[str, ...]]:
 
 
 def _peer_cell(setup: Setup, key: Row) -> Cell:
-    sparsity, mask = PEER_POINTS[key["point"]]
-    flags = ("--pruner", PEERS[key["method"]], "--sparsity", sparsity, "--mask", mask)
+    script, *own = PEERS[key["method"]]
+    flags = (*own, *PEER_POINTS[key["point"]])
     settings = " ".join(flags)
     folder = folder_for(key, settings, setup.work)
     amount = ("--num-samples", key["num_samples"], "--seqlen", key["seqlen"], "--skip", key["draw"])
     source = _calibration(setup, key).source
     windows = (sys.executable, str(HERE / "windows.py"), setup.model, source, str(folder), *amount)
-    prune = (str(setup.peer_python), str(HERE / "peer_prune.py"), str(folder), *flags)
+    python = str(setup.peer_python) if script == IN_PEER_PYTHON else sys.executable
+    prune = (python, "-m", f"benchmarks.quality.{script}", str(folder), *flags)
     measured = _measure(str(folder / "pruned"), *setup.eval_flags, *_pattern(key["point"]))
 
     def figures(reports: list[dict]) -> Row:
