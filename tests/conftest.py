@@ -15,6 +15,8 @@ import pytest
 # Small models compute fastest on one thread, and tests run side by side. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# For runs in which nothing is asked of distillation and the end loss: a third of their time.
+PRUNING_ALONE = ("--no-distill", "--no-end-loss")
 TINY_OPT = Path(__file__).parents[1] / "examples" / "tiny-opt"
 
 

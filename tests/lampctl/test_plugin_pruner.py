@@ -9,12 +9,13 @@ import pytest
 
 from stages.pruners.registry import PRUNERS
 from stages.testing.pruners import check_pruner
+from tests.conftest import PRUNING_ALONE
 from tests.small_models import save
 
 PAGE = Path(__file__).parents[2] / "docs" / "pruners.md"
 AMOUNT = (
     *("--calibration", "text:words.txt", "--num-samples", 4, "--seqlen", 32, "--evaluate", "text:words.txt"),
-    *("--sparsity", 0.5, "--device", "cpu", "--threads", 1),
+    *("--sparsity", 0.5, "--device", "cpu", "--threads", 1, *PRUNING_ALONE),
 )
 
 

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.rundir.redact import scrub
+from tests.conftest import PRUNING_ALONE
 from tests.small_models import save
 
-FLAGS = ("--sparsity", "0.5", "--num-samples", "3", "--seqlen", "16", "--eval-seqlen", "16", "--epochs", "1")
+FLAGS = (
+    *("--sparsity", "0.5", "--num-samples", "3", "--seqlen", "16", "--eval-seqlen", "16", "--epochs", "1"),
+    *PRUNING_ALONE,
+)
 CANARIES = {
     "HF_TOKEN": "hf_" + "c4n4ry" * 6,
     "AWS_SECRET_ACCESS_KEY": "canary/aws+secret/0123456789",

@@ -13,11 +13,12 @@ import yaml
 
 from pipeline.rundir import filesystem
 from tests import hub
+from tests.conftest import PRUNING_ALONE
 from tests.small_models import save
 
 DATA = (
     *("--calibration", "text:words.txt", "--num-samples", "3", "--seqlen", "64"),
-    *("--evaluate", "text:words.txt", "--device", "cpu"),
+    *("--evaluate", "text:words.txt", "--device", "cpu", *PRUNING_ALONE),
 )
 BAD = [
     (("--sparsity", "0"), "--sparsity 0", 2),

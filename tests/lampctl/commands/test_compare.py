@@ -13,12 +13,13 @@ from pipeline.runs.comparison import ModelSummary
 from pipeline.runs.status import EvaluationResult
 from stages.metrics.details import OpenDetails
 from stages.metrics.language import TextDetails
+from tests.conftest import PRUNING_ALONE
 from tests.pruned_folders import pruned_folder, share
 from tests.small_models import save
 
 DATA = (
     *("--calibration", "text:words.txt", "--num-samples", "4", "--seqlen", "64"),
-    *("--evaluate", "text:words.txt", "--device", "cpu"),
+    *("--evaluate", "text:words.txt", "--device", "cpu", *PRUNING_ALONE),
 )
 
 

@@ -1,4 +1,4 @@
-"""Distillation from the user's side: on a small OPT that has learnt something."""
+"""Distillation from the user's side: on a small OPT that has learnt something, and on a smaller model that has not."""
 
 import json
 import shutil
@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from pipeline.errors import ConfigError
 from stages.machine import device
 from stages.training.student import Streamed
+from tests import small_models
 from tests.conftest import TINY_OPT
 from tests.killed_runs import exported_weights
 
 pytestmark = pytest.mark.long
 
 DATA = ("--calibration", "pydocs", "--num-samples", "16", "--seqlen", "64", "--evaluate", "", "--device", "cpu")
+WORDS = ("--calibration", "text:words.txt", "--num-samples", "8", "--seqlen", "16", "--evaluate", "", "--device", "cpu")
 DISTILL = ("--distill", "--distill-batch", "4", "--distill-lr", "3e-4")
 
 
@@ -33,6 +35,12 @@ def result(run: Path, step: str) -> dict:
 
 def steps(run: Path) -> list[str]:
     return [json.loads(path.read_text())["step"].partition("/")[0] for path in sorted((run / "commits").iterdir())]
+
+
+@pytest.fixture
+def model(tmp_path, words):
+    """A model of three blocks; words.txt is beside it."""
+    return small_models.save(tmp_path / "source", "llama")
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +80,8 @@ def test_only_kept_weights_of_the_blocks_change_and_the_loss_falls(lampctl, plai
     subprocess.run([sys.executable, "-c", quick], check=True, capture_output=True)
 
 
-def test_one_block_in_memory_gives_the_weights_of_all_in_memory(lampctl, monkeypatch):
-    arguments = (TINY_OPT, "--sparsity", "0.6", *DATA, "--epochs", "1", "--refine-epochs", "1", *DISTILL)
+def test_one_block_in_memory_gives_the_weights_of_all_in_memory(lampctl, model, monkeypatch):
+    arguments = (model, "--sparsity", "0.6", *WORDS, "--epochs", "1", "--refine-epochs", "1", *DISTILL)
     assert lampctl("run", *arguments, "--run-dir", "resident").code == 0
     assert steps(Path("resident"))[-3:] == ["distill", "export", "end-loss"]
     assert "teach" not in steps(Path("resident")), "LAMP has the dense output already"
@@ -86,14 +94,14 @@ def test_one_block_in_memory_gives_the_weights_of_all_in_memory(lampctl, monkeyp
     assert exported_weights(Path("resident")) == exported_weights(Path("streamed"))
 
 
-def test_the_command_of_the_step_does_it(lampctl):
-    arguments = (TINY_OPT, "--sparsity", "0.6", "--method", "magnitude", *DATA, *DISTILL)
+def test_the_command_of_the_step_does_it(lampctl, model):
+    arguments = (model, "--sparsity", "0.6", "--method", "magnitude", *WORDS, *DISTILL)
     assert lampctl("init", *arguments, "--run-dir", "run").code == 0
     early = lampctl("distill", "run")
     assert early.code == 2
     assert "this step comes later; call lampctl calibrate" in early.err
     assert lampctl("calibrate", "run").code == 0
-    for _block in range(6):
+    for _block in range(3):
         assert lampctl("prune-block", "run").code == 0
     assert "lampctl distill " in lampctl("teach", "run").out
     assert "lampctl export " in lampctl("distill", "run").out
@@ -112,8 +120,8 @@ def test_a_distillation_set_of_its_own(lampctl, method):
     assert ("calibrate" in steps(Path("run"))) == (method != "magnitude")
 
 
-def test_a_damaged_distilled_block_is_made_again(lampctl):
-    lampctl("run", TINY_OPT, "--sparsity", "0.6", "--method", "wanda", *DATA, *DISTILL, "--run-dir", "run")
+def test_a_damaged_distilled_block_is_made_again(lampctl, model):
+    lampctl("run", model, "--sparsity", "0.6", "--method", "wanda", *WORDS, *DISTILL, "--run-dir", "run")
     expected = exported_weights(Path("run"))
     commits = [json.loads(path.read_text()) for path in sorted(Path("run/commits").iterdir())]
     distilled = next(commit for commit in commits if commit["step"] == "distill")
@@ -149,8 +157,8 @@ def test_a_model_in_memory_gets_the_weights_of_the_run(lampctl):
 
     import lampctl as package
 
-    settings = {"sparsity": 0.6, "num_samples": 16, "seqlen": 64, "epochs": 1, "refine_epochs": 1}
-    settings |= {"distill": True, "distill_batch": 4, "distill_lr": 3e-4, "distill_samples": 24}
+    settings = {"sparsity": 0.6, "num_samples": 8, "seqlen": 32, "epochs": 0, "refine_epochs": 1}
+    settings |= {"distill": True, "distill_batch": 4, "distill_lr": 3e-4, "distill_samples": 16}
     arguments = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
     arguments = [part for part in arguments if part is not True]
     told = lampctl(
@@ -180,8 +188,8 @@ def test_token_ids_are_the_set_of_distillation_at_any_effort():
     assert report.distillation is not None
 
 
-def test_a_run_takes_over_the_blocks_of_a_finished_one(lampctl):
-    arguments = (TINY_OPT, "--sparsity", "0.6", *DATA, "--epochs", "1", "--refine-epochs", "1")
+def test_a_run_takes_over_the_blocks_of_a_finished_one(lampctl, model):
+    arguments = (model, "--sparsity", "0.6", *WORDS, "--epochs", "1", "--refine-epochs", "1")
     assert lampctl("run", *arguments, "--run-dir", "whole", *DISTILL).code == 0
     assert lampctl("run", *arguments, "--no-distill", "--run-dir", "plain").code == 0
     late = lampctl("distill", "plain")
@@ -209,21 +217,20 @@ def test_a_run_takes_over_the_blocks_of_a_finished_one(lampctl):
 
 
 @pytest.fixture
-def taken_over(lampctl, words):
+def taken_over(lampctl, model):
     """The command that takes over the blocks of a finished run of Wanda on words.txt."""
-    data = ("--calibration", "text:words.txt", "--num-samples", "8", "--seqlen", "64", "--evaluate", "")
-    arguments = (TINY_OPT, "--sparsity", "0.6", "--method", "wanda", *data, "--device", "cpu")
+    arguments = (model, "--sparsity", "0.6", "--method", "wanda", *WORDS)
     assert lampctl("run", *arguments, "--run-dir", "plain").code == 0
     return ("run", *arguments, *DISTILL, "--from-run", "plain", "--run-dir", "more")
 
 
 def test_a_run_that_has_lost_a_block_is_not_taken_over(lampctl, taken_over):
     commits = [json.loads(path.read_text()) for path in sorted(Path("plain/commits").iterdir())]
-    payload = next(c["payloads"]["pruned/3"] for c in commits if "pruned/3" in c["payloads"])
+    payload = next(c["payloads"]["pruned/1"] for c in commits if "pruned/1" in c["payloads"])
     shutil.rmtree(Path("plain") / payload["root"])
     refused = lampctl(*taken_over)
     assert refused.code == 3
-    assert "it lacks what prune-block/3 wrote" in refused.err
+    assert "it lacks what prune-block/1 wrote" in refused.err
     assert lampctl("resume", "plain", "--check-all").code == 0
     assert lampctl(*taken_over).code == 0
     assert lampctl("verify", "more", "--deep").code == 0
@@ -237,8 +244,8 @@ def test_a_run_on_a_text_that_has_changed_is_not_taken_over(lampctl, taken_over,
     assert not Path("more").exists()
 
 
-def test_the_blocks_of_a_method_without_data_are_taken_over(lampctl):
-    arguments = (TINY_OPT, "--sparsity", "0.6", "--method", "magnitude", *DATA)
+def test_the_blocks_of_a_method_without_data_are_taken_over(lampctl, model):
+    arguments = (model, "--sparsity", "0.6", "--method", "magnitude", *WORDS)
     assert lampctl("run", *arguments, "--run-dir", "plain").code == 0
     assert lampctl("run", *arguments, *DISTILL, "--run-dir", "whole").code == 0
     told = lampctl("run", *arguments, *DISTILL, "--from-run", "plain", "--run-dir", "more")

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from tests.conftest import PRUNING_ALONE
 from tests.small_models import save
 
 DATA = (
     *("--sparsity", "0.5", "--calibration", "text:words.txt", "--num-samples", "4", "--seqlen", "32"),
-    *("--effort", "low", "--evaluate", "", "--device", "cpu"),
+    *("--effort", "low", "--evaluate", "", "--device", "cpu", *PRUNING_ALONE),
 )
 
 

@@ -11,6 +11,7 @@ from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.pruners.registry import PRUNERS
 from stages.runtime.memory_planner import Shapes, Work, fit, peaks
+from tests.conftest import PRUNING_ALONE
 from tests.small_models import VOCAB, tokenizer
 
 pytestmark = pytest.mark.long
@@ -19,7 +20,7 @@ SEQLEN = 32
 WORK = Work(PRUNERS.get("sparsegpt"), trains=False, is_quantized=False, eval_tokens=0)
 FLAGS = (
     *("--sparsity", "0.5", "--method", "sparsegpt", "--calibration", "text:words.txt", "--num-samples", "4"),
-    *("--seqlen", SEQLEN, "--evaluate", "", "--device", "cpu", "--threads", 1),
+    *("--seqlen", SEQLEN, "--evaluate", "", "--device", "cpu", "--threads", 1, *PRUNING_ALONE),
 )
 
 

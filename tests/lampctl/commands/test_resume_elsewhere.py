@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import PRUNING_ALONE
 from tests.small_models import save
 
-FLAGS = ("--sparsity", "0.5", "--num-samples", "3", "--seqlen", "16", "--evaluate", "", "--epochs", "1")
+FLAGS = ("--sparsity", "0.5", "--num-samples", "3", "--seqlen", "16", "--evaluate", "", "--epochs", "1", *PRUNING_ALONE)
 
 
 @pytest.fixture

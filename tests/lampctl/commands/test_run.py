@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import TINY_OPT
+from tests.conftest import PRUNING_ALONE, TINY_OPT
 from tests.small_models import save
 
 LEARNT = (
@@ -26,7 +26,7 @@ LEARNT = (
 )
 DATA = (
     *("--calibration", "text:words.txt", "--num-samples", "4", "--seqlen", "64"),
-    *("--evaluate", "text:words.txt", "--device", "cpu"),
+    *("--evaluate", "text:words.txt", "--device", "cpu", *PRUNING_ALONE),
 )
 
 

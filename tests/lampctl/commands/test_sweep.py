@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests import warm_python
+from tests.conftest import PRUNING_ALONE
 from tests.small_models import save
 
-FLAGS = ("--num-samples", "4", "--seqlen", "32", "--epochs", "1", "--refine-epochs", "1", "--eval-max-tokens", "256")
+FLAGS = (
+    *("--num-samples", "4", "--seqlen", "32", "--epochs", "1", "--refine-epochs", "1", "--eval-max-tokens", "256"),
+    *PRUNING_ALONE,
+)
 
 
 @pytest.fixture

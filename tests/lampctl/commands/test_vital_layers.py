@@ -8,9 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaConfig
 
+from tests.conftest import PRUNING_ALONE
 from tests.small_models import VOCAB, tokenizer
 
-FLAGS = ("--sparsity", "0.5", "--method", "wanda", "--num-samples", "2", "--seqlen", "16", "--evaluate", "")
+FLAGS = (
+    *("--sparsity", "0.5", "--method", "wanda", "--num-samples", "2", "--seqlen", "16", "--evaluate", ""),
+    *PRUNING_ALONE,
+)
 DATA = ("--calibration", "text:words.txt", "--device", "cpu")
 
 
