@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 def sibling(gathered: Gathered, method: str) -> Gathered:
     """The same settings for another method, as a baseline. Settings that only the first method uses are dropped.
 
+    A baseline is distilled only where that is its default, and the user has not said --no-distill.
+
     Raises:
         ConfigError: There is no such method.
     """
     if method not in method_names():
         raise ConfigError(f"--baseline {method}: choose one of {', '.join(method_names())}")
-    dropped = {"alpha", "beta", "distill", *DISTILL_FIELDS, *(() if method == LAMP else LAMP_FIELDS)}
+    dropped = {"alpha", "beta", *DISTILL_FIELDS, *(() if method == LAMP else LAMP_FIELDS)}
+    if gathered.values.distill:
+        dropped.add("distill")
     changes: dict[str, Any] = dict.fromkeys(dropped)
     values = gathered.values.changed(**{**changes, "method": method, "evaluate_dense": False})
     origins = {name: origin for name, origin in gathered.origins.items() if name not in dropped}

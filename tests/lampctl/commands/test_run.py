@@ -24,10 +24,11 @@ LEARNT = (
     "--device",
     "cpu",
 )
-DATA = (
+WHOLE = (
     *("--calibration", "text:words.txt", "--num-samples", "4", "--seqlen", "64"),
-    *("--evaluate", "text:words.txt", "--device", "cpu", *PRUNING_ALONE),
+    *("--evaluate", "text:words.txt", "--device", "cpu"),
 )
+DATA = (*WHOLE, *PRUNING_ALONE)
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +159,7 @@ def test_a_changed_model_is_another_run(lampctl, tmp_path):
 
 def test_steps_one_by_one_give_the_weights_of_run_and_refuse_to_be_done_out_of_order(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama-gqa")
-    settings = (original, "--sparsity", "0.5", *DATA, "--num-samples", "4", "--epochs", "1", "--eval-max-tokens", "512")
+    settings = (original, "--sparsity", "0.5", *WHOLE, "--epochs", "1", "--eval-max-tokens", "512")
     assert lampctl("run", *settings, "--run-dir", "whole").code == 0
     begun = lampctl("init", *settings, "--run-dir", "steps")
     assert begun.code == 0, begun.err
@@ -195,7 +196,7 @@ def test_steps_one_by_one_give_the_weights_of_run_and_refuse_to_be_done_out_of_o
 
 def test_status_shows_steps_budget_losses_and_the_next_step(lampctl, tmp_path):
     original = save(tmp_path / "m", "llama")
-    lampctl("init", original, "--sparsity", "0.5", *DATA, "--num-samples", "3", "--epochs", "1", "--run-dir", "r")
+    lampctl("init", original, "--sparsity", "0.5", *WHOLE, "--num-samples", "3", "--epochs", "1", "--run-dir", "r")
     for step in ("calibrate", "capture", "prune-block", "refine-block", "compensate-block", "prune-block"):
         assert lampctl(step, "r").code == 0
     state = lampctl("status", "r", "--json").json
