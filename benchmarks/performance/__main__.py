@@ -105,6 +105,11 @@ FIGURES = {
     "P9": Figure("starting, over a bare Python", "1.5 or less", lambda work: runs.starting(work, 15)),
     "P10": Figure("growth of time with depth and tokens", "within 0.05", _growth),
     "P11": Figure("resume: start to first useful compute", "under 5 s", lambda work: runs.resuming(work, 5)),
+    "P12": Figure(
+        "peak memory of distillation by depth, one block in memory",
+        "flat within 0.05",
+        lambda work: runs.memory_of_distillation(work, (4, 8, 16, 32)),
+    ),
 }
 
 

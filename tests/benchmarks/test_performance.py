@@ -43,7 +43,7 @@ def test_the_table_says_what_was_reached_and_what_was_missed(speed):
 
 
 def test_every_figure_of_the_list_has_a_target(speed):
-    assert list(speed.FIGURES) == [f"P{number}" for number in range(1, 12)]
+    assert list(speed.FIGURES) == [f"P{number}" for number in range(1, 13)]
     assert all(figure.title and figure.target for figure in speed.FIGURES.values())
 
 

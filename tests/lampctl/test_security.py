@@ -44,7 +44,7 @@ def test_no_secret_of_the_environment_is_written_or_shown(lampctl, canaries, tmp
         with monkeypatch.context() as patch:
             patch.setattr("stages.prune_block.prune_block", fail)
             answers.append(lampctl("run", model, *FLAGS, *data, "--run-dir", f"r-{kind.__name__}"))
-    assert [answer.code for answer in answers] == [0, 1, 1, 1]
+    assert [answer.code for answer in answers] == [0, 1, 1, 1], answers[0].err
     assert "this is a bug of ours" in answers[1].err
     assert "***" in answers[1].err
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
