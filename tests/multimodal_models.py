@@ -49,10 +49,12 @@ def _parts() -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
     qwen = {**_TEXT, "rope_parameters": _ROPE}
     linear = {**qwen, "rope_parameters": {**_ROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True}}
     llama4 = {**_TEXT, "intermediate_size_mlp": 64, "num_local_experts": 2}
+    gemma4 = {"layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8}
+    gemma4["vocab_size_per_layer_input"] = _TEXT["vocab_size"]
     pixtral = {**_IMAGES, "model_type": "pixtral"}
     return {
         "gemma3": ("gemma3", {**_TEXT, "sliding_window": 8}, _IMAGES),
-        "gemma4": ("gemma4", {**_TEXT, "layer_types": ["sliding_attention", "full_attention"]}, _IMAGES),
+        "gemma4": ("gemma4", {**_TEXT, **gemma4}, _IMAGES),
         "mistral3": ("mistral3", {**_TEXT, "model_type": "mistral"}, pixtral),
         "ministral3": ("mistral3", {**_TEXT, "model_type": "ministral3"}, pixtral),
         "qwen2.5-vl": ("qwen2_5_vl", qwen, _QWEN_IMAGES),

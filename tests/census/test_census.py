@@ -13,6 +13,7 @@ from tests.census.configuration import Configuration, tiny
 from tests.census.families import CENSUS, ONE_OF_EACH, TYPE_OF
 from tests.census.journey import check_export, flags_for
 from tests.census.verdicts import NOT_TAKEN
+from tests.conftest import PRUNING_ALONE
 from tests.killed_runs import BOMB, exported_weights
 
 ENTRIES = {entry.name: entry for entry in CENSUS}
@@ -22,9 +23,9 @@ ENTRIES = {entry.name: entry for entry in CENSUS}
 def journey(lampctl, tmp_path, words):
     """Takes an entry through a run, and checks what the table says of it."""
 
-    def go(entry):
+    def go(entry, *more):
         source = entry.save(tmp_path / "source")
-        flags = (source, *flags_for(entry, tmp_path))
+        flags = (source, *flags_for(entry, tmp_path), *more)
         answer = lampctl("run", *flags, "--run-dir", "r", "--baseline", "wanda")
         verdict = entry.verdict
         if verdict.word == "works":
@@ -42,7 +43,7 @@ def journey(lampctl, tmp_path, words):
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_one_model_of_each_kind_is_pruned_and_exported_or_refused_by_name(name, journey):
-    journey(ENTRIES[name])
+    journey(ENTRIES[name], *PRUNING_ALONE)
 
 
 @pytest.mark.slow

@@ -28,38 +28,62 @@ def site(tmp_path_factory):
     return target
 
 
+# Calls lampctl once for each list of arguments, and prints the exit codes and what was said.
+_CALLS = """
+import contextlib, io, json, sys
+from lampctl.app import main
+
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, said, code = ["lampctl", *arguments], io.StringIO(), 0
+    with contextlib.redirect_stdout(said):
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+    answers.append((code, said.getvalue()))
+print(json.dumps(answers))
+"""
+
+
 @pytest.fixture
 def call(site, tmp_path):
-    """lampctl in a process of its own that has the plugin on its path."""
+    """lampctl, several times, in a process of its own that has the plugin on its path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(site), str(ROOT)))}
 
-    def run(*arguments):
-        command = [sys.executable, "-m", "lampctl", *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    def calls(*commands):
+        command = [sys.executable, "-c", _CALLS, json.dumps([[*map(str, arguments)] for arguments in commands])]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        answers = json.loads(done.stdout)
+        assert [code for code, _ in answers] == [0] * len(commands), done.stderr
+        return [said for _, said in answers]
 
-    return run
+    return calls
 
 
 FLAGS = ("--evaluate", "pydocs", "--seqlen", 64, "--eval-max-tokens", 512, "--device", "cpu", "--threads", 1)
+RUN = ("run", TINY_OPT, "--sparsity", 0.5, "--method", "random", *FLAGS)
 
 
 def test_its_pruner_and_metric_run_and_appear_everywhere(call, tmp_path):
-    done = call("run", TINY_OPT, "--sparsity", 0.5, "--method", "random", "--metrics", "token-accuracy", *FLAGS)
-    assert done.returncode == 0, done.stderr
-    assert "token accuracy" in done.stdout
-    assert "random" in done.stdout
     place = "runs/tiny-opt-s50-random"
-
-    compared = call("compare", place, "--json")
-    assert compared.returncode == 0, compared.stderr
-    assert "token-accuracy" in compared.stdout
-    state = json.loads(call("status", place, "--json").stdout)
+    done, compared, state, _, shown = call(
+        (*RUN, "--metrics", "token-accuracy"),
+        ("compare", place, "--json"),
+        ("status", place, "--json"),
+        ("report", place, "--out", "report"),
+        ("run", "--help"),
+    )
+    assert "token accuracy" in done
+    assert "random" in done
+    assert "random" in shown
+    assert "token-accuracy" in compared
+    state = json.loads(state)
     values = {(found["metric"], found["which"]): found[found["metric"]] for found in state["evaluations"]}
     assert 0 <= values["token-accuracy", "pruned"] < values["token-accuracy", "dense"] <= 1
     assert values["perplexity", "pruned"] > values["perplexity", "dense"]
 
-    reported = call("report", place, "--out", "report")
-    assert reported.returncode == 0, reported.stderr
     page = (tmp_path / "report" / "index.html").read_text()
     assert "token accuracy" in page
     assert "random" in page
@@ -67,9 +91,7 @@ def test_its_pruner_and_metric_run_and_appear_everywhere(call, tmp_path):
     assert "pruned by random" in card
     assert "token accuracy on pydocs" in card
 
-    assert "random" in call("run", "--help").stdout
-    same = call("run", TINY_OPT, "--sparsity", 0.5, "--method", "random", "--run-dir", "again", *FLAGS)
-    assert same.returncode == 0, same.stderr
+    call((*RUN, "--run-dir", "again"))
     files = sorted((tmp_path / place / "model").glob("model-*.safetensors"))
     assert len(files) == 7  # six blocks, and what is outside of them
     for path in files:

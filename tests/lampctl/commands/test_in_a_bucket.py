@@ -6,22 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.buckets import s3
+from tests.conftest import PRUNING_ALONE
 from tests.small_models import save
 
-FLAGS = (
-    "--sparsity",
-    "0.5",
-    "--num-samples",
-    "3",
-    "--seqlen",
-    "16",
-    "--eval-seqlen",
-    "16",
-    "--eval-max-tokens",
-    "64",
-    "--epochs",
-    "1",
+SMALL = (
+    *("--sparsity", "0.5", "--num-samples", "3", "--seqlen", "16", "--eval-seqlen", "16", "--eval-max-tokens", "64"),
 )
+FLAGS = (*SMALL, "--epochs", "1")
 PLACE = "s3://bucket/runs/mine"
 
 
@@ -112,7 +103,18 @@ def server_keys():
 def test_baseline_in_a_bucket_is_beside_the_run_and_shares_its_calibration_set(lampctl, server, tmp_path, words):
     model = save(tmp_path / "m", "llama")
     data = ("--calibration", f"text:{words}", "--evaluate", "")
-    flags = (*FLAGS, *data, "--baseline", "sparsegpt", "--run-dir", PLACE, "--json")
+    flags = (
+        *SMALL,
+        *PRUNING_ALONE,
+        *data,
+        "--method",
+        "wanda",
+        "--baseline",
+        "sparsegpt",
+        "--run-dir",
+        PLACE,
+        "--json",
+    )
     answer = lampctl("run", model, *flags)
     assert answer.code == 0, answer.err
     report = answer.json

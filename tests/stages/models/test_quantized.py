@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -47,12 +45,8 @@ def edit(folder, **changes):
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32", **changes}))
 
 
-def entries(shape) -> Iterator[tuple[int, int]]:
-    return itertools.product(*map(range, shape))
-
-
 def fp8_blocks(matrix, block=(5, 7), scale_dtype=torch.float32):
-    """Each block by its own scale, an entry at a time; the last blocks are smaller."""
+    """Each block by its own scale; the last blocks are smaller."""
     grid = [math.ceil(size / side) for size, side in zip(matrix.shape, block, strict=True)]
     scales = torch.rand(grid, generator=torch.Generator().manual_seed(0)).add(0.01)
     if scale_dtype == torch.uint8:  # exponents
@@ -61,12 +55,10 @@ def fp8_blocks(matrix, block=(5, 7), scale_dtype=torch.float32):
     else:
         scales = scales.to(scale_dtype).float()
         kept = scales.to(scale_dtype)
-    codes, expected = torch.empty(matrix.shape, dtype=E4M3), torch.empty(matrix.shape)
-    for row, col in entries(matrix.shape):
-        scale = scales[row // block[0], col // block[1]]
-        codes[row, col] = (matrix[row, col] / scale).clamp(-448, 448).to(E4M3)
-        expected[row, col] = codes[row, col].float() * scale
-    return {"weight": codes, "weight_scale_inv": kept}, expected
+    rows, cols = matrix.shape
+    scale = scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :cols]
+    codes = (matrix / scale).clamp(-448, 448).to(E4M3)
+    return {"weight": codes, "weight_scale_inv": kept}, codes.float() * scale
 
 
 def fp8_rows(matrix):
@@ -97,12 +89,9 @@ def groups_of(matrix, bits, group):
     rows, cols = matrix.shape
     zeros = torch.randint(0, 2**bits, (rows, cols // group), generator=torch.Generator().manual_seed(1))
     scales = matrix.abs().reshape(rows, -1, group).amax(2).div(2 ** (bits - 1)).half().float() + 2**-10
-    codes, expected = torch.empty(matrix.shape, dtype=torch.int64), torch.empty(matrix.shape)
-    for row, col in entries(matrix.shape):
-        scale, zero = scales[row, col // group], zeros[row, col // group]
-        codes[row, col] = torch.round(matrix[row, col] / scale + zero).clamp(0, 2**bits - 1)
-        expected[row, col] = (codes[row, col] - zero) * scale
-    return codes, zeros, scales, expected
+    scale, zero = scales.repeat_interleave(group, 1), zeros.repeat_interleave(group, 1)
+    codes = torch.round(matrix / scale + zero).clamp(0, 2**bits - 1).to(torch.int64)
+    return codes, zeros, scales, (codes - zero) * scale
 
 
 def dense_words_of(numbers, bits):
