@@ -35,8 +35,9 @@ check: $(READY) ## Lint, and the tests that make no run, in less than a minute o
 unit: $(READY)
 	$(BIN)/python -m pytest -m unit -n 2 --dist worksteal
 
+# Three workers on two cores: the tests of kills, buckets and disks wait for a third of their time.
 test: lint ## Lint, then the default tests: less than 8 minutes on 2 quiet cores
-	$(BIN)/python -m pytest -m 'not slow and not smollm2' -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m 'not slow and not smollm2' -n 3 --dist worksteal
 
 demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (minutes on 2 quiet cores)
 	$(BIN)/lampctl run smollm2-135m $(SMOL_ARGS)

@@ -49,7 +49,7 @@ def models_page() -> str:
     words = Counter(entry.verdict.word for entry in CENSUS)
     counts = ", ".join(f"{words[word]} {word}" for word in ("works", "refused"))
     counts = f"{len(CENSUS)} configurations: {counts}."
-    rows = "".join(_row(entry) for entry in CENSUS)
+    rows = "".join(row_of(entry) for entry in CENSUS)
     return _INTRODUCTION.format(version=__version__, counts=counts) + rows + _NOT_TAKEN + _others()
 
 
@@ -58,7 +58,8 @@ def _others() -> str:
     return "".join(f"- {', '.join(names)}: {reason}.\n" for reason, names in reasons.items())
 
 
-def _row(entry: Configuration) -> str:
+def row_of(entry: Configuration) -> str:
+    """Its line of the table."""
     cells = [entry.name, entry.kind, entry.verdict.word, *_layers(entry), entry.verdict.reason]
     return f"| {' | '.join(cells)} |\n"
 
