@@ -48,7 +48,7 @@ def compensate_block(
         NumericalError: The loss is not finite.
     """
     block = context.load()
-    purpose = Purpose("compensate", passes_before=2, passes_after=0)
+    purpose = Purpose("compensate", passes_before=1, passes_after=0)
     trainer = BlockTrainer(context, block, biased_in, dense_out, settings, purpose, spill)
     trainer.first_pass(makes_targets_of=dense_in)
     training = trainer.train(list(block.parameters()))

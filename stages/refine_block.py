@@ -52,7 +52,7 @@ def refine_block(
     assert pruned.state is not None, "the block is finished already"
     block = context.load(pruned.state)
     outcome = pruned.outcome.to(context.device.torch_device)
-    purpose = Purpose("refine", passes_before=1, passes_after=1 if output.stream is not None else 0)
+    purpose = Purpose("refine", passes_before=0, passes_after=1 if output.stream is not None else 0)
     trainer = BlockTrainer(context, block, biased_in, dense_out, settings, purpose, spill)
     trainer.first_pass()
     with kept_masked(context.model, block, context.index, outcome):

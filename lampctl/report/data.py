@@ -87,7 +87,7 @@ def error_by_block(state: RunStatus) -> Dataset:
     for block in state.blocks:
         for training in block.trainings:
             before, after = training.before, training.after
-            if before.trained is None and after.trained is None:
+            if training.judged == (None, None):
                 continue
             losses = (before.trained, after.trained, before.held_out, after.held_out)
             rows.append((block.block, training.name, *losses))

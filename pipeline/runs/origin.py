@@ -67,8 +67,9 @@ def settled_with(origin: RunDirectory, config: RunConfig, origins: Mapping[str, 
     if differing:
         lines = [f"  {field}: {old!r} there, {new!r} asked for" for field, (old, new) in differing.items()]
         raise ConfigMismatch(
-            f"--from-run {origin.label}: its blocks are not those of this run:\n" + "\n".join(lines) + "\n"
-            "give the same settings, or leave --from-run out"
+            f"--from-run {origin.label}: its blocks are not those of this run:",
+            *lines,
+            "give the same settings, or leave --from-run out",
         )
     last = payloads.pruned(facts_of(origin).model.num_blocks - 1).name
     if not any(last in commit.payloads for commit in origin.commits):

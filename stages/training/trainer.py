@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from stages.errors import NumericalError
 from stages.interfaces import Checkpoint, Samples, Scratch, Stream
 from stages.runtime.block_context import BlockContext
-from stages.runtime.prefetch import Writing
 from stages.training.best_weights import BestWeights
 from stages.training.kept_weights import plain_name
 from stages.training.loss import block_loss, split_samples
@@ -47,15 +46,23 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean loss over the training samples and over the held-out samples (None: there are none)."""
+    """Mean losses of a block's weights.
 
-    trained: float
+    Attributes:
+        trained: Over the training samples. Before and after a training it is computed only if no sample is held out:
+            each takes a forward pass of every sample.
+        held_out: Over the held-out samples; None: there are none.
+    """
+
+    trained: float | None
     held_out: float | None
 
     @property
     def judged(self) -> float:
         """The loss that decides: over the held-out samples, else over the training samples."""
-        return self.trained if self.held_out is None else self.held_out
+        found = self.trained if self.held_out is None else self.held_out
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Purpose:
     """The stage that trains a block."""
 
     name: str  # "compensate" or "refine"; part of the seed of the sample order
-    passes_before: int  # passes over all samples before the training steps, for the progress
+    passes_before: int  # passes over all samples before the training steps, judging apart: for the progress
     passes_after: int  # passes over all samples after them
 
 
@@ -138,7 +145,7 @@ class BlockTrainer:
             callbacks.warn("only one calibration sample: none is held out, training is judged on the sample itself")
         num_steps = settings.epochs * len(self.train_set)
         self._num_after = purpose.passes_after * len(inputs)
-        self._total = purpose.passes_before * len(inputs) + num_steps + self._num_after
+        self._total = purpose.passes_before * len(inputs) + self._num_judging + num_steps + self._num_after
         self._done = 0  # of `_total`
         self._restored = callbacks.restore() if settings.epochs else None
         self._before: Losses | None = None
@@ -165,41 +172,29 @@ class BlockTrainer:
 
     @torch.no_grad()
     def first_pass(self, makes_targets_of: Samples | None = None) -> Losses:
-        """Compute the mean loss over all samples before training. When resumed, the checkpoint has the losses.
+        """Compute the mean loss before training, of the samples that judge. When resumed, the checkpoint has it.
 
         Args:
             makes_targets_of: First write the targets, the untrained block's output of this stream of N samples (T, H).
                 None: the targets exist.
         """
-        everything = range(len(self.inputs))
+        if makes_targets_of is not None:
+            self._pass.propagate(makes_targets_of, self.targets, self.callbacks.check_stop, self.advance)
         if self._restored is not None:
-            if makes_targets_of is not None:
-                self._pass.propagate(makes_targets_of, self.targets, self.callbacks.check_stop, self.advance)
             self._before = Losses(**self._restored.figures["before"])
-            return self._before
-        if makes_targets_of is None:
-            values = self._losses(everything, self.callbacks.check_stop)
         else:
-            values = self._losses_and_targets(makes_targets_of)
-        self._before = Losses(_mean(values, self.train_set), _mean(values, self.held_out) if self.held_out else None)
+            self._before = self._losses_now(self.callbacks.check_stop)
         return self._before
 
-    def _losses_and_targets(self, source: Samples) -> dict[int, float]:
-        """Write the block's output of `source` to the targets, and compute the loss of every sample against it."""
-        values: dict[int, float] = {}
-        batches = self._pass.batches(range(len(self.inputs)))
-        with (
-            self._pass.reading(batches, source, self.stream_in) as read,
-            Writing(self.targets, self.device) as out,
-        ):
-            for batch in read:
-                self.callbacks.check_stop()
-                target = self._pass.forward(batch.samples[0], batch.call)
-                out.write(batch.numbers, target)
-                target = target.to(self.choices.torch_dtype)  # in the dtype of the stream
-                values |= self._losses_of(batch.numbers, self._pass.forward(batch.samples[1], batch.call), target)
-                self.advance(len(batch.numbers))
-        return values
+    @property
+    def _num_judging(self) -> int:
+        return len(self.held_out) or len(self.train_set)
+
+    def _losses_now(self, boundary: Callable[[], None]) -> Losses:
+        """The losses of the block as it is, of the samples that judge it."""
+        if self.held_out:
+            return Losses(None, _mean(self._losses(self.held_out, boundary), self.held_out))
+        return Losses(_mean(self._losses(self.train_set, boundary), self.train_set), None)
 
     @torch.no_grad()
     def _losses(self, indices: Sequence[int], boundary: Callable[[], None]) -> dict[int, float]:
@@ -209,16 +204,13 @@ class BlockTrainer:
             for batch in read:
                 boundary()
                 hidden = self._pass.forward(batch.samples[0], batch.call)
-                values |= self._losses_of(batch.numbers, hidden, batch.samples[1])
+                targets = batch.samples[1]
+                for k, number in enumerate(batch.numbers):
+                    loss = block_loss(hidden[k : k + 1], targets[k : k + 1], self.settings.loss)
+                    values[number] = loss.item()
                 if self._course is None:
                     self.advance(len(batch.numbers))
         return values
-
-    def _losses_of(self, numbers: Sequence[int], hidden: Tensor, target: Tensor) -> dict[int, float]:
-        losses = [
-            block_loss(hidden[k : k + 1], target[k : k + 1], self.settings.loss).item() for k in range(len(numbers))
-        ]
-        return dict(zip(numbers, losses, strict=True))
 
     def train(self, parameters: Sequence[nn.Parameter]) -> Training:
         """Train `parameters` of the block, after `first_pass`. Afterwards the block holds the best weights.
@@ -228,9 +220,9 @@ class BlockTrainer:
         """
         before = self._before
         assert before is not None, "there was no first pass"
-        if not math.isfinite(before.trained):
+        if not math.isfinite(before.judged):
             raise NumericalError(
-                f"block {self.block_index}: the loss is {before.trained} before any training: the model's weights or "
+                f"block {self.block_index}: the loss is {before.judged} before any training: the model's weights or "
                 "activations hold NaN or infinity"
             )
         if not self.settings.epochs:
@@ -242,10 +234,11 @@ class BlockTrainer:
         self._optimizer = self._best = None
         after = before
         if course.kept_epoch:
-            after = Losses(self._mean_loss(self.train_set), self._mean_loss(self.held_out) if self.held_out else None)
-        if not math.isfinite(after.trained):  # the last update came after the last computed loss
+            # The held-out loss of the epoch that was kept is known.
+            after = Losses(None, course.best) if self.held_out else self._losses_now(self.boundary)
+        if not math.isfinite(after.judged):  # the last update came after the last computed loss
             raise NumericalError(
-                f"block {self.block_index}: the loss is {after.trained} after training; {self._advice()}"
+                f"block {self.block_index}: the loss is {after.judged} after training; {self._advice()}"
             )
         if self._num_after:  # the caller changes the block from now on
             ended = self._checkpoint()

@@ -20,6 +20,7 @@ from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.prune_block import prune_block
 from stages.refine_block import refine_block
+from stages.runtime.block_runner import BlockRunner
 from stages.sparsity.nm_pattern import Pattern
 from stages.sparsity.outcome import PruneOutcome
 from stages.training.loss import block_loss, split_samples
@@ -155,6 +156,26 @@ def test_compensation_reports_the_mse_of_the_last_blocks_output(model, inputs):
     assert result.after.trained == pytest.approx(sum(after) / N, rel=1e-6)
     assert result.after.trained < result.before.trained
     assert (result.num_steps, result.kept_epoch, result.before.held_out) == (2 * N, 2, None)
+
+
+@pytest.mark.parametrize(("epochs", "holds_out"), [(0, True), (2, True), (0, False), (2, False)])
+def test_only_the_samples_that_judge_are_passed_again(model, inputs, monkeypatch, epochs, holds_out):
+    """Each pass over all samples is a third of an epoch's time."""
+    streams, samples = after_block_0(model, inputs), []
+    forward = BlockRunner.forward
+
+    def counted(self, hidden, call):
+        samples.extend(hidden)
+        return forward(self, hidden, call)
+
+    monkeypatch.setattr(BlockRunner, "forward", counted)
+    found = compensated(model, inputs, streams, settings(epochs=epochs, holds_out=holds_out)).training
+    num_judging = 1 if holds_out else N
+    # The targets; before; after each epoch, or once after the last where no epoch is judged.
+    assert len(samples) == N + num_judging + (epochs if holds_out else bool(epochs)) * num_judging
+    assert (found.before.trained is None) == (found.after.trained is None) == holds_out
+    if epochs and holds_out:
+        assert found.after.held_out == min(losses.held_out for losses in (found.before, *found.epoch_losses))
 
 
 def test_an_update_that_makes_it_worse_is_never_kept(model, inputs):

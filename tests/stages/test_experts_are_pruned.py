@@ -131,7 +131,7 @@ def test_training_reaches_the_experts_and_keeps_their_masks(bits):
             is_changed = not torch.equal(weight, before.finished.state[f"{info.path}.weight"])
             changed += is_changed and info.peers is not None
         assert bits is not None or changed > NUM_EXPERTS, f"block {i}"
-        assert after.refinement.after.trained < after.refinement.before.trained
+        assert after.refinement.after.judged < after.refinement.before.judged
 
 
 @pytest.mark.parametrize("family", EVERY)

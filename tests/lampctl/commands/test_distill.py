@@ -210,7 +210,7 @@ def test_a_run_takes_over_the_blocks_of_a_finished_one(lampctl, model):
 
     refused = lampctl("run", *arguments[:-1], "2", *DISTILL, "--from-run", "plain", "--run-dir", "other")
     assert refused.code == 3
-    assert "refine_epochs: 1 there, 2 asked for" in refused.err
+    assert "\n  refine_epochs: 1 there, 2 asked for\n" in refused.err
     refused = lampctl("run", *arguments, *DISTILL, "--from-run", "nowhere", "--run-dir", "other")
     assert refused.code == 3
     assert not Path("other").exists()

@@ -204,8 +204,8 @@ def test_status_shows_steps_budget_losses_and_the_next_step(lampctl, tmp_path):
     assert [b["state"] for b in state["blocks"]] == ["refined", "pruned", "waiting"]
     (refinement,), (compensation,), nothing = (block["trainings"] for block in state["blocks"])
     assert (refinement["name"], compensation["name"], nothing) == ("refinement", "compensation", [])
-    assert refinement["after"]["trained"] <= refinement["before"]["trained"]
-    assert compensation["after"]["trained"] <= compensation["before"]["trained"]
+    assert refinement["after"]["held_out"] <= refinement["before"]["held_out"]
+    assert compensation["after"]["held_out"] <= compensation["before"]["held_out"]
     assert state["remaining_s"] > 0
     assert state["remaining_until"] == "distill"
     assert sum(layer["num_masked"] for b in state["blocks"] for layer in b["layers"]) == round(

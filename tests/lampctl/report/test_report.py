@@ -158,7 +158,7 @@ def test_report_writes_each_figures_numbers_as_csv(lampctl, folder, state):
     assert lampctl("report", folder / "lamp", "--out", "out", "--no-text").code == 0
     rows = list(csv.DictReader(io.StringIO(Path("out/figures/error.csv").read_text())))
     table = data.error_by_block(state)
-    assert [float(row["after"]) for row in rows] == table.numbers("after")
+    assert [float(row["after_held_out"]) for row in rows] == table.numbers("after_held_out")
     assert [row["training"] for row in rows] == table.column("training")
 
 
