@@ -23,7 +23,7 @@ POINTS: dict[str, tuple[str, ...]] = {
     "2:4+int3": ("--pattern", "2:4", "--bits", "3"),
 }
 
-# Learning rate and epochs of the paper's method at each point: its best on 128 x 256 tokens.
+# Learning rate and epochs of the paper's method at each point. Not tuned on 128 x 256 tokens yet (docs/benchmark.md).
 PUBLISHED_TRAINING: dict[str, tuple[str, str]] = {
     "50%": ("1e-3", "2"),
     "60%": ("1e-3", "2"),
