@@ -12,6 +12,9 @@ An update takes a batch of B samples:
     head        the loss, and its gradient with respect to the last block's output
     backward    for each block, from the last: its gradient, recomputed from its input, and a step of Adam
 
+Unless its learning rate is given, the first update is also a search for it (`stages.training.rate_search`): the weights
+go to several distances along the first step of Adam, and the held-out loss is measured at each.
+
 Streamed, one block is in memory at a time, and its weights and moments are stored after every update. Resident, all are
 in memory, and no block runs twice. Both do the same arithmetic in the same order: the weights are bit-identical.
 
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -36,6 +39,7 @@ from stages.tasks.registry import task_named
 from stages.training.end_loss import EndLoss
 from stages.training.kept_weights import kept_masked
 from stages.training.loss import split_samples
+from stages.training.rate_search import USUAL_TRIALS, Trial, search
 from stages.training.rates import Rate
 from stages.training.seeding import generator_for
 from stages.training.student import PrunedBlocks, Resident, Streamed, Student, Work
@@ -46,13 +50,20 @@ _WARM_UP = 1 / 15
 # Where no epoch improved the model, distillation begins again at a smaller rate, unless this many epochs have failed.
 _MOST_FAILURES = 3
 
+# The search begins at this share of each tensor's root mean square, and the highest learning rate is this many times
+# what it finds (docs/experiments.md).
+_FIRST_TRIAL, _PEAK = 1e-3, 2.0
+# Without held-out samples nothing can be searched: this rate at a batch of one sample, times the root of the batch.
+_UNJUDGED = 8e-4
+
 
 @dataclass(frozen=True)
 class DistillSettings:
     """How to distill."""
 
     epochs: int
-    lr: Rate  # the highest learning rate of Adam: it rises, then falls to zero along a cosine
+    # The highest learning rate of Adam: it rises, then falls to zero along a cosine. None: it is searched for.
+    lr: Rate | None
     batch: int  # samples of an update, about: an epoch's samples are split evenly
     # Measure each epoch on held-out samples; undo an epoch without improvement, and if none improved the model, begin
     # again at a smaller rate. False: train on all samples, and keep the last weights.
@@ -65,6 +76,8 @@ class Distillation:
     """Report of a distillation."""
 
     loss: str  # name of the end loss
+    lr: Rate  # the highest learning rate
+    trials: tuple[Trial, ...]  # of the search for it, as shares of each tensor's root mean square
     before: float | None  # on the held-out samples; None: there are none
     after: float | None
     epochs: tuple[Losses, ...]  # `trained` is the mean over the epoch's updates, each before it took effect
@@ -78,6 +91,8 @@ class _Course:
     """State without weights and moments, after the last finished update. Field names are part of the checkpoints."""
 
     before: float | None = None
+    peak: float | None = None  # the highest learning rate; None: not found yet
+    trials: list[Trial] = field(default_factory=list)
     epoch: int = 1  # the current one
     losses: list[float] = field(default_factory=list)  # of the epoch's updates so far
     epochs: list[Losses] = field(default_factory=list)  # of the finished epochs
@@ -89,12 +104,15 @@ class _Course:
     is_over: bool = False  # every epoch is finished, and the blocks hold the weights that are kept
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "best": None if math.isinf(self.best) else self.best}
+        trials = [[trial.distance, None if math.isinf(trial.loss) else trial.loss] for trial in self.trials]
+        return {**asdict(self), "best": None if math.isinf(self.best) else self.best, "trials": trials}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> _Course:
         best = math.inf if values["best"] is None else values["best"]
-        return cls(**{**values, "best": best, "epochs": [Losses(**epoch) for epoch in values["epochs"]]})
+        trials = [Trial(distance, math.inf if loss is None else loss) for distance, loss in values["trials"]]
+        epochs = [Losses(**epoch) for epoch in values["epochs"]]
+        return cls(**{**values, "best": best, "trials": trials, "epochs": epochs})
 
 
 class Distiller:
@@ -130,7 +148,13 @@ class Distiller:
         self._num_updates = max(round(len(self._train_set) / settings.batch), 1)  # of an epoch
         self._restored = callbacks.restore()
         self._course = _Course() if self._restored is None else _Course.from_json(self._restored.figures["course"])
-        work = Work(context, pruned, teacher, self._end_loss, settings.lr, callbacks, self)
+        if settings.lr is None:
+            self._lr = Rate(1.0, is_relative=True)
+            if not self._held_out:
+                self._course.peak = _UNJUDGED * math.sqrt(settings.batch)
+        else:
+            self._lr, self._course.peak = Rate(1.0, settings.lr.is_relative), settings.lr.value
+        work = Work(context, pruned, teacher, self._end_loss, self._lr, callbacks, self)
         most = max(math.ceil(len(self._train_set) / self._num_updates), len(self._held_out))
         stored = () if self._restored is None else self._restored.parts
         self._student: Student = Resident(work, stored) if is_resident else Streamed(work, stored, scratch, most)
@@ -138,8 +162,11 @@ class Distiller:
         judging = len(self._held_out) * (num_blocks + 1)  # passes through blocks and head
         of_sample = 2 * num_blocks + 1  # forward and backward
         self._per_epoch = len(self._train_set) * of_sample + judging
-        self._total = judging + (course.beginning + settings.epochs) * self._per_epoch
-        self._done = judging * (self._restored is not None) + len(course.epochs) * self._per_epoch
+        self._judging = judging
+        num_trials = USUAL_TRIALS * (course.peak is None) + len(course.trials)
+        self._total = (1 + num_trials) * judging + (course.beginning + settings.epochs) * self._per_epoch
+        num_judged = (1 + num_trials) * (self._restored is not None)
+        self._done = judging * num_judged + len(course.epochs) * self._per_epoch
         self._shown: dict[str, float] = {}  # with the progress, from the last sample
         self._done += of_sample * sum(len(batch) for batch in self._batches(course.epoch)[: len(course.losses)])
 
@@ -157,11 +184,10 @@ class Distiller:
         while not course.is_over:
             batches = self._batches(course.epoch)
             for batch in batches[len(course.losses) :]:
-                loss = student.update(batch, self._rate())
+                loss = self._first_update(batch) if course.peak is None else student.update(batch, self._rate())
                 if not math.isfinite(loss):
                     raise NumericalError(
-                        f"distillation: the loss became {loss} in update {len(course.updates) + 1}; use a smaller "
-                        f"--distill-lr than {self._settings.lr}"
+                        f"distillation: the loss became {loss} in update {len(course.updates) + 1}; {self._advice()}"
                     )
                 course.losses.append(loss)
                 course.updates.append(loss)
@@ -169,8 +195,11 @@ class Distiller:
             self._end_epoch()
         num_held_out = len(self._held_out)
         after = course.best if num_held_out else None
+        assert course.peak is not None
         return Distillation(
             self._end_loss.name,
+            Rate(course.peak, self._lr.is_relative),
+            tuple(course.trials),
             course.before,
             after,
             tuple(course.epochs),
@@ -202,6 +231,29 @@ class Distiller:
         ends = [k * len(order) // self._num_updates for k in range(self._num_updates + 1)]
         return [order[start:end] for start, end in itertools.pairwise(ends)]
 
+    def _first_update(self, batch: Sequence[int]) -> float:
+        """Train on the first batch, and find the highest learning rate. Returns the mean loss before the update."""
+        course, student = self._course, self._student
+        loss = student.update(batch, _FIRST_TRIAL)
+        if not math.isfinite(loss):
+            return loss
+        student.draw_line()
+
+        def loss_at(rate: float) -> float:
+            if len(course.trials) >= USUAL_TRIALS:
+                self._total += self._judging
+            student.move(rate / _FIRST_TRIAL)
+            held_out = _mean(student.losses(self._held_out))
+            course.trials.append(Trial(rate, held_out if math.isfinite(held_out) else math.inf))
+            return course.trials[-1].loss
+
+        assert course.before is not None
+        best = search(loss_at, course.before, _FIRST_TRIAL)
+        self._total -= max(USUAL_TRIALS - len(course.trials), 0) * self._judging
+        course.peak = float(f"{_PEAK * best:.3g}")  # as it is reported: --distill-lr can repeat it
+        student.move(best / _FIRST_TRIAL)
+        return loss
+
     def _rate(self) -> float:
         """The learning rate of the next update."""
         total = self._settings.epochs * self._num_updates
@@ -209,23 +261,26 @@ class Distiller:
         warm = math.ceil(total * _WARM_UP) if total > 1 else 0
         rising = min(1.0, (number + 1) / (warm + 1))
         falling = 0.5 * (1 + math.cos(math.pi * number / total))
-        return self._settings.lr.value * self._course.rate * rising * falling
+        assert self._course.peak is not None
+        return self._course.peak * self._course.rate * rising * falling
 
     def _judge(self) -> float | None:
         """The mean loss over the held-out samples; None: there are none."""
         if not self._held_out:
             return None
-        losses = self._student.losses(self._held_out)
-        mean = math.fsum(losses) / len(losses)
+        mean = _mean(self._student.losses(self._held_out))
         if not math.isfinite(mean):
             raise NumericalError(
-                f"distillation: the held-out loss is {mean} after {len(self._course.updates)} updates; use a smaller "
-                f"--distill-lr than {self._settings.lr}"
+                f"distillation: the held-out loss is {mean} after {len(self._course.updates)} updates; {self._advice()}"
                 if self._course.updates
                 else f"distillation: the loss of the pruned model is {mean}: its weights or activations hold NaN or "
                 "infinity"
             )
         return mean
+
+    def _advice(self) -> str:
+        rate = Rate(self._course.peak or _FIRST_TRIAL, self._lr.is_relative)
+        return f"use a smaller --distill-lr than {rate}"
 
     def _end_epoch(self) -> None:
         """Keep the epoch's weights, or undo them if the held-out loss did not fall (Adam's moments stay)."""
@@ -270,6 +325,10 @@ class Distiller:
     def _checkpoint(self) -> Checkpoint:
         self._student.store()
         return Checkpoint(figures={"course": self._course.to_json()}, parts=tuple(self._student.parts))
+
+
+def _mean(losses: Sequence[float]) -> float:
+    return math.fsum(losses) / len(losses)
 
 
 class _Quiet:

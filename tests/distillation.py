@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from stages.distill import Distiller, DistillSettings
@@ -17,6 +19,7 @@ from tests.blocks import budget_of, context_of, pruner_named
 
 FP32 = DeviceChoices("cpu", "float32", 1, "highest", "here")
 SETTINGS = DistillSettings(epochs=2, lr=Rate(2e-3), batch=3, holds_out=True, seed=0)
+SEARCHING = replace(SETTINGS, lr=None)
 N, T = 9, 12
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lampctl.output.console import shown_path
+from pipeline.config.checks import SEARCHED
 from pipeline.config.declarations import flag_of
 from pipeline.config.run_config import RunConfig
 from pipeline.runs.status import RunStatus
@@ -62,7 +63,11 @@ def worse_than_baselines(states: Sequence[RunStatus]) -> list[str]:
 
 def _learning_rates(config: RunConfig) -> list[str]:
     """The flags of the learning rates that a run was trained with, and their values."""
-    used = {"lr": config.is_lamp and config.epochs, "refine_lr": config.refine, "distill_lr": config.distill}
+    used = {
+        "lr": config.is_lamp and config.epochs,
+        "refine_lr": config.refine,
+        "distill_lr": config.distill and config.distill_lr != SEARCHED,
+    }
     return [f"{flag_of(name)} below {Rate.parse(getattr(config, name))}" for name, is_used in used.items() if is_used]
 
 

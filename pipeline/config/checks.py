@@ -12,6 +12,7 @@ from stages.errors import UsageError
 from stages.metrics.registry import METRICS
 from stages.pruners.registry import lamp_pruners, method_names
 
+SEARCHED = "auto"  # the rate of distillation is searched for on the model
 ZERO_SHOT = "zero-shot"  # in --tasks: the seven tasks whose mean papers report
 _LONGEST_NAME = 255  # bytes, in every file system in use
 
@@ -72,6 +73,11 @@ def learning_rate(value: Any) -> Any:
     except UsageError as error:
         raise ValueError(str(error)) from error
     return str(rate) if rate.is_relative else rate.value
+
+
+def searched_rate(value: Any) -> Any:
+    """A learning rate, or "auto" for one that is searched for on the model."""
+    return value if value == SEARCHED else learning_rate(value)
 
 
 def quoted_pattern(value: Any) -> Any:

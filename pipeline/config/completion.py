@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from pipeline.config.checks import SEARCHED
 from pipeline.config.choices import any_of
 from pipeline.config.declarations import flag_of
 from pipeline.config.gather import Gathered
@@ -14,7 +15,7 @@ from pipeline.errors import ConfigError
 from stages.metrics.harness_tasks import LAYOUT
 from stages.pruners.registry import LAMP, PAPER_PRUNER, PRUNERS, bit_methods, method_title, reads_data
 from stages.tasks.base import Task
-from stages.training.presets import TrainingDefaults, distill_lr, distillation
+from stages.training.presets import TrainingDefaults, distillation
 
 NUM_SAMPLES = 128  # of the calibration set, as in the paper
 BASELINE = "baseline"  # the origin of a baseline's method
@@ -210,7 +211,7 @@ def _fill_distillation(draft: _Draft, defaults: TrainingDefaults) -> None:
     epochs, batch = distillation(values["effort"] or "medium", num_samples)
     draft.fill("distill_epochs", epochs)
     draft.fill("distill_batch", batch)
-    draft.fill("distill_lr", distill_lr(values["distill_batch"]))
+    draft.fill("distill_lr", SEARCHED)
 
 
 def _fill_calibration(draft: _Draft, task: Task) -> None:

@@ -11,6 +11,7 @@ Share = Annotated[float, Limits(gt=0, lt=1)]
 Positive = Annotated[float, Limits(gt=0, le=1e6)]
 # Text first: so the command line takes it, "1%" and all.
 LearningRate = Annotated[str | float | None, Before(checks.learning_rate)]
+SearchedRate = Annotated[str | float | None, Before(checks.searched_rate)]
 Count = Annotated[int, Limits(ge=1, le=10**9)]
 Tokens = Annotated[int, Limits(ge=2, le=10**9)]
 Patterns = Annotated[tuple[str, ...], Before(checks.one_or_many), After(checks.valid_regexes)]
@@ -312,8 +313,14 @@ class PruningSettings:
         Count | None, Option("Epochs of distillation.", "Training", "N", "by effort and samples")
     ] = None
     distill_lr: Annotated[
-        LearningRate,
-        Option("Highest learning rate of distillation; it rises, then falls to zero.", "Training", "RATE", "by batch"),
+        SearchedRate,
+        Option(
+            "Highest learning rate of distillation; it rises, then falls to zero. auto: searched for on held-out "
+            "samples at the first update.",
+            "Training",
+            "RATE",
+            checks.SEARCHED,
+        ),
     ] = None
     distill_batch: Annotated[
         Count | None,

@@ -93,7 +93,7 @@ class Distill(StepKind[DistillResult]):
         hidden = context.activation_bytes(2 * config.distill_batch * config.seqlen) * (num_blocks + 1)
         kept = 1 - config.target_sparsity
         weights = sum(training_bytes(context, block) for block in range(num_blocks))
-        return hidden + int(_VERSIONS * (1 + 2 * kept) * weights)
+        return hidden + int((_VERSIONS * (1 + 2 * kept) + 1) * weights)  # one more: the best weights, without moments
 
     @classmethod
     def headline(cls, result: DistillResult) -> str:
@@ -104,14 +104,20 @@ class Distill(StepKind[DistillResult]):
             return f"{title}: not measured, no sample is held out"
         if not result.kept_epoch:
             return f"{title} {result.before:.4g} (no epoch improved it; kept the weights from before)"
-        return f"{title} {result.before:.4g} -> {result.after:.4g}"
+        rate = f", learning rate {result.lr}" if result.trials else ""
+        return f"{title} {result.before:.4g} -> {result.after:.4g}{rate}"
 
     @classmethod
     def series(cls, result: DistillResult) -> tuple[Series, ...]:
         from stages.training.end_loss import title_of
 
-        points = tuple((float(number), loss) for number, loss in enumerate(result.updates, 1))
-        return (Series("Distillation", "update", title_of(result.loss), points),)
+        title = title_of(result.loss)
+        updates = tuple((float(number), loss) for number, loss in enumerate(result.updates, 1))
+        found = [Series("Distillation", "update", title, updates)]
+        if result.trials:
+            trials = tuple(sorted((100 * rate, loss) for rate, loss in result.trials if loss is not None))
+            found.append(Series("Search for the learning rate", "first update, % of each tensor", title, trials))
+        return tuple(found)
 
 
 def _calibration_samples(context: StepContext) -> tuple[int, ...] | None:

@@ -239,6 +239,9 @@ class DistillResult(Result):
 
     Attributes:
         loss: Name of the loss (`stages.training.end_loss.END_LOSSES`).
+        lr: The highest learning rate, such as "0.2%" of each tensor's root mean square. None: the run is older.
+        trials: Of the search for it, in their order: rate as a share of each tensor's root mean square, and held-out
+            loss (None: it was not finite).
         before: Held-out loss of the pruned model; None: no sample is held out.
         after: Held-out loss of the weights that were kept.
         epochs: Losses of each epoch.
@@ -250,6 +253,8 @@ class DistillResult(Result):
     """
 
     loss: str
+    lr: str | None = None
+    trials: tuple[tuple[Loss, Loss | None], ...] = ()
     before: Loss | None
     after: Loss | None
     epochs: tuple[LossRecord, ...]
@@ -269,6 +274,8 @@ class DistillResult(Result):
         """The record of a distillation."""
         return cls(
             loss=found.loss,
+            lr=str(found.lr),
+            trials=tuple((t.distance, None if math.isinf(t.loss) else t.loss) for t in found.trials),
             before=found.before,
             after=found.after,
             epochs=tuple(LossRecord.of(losses) for losses in found.epochs),

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pipeline.config.checks import SEARCHED
 from pipeline.config.quantities import parse_size
 from pipeline.config.run_config import RunConfig
 from pipeline.errors import ConfigError
@@ -52,7 +53,7 @@ def distill_settings(config: RunConfig) -> DistillSettings:
     assert config.distill_lr is not None
     assert config.distill_batch is not None
     holds_out = config.held_out is not False  # methods that train nothing else have no such setting
-    rate = Rate.parse(config.distill_lr)
+    rate = None if config.distill_lr == SEARCHED else Rate.parse(config.distill_lr)
     return DistillSettings(config.distill_epochs, rate, config.distill_batch, holds_out, config.seed)
 
 

@@ -7,7 +7,6 @@ it, state for 70%.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 
@@ -29,16 +28,6 @@ class TrainingDefaults:
     refine_lr: str | float
     distill: bool = False
     distill_samples: int | None = None  # None: the calibration set
-
-
-# Of distillation: the rate at a batch of one sample, which grows with the root of the batch. One draw on SmolLM2-135M
-# at 70%: 0.2% to 0.4% at a batch of 16 (docs/experiments.md).
-_DISTILL_LR = 0.08
-
-
-def distill_lr(batch: int) -> str:
-    """The default learning rate of distillation for updates of `batch` samples."""
-    return f"{_DISTILL_LR * math.sqrt(batch):.2g}%"
 
 
 # (up to this sparsity, learning rate): a larger pruning error needs a larger rate. Measured at 70% and 2:4 on the first

@@ -183,6 +183,18 @@ class Student(ABC):
     def stop_or_checkpoint(self, make: Callable[[], Checkpoint]) -> None:
         """Stop between two passes of an update, if requested."""
 
+    def draw_line(self) -> None:
+        """Remember the weights after the first update, for `move`. They take the place of the best ones."""
+        for index in range(self._num_blocks):
+            self._work.callbacks.keep(_best(index), self.weights(index))
+
+    @torch.no_grad()
+    def move(self, distance: float) -> None:
+        """Go to a place on the line from the pruned model (0) through the weights of `draw_line` (1)."""
+        for index in range(self._num_blocks):
+            start, end = self._work.pruned.state_of(index), self._work.callbacks.kept(_best(index))
+            self._set_weights(index, {name: _between(start[name], end[name], distance) for name in end})
+
     @property
     def parts(self) -> list[str]:
         """Names of what a checkpoint needs."""
@@ -374,6 +386,14 @@ class Streamed(Student):
     def stop_or_checkpoint(self, make: Callable[[], Checkpoint]) -> None:
         # Some blocks may be stored as the unfinished update has them.
         self._work.callbacks.check_stop()
+
+
+def _between(start: Tensor, end: Tensor, distance: float) -> Tensor:
+    """A place on the line from `start` (0) through `end` (1)."""
+    if not end.is_floating_point():
+        return end
+    start = start.to(end.dtype)
+    return start + distance * (end - start)
 
 
 def _backward(leaf: Tensor, out: Tensor, gradient: Tensor) -> Tensor:

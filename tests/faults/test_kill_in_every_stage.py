@@ -14,7 +14,7 @@ from tests.killed_runs import BOMB, exported_weights
 
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 TEXT = ("--calibration", "pydocs", "--seqlen", "64", "--evaluate", "pydocs", "--eval-max-tokens", "512")
-DISTILL = ("--distill-samples", "7", "--distill-batch", "2", "--distill-lr", "1e-4")
+DISTILL = ("--distill-samples", "7", "--distill-batch", "2")
 COMMON = ("--sparsity", "0.6", "--num-samples", "6", "--epochs", "2", *DISTILL, "--device", "cpu")
 FLAGS = (*COMMON, *TEXT)
 # Kinds of steps in the order of a run.

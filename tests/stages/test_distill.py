@@ -19,7 +19,7 @@ from stages.training import end_loss
 from stages.training.rates import Rate
 from tests import small_encoders, small_experts, small_models, small_sam
 from tests.blocks import context_of
-from tests.distillation import FP32, SETTINGS, Case, N, require_same
+from tests.distillation import FP32, SEARCHING, SETTINGS, Case, N, require_same
 
 pytestmark = pytest.mark.long
 
@@ -106,12 +106,13 @@ KINDS = {
 def test_streamed_and_resident_are_bit_identical_and_the_masks_stay(tmp_path, kind):
     name, goal, device, options = KINDS[kind]
     case = Case(opened(tmp_path, name), goal, device, **options)
-    resident = case.distilled(is_resident=True)
-    require_same(case.distilled(is_resident=False), resident)
+    resident = case.distilled(is_resident=True, settings=SEARCHING)
+    require_same(case.distilled(is_resident=False, settings=SEARCHING), resident)
     report, states = resident
+    assert report.trials
     assert report.kept_epoch
     assert report.after < report.before
-    assert len(report.updates) == 6  # 8 samples by 3, evenly, twice
+    assert len(report.updates) % 6 == 0  # 8 samples by 3, evenly, twice
     for index, state in enumerate(states):
         before = case.blocks[index].finished.state
         assert any(not torch.equal(state[key], before[key]) for key in state), f"block {index} did not change"
@@ -133,18 +134,19 @@ def test_streamed_and_resident_are_bit_identical_and_the_masks_stay(tmp_path, ki
         pytest.param(False, False, id="streamed", marks=pytest.mark.slow),
     ],
 )
-def test_stopped_at_any_boundary_it_resumes_to_the_same_bits(case, stopped_resident, resumed_resident):
+@pytest.mark.parametrize("settings", [SETTINGS, SEARCHING], ids=["rate given", "rate searched for"])
+def test_stopped_at_any_boundary_it_resumes_to_the_same_bits(case, stopped_resident, resumed_resident, settings):
     uninterrupted = DurableStops()
-    expected = case.distilled(uninterrupted, is_resident=stopped_resident)
+    expected = case.distilled(uninterrupted, is_resident=stopped_resident, settings=settings)
     assert uninterrupted.progress == 1
     assert uninterrupted.num_boundaries > 20
     # Boundaries of every kind, spread over the whole.
     for at in range(0, uninterrupted.num_boundaries, max(uninterrupted.num_boundaries // 12, 1)):
         callbacks = DurableStops(at)
         with pytest.raises(Stopped):
-            case.distilled(callbacks, is_resident=stopped_resident)
+            case.distilled(callbacks, is_resident=stopped_resident, settings=settings)
         resumed = DurableStops(None, callbacks)
-        require_same(case.distilled(resumed, is_resident=resumed_resident), expected)
+        require_same(case.distilled(resumed, is_resident=resumed_resident, settings=settings), expected)
         # Stopped after the last update, nothing is left to report.
         assert resumed.num_boundaries == 0 or resumed.progress == 1
 
@@ -225,6 +227,32 @@ def test_one_update_is_a_step_of_adam_on_the_whole_models_gradient(case):
     for block, state in zip(blocks, states, strict=True):
         for key, value in block.state_dict().items():
             torch.testing.assert_close(state[key], value, rtol=1e-4, atol=2e-6)
+
+
+def test_the_search_measures_a_first_update_at_each_rate_and_makes_the_best_one(case):
+    settings = DistillSettings(epochs=1, lr=None, batch=100, holds_out=True, seed=0)  # one update
+    report, states = case.distilled(is_resident=True, settings=settings)
+    for trial in report.trials:
+        plain = replace(settings, lr=Rate(trial.distance, is_relative=True))
+        (epoch,) = case.distilled(is_resident=True, settings=plain)[0].epochs[:1]
+        assert trial.loss == pytest.approx(epoch.held_out, rel=1e-5)
+    best = Rate(report.lr.value / 2, is_relative=True)
+    lowest = min(report.trials, key=lambda trial: trial.loss)
+    assert lowest.distance / 2 <= best.value <= 2 * lowest.distance
+    assert report.after <= lowest.loss * 1.01
+    assert report.after < report.before
+    expected = case.distilled(is_resident=True, settings=replace(settings, lr=best))[1]
+    for found, state in zip(states, expected, strict=True):
+        for key in state:
+            torch.testing.assert_close(found[key], state[key], rtol=1e-3, atol=1e-6)
+
+
+def test_without_held_out_samples_the_rate_is_fixed(case):
+    for batch, value in ((1, 8e-4), (4, 1.6e-3)):
+        settings = DistillSettings(epochs=1, lr=None, batch=batch, holds_out=False, seed=0)
+        report, _ = case.distilled(is_resident=True, settings=settings)
+        assert report.lr == Rate(value, is_relative=True)
+        assert report.trials == ()
 
 
 def test_slices_of_tokens_give_the_loss_and_gradient_of_the_whole(case, monkeypatch):

@@ -14,7 +14,7 @@ from pipeline.config.gather import gather
 from pipeline.config.run_config import RUNTIME_FIELDS, RunConfig, differing_fields
 from pipeline.errors import ConfigError
 from stages.tasks.language import Language
-from stages.training.presets import distill_lr, distillation, measured, published
+from stages.training.presets import distillation, measured, published
 from stages.training.rates import Rate
 from stages.version import VERSION
 
@@ -132,7 +132,7 @@ def test_distillation_has_about_eight_updates_an_epoch_and_at_most_two_epochs(nu
     assert distillation("medium", num_samples) == (epochs, batch)
     config, _, _ = completed({"distill": True, "distill_samples": num_samples})
     assert (config.distill_epochs, config.distill_batch) == (epochs, batch)
-    assert config.distill_lr == distill_lr(batch)
+    assert config.distill_lr == "auto"
 
 
 @pytest.mark.parametrize(
