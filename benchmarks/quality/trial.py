@@ -1,10 +1,12 @@
-"""Try training settings quickly: LAMP in memory on the first blocks of a model, the others left as they are.
+"""Try training settings quickly, in memory: LAMP on the first blocks of a model, the others left as they are, or whole.
 
     python -m benchmarks.quality.trial --blocks 12 --sparsity 0.7 --epochs 2 --refine-epochs 3 --loss token --lr 2e-3
+    python -m benchmarks.quality.trial --whole --sparsity 0.7 --pruner alps --epochs 0 --refine-epochs 1
 
-A trial costs a fraction of a run and ranks settings that act on every block alike (losses, rates, pruners);
-settings of the budget need whole runs. Calibration and evaluation are C4 where ../shared/data has it, else pydocs:
-never the text that results are reported on. Appends one line to --out; docs/experiments.md holds what came of it.
+The first blocks cost a fraction of a run and rank settings that act on every block alike (losses, rates, pruners);
+settings of the budget need all blocks. --whole prunes all and distils them, as a run at its defaults does.
+Calibration and evaluation are C4 where ../shared/data has it, else pydocs: never the text that results are reported
+on. Appends one line to --out; docs/experiments.md holds what came of it.
 """
 
 from __future__ import annotations
@@ -14,18 +16,21 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from benchmarks.quality.texts import EMBEDDED, SHARED, as_text_file, say_embedded
+from pipeline.config.checks import SEARCHED
 from stages.data.drawing import Drawing
 from stages.data.registry import parse_source
 from stages.data.tokenization import calibration_tokens, load_tokenizer
+from stages.distill import DistillSettings
+from stages.distill_in_memory import distill_in_memory
 from stages.evaluate import evaluate
 from stages.in_memory import ListScratch, ListStream, NullCallbacks
-from stages.lamp import LampSettings, lamp
-from stages.machine.device import DeviceChoices, apply, choose
+from stages.lamp import LampBlock, LampSettings, lamp
+from stages.machine.device import apply, choose
 from stages.metrics.base import EvaluationProtocol, MetricContext
 from stages.models.base import BlockModel
 from stages.models.decoder import open_model
@@ -35,6 +40,7 @@ from stages.pruners.registry import PRUNERS
 from stages.runtime.block_context import StageContext
 from stages.sparsity.budget import BlockBudget, LayerShape, allocate, follow_pattern
 from stages.sparsity.nm_pattern import Pattern
+from stages.training.presets import distillation
 from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 
@@ -54,7 +60,17 @@ def main() -> None:
     for index, sample in enumerate(tokens):
         inputs.write(index, sample)
     started = time.monotonic()
-    states = prune_first_blocks(model, inputs, args, choices)
+    context = StageContext(model, inputs, choices, NullCallbacks())
+    blocks = prune_first_blocks(context, args)
+    line: dict[str, Any] = {"command": " ".join(sys.argv[1:])}
+    if args.whole:
+        epochs, batch = distillation("medium", args.num_samples)
+        rate = None if args.distill_lr == SEARCHED else Rate.parse(args.distill_lr)
+        how = DistillSettings(args.distill_epochs or epochs, rate, args.distill_batch or batch, True, args.seed)
+        distilled = distill_in_memory(context, blocks, how)
+        blocks, report = distilled.blocks, distilled.distillation
+        line |= {"kl": report.before, "distilled kl": report.after, "distill lr": str(report.lr)}
+    states = {block.index: block.finished.state for block in blocks}
     seconds = time.monotonic() - started
     load = model.load_block
     model.load_block = lambda i, *rest, **more: load(i, *rest, **more, state=states.get(i))  # type: ignore[method-assign]
@@ -62,7 +78,7 @@ def main() -> None:
     protocol = EvaluationProtocol(args.seqlen, args.eval_max_tokens)
     source = parse_source(evaluation)
     found = evaluate(MetricContext(model, model, source, protocol, ListScratch(), exact, NullCallbacks()))
-    line = {"command": " ".join(sys.argv[1:]), "perplexity": round(found.value, 2), "seconds": round(seconds)}
+    line |= {"perplexity": round(found.value, 2), "seconds": round(seconds)}
     print(json.dumps(line))
     with args.out.open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -77,10 +93,8 @@ def _text(named: Path | None, usual: Path, purpose: str, work: Path) -> str:
     return f"text:{as_text_file(path, work)}"
 
 
-def prune_first_blocks(
-    model: BlockModel, inputs: ListStream, args: argparse.Namespace, choices: DeviceChoices
-) -> dict[int, dict[str, torch.Tensor]]:
-    """The exported states of the blocks that were pruned."""
+def prune_first_blocks(context: StageContext, args: argparse.Namespace) -> Sequence[LampBlock]:
+    """LAMP on the blocks that are to be pruned."""
     pattern = Pattern.parse(args.pattern) if args.pattern else None
     options = PruneOptions(pattern=pattern, bits=args.bits)
     shared = (args.lr_decay, args.held_out, args.seed, args.loss)
@@ -90,9 +104,8 @@ def prune_first_blocks(
         TrainingSettings(args.epochs, Rate.parse(args.lr), *shared),
         refinement if args.refine_epochs else None,
     )
-    budget = _budgets(model, pattern, args)[: args.blocks]
-    blocks = lamp(StageContext(model, inputs, choices, NullCallbacks()), budget, settings)
-    return {block.index: block.finished.state for block in blocks}
+    budget = _budgets(context.model, pattern, args)[: None if args.whole else args.blocks]
+    return list(lamp(context, budget, settings))
 
 
 def _budgets(model: BlockModel, pattern: Pattern | None, args: argparse.Namespace) -> tuple[BlockBudget, ...]:
@@ -106,6 +119,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, help="text or JSON lines; default: C4 in ../shared/data, or pydocs")
     parser.add_argument("--evaluate", type=Path, help="other text or JSON lines; default: likewise")
     parser.add_argument("--blocks", type=int, default=12, help="how many to prune, from the first on")
+    parser.add_argument("--whole", action="store_true", help="prune all blocks, and distil them")
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--pattern", help="N:M in place of --sparsity")
     parser.add_argument("--bits", type=int)
@@ -119,11 +133,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--refine-epochs", type=int, default=3)
     parser.add_argument("--refine-lr")
+    parser.add_argument("--distill-epochs", type=int, help="default: by the number of samples")
+    parser.add_argument("--distill-batch", type=int, help="default: by the number of samples")
+    parser.add_argument("--distill-lr", default=SEARCHED)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--eval-max-tokens", type=int, default=10240)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/trial"))
     parser.add_argument("--out", type=Path, default=Path("runs/trials.jsonl"))
