@@ -25,7 +25,7 @@ ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Settings 
 Preset = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="quick: pydocs, 32 x 256 tokens, low effort, nothing from the hub; paper: as published."
+        metavar="NAME", help="quick: pydocs, 64 x 256 tokens, low effort, nothing from the hub; paper: as published."
     ),
 ]
 RunDir = Annotated[

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 PRESETS: dict[str, GivenSettings] = {
     "quick": {
         "calibration": "pydocs",
-        "num_samples": 32,
+        "num_samples": 64,
         "seqlen": 256,
         "effort": "low",
         "evaluate": ("pydocs",),

@@ -324,7 +324,7 @@ class PruningSettings:
     ] = None
     distill_batch: Annotated[
         Count | None,
-        Option("Samples of one update of distillation, about.", "Training", "N", "an eighth of the set, 16 at most"),
+        Option("Samples of one update of distillation, about.", "Training", "N", "a sixteenth of the set, 16 at most"),
     ] = None
     distill_samples: Annotated[
         Count | None,

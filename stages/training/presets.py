@@ -60,15 +60,15 @@ class Effort:
 
 # The time of ALPS does not depend on the steps: it is a small part of a long training.
 EFFORTS = {
-    "low": Effort(0, 60, 60, "sparsegpt"),
-    "medium": Effort(0, 120, 120, "alps"),
+    "low": Effort(0, 60, 60, "alps"),
+    "medium": Effort(0, 120, 240, "alps"),
     "high": Effort(120, 240, 480, "alps", distillation_set=480),
 }
 _MOST_EPOCHS = 4
 _MOST_DISTILL_EPOCHS = 2
 # An epoch of distillation has about this many updates, of at most _LARGEST_BATCH samples: a streamed model is read
 # three times for each.
-_UPDATES, _LARGEST_BATCH = 8, 16
+_UPDATES, _LARGEST_BATCH = 16, 16
 
 
 def _epochs(num_steps: int, num_samples: int, most: int) -> int:
