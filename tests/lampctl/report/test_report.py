@@ -133,7 +133,7 @@ def test_page_embeds_all_figures_and_loads_nothing(lampctl, folder):
     call = ("report", folder / "lamp", "--out", "out", "--prompt", PROMPT, "--text-tokens", 5, "--device", "cpu")
     answer = lampctl(*call)
     assert answer.code == 0, answer.err
-    names = {"error", "layers", "sparsity", "training", "steps", "series-0"}
+    names = {"error", "layers", "sparsity", "training", "steps", "series-0", "series-1"}
     assert {p.name for p in Path("out/figures").iterdir()} == {f"{n}.{kind}" for n in names for kind in ("png", "csv")}
     html = Path("out/index.html").read_text()
     found = read(html)
