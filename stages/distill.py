@@ -52,7 +52,7 @@ _MOST_FAILURES = 3
 
 # The search begins at this share of each tensor's root mean square, and the highest learning rate is this many times
 # what it finds (docs/experiments.md).
-_FIRST_TRIAL, _PEAK = 1e-3, 2.0
+_FIRST_TRIAL, _PEAK = 1e-3, 3.0
 # Without held-out samples nothing can be searched: this rate at a batch of one sample, times the root of the batch.
 _UNJUDGED = 8e-4
 

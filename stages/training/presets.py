@@ -61,7 +61,7 @@ class Effort:
 # The time of ALPS does not depend on the steps: it is a small part of a long training.
 EFFORTS = {
     "low": Effort(0, 60, 60, "alps"),
-    "medium": Effort(0, 120, 240, "alps"),
+    "medium": Effort(0, 120, 120, "alps"),
     "high": Effort(120, 240, 480, "alps", distillation_set=480),
 }
 _MOST_EPOCHS = 4

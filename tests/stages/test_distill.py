@@ -230,13 +230,14 @@ def test_one_update_is_a_step_of_adam_on_the_whole_models_gradient(case):
 
 
 def test_the_search_measures_a_first_update_at_each_rate_and_makes_the_best_one(case):
+    case = Case(case.model, num_samples=48)  # 3 held out: their loss falls with that of the others
     settings = DistillSettings(epochs=1, lr=None, batch=100, holds_out=True, seed=0)  # one update
     report, states = case.distilled(is_resident=True, settings=settings)
     for trial in report.trials:
         plain = replace(settings, lr=Rate(trial.distance, is_relative=True))
         (epoch,) = case.distilled(is_resident=True, settings=plain)[0].epochs[:1]
         assert trial.loss == pytest.approx(epoch.held_out, rel=1e-5)
-    best = Rate(report.lr.value / 2, is_relative=True)
+    best = Rate(report.lr.value / 3, is_relative=True)
     lowest = min(report.trials, key=lambda trial: trial.loss)
     assert lowest.distance / 2 <= best.value <= 2 * lowest.distance
     assert report.after <= lowest.loss * 1.01
@@ -244,7 +245,7 @@ def test_the_search_measures_a_first_update_at_each_rate_and_makes_the_best_one(
     expected = case.distilled(is_resident=True, settings=replace(settings, lr=best))[1]
     for found, state in zip(states, expected, strict=True):
         for key in state:
-            torch.testing.assert_close(found[key], state[key], rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(found[key], state[key], rtol=1e-3, atol=4e-6)  # the peak is rounded
 
 
 def test_without_held_out_samples_the_rate_is_fixed(case):

@@ -115,7 +115,7 @@ def test_more_effort_trains_longer_and_a_large_set_for_fewer_epochs(num_samples)
         ({"effort": "high", "num_samples": 480}, None, 1),
         ({"effort": "high", "num_samples": 512}, None, 1),
         ({"effort": "high", "distill_samples": 128}, None, 2),  # the user's own choice: the calibration set
-        ({"effort": "medium"}, None, 2),
+        ({"effort": "medium"}, None, 1),
         ({"effort": "high", "distill": False}, None, None),
     ],
 )
@@ -126,7 +126,7 @@ def test_effort_high_distils_on_a_larger_set(given, drawn, epochs):
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "epochs", "batch"), [(1, 2, 1), (16, 2, 1), (32, 2, 2), (128, 2, 8), (480, 1, 16)]
+    ("num_samples", "epochs", "batch"), [(1, 2, 1), (16, 2, 1), (32, 2, 2), (128, 1, 8), (480, 1, 16)]
 )
 def test_distillation_has_about_sixteen_updates_an_epoch_and_at_most_two_epochs(num_samples, epochs, batch):
     assert distillation("medium", num_samples) == (epochs, batch)
