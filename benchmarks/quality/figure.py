@@ -24,7 +24,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
 
     panels = _panels(rows)
     if not panels:
@@ -39,8 +39,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     for axis, fill in zip(axes.flat, panels, strict=False):
         axis.set_yscale("log")  # first: limits that are set on a linear axis do not carry over
         fill(axis)
-        axis.yaxis.set_major_formatter(ticker.LogFormatter())
-        axis.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+        _plain_numbers(axis.yaxis)
         axis.grid(visible=True, which="both", alpha=0.25)
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     order = sorted(handles, key=ORDER.index)
@@ -97,6 +96,7 @@ def _by_time(axis, core: Section, point: str, found: Sequence[tuple[Line, bool]]
         style = {**_style(line.method), "linestyle": ""}
         axis.plot(line.mean("cpu_seconds"), line.mean(column), label=line.method, zorder=2, **style)
     axis.set_xscale("log")
+    _plain_numbers(axis.xaxis)
     axis.set_xlabel("processor seconds")
     axis.set_title(f"at {point}", fontsize=9, loc="left")
     _frame(axis, core, [line for line, _ in found], column)
@@ -120,6 +120,14 @@ def _frame(axis, core: Section, lines: Sequence[Line], column: str) -> None:
         values.append(dense)
     axis.set_ylim(min(values) / 1.2, 1.5 * max(values))
     axis.set_ylabel(f"perplexity, {column.removeprefix(PERPLEXITY)}")
+
+
+def _plain_numbers(axis) -> None:
+    """Tick labels of a logarithmic axis: 600, not 6 x 10^2."""
+    from matplotlib import ticker
+
+    axis.set_major_formatter(ticker.LogFormatter())
+    axis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def _percent(line: Line) -> int:
