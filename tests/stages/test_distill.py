@@ -134,7 +134,10 @@ def test_streamed_and_resident_are_bit_identical_and_the_masks_stay(tmp_path, ki
         pytest.param(False, False, id="streamed", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("settings", [SETTINGS, SEARCHING], ids=["rate given", "rate searched for"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(SEARCHING, id="rate searched for"), pytest.param(SETTINGS, id="rate given", marks=pytest.mark.slow)],
+)
 def test_stopped_at_any_boundary_it_resumes_to_the_same_bits(case, stopped_resident, resumed_resident, settings):
     uninterrupted = DurableStops()
     expected = case.distilled(uninterrupted, is_resident=stopped_resident, settings=settings)
