@@ -110,7 +110,7 @@ class _Course:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> _Course:
         best = math.inf if values["best"] is None else values["best"]
-        trials = [Trial(distance, math.inf if loss is None else loss) for distance, loss in values["trials"]]
+        trials = [Trial(distance, math.inf if loss is None else loss) for distance, loss in values.get("trials", ())]
         epochs = [Losses(**epoch) for epoch in values["epochs"]]
         return cls(**{**values, "best": best, "trials": trials, "epochs": epochs})
 

@@ -1,7 +1,7 @@
 """Search for the learning rate on the model itself: one direction, and the loss at several distances along it.
 
 The first step of Adam has the same length in every direction, so its distance that lowers the held-out loss most tells
-how large steps may be. It differs by a factor of ten between models (docs/experiments.md).
+how large steps may be. It differs by a factor of twenty between models and sparsities (docs/experiments.md).
 """
 
 from __future__ import annotations

@@ -251,6 +251,17 @@ def test_the_search_measures_a_first_update_at_each_rate_and_makes_the_best_one(
             torch.testing.assert_close(found[key], state[key], rtol=1e-3, atol=4e-6)  # the peak is rounded
 
 
+def test_a_checkpoint_from_before_there_was_a_search_is_resumed(case):
+    uninterrupted = DurableStops()
+    expected = case.distilled(uninterrupted, is_resident=True)
+    stopped = DurableStops(uninterrupted.num_boundaries // 2)
+    with pytest.raises(Stopped):
+        case.distilled(stopped, is_resident=True)
+    for name in ("trials", "peak"):
+        del stopped.durable.figures["course"][name]
+    require_same(case.distilled(DurableStops(None, stopped), is_resident=True), expected)
+
+
 def test_without_held_out_samples_the_rate_is_fixed(case):
     for batch, value in ((1, 8e-4), (4, 1.6e-3)):
         settings = DistillSettings(epochs=1, lr=None, batch=batch, holds_out=False, seed=0)
