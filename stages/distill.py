@@ -36,13 +36,14 @@ from stages.finish_block import FinishedBlock, finish_block
 from stages.interfaces import Checkpoint, DurableCallbacks, Samples, Scratch
 from stages.runtime.block_context import BlockOutput, StageContext
 from stages.tasks.registry import task_named
+from stages.training.distillation_work import PrunedBlocks, Work
 from stages.training.end_loss import EndLoss
 from stages.training.kept_weights import kept_masked
 from stages.training.loss import split_samples
 from stages.training.rate_search import USUAL_TRIALS, Trial, search
 from stages.training.rates import Rate
 from stages.training.seeding import generator_for
-from stages.training.student import PrunedBlocks, Resident, Streamed, Student, Work
+from stages.training.student import Resident, Streamed, Student
 from stages.training.trainer import BACKTRACK, Losses
 
 # Share of the updates in which the learning rate rises to its full value.

@@ -13,7 +13,7 @@ from stages.in_memory import KeepingParts, ListScratch, ListStream
 from stages.lamp import LampBlock
 from stages.replay import replay
 from stages.runtime.block_context import StageContext
-from stages.training.student import PrunedBlocks
+from stages.training.distillation_work import PrunedBlocks
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from stages.lamp import LampSettings, lamp
 from stages.machine.device import DeviceChoices
 from stages.replay import replay
 from stages.sparsity.nm_pattern import Pattern
+from stages.training.distillation_work import PrunedBlocks
 from stages.training.rates import Rate
-from stages.training.student import PrunedBlocks
 from tests.blocks import budget_of, context_of, pruner_named
 
 FP32 = DeviceChoices("cpu", "float32", 1, "highest", "here")

@@ -55,7 +55,7 @@ class Distill(StepKind[DistillResult]):
         from stages import export
         from stages.distill import Distiller
         from stages.formats.pruning_masks import read_mask_file
-        from stages.training.student import PrunedBlocks
+        from stages.training.distillation_work import PrunedBlocks
 
         model, run, config = context.model, context.run, context.config
 
