@@ -9,6 +9,9 @@ LOW, HIGH = "LAMP, effort low", "LAMP, effort high"
 # output, and by ADMM on the next-token loss.
 KD_MAGNITUDE, KD_REFERENCE = "magnitude, then distillation", "SparseGPT, then distillation"
 ADMM = "global ADMM (after ELSA)"
+# The same methods in another arithmetic: Hessians, solves and what is exported stay in fp32 in all of them.
+REFERENCE_BF16, OURS_BF16 = "SparseGPT in bf16", "LAMP in bf16"
+OURS_TRAINS_BF16, OURS_STREAMS_BF16 = "LAMP, training in bf16", "LAMP, all but training in bf16"
 
 # What is asked of each method, as lampctl says it.
 POINTS: dict[str, tuple[str, ...]] = {
@@ -56,9 +59,17 @@ _METHODS: dict[str, tuple[str, ...]] = {
     LOW: ("--method", "lamp", "--effort", "low"),
     OURS: ("--method", "lamp"),
     HIGH: ("--method", "lamp", "--effort", "high"),
+    REFERENCE_BF16: ("--method", "sparsegpt"),
+    **dict.fromkeys((OURS_TRAINS_BF16, OURS_STREAMS_BF16, OURS_BF16), ("--method", "lamp")),
     **{name: ("--method", "lamp", "--distill-samples", str(count)) for name, count in DISTILLED.items()},
 }
-_ARITHMETIC = ("--dtype", "float32")
+_FP32 = ("--dtype", "float32")
+_ARITHMETIC: dict[str, tuple[str, ...]] = {
+    REFERENCE_BF16: ("--dtype", "bfloat16"),
+    OURS_TRAINS_BF16: ("--dtype", "float32", "--train-dtype", "bfloat16"),
+    OURS_STREAMS_BF16: ("--dtype", "bfloat16", "--train-dtype", "float32"),
+    OURS_BF16: ("--dtype", "bfloat16"),
+}
 
 # Methods that are no run of lampctl's: the script of each (benchmarks/quality/SCRIPT.py) and its flags.
 PEERS: dict[str, tuple[str, ...]] = {
@@ -80,6 +91,7 @@ ORDER = (
     *(DENSE, MAGNITUDE, WANDA, "llm-compressor Wanda", REFERENCE, "llm-compressor SparseGPT", ALPS, PUBLISHED),
     *(ADMM, KD_MAGNITUDE, KD_REFERENCE),
     *(LOW, OURS, *DISTILLED, HIGH),
+    *(REFERENCE_BF16, OURS_TRAINS_BF16, OURS_STREAMS_BF16, OURS_BF16),
 )
 
 # (method, point): why there is none.
@@ -104,4 +116,4 @@ def flags_of(method: str, point: str) -> tuple[str, ...]:
     if method == PUBLISHED:
         rate, epochs = PUBLISHED_TRAINING[point]
         training = ("--lr", rate, "--epochs", epochs)
-    return (*_METHODS[method], *training, *_ARITHMETIC, *POINTS[point])
+    return (*_METHODS[method], *training, *_ARITHMETIC.get(method, _FP32), *POINTS[point])

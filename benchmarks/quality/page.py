@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks.quality.cells import Row
 from benchmarks.quality.methods import DENSE, LEFT_OUT, PUBLISHED, REFERENCE
-from benchmarks.quality.parts import CORE, NONE
+from benchmarks.quality.parts import CORE, NONE, Study
 from benchmarks.quality.sections import (
     ACCURACY,
     PERPLEXITY,
@@ -44,7 +44,7 @@ def markdown(rows: Sequence[Row], picture: str | None = None) -> list[str]:
     studies = studies_of(rows)
     for study in studies:
         about = f": {study.model}, {study.calibration}, {study.evaluated}" if len(studies) > 1 else ""
-        for section in sections_of(rows, study):
+        for section in _shown(sections_of(rows, study)):
             lines += ["", f"## {section.part.title}{about}", "", *_section(section)]
     num_outside = outside_of(rows)
     if num_outside:
@@ -52,10 +52,15 @@ def markdown(rows: Sequence[Row], picture: str | None = None) -> list[str]:
     return lines
 
 
+def _shown(sections: Sequence[Section]) -> list[Section]:
+    """All of the usual study, so that what is missing is seen; of others the parts that were measured."""
+    return [one for one in sections if one.study.model == Study().model or one.num_missing < one.num_planned]
+
+
 def _explanation() -> list[str]:
     return [
-        "Perplexity, by lampctl's own evaluation for every method; everything is computed in fp32, with one thread a "
-        "cell unless it says otherwise below. The texts:",
+        "Perplexity, by lampctl's own evaluation for every method; everything is computed in fp32 unless the method "
+        "says otherwise, with one thread a cell unless it says so below. The texts:",
         "",
         *RULES,
         "",

@@ -23,8 +23,12 @@ from benchmarks.quality.methods import (
     LOW,
     MAGNITUDE,
     OURS,
+    OURS_BF16,
+    OURS_STREAMS_BF16,
+    OURS_TRAINS_BF16,
     PUBLISHED,
     REFERENCE,
+    REFERENCE_BF16,
     WANDA,
 )
 from benchmarks.quality.texts import C4_FIRST, MAIN_CALIBRATION
@@ -91,6 +95,16 @@ PARTS: dict[str, Part] = {
     "points": Part("Other points", (Grid(("60%", "90%", "4:8", "2:4+int3"), CORE_METHODS),)),
     "c4": Part("Calibrated on C4", (Grid(("70%", "2:4"), CORE_METHODS, is_on_c4=True),)),
     "long": Part("Longer windows", (Grid(("70%",), CORE_METHODS, seqlen=512),)),
+    "precision": Part(
+        "Arithmetic",
+        (
+            Grid(
+                ("70%",),
+                (REFERENCE, REFERENCE_BF16, OURS, OURS_TRAINS_BF16, OURS_STREAMS_BF16, OURS_BF16),
+                draws=(0, 128, 256),
+            ),
+        ),
+    ),
     "tasks": Part("Zero-shot tasks", (Grid(("70%", "50%"), (DENSE, REFERENCE, PUBLISHED, OURS), is_tasks=True),)),
 }
 

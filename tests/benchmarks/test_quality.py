@@ -57,6 +57,13 @@ def test_every_point_has_its_first_draw_before_any_has_a_second(tmp_path):
     assert list(points) == ["70%", "2:4", "80%", "50%", "2:4+int4"]
 
 
+def test_a_method_in_another_arithmetic_differs_in_nothing_else():
+    for method in (methods.OURS_TRAINS_BF16, methods.OURS_STREAMS_BF16, methods.OURS_BF16):
+        flags, usual = methods.flags_of(method, "70%"), methods.flags_of(methods.OURS, "70%")
+        assert "bfloat16" in flags
+        assert set(flags) - {"bfloat16", "--train-dtype", "float32"} == set(usual) - {"float32"}
+
+
 def test_the_published_method_has_nothing_of_ours_and_ours_is_the_default():
     assert " ".join(methods.flags_of("LAMP as published", "2:4")) == (
         "--method lamp --pruner sparsegpt --loss mse --no-refine --no-held-out --no-distill "
@@ -150,6 +157,13 @@ def test_cells_that_were_not_measured_are_shown_as_missing():
     assert "44 of 45 cells are not measured yet" in one
     assert "| 70% | SparseGPT | 0 (128, 256 not measured yet) | 40.0 |" in one
     assert "| - | dense | not measured yet |" in one
+
+
+def test_of_another_model_only_the_parts_that_were_measured_are_shown():
+    lines = page.markdown([row("SparseGPT", "0", 40), row("LAMP in bf16", "0", 40, model="tiny")])
+    titles = [line for line in lines if line.startswith("## ")]
+    assert [title for title in titles if ": tiny" in title] == ["## Arithmetic: tiny, wikitext2-valid, 40x256"]
+    assert len(titles) == len(PARTS) + 1
 
 
 def test_the_dense_model_stands_in_every_table_and_a_row_of_no_part_is_told():
