@@ -70,6 +70,7 @@ class DistillSettings:
     # again at a smaller rate. False: train on all samples, and keep the last weights.
     holds_out: bool
     seed: int
+    num_generated: int = 0  # so many of the samples, the last ones, were written by the model: none is held out
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ class Distiller:
         """
         self._context, self._pruned, self._settings, self._callbacks = context, pruned, settings, callbacks
         self._end_loss: type[EndLoss] = task_named(context.model.task).end_loss
-        self._train_set, self._held_out = split_samples(len(context.inputs), settings.holds_out)
+        num_given = len(context.inputs) - settings.num_generated
+        self._train_set, self._held_out = split_samples(num_given, settings.holds_out)
+        self._train_set += range(num_given, len(context.inputs))
         if settings.holds_out and not self._held_out:
             callbacks.warn("only one sample: none is held out, and distillation is not judged")
         self._num_updates = max(round(len(self._train_set) / settings.batch), 1)  # of an epoch

@@ -64,9 +64,12 @@ def main() -> None:
     blocks = prune_first_blocks(context, args)
     line: dict[str, Any] = {"command": " ".join(sys.argv[1:])}
     if args.whole:
-        epochs, batch = distillation("medium", args.num_samples)
+        num_generated = args.num_samples if args.distill_generated is None else args.distill_generated
+        epochs, batch = distillation("medium", args.num_samples + num_generated)
         rate = None if args.distill_lr == SEARCHED else Rate.parse(args.distill_lr)
-        how = DistillSettings(args.distill_epochs or epochs, rate, args.distill_batch or batch, True, args.seed)
+        how = DistillSettings(
+            args.distill_epochs or epochs, rate, args.distill_batch or batch, True, args.seed, num_generated
+        )
         distilled = distill_in_memory(context, blocks, how)
         blocks, report = distilled.blocks, distilled.distillation
         line |= {"kl": report.before, "distilled kl": report.after, "distill lr": str(report.lr)}
@@ -136,6 +139,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--distill-epochs", type=int, help="default: by the number of samples")
     parser.add_argument("--distill-batch", type=int, help="default: by the number of samples")
     parser.add_argument("--distill-lr", default=SEARCHED)
+    parser.add_argument("--distill-generated", type=int, help="default: as many as --num-samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)

@@ -18,6 +18,7 @@ from stages.tasks.base import Task
 from stages.training.presets import TrainingDefaults, distillation
 
 NUM_SAMPLES = 128  # of the calibration set, as in the paper
+SEQLEN = 2048  # tokens of a sample
 BASELINE = "baseline"  # the origin of a baseline's method
 
 
@@ -141,7 +142,7 @@ class _Draft:
 def _fill_windows(draft: _Draft, max_positions: int | None) -> None:
     """Tokens per sample and per evaluation window, within the model's limit."""
     values, model = draft.values, draft.settings.model
-    draft.fill("seqlen", 2048)
+    draft.fill("seqlen", SEQLEN)
     if max_positions is not None and values["seqlen"] > max_positions:
         if draft.gathered.given("seqlen"):
             raise ConfigError(
@@ -198,7 +199,7 @@ def _fill_training(draft: _Draft, defaults: TrainingDefaults) -> None:
 def _fill_distillation(draft: _Draft, defaults: TrainingDefaults) -> None:
     """Whether and how all blocks are trained together at the end."""
     values = draft.values
-    if values["distill"] is None and any(values[field] is not None for field in DISTILL_FIELDS):  # one says it all
+    if values["distill"] is None and any(values[field] for field in DISTILL_FIELDS):  # one says it all
         values["distill"] = True
     draft.fill("distill", defaults.distill and draft.is_lamp)
     if not values["distill"]:
@@ -208,7 +209,8 @@ def _fill_distillation(draft: _Draft, defaults: TrainingDefaults) -> None:
     if draft.is_lamp:
         draft.fill("distill_samples", defaults.distill_samples)
     num_samples = values["distill_samples"] or values["num_samples"] or NUM_SAMPLES
-    epochs, batch = distillation(values["effort"] or "medium", num_samples)
+    draft.fill("distill_generated", num_samples if draft.is_lamp and defaults.distill_generates else 0)
+    epochs, batch = distillation(values["effort"] or "medium", num_samples + values["distill_generated"])
     draft.fill("distill_epochs", epochs)
     draft.fill("distill_batch", batch)
     draft.fill("distill_lr", SEARCHED)

@@ -336,6 +336,15 @@ class PruningSettings:
             "the calibration set; at --effort high 480 samples",
         ),
     ] = None
+    distill_generated: Annotated[
+        Annotated[int, Limits(ge=0, le=10**9)] | None,
+        Option(
+            "Distill on N samples more that the original model writes itself, from the beginnings of the others.",
+            "Training",
+            "N",
+            "as many as the others for LAMP on a language model; none at --effort low, and where the model is large",
+        ),
+    ] = None
     from_run: Annotated[
         str | None,
         Option(

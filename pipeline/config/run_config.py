@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 RUNTIME_FIELDS = names_where(scope="runtime")
 LAMP_FIELDS = names_where(applies_to="lamp")
-DISTILL_FIELDS = ("distill_epochs", "distill_lr", "distill_batch", "distill_samples", "from_run")
+DISTILL_FIELDS = ("distill_epochs", "distill_lr", "distill_batch", "distill_samples", "distill_generated", "from_run")
 CALIBRATION_FIELDS = names_where(applies_to="methods with data")
 DRAWING_FIELDS = names_where(draws_samples=True)  # select the calibration samples within a data source
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.adjust import adjusted_to, with_absolute_paths
-from pipeline.config.completion import NUM_SAMPLES, check_combinations, complete
+from pipeline.config.completion import NUM_SAMPLES, SEQLEN, check_combinations, complete
 from pipeline.config.gather import Gathered
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.plan import Step
+from pipeline.errors import ConfigError
 from pipeline.runs.budget import PrunableLayers, allocate_budget, feasible_defaults
 from pipeline.runs.environment import environment_record
 from pipeline.runs.export_names import check_export
@@ -129,13 +130,19 @@ def plan_pruning(
         ConfigError: The settings do not fit the model.
         StageError: No budget fits, or the memory limit is too low.
     """
-    from stages.tasks.registry import task_named
+    from stages.generate_samples import writes_by_default
+    from stages.models.base import WritesText
+    from stages.tasks.registry import model_for, task_named
 
     gathered = adjusted_to(gathered, model)
     layers = PrunableLayers.of(model, gathered.values)
     defaults, notices = _defaults_for(gathered, model, layers)
     if not draws_samples:
         defaults = replace(defaults, distill_samples=None)
+    if not writes_by_default(model, min(gathered.values.seqlen or SEQLEN, model.max_positions or SEQLEN)):
+        defaults = replace(defaults, distill_generates=False)
+    if gathered.values.distill_generated and not isinstance(model, WritesText):
+        raise ConfigError(f"--distill-generated: {model.source.name} is {model_for(model.task)}, and writes no text")
     completed = complete(gathered, model.max_positions, defaults, task_named(model.task), baselines)
     device = _fit_to_memory(completed.config, model, _device_of(gathered))
     return PlannedPruning(

@@ -143,6 +143,11 @@ class StepContext:
         return payloads.DISTILLATION_SET if self.config.distill_samples is not None else payloads.CALIBRATION
 
     @property
+    def num_generated_tokens(self) -> int:
+        """Number of tokens in the samples to distill on that the original model writes."""
+        return (self.config.distill_generated or 0) * self.config.seqlen
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens in the calibration set."""
         return (self.config.num_samples or 0) * self.config.seqlen

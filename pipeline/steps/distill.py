@@ -33,20 +33,23 @@ class Distill(StepKind[DistillResult]):
     absence = "begin a run that takes over its blocks: lampctl run MODEL ... --distill --from-run {run}"
 
     @staticmethod
-    def step(num_blocks: int, *, draws: bool, teaches: bool) -> Step:
+    def step(num_blocks: int, *, draws: bool, teaches: bool, generates: bool) -> Step:
         """The step in the plan.
 
         Args:
             num_blocks: Of the model.
             draws: There is a distillation set of its own (--distill-samples).
             teaches: A step of its own has computed the original model's output.
+            generates: The original model has written further samples (--distill-generated).
         """
         samples = payloads.DISTILLATION_SET if draws else payloads.CALIBRATION
-        teacher = payloads.teacher(num_blocks, samples) if teaches else payloads.dense(num_blocks)
+        read = [samples, payloads.teacher(num_blocks, samples) if teaches else payloads.dense(num_blocks)]
+        if generates:
+            read += [payloads.GENERATED_SET, payloads.teacher(num_blocks, payloads.GENERATED_SET)]
         parts = (part for block in range(num_blocks) for part in (payloads.pruned(block), payloads.masks(block)))
         return Step(
             Distill.name,
-            reads=(samples.name, teacher.name, *(part.name for part in parts)),  # samples and teacher first
+            reads=(*(one.name for one in read), *(part.name for part in parts)),  # each set before its teacher
             outputs=tuple(payloads.distilled(block) for block in range(num_blocks)),
         )
 
@@ -55,6 +58,8 @@ class Distill(StepKind[DistillResult]):
         from stages import export
         from stages.distill import Distiller
         from stages.formats.pruning_masks import read_mask_file
+        from stages.runtime.block_context import StageContext
+        from stages.runtime.joined import Joined
         from stages.training.distillation_work import PrunedBlocks
 
         model, run, config = context.model, context.run, context.config
@@ -66,11 +71,13 @@ class Distill(StepKind[DistillResult]):
         pruned = PrunedBlocks(
             lambda block: export.block_state(model, block, run.open_file(payloads.pruned(block).name)), outcome_of
         )
-        _, teacher, *_ = step.reads
+        generated = payloads.GENERATED_SET.name in step.reads
+        opened = [run.open_stream(name) for name in step.reads[: 4 if generated else 2]]
+        samples, teachers = opened[0::2], opened[1::2]
         distiller = Distiller(
-            context.stage(callbacks, samples=context.distillation_samples),
+            StageContext(model, Joined(samples), context.choices, callbacks),
             pruned,
-            run.open_stream(teacher),
+            Joined(teachers),
             distill_settings(config),
             attempt.scratch(),
             callbacks,

@@ -1,7 +1,7 @@
 """The plan of a run: LAMP Algorithm 1 as a list of steps, then the export and what follows it.
 
     calibrate -> capture -> [allocate] -> prune 0 -> [refine 0] -> compensate 1 -> prune 1 -> ... -> prune n-1
-    -> [refine n-1] -> [teach] -> [distill] -> export -> [end-loss] -> evaluate ... -> zero-shot ...
+    -> [refine n-1] -> [teach] -> [generate] -> [distill] -> export -> [end-loss] -> evaluate ... -> zero-shot ...
 
 `stages.lamp` is the same algorithm on streams in memory.
 """
@@ -19,6 +19,7 @@ from pipeline.steps.capture import Capture
 from pipeline.steps.compensate_block import CompensateBlock
 from pipeline.steps.distill import Distill
 from pipeline.steps.export import Export
+from pipeline.steps.generate import Generate
 from pipeline.steps.prune_block import PruneBlock
 from pipeline.steps.refine_block import RefineBlock
 from pipeline.steps.registry import STEP_KINDS
@@ -34,10 +35,12 @@ class DistillationPlan:
     Attributes:
         draws: On samples of its own, not on the calibration set.
         takes_over: The blocks are those of another run, whose streams are gone.
+        generates: The original model writes further samples.
     """
 
     draws: bool = False
     takes_over: bool = False
+    generates: bool = False
 
 
 def chain(
@@ -89,7 +92,9 @@ def chain(
     if distillation is not None:
         if teaches:
             steps.append(Teach.step(num_blocks, draws=draws))
-        steps.append(Distill.step(num_blocks, draws=draws, teaches=teaches))
+        if distillation.generates:
+            steps.append(Generate.step(num_blocks, draws=draws))
+        steps.append(Distill.step(num_blocks, draws=draws, teaches=teaches, generates=distillation.generates))
     steps.append(Export.step(num_blocks, is_distilled=distillation is not None))
     return tuple(steps)
 
@@ -103,7 +108,9 @@ def chain_of(config: RunConfig, num_blocks: int) -> tuple[Step, ...]:
         reads_data=config.calibration is not None and (not config.distill or reads_data(config.method)),
         refines=bool(config.refine),
         allocates=config.budget == "outliers",
-        distillation=DistillationPlan(config.distill_samples is not None, config.from_run is not None)
+        distillation=DistillationPlan(
+            config.distill_samples is not None, config.from_run is not None, bool(config.distill_generated)
+        )
         if config.distill
         else None,
     )

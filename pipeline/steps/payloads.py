@@ -12,6 +12,7 @@ Each function gives one payload of a block, i, which counts from 0.
 | ``masks/i`` | pruning masks and quantization grids of block i |
 | ``distilled/i`` | weights of block i as exported, where the run distills |
 | ``distillation-set`` | samples to distill on, where they are not the calibration set |
+| ``generated-set`` | samples to distill on beside those, which the original model wrote |
 | ``teacher/i`` | activations: as ``dense/i``, on the samples to distill on |
 """
 
@@ -23,7 +24,16 @@ from pipeline.engine.plan import Output
 
 CALIBRATION = Output("calibration", is_kept=True)
 DISTILLATION_SET = Output("distillation-set")
+GENERATED_SET = Output("generated-set")
 MODEL = Output("model", is_kept=True)
+
+
+# Streams of the original model's output, by the payload with the samples.
+_TEACHERS = {
+    CALIBRATION.name: "teacher",
+    DISTILLATION_SET.name: "teacher-on-set",
+    GENERATED_SET.name: "teacher-on-generated",
+}
 
 
 def biased(block: int) -> Output:
@@ -63,9 +73,8 @@ def masks(block: int) -> Output:
 
 
 def teacher(num_blocks: int, samples: Output) -> Output:
-    """Output of the last block in the original model on these samples: the calibration or the distillation set."""
-    kind = "teacher" if samples == CALIBRATION else "teacher-on-set"
-    return Output(f"{kind}/{num_blocks}", is_stream=True, rebuilt_from=(samples.name,))
+    """Output of the last block in the original model on these samples to distill on."""
+    return Output(f"{_TEACHERS[samples.name]}/{num_blocks}", is_stream=True, rebuilt_from=(samples.name,))
 
 
 @dataclass(frozen=True)
@@ -86,4 +95,5 @@ class StreamContents:
 def contents_of(name: str) -> StreamContents:
     """What the stream of this name holds."""
     kind, _, block = name.partition("/")
-    return StreamContents(int(block), kind == "biased", DISTILLATION_SET if kind == "teacher-on-set" else CALIBRATION)
+    sets = {_TEACHERS[samples.name]: samples for samples in (DISTILLATION_SET, GENERATED_SET)}
+    return StreamContents(int(block), kind == "biased", sets.get(kind, CALIBRATION))

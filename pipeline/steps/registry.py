@@ -20,6 +20,7 @@ STEP_KINDS: Registry[type[StepKind[Any]]] = Registry(
         "refine-block": "pipeline.steps.refine_block:RefineBlock",
         "compensate-block": "pipeline.steps.compensate_block:CompensateBlock",
         "teach": "pipeline.steps.teach:Teach",
+        "generate": "pipeline.steps.generate:Generate",
         "distill": "pipeline.steps.distill:Distill",
         "export": "pipeline.steps.export:Export",
         "end-loss": "pipeline.steps.end_loss:EndLossStep",
@@ -38,6 +39,7 @@ STEP_COMMANDS: Mapping[str, str] = {
     "refine-block": "Train a pruned block towards its dense output with its pruning masks fixed (--refine).",
     "compensate-block": "Train a block so that it undoes the error of the pruned blocks before it.",
     "teach": "Run the original model on the samples to distill on (--distill).",
+    "generate": "Let the original model write samples to distill on, and run it on them (--distill-generated).",
     "distill": (
         "Train all pruned blocks together towards the original model's output, with their masks fixed (--distill)."
     ),

@@ -234,6 +234,20 @@ class TeachResult(Result):
     samples: CalibrateResult | None = None  # None: they are the calibration set
 
 
+class GenerateResult(Result):
+    """The original model wrote samples to distill on.
+
+    Attributes:
+        num_samples: That it wrote.
+        num_tokens: Of all of them.
+        num_real: How many of those tokens are prompts, from the other samples to distill on.
+    """
+
+    num_samples: int
+    num_tokens: int
+    num_real: int
+
+
 class DistillResult(Result):
     """How the distillation went.
 

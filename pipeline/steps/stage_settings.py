@@ -54,7 +54,8 @@ def distill_settings(config: RunConfig) -> DistillSettings:
     assert config.distill_batch is not None
     holds_out = config.held_out is not False  # methods that train nothing else have no such setting
     rate = None if config.distill_lr == SEARCHED else Rate.parse(config.distill_lr)
-    return DistillSettings(config.distill_epochs, rate, config.distill_batch, holds_out, config.seed)
+    num_generated = config.distill_generated or 0
+    return DistillSettings(config.distill_epochs, rate, config.distill_batch, holds_out, config.seed, num_generated)
 
 
 def block_budget(stored: StoredBlockBudget) -> BlockBudget:
@@ -75,7 +76,7 @@ def fit_memory(model: BlockModel, config: RunConfig, choices: DeviceChoices, at_
 
     return fit(
         Shapes.of(model, config.seqlen, choices.torch_dtype.itemsize),
-        _work_of(config),
+        _work_of(config, model),
         memory_in_use(choices.torch_device),
         parse_size(config.memory_limit) if config.memory_limit is not None else None,
         at_once,
@@ -95,11 +96,14 @@ def statistics_room(
     from stages.runtime.memory_planner import Shapes, statistics_room
 
     shapes = Shapes.of(model, config.seqlen, choices.torch_dtype.itemsize, block)
-    return statistics_room(shapes, _work_of(config), samples_at_once(choices, config.seqlen), left_bytes)
+    return statistics_room(shapes, _work_of(config, model), samples_at_once(choices, config.seqlen), left_bytes)
 
 
-def _work_of(config: RunConfig) -> Work:
+def _work_of(config: RunConfig, model: BlockModel) -> Work:
+    from stages.generate_samples import cache_bytes, pieces_at_once, pieces_of
     from stages.runtime.memory_planner import Work
+
+    pieces = len(pieces_of(config.distill_generated or 0, config.seqlen))
 
     return Work(
         pruner=PRUNERS.get(config.pruner_name),
@@ -109,6 +113,8 @@ def _work_of(config: RunConfig) -> Work:
         distills=bool(config.distill),
         kept=1 - config.target_sparsity,
         num_heads=_num_heads(config),
+        num_written=min(pieces, pieces_at_once(model, config.seqlen)),
+        cache=cache_bytes(model, config.seqlen),
     )
 
 

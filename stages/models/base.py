@@ -20,6 +20,8 @@ from stages.formats.tensor_parts import TensorPart
 from stages.models.deciding_files import decides
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from stages.interfaces import Samples
     from stages.machine.device import DeviceChoices
 
@@ -124,6 +126,17 @@ class StoresParts(Protocol):
 
     def stored_parts(self, block_index: int) -> Mapping[str, TensorPart]:
         """For each entry of a block's state, where it lies in the model's own files."""
+        ...
+
+
+@runtime_checkable
+class WritesText(Protocol):
+    """A `BlockModel` that can write on what it reads, as its own library runs it."""
+
+    cache_numbers_per_token: int  # about how many numbers of a token all blocks keep for the tokens after it
+
+    def writer(self, device: torch.device, fetch: Callable[[int], nn.Module]) -> PreTrainedModel:
+        """The whole model with its ends on the device, which gets each block from `fetch` whenever it is to run."""
         ...
 
 

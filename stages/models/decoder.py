@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -24,13 +24,13 @@ from stages.models.architecture import AbsentTower, build_empty, other_towers, t
 from stages.models.base import BlockCall, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_layers import prunable_layers, require_reachable
 from stages.models.companion_files import exported_companions, exported_config
-from stages.models.decoder_ends import DecoderEnds, put_recorders
+from stages.models.decoder_ends import DecoderEnds, Fetching, put_recorders
 from stages.models.expert_names import place_experts
 from stages.models.expert_separation import separate_experts
 from stages.models.layer_roles import VITAL
 from stages.models.meta_init import require_materialised, require_plain
 from stages.models.probe import probed
-from stages.models.recorder import Tape
+from stages.models.recorder import Tape, Visitor
 from stages.models.stored_model import StoredModel
 from stages.models.weight_pieces import place_rows, separate_pieces
 
@@ -96,7 +96,20 @@ class Decoder(StoredModel[DecoderEnds]):
     def run_block(self, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
         return self._traits.layout.run(block, hidden, call)
 
+    @property
+    def cache_numbers_per_token(self) -> int:
+        """Keys and values of all blocks, as if each had attention over all positions."""
+        return 2 * self.num_blocks * _key_width(self.config)
+
+    def writer(self, device: torch.device, fetch: Callable[[int], nn.Module]) -> PreTrainedModel:
+        return self._read_around(device, "all", Fetching(self._blocks, fetch))
+
     def _read_ends(self, device: torch.device, part: Part) -> DecoderEnds:
+        tape = Tape(self._traits.returns)
+        return DecoderEnds(self._read_around(device, part, tape), self._traits.layout, tape, self.num_blocks)
+
+    def _read_around(self, device: torch.device, part: Part, visitor: Visitor) -> PreTrainedModel:
+        """The model with what lies outside its blocks, and recorders in their place."""
         skeleton = copy.deepcopy(self._skeleton)
         head = "" if part != "enter" else self._untied_head()
         state: dict[str, Tensor] = {}
@@ -106,15 +119,13 @@ class Decoder(StoredModel[DecoderEnds]):
                 state.update(dict.fromkeys(names, tensor))
         skeleton.load_state_dict(state, strict=False, assign=True)
         skeleton.tie_weights()
-        tape = Tape(self._traits.returns)
-        put_recorders(skeleton, self._blocks_path, self._blocks, tape)
-        ends = DecoderEnds(skeleton, self._traits.layout, tape, self.num_blocks)
+        put_recorders(skeleton, self._blocks_path, self._blocks, visitor)
         for name, module in skeleton.named_modules():
             if not (head and (name + ".").startswith(head)):
                 require_materialised(module, f"{name} of {self.source.name}", recurse=False)
                 for key, buffer in module.named_buffers(recurse=False):
                     setattr(module, key, buffer.to(device))
-        return ends
+        return skeleton
 
     def export_extras(self, requested_dtype: str) -> Iterator[tuple[str, bytes]]:
         settings = json.loads((self.source.path / "config.json").read_text())
@@ -217,6 +228,19 @@ class Decoder(StoredModel[DecoderEnds]):
         if head is None or head.weight is embeddings.weight:
             return ""
         return next(name for name, module in self._model.named_modules() if module is head) + "."
+
+
+def _key_width(config: PreTrainedConfig) -> int:
+    """How many numbers the keys of a token have; that of the hidden state where the configuration says nothing."""
+
+    def most(name: str) -> int:
+        value = getattr(config, name, None) or 0
+        return max(value) if isinstance(value, Sequence) else int(value)
+
+    heads = most("num_attention_heads")
+    if not heads:
+        return most("hidden_size")
+    return (most("num_key_value_heads") or heads) * (most("head_dim") or most("hidden_size") // heads)
 
 
 def _find_blocks(model: PreTrainedModel, num_blocks: int) -> tuple[str, Iterable[nn.Module]]:

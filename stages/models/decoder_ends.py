@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import UsageError
 from stages.models.base import Entry
-from stages.models.recorder import Recorder, StopForward, Tape
+from stages.models.recorder import Recorder, StopForward, Tape, Visitor
 from stages.models.stream_layout import StreamLayout
 
 
-def put_recorders(model: PreTrainedModel, list_name: str, blocks: tuple[nn.Module, ...], tape: Tape) -> None:
+def put_recorders(model: PreTrainedModel, list_name: str, blocks: tuple[nn.Module, ...], tape: Visitor) -> None:
     """Put a recorder in the place of each block."""
     model.set_submodule(list_name, nn.ModuleList([Recorder(block, tape) for block in blocks]))
+
+
+class Fetching:
+    """Runs a block that is fetched whenever the model calls it, in the place of a `Tape`."""
+
+    def __init__(self, blocks: Sequence[nn.Module], fetch: Callable[[int], nn.Module]) -> None:
+        """blocks: those that the recorders stand for. fetch: gives the block of an index, ready to run."""
+        self._index_of, self._fetch = {id(block): index for index, block in enumerate(blocks)}, fetch
+
+    def visit(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block returns."""
+        return self._fetch(self._index_of[id(block)])(*args, **kwargs)
 
 
 def forward_to_block(model: PreTrainedModel, tape: Tape, block_index: int, inputs: Tensor) -> None:

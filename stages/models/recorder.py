@@ -7,7 +7,7 @@ global attention), so nothing here makes them up: they are recorded where the mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -65,13 +65,21 @@ class Tape:
         return output if num_values is None else (output, *self._others(block, num_values - 1))
 
 
+class Visitor(Protocol):
+    """What a recorder does with a call of the block that it stands for."""
+
+    def visit(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the loop of the model expects of this block."""
+        ...
+
+
 class Recorder(nn.Module):
     """Stands where a block stood; has its attributes, since the model's loop reads some (`attention_type`)."""
 
-    def __init__(self, original: nn.Module, tape: Tape) -> None:
+    def __init__(self, original: nn.Module, visitor: Visitor) -> None:
         super().__init__()
         # In a tuple, so that it does not become a submodule and its weights none of ours.
-        self._stands_for = (original, tape)
+        self._stands_for = (original, visitor)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -80,8 +88,8 @@ class Recorder(nn.Module):
             return getattr(self._stands_for[0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        original, tape = self._stands_for
-        return tape.visit(original, args, kwargs)
+        original, visitor = self._stands_for
+        return visitor.visit(original, args, kwargs)
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:

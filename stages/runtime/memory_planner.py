@@ -101,6 +101,8 @@ class Work:
     distills: bool = False
     kept: float = 1.0  # share of the weights that are not masked
     num_heads: int = 0  # in memory at once while the end loss is measured; 0: it is not
+    num_written: int = 0  # texts that the original model writes at once; 0: it writes none
+    cache: int = 0  # bytes of the keys and values of one of them
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool, room_bytes:
         found["training"] = copies * block + masks + backward + shapes.chunks(2, samples)
     if work.distills:
         found["distill"] = distillation(shapes, work, is_resident=False)
+    if work.num_written:
+        found["generate"] = writing(shapes, work, is_resident=False)
     found["export"] = ends + min(_EXPORTED_AT_ONCE, 2 * ends)
     if work.eval_tokens:
         logits = 3 * _FP32 * work.eval_tokens * shapes.vocabulary
@@ -157,6 +161,14 @@ def distillation(shapes: Shapes, work: Work, *, is_resident: bool) -> int:
     head = ends + min(_LOGITS, 4 * _FP32 * shapes.tokens * shapes.vocabulary)
     chunks = shapes.chunks(2, 1)
     return lasting + backward + head + chunks if is_resident else max(lasting + backward, head) + chunks
+
+
+def writing(shapes: Shapes, work: Work, *, is_resident: bool) -> int:
+    """Bytes of a step in which the original model writes samples. is_resident: all blocks are in memory, or one."""
+    outside = 2 * _FP32 * shapes.vocabulary * shapes.hidden  # embeddings and head
+    logits = 4 * _FP32 * work.num_written * shapes.vocabulary  # their softmax, and what is drawn from it
+    weights = _FP32 * (shapes.all_blocks if is_resident else shapes.block)
+    return outside + logits + weights + work.num_written * work.cache
 
 
 def least_room(shapes: Shapes, work: Work) -> int:
@@ -271,7 +283,8 @@ def fit(
         if left is None or max(_least_peaks(shapes, work, samples, spills=spills).values()) <= left:
             room = statistics_room(shapes, work, samples, left)
             most = base_bytes + max(peaks(shapes, work, samples, spills=spills, room_bytes=room).values())
-            resident = base_bytes + int(_SLACK * distillation(shapes, work, is_resident=True)) if work.distills else 0
+            together = max(distillation(shapes, work, is_resident=True), writing(shapes, work, is_resident=True))
+            resident = base_bytes + int(_SLACK * together) if work.distills else 0
             is_resident = work.distills and resident <= min(available_bytes, limit_bytes or available_bytes)
             return Fit(samples, spills, is_resident, max(most, resident) if is_resident else most, left)
     details = _least_peaks(shapes, work, candidates[0], spills=True)

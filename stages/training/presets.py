@@ -28,6 +28,7 @@ class TrainingDefaults:
     refine_lr: str | float
     distill: bool = False
     distill_samples: int | None = None  # None: the calibration set
+    distill_generates: bool = False  # the original model writes as many samples more
 
 
 # (up to this sparsity, learning rate): a larger pruning error needs a larger rate. Measured at 70% and 2:4 on the first
@@ -46,8 +47,9 @@ class Effort:
     Attributes:
         compensation: Training steps of compensation per block, of one sample each.
         refinement: Training steps of refinement per block.
-        distillation: Samples that distillation trains on, counted each time.
+        distillation: Samples that distillation trains on, counted each time; at least all there are.
         pruner: Of the blocks.
+        generates: The original model writes as many samples as distillation has, and they are distilled on, too.
         distillation_set: Samples of the set that distillation draws for itself. None: it has the calibration set.
     """
 
@@ -55,14 +57,15 @@ class Effort:
     refinement: int
     distillation: int
     pruner: str
+    generates: bool = False
     distillation_set: int | None = None
 
 
 # The time of ALPS does not depend on the steps: it is a small part of a long training.
 EFFORTS = {
     "low": Effort(0, 60, 60, "alps"),
-    "medium": Effort(0, 120, 120, "alps"),
-    "high": Effort(120, 240, 480, "alps", distillation_set=480),
+    "medium": Effort(0, 120, 120, "alps", generates=True),
+    "high": Effort(120, 240, 480, "alps", generates=True, distillation_set=480),
 }
 _MOST_EPOCHS = 4
 _MOST_DISTILL_EPOCHS = 2
@@ -123,6 +126,7 @@ def measured(model_type: str, sparsity: float, num_blocks: int, effort: str, num
         refine_lr=lr,
         distill=True,
         distill_samples=distillation_set(effort, num_samples),
+        distill_generates=steps.generates,
     )
 
 

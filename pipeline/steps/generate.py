@@ -1,0 +1,73 @@
+"""Step: let the original model write samples to distill on, and compute its output on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.engine.plan import Step
+from pipeline.steps import payloads
+from pipeline.steps.base import StepKind
+from pipeline.steps.results import GenerateResult
+
+if TYPE_CHECKING:
+    from pipeline.rundir.step_transaction import Attempt
+    from pipeline.steps.context import StepContext
+    from stages.interfaces import Callbacks
+
+
+class Generate(StepKind[GenerateResult]):
+    """Writes the generated samples, and the last block's output on them in the original model."""
+
+    result = GenerateResult
+    name = "generate"
+    title = "let the original model write samples"
+    help = "Let the original model write samples to distill on, and run it on them (--distill-generated)."
+    is_long = True
+    command = name
+
+    @staticmethod
+    def step(num_blocks: int, *, draws: bool) -> Step:
+        """The step in the plan.
+
+        Args:
+            num_blocks: Of the model.
+            draws: There is a distillation set of its own (--distill-samples), which has the prompts.
+        """
+        prompts = payloads.DISTILLATION_SET if draws else payloads.CALIBRATION
+        teacher = payloads.teacher(num_blocks, payloads.GENERATED_SET)
+        return Step(Generate.name, reads=(prompts.name,), outputs=(payloads.GENERATED_SET, teacher))
+
+    def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> GenerateResult:
+        from stages.generate_samples import generate_samples, num_real_tokens
+        from stages.replay import replay
+        from stages.runtime.block_context import StageContext
+
+        model, config = context.model, context.config
+        assert config.distill_generated is not None
+        given = context.stage(callbacks, samples=context.distillation_samples)
+        tokens, name = len(given.inputs[0]), payloads.GENERATED_SET.name
+        samples = attempt.stream(name, config.distill_generated, (tokens,), given.inputs[0].dtype, is_precious=True)
+        generate_samples(given, samples, config.seed, is_resident=context.distills_resident)
+        teacher = next(output.name for output in step.outputs if output.is_stream)
+        shape = model.hidden_shape((tokens,))
+        stream = attempt.stream(teacher, len(samples), shape, context.choices.torch_dtype)
+        stage = StageContext(model, samples, context.choices, callbacks)
+        replay(stage, stream, model.num_blocks, lambda index: None, attempt.scratch())
+        return GenerateResult(
+            num_samples=len(samples),
+            num_tokens=len(samples) * tokens,
+            num_real=num_real_tokens(given.inputs, len(samples)),
+        )
+
+    def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
+        if payload == payloads.GENERATED_SET.name:
+            return context.num_generated_tokens * context.model.input_bytes_per_token
+        return context.activation_bytes(context.num_generated_tokens)
+
+    def scratch_bytes(self, context: StepContext, step: Step) -> int:
+        """Hidden states of the original model's own samples."""
+        return context.activation_bytes(context.num_generated_tokens)
+
+    @classmethod
+    def headline(cls, result: GenerateResult) -> str:
+        return f"{result.num_tokens:,} tokens in {result.num_samples} samples"
