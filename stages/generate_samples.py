@@ -10,10 +10,12 @@ N: samples that are written.    T: tokens of a sample.    P: pieces of all sampl
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,8 @@ _CACHE_BYTES = 256 * 2**20
 # With fewer pieces at once, reading the weights takes most of the time: then nothing is written by default.
 _FEWEST_AT_ONCE = 8
 _FP32 = 4
+# What the code of a family raises where it has a fault. A RuntimeError, such as for want of memory, is none.
+_OF_THE_LIBRARY = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,14 @@ def pieces_at_once(model: BlockModel, tokens: int) -> int:
     return max(_CACHE_BYTES // max(cache_bytes(model, tokens), 1), 1)
 
 
+def can_write(model: BlockModel) -> TypeGuard[WritesText]:
+    """Whether the model can write text at all."""
+    return isinstance(model, WritesText) and model.can_write
+
+
 def writes_by_default(model: BlockModel, tokens: int) -> bool:
     """Whether writing takes a time in proportion to that of a pass through the model. tokens: of a sample."""
-    return isinstance(model, WritesText) and pieces_at_once(model, tokens) >= _FEWEST_AT_ONCE
+    return can_write(model) and pieces_at_once(model, tokens) >= _FEWEST_AT_ONCE
 
 
 @torch.no_grad()
@@ -129,13 +138,11 @@ class _Writer:
     def __init__(self, context: StageContext, bos: int | None, *, is_resident: bool) -> None:
         """Prepare the model. bos: the token that a text begins with; None: there is none."""
         model, device = context.model, context.device.torch_device
-        if not isinstance(model, WritesText):
+        if not can_write(model):
             raise UsageError(f"{model.source.name} writes no text: leave out --distill-generated")
         self._context, self._bos, self._is_resident = context, bos, is_resident
         self._blocks: dict[int, nn.Module] = {}
         self._model = model.writer(device, self._block)
-        if not self._model.can_generate():
-            raise UsageError(f"{model.source.name} writes no text: leave out --distill-generated")
 
     def write(
         self, samples: Tensor, pieces: Sequence[Piece], seed: int, chunk: tuple[int, int]
@@ -174,9 +181,15 @@ class _Writer:
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), computing(context.device):
             torch.manual_seed(seed)
-            written = model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), generation_config=how, stopping_criteria=watching
-            ).cpu()
+            try:
+                written = model.generate(
+                    prompts, attention_mask=torch.ones_like(prompts), generation_config=how, stopping_criteria=watching
+                ).cpu()
+            except _OF_THE_LIBRARY as error:
+                raise UsageError(
+                    f"{context.model.source.name} fails to write text ({type(error).__name__}: {error}): do without, "
+                    "by --distill-generated 0"
+                ) from error
         for piece, tokens in zip(pieces, written, strict=True):
             skipped = int(self._bos is not None and piece.start > 0)
             yield piece, tokens[skipped : skipped + piece.length]
@@ -189,13 +202,20 @@ class _Writer:
             return sample[: num_real + 1]
         return torch.cat([torch.tensor([self._bos]), sample[piece.start : piece.start + num_real]])
 
-    def _block(self, index: int) -> nn.Module:
-        if index not in self._blocks:
-            block = self._context.block(index).load()
-            if not self._is_resident:
-                return block
-            self._blocks[index] = block
-        return self._blocks[index]
+    @contextlib.contextmanager
+    def _block(self, index: int) -> Iterator[nn.Module]:
+        """The block with its weights. Without them it stays: RecurrentGemma's have the state of the text in them."""
+        is_new = index not in self._blocks
+        if is_new:
+            self._blocks[index] = self._context.block(index).load()
+        block = self._blocks[index]
+        if self._is_resident:
+            yield block
+            return
+        if not is_new:
+            block.load_state_dict(self._context.block(index).load().state_dict(), assign=True)
+        yield block
+        block.load_state_dict({name: tensor.to("meta") for name, tensor in block.state_dict().items()}, assign=True)
 
 
 class _Watching(StoppingCriteria):

@@ -130,9 +130,8 @@ def plan_pruning(
         ConfigError: The settings do not fit the model.
         StageError: No budget fits, or the memory limit is too low.
     """
-    from stages.generate_samples import writes_by_default
-    from stages.models.base import WritesText
-    from stages.tasks.registry import model_for, task_named
+    from stages.generate_samples import can_write, writes_by_default
+    from stages.tasks.registry import task_named
 
     gathered = adjusted_to(gathered, model)
     layers = PrunableLayers.of(model, gathered.values)
@@ -141,8 +140,8 @@ def plan_pruning(
         defaults = replace(defaults, distill_samples=None)
     if not writes_by_default(model, min(gathered.values.seqlen or SEQLEN, model.max_positions or SEQLEN)):
         defaults = replace(defaults, distill_generates=False)
-    if gathered.values.distill_generated and not isinstance(model, WritesText):
-        raise ConfigError(f"--distill-generated: {model.source.name} is {model_for(model.task)}, and writes no text")
+    if gathered.values.distill_generated and not can_write(model):
+        raise ConfigError(f"--distill-generated: {model.source.name} ({model.name}) writes no text")
     completed = complete(gathered, model.max_positions, defaults, task_named(model.task), baselines)
     device = _fit_to_memory(completed.config, model, _device_of(gathered))
     return PlannedPruning(

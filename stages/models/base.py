@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,17 +130,6 @@ class StoresParts(Protocol):
         ...
 
 
-@runtime_checkable
-class WritesText(Protocol):
-    """A `BlockModel` that can write on what it reads, as its own library runs it."""
-
-    cache_numbers_per_token: int  # about how many numbers of a token all blocks keep for the tokens after it
-
-    def writer(self, device: torch.device, fetch: Callable[[int], nn.Module]) -> PreTrainedModel:
-        """The whole model with its ends on the device, which gets each block from `fetch` whenever it is to run."""
-        ...
-
-
 class BlockInputs(Protocol):
     """What the blocks get beside the hidden state. `stages.models.block_inputs` implements it for every family."""
 
@@ -239,4 +229,20 @@ class BlockModel(Protocol):
 
     def export_extras(self, requested_dtype: str) -> Iterable[tuple[str, bytes]]:
         """What a model folder needs beside weights: configuration and tokenizer, as (file name, contents)."""
+        ...
+
+
+# Gives the block of an index, ready to run inside the context: always the same object, because some keep a state.
+Fetch = Callable[[int], AbstractContextManager[nn.Module]]
+
+
+@runtime_checkable
+class WritesText(BlockModel, Protocol):
+    """A `BlockModel` that can write on what it reads, as its own library runs it."""
+
+    can_write: bool  # False where its library's own loop over the tokens fails
+    cache_numbers_per_token: int  # about how many numbers of a token all blocks keep for the tokens after it
+
+    def writer(self, device: torch.device, fetch: Fetch) -> PreTrainedModel:
+        """The whole model with its ends on the device, which gets each block from `fetch` whenever it is to run."""
         ...

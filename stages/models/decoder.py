@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -21,7 +21,7 @@ from stages.errors import UsageError
 from stages.formats.checkpoint_files import WeightFiles, match_names
 from stages.formats.tensor_parts import TensorPart
 from stages.models.architecture import AbsentTower, build_empty, other_towers, text_tower
-from stages.models.base import BlockCall, LayerInfo, ModelFolder, Part, Weights
+from stages.models.base import BlockCall, Fetch, LayerInfo, ModelFolder, Part, Weights
 from stages.models.block_layers import prunable_layers, require_reachable
 from stages.models.companion_files import exported_companions, exported_config
 from stages.models.decoder_ends import DecoderEnds, Fetching, put_recorders
@@ -33,6 +33,9 @@ from stages.models.probe import probed
 from stages.models.recorder import Tape, Visitor
 from stages.models.stored_model import StoredModel
 from stages.models.weight_pieces import place_rows, separate_pieces
+
+# Families of which transformers (5.24) cannot generate: the state of xLSTM has another shape than its step asks for.
+_WRITES_NOTHING = frozenset({"xlstm"})
 
 
 def open_model(folder: ModelFolder) -> Decoder:
@@ -97,11 +100,15 @@ class Decoder(StoredModel[DecoderEnds]):
         return self._traits.layout.run(block, hidden, call)
 
     @property
+    def can_write(self) -> bool:
+        return bool(self._model.can_generate()) and self.name not in _WRITES_NOTHING
+
+    @property
     def cache_numbers_per_token(self) -> int:
         """Keys and values of all blocks, as if each had attention over all positions."""
-        return 2 * self.num_blocks * _key_width(self.config)
+        return sum(_cached_numbers(layers) or 2 * self.hidden_size for layers in self._layers)
 
-    def writer(self, device: torch.device, fetch: Callable[[int], nn.Module]) -> PreTrainedModel:
+    def writer(self, device: torch.device, fetch: Fetch) -> PreTrainedModel:
         return self._read_around(device, "all", Fetching(self._blocks, fetch))
 
     def _read_ends(self, device: torch.device, part: Part) -> DecoderEnds:
@@ -230,17 +237,11 @@ class Decoder(StoredModel[DecoderEnds]):
         return next(name for name, module in self._model.named_modules() if module is head) + "."
 
 
-def _key_width(config: PreTrainedConfig) -> int:
-    """How many numbers the keys of a token have; that of the hidden state where the configuration says nothing."""
-
-    def most(name: str) -> int:
-        value = getattr(config, name, None) or 0
-        return max(value) if isinstance(value, Sequence) else int(value)
-
-    heads = most("num_attention_heads")
-    if not heads:
-        return most("hidden_size")
-    return (most("num_key_value_heads") or heads) * (most("head_dim") or most("hidden_size") // heads)
+def _cached_numbers(layers: Sequence[LayerInfo]) -> int:
+    """Keys and values of a token in a block; 0: its layers do not say."""
+    return sum(layer.rows for layer in layers if layer.role in ("k", "v")) or sum(
+        layer.rows for layer in layers if layer.role == "qkv"
+    )
 
 
 def _find_blocks(model: PreTrainedModel, num_blocks: int) -> tuple[str, Iterable[nn.Module]]:

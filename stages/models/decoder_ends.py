@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import UsageError
-from stages.models.base import Entry
+from stages.models.base import Entry, Fetch
 from stages.models.recorder import Recorder, StopForward, Tape, Visitor
 from stages.models.stream_layout import StreamLayout
 
@@ -22,13 +22,14 @@ def put_recorders(model: PreTrainedModel, list_name: str, blocks: tuple[nn.Modul
 class Fetching:
     """Runs a block that is fetched whenever the model calls it, in the place of a `Tape`."""
 
-    def __init__(self, blocks: Sequence[nn.Module], fetch: Callable[[int], nn.Module]) -> None:
-        """blocks: those that the recorders stand for. fetch: gives the block of an index, ready to run."""
+    def __init__(self, blocks: Sequence[nn.Module], fetch: Fetch) -> None:
+        """blocks: those that the recorders stand for."""
         self._index_of, self._fetch = {id(block): index for index, block in enumerate(blocks)}, fetch
 
     def visit(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block returns."""
-        return self._fetch(self._index_of[id(block)])(*args, **kwargs)
+        with self._fetch(self._index_of[id(block)]) as fetched:
+            return fetched(*args, **kwargs)
 
 
 def forward_to_block(model: PreTrainedModel, tape: Tape, block_index: int, inputs: Tensor) -> None:
