@@ -5,6 +5,7 @@ from __future__ import annotations
 DENSE, MAGNITUDE, WANDA, REFERENCE, ALPS = "dense", "magnitude", "Wanda", "SparseGPT", "ALPS"
 PUBLISHED, OURS = "LAMP as published", "LAMP"
 LOW, HIGH = "LAMP, effort low", "LAMP, effort high"
+PLAIN = "LAMP, nothing generated"
 # Retraining of the whole model on as many tokens as LAMP trains on: with a fixed mask towards the original model's
 # output, and by ADMM on the next-token loss.
 KD_MAGNITUDE, KD_REFERENCE = "magnitude, then distillation", "SparseGPT, then distillation"
@@ -39,11 +40,12 @@ PUBLISHED_TRAINING: dict[str, tuple[str, str]] = {
     "2:4+int3": ("1e-3", "2"),
 }
 
-# Ours on a distillation set of its own, by its number of samples.
+# Ours on a distillation set of its own, by its number of samples; nothing is generated.
 DISTILLED = {f"LAMP, distilled on {count}": count for count in (256, 480, 1024)}
 # The curve by samples of the distillation set; without --distill-samples it is the calibration set.
-CURVE = {OURS: 128, **DISTILLED}
+CURVE = {PLAIN: 128, **DISTILLED}
 
+_GENERATES_NOTHING = ("--distill-generated", "0")
 _TWO_EPOCHS = ("--distill", "--distill-epochs", "2")
 _METHODS: dict[str, tuple[str, ...]] = {
     MAGNITUDE: ("--method", "magnitude"),
@@ -57,11 +59,15 @@ _METHODS: dict[str, tuple[str, ...]] = {
     KD_MAGNITUDE: ("--method", "magnitude", *_TWO_EPOCHS),
     KD_REFERENCE: ("--method", "sparsegpt", *_TWO_EPOCHS),
     LOW: ("--method", "lamp", "--effort", "low"),
+    PLAIN: ("--method", "lamp", *_GENERATES_NOTHING),
     OURS: ("--method", "lamp"),
     HIGH: ("--method", "lamp", "--effort", "high"),
     REFERENCE_BF16: ("--method", "sparsegpt"),
     **dict.fromkeys((OURS_TRAINS_BF16, OURS_STREAMS_BF16, OURS_BF16), ("--method", "lamp")),
-    **{name: ("--method", "lamp", "--distill-samples", str(count)) for name, count in DISTILLED.items()},
+    **{
+        name: ("--method", "lamp", "--distill-samples", str(count), *_GENERATES_NOTHING)
+        for name, count in DISTILLED.items()
+    },
 }
 _FP32 = ("--dtype", "float32")
 _ARITHMETIC: dict[str, tuple[str, ...]] = {
@@ -90,7 +96,7 @@ PEER_POINTS: dict[str, tuple[str, ...]] = {
 ORDER = (
     *(DENSE, MAGNITUDE, WANDA, "llm-compressor Wanda", REFERENCE, "llm-compressor SparseGPT", ALPS, PUBLISHED),
     *(ADMM, KD_MAGNITUDE, KD_REFERENCE),
-    *(LOW, OURS, *DISTILLED, HIGH),
+    *(LOW, PLAIN, OURS, *DISTILLED, HIGH),
     *(REFERENCE_BF16, OURS_TRAINS_BF16, OURS_STREAMS_BF16, OURS_BF16),
 )
 

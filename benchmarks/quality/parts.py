@@ -26,6 +26,7 @@ from benchmarks.quality.methods import (
     OURS_BF16,
     OURS_STREAMS_BF16,
     OURS_TRAINS_BF16,
+    PLAIN,
     PUBLISHED,
     REFERENCE,
     REFERENCE_BF16,
@@ -86,7 +87,7 @@ PARTS: dict[str, Part] = {
         "Other one-shot pruners, and llm-compressor's",
         (Grid(CORE_POINTS, (MAGNITUDE, WANDA, REFERENCE, *LLM_COMPRESSOR)),),
     ),
-    "efforts": Part("Efforts", (Grid(("70%", "2:4"), (LOW, OURS, HIGH)),)),
+    "efforts": Part("Efforts", (Grid(("70%", "2:4"), (LOW, PLAIN, OURS, HIGH)),)),
     "samples": Part("More samples to distill on", (Grid(("2:4",), (*CURVE, HIGH)),)),
     "retraining": Part(
         "Retraining of the whole model, on as many tokens as LAMP trains on",

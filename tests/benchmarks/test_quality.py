@@ -194,7 +194,11 @@ def test_the_picture_is_drawn_from_what_there_is(tmp_path):
     assert not path.exists()
     methods_of = (("SparseGPT", 300, 10), ("LAMP", 150, 30))
     rows = [row(name, "0", value, point, cpu) for point in ("50%", "70%") for name, value, cpu in methods_of]
-    rows += [row("dense", "-", 44, "-", ""), row("LAMP", "0", 80, "2:4"), row("LAMP, distilled on 480", "0", 70, "2:4")]
+    rows += [
+        row("dense", "-", 44, "-", ""),
+        row(methods.PLAIN, "0", 80, "2:4"),
+        row("LAMP, distilled on 480", "0", 70, "2:4"),
+    ]
     panels = figure._panels(rows)
     assert [fill.func.__name__ for fill in panels] == [
         "_by_sparsity",

@@ -57,7 +57,7 @@ def test_pruning_in_memory_gives_the_bits_of_a_run(family, tmp_path, words):
     model = build(family)
     before = states(model)
     pruned, report = lampctl.prune(model, f"text:{words}", tokenizer=tokenizer(), **QUICK, **data)
-    assert report.end_loss.value == run.status.end_loss.value > 1e-3
+    assert report.end_loss.value == run.status.end_loss.value > 1e-4
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pruned.state_dict().items())
     assert report.num_masked == run.status.num_masked

@@ -1,4 +1,4 @@
-"""The original model writes samples: from the prompts, by its own distribution, the same however often it is stopped."""
+"""The original model writes samples: from prompts, by its own distribution, the same however often it is stopped."""
 
 import pytest
 import torch
@@ -187,7 +187,7 @@ def test_what_writes_no_text_is_refused_and_a_fault_of_a_family_says_how_to_do_w
         return whole
 
     monkeypatch.setattr(type(model), "writer", broken)
-    with pytest.raises(UsageError, match="a state of another shape.*--distill-generated 0"):
+    with pytest.raises(UsageError, match=r"a state of another shape.*--distill-generated 0"):
         written(model, ids(model))
 
 

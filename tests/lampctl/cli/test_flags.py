@@ -21,7 +21,7 @@ PANELS = {
         "moe-calibrate-all-experts seed"
     ),
     "Training": "effort epochs lr lr-decay loss held-out refine refine-epochs refine-lr "
-    "distill distill-epochs distill-lr distill-batch distill-samples from-run",
+    "distill distill-epochs distill-lr distill-batch distill-samples distill-generated from-run",
     "Evaluation": (
         "evaluate metrics evaluate-dense eval-seqlen eval-max-tokens eval-points eval-max-images tasks task-data "
         "task-limit end-loss"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from pipeline.errors import ConfigError
 from stages.machine import device
 from stages.training.student import Streamed
-from tests import small_models
+from tests import small_models, small_sam
 from tests.conftest import TINY_OPT
 from tests.killed_runs import exported_weights
 
@@ -83,7 +83,7 @@ def test_only_kept_weights_of_the_blocks_change_and_the_loss_falls(lampctl, plai
 def test_one_block_in_memory_gives_the_weights_of_all_in_memory(lampctl, model, monkeypatch):
     arguments = (model, "--sparsity", "0.6", *WORDS, "--epochs", "1", "--refine-epochs", "1", *DISTILL)
     assert lampctl("run", *arguments, "--run-dir", "resident").code == 0
-    assert steps(Path("resident"))[-3:] == ["distill", "export", "end-loss"]
+    assert steps(Path("resident"))[-4:] == ["generate", "distill", "export", "end-loss"]
     assert "teach" not in steps(Path("resident")), "LAMP has the dense output already"
     loaded = []
     load = Streamed._load
@@ -118,6 +118,31 @@ def test_a_distillation_set_of_its_own(lampctl, method):
     assert found["after"] < found["before"]
     assert result(Path("run"), "teach")["samples"]["amount"] == 40 * 64
     assert ("calibrate" in steps(Path("run"))) == (method != "magnitude")
+
+
+def test_what_the_model_writes_is_the_default_of_lamp_and_can_be_left_out(lampctl, model, tmp_path):
+    arguments = (model, "--sparsity", "0.6", *WORDS, "--epochs", "1", "--refine-epochs", "1", *DISTILL)
+    assert lampctl("run", *arguments, "--run-dir", "usual").code == 0
+    assert result(Path("usual"), "generate") == {"num_samples": 8, "num_tokens": 8 * 16, "num_real": 8 * 4}
+    assert "128 tokens in 8 samples" in lampctl("status", "usual").out
+    more = lampctl("run", *arguments, "--distill-generated", "3", "--run-dir", "more")
+    assert result(Path("more"), "generate")["num_samples"] == 3, more.err
+    for left_out in (("--distill-generated", "0"), ("--effort", "low")):
+        name = left_out[0].strip("-")
+        assert lampctl("run", *arguments, *left_out, "--run-dir", name).code == 0
+        assert "generate" not in steps(Path(name))
+        assert exported_weights(Path(name)) != exported_weights(Path("usual"))
+    after = lampctl(
+        "run", *arguments[:3], "--method", "wanda", *WORDS, "--distill-generated", "4", "--run-dir", "wanda"
+    )
+    assert after.code == 0, after.err
+    assert steps(Path("wanda"))[-5:] == ["teach", "generate", "distill", "export", "end-loss"]
+    sam = small_sam.save(tmp_path / "sam")
+    images = f"coco:{small_sam.coco(tmp_path / 'images', 2)}"
+    refused = lampctl("run", sam, "--sparsity", "0.5", "--calibration", images, "--distill-generated", "2")
+    assert refused.code == 2
+    assert "--distill-generated" in refused.err
+    assert "writes no text" in refused.err
 
 
 def test_a_damaged_distilled_block_is_made_again(lampctl, model):
@@ -204,7 +229,7 @@ def test_a_run_takes_over_the_blocks_of_a_finished_one(lampctl, model):
     taken = [commit for commit in commits if commit["result"].get("shared_with")]
     assert all(commit["elapsed_s"] == theirs[commit["step"]]["elapsed_s"] for commit in taken)
     own = [commit["step"] for commit in commits if not commit["result"].get("shared_with")]
-    assert own == ["teach", "distill", "export", "end-loss"]
+    assert own == ["teach", "generate", "distill", "export", "end-loss"]
     assert lampctl("verify", "more", "--deep").code == 0
     assert "refined" in lampctl("status", "more").out
 

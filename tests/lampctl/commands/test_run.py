@@ -182,7 +182,7 @@ def test_steps_one_by_one_give_the_weights_of_run_and_refuse_to_be_done_out_of_o
         "prune-block 2",
         "refine-block",
     ]
-    for step in (*order, "distill", "export", "evaluate"):
+    for step in (*order, "generate", "distill", "export", "evaluate"):
         name, _, block = step.partition(" ")
         answer = lampctl(name, "steps", *(("--block", block) if block else ()))
         assert answer.code == 0, (step, answer.err)
@@ -207,12 +207,12 @@ def test_status_shows_steps_budget_losses_and_the_next_step(lampctl, tmp_path):
     assert refinement["after"]["held_out"] <= refinement["before"]["held_out"]
     assert compensation["after"]["held_out"] <= compensation["before"]["held_out"]
     assert state["remaining_s"] > 0
-    assert state["remaining_until"] == "distill"
+    assert state["remaining_until"] == "generate"
     assert sum(layer["num_masked"] for b in state["blocks"] for layer in b["layers"]) == round(
         0.5 * sum(layer["size"] for b in state["blocks"] for layer in b["layers"])
     )
     shown = lampctl("status", "r", "--settings")
-    assert re.search(r"next: refine-block/1; about .* until distill", shown.out)
+    assert re.search(r"next: refine-block/1; about .* until generate", shown.out)
     assert "down_proj" in shown.out
     assert "preset" not in shown.out
     assert lampctl("resume", "r").code == 0

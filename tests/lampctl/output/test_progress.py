@@ -20,17 +20,17 @@ def test_progress_in_a_log_is_one_line_per_block(lampctl, tmp_path, words):
     answer = lampctl("run", save(tmp_path / "m", "llama"), *FLAGS)
     assert answer.code == 0, answer.err
     lines = answer.err.splitlines()
-    blocks = [line for line in lines if re.match(r"\[\d+/15\] block \d of 3: \d\d\.\d\d% masked", line)]
+    blocks = [line for line in lines if re.match(r"\[\d+/16\] block \d of 3: \d\d\.\d\d% masked", line)]
     assert len(blocks) == 3
     assert ", loss" not in blocks[0]
     losses = r"loss [\d.e-]+ (-> [\d.e-]+|\(no epoch improved it; kept the weights from before\))"
     assert re.search(f"masked, refined {losses}, ", blocks[0])
     assert re.search(f"masked, {losses}, refined {losses}, ", blocks[1])
     assert not any("\x1b" in line or "\r" in line for line in lines)
-    # What began the run, the blocks, and the steps that belong to none: calibrate, capture, distill, export,
+    # What began the run, the blocks, and the steps that belong to none: calibrate, capture, generate, distill, export,
     # the end loss, two evaluations.
-    assert len(lines) == 1 + 3 + 7
-    assert re.search(r"about [\d.]+ s until distill$", blocks[1])
+    assert len(lines) == 1 + 3 + 8
+    assert re.search(r"about [\d.]+ s until generate$", blocks[1])
     assert "evaluate/pruned/text:words.txt@64:256: perplexity" in answer.err
 
 
@@ -62,7 +62,7 @@ def test_progress_on_a_terminal_shows_steps_metrics_and_remaining_time(lampctl, 
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     for expected in ("compensate-block/1", "loss ", "epoch 1", "block 1 of 3", "15/15", "warning: mind [this]"):
         assert expected in shown, expected
-    assert re.search(r"about [\d.]+ s until distill", shown)
+    assert re.search(r"about [\d.]+ s until generate", shown)
     assert re.search(r"about [\d.]+ s left", shown)
     assert shown.count("mind [this]") == 1
 

@@ -130,9 +130,22 @@ def test_effort_high_distils_on_a_larger_set(given, drawn, epochs):
 )
 def test_distillation_has_about_sixteen_updates_an_epoch_and_at_most_two_epochs(num_samples, epochs, batch):
     assert distillation("medium", num_samples) == (epochs, batch)
-    config, _, _ = completed({"distill": True, "distill_samples": num_samples})
+    config, _, _ = completed({"distill": True, "distill_samples": num_samples, "distill_generated": 0})
     assert (config.distill_epochs, config.distill_batch) == (epochs, batch)
     assert config.distill_lr == "auto"
+
+
+def test_what_the_model_writes_counts_as_samples_of_distillation():
+    config, _, _ = completed({"num_samples": 64})
+    assert (config.distill_generated, config.distill_epochs, config.distill_batch) == (64, 1, 8)
+    config, _, _ = completed({"num_samples": 64, "distill_generated": 10})
+    assert (config.distill_generated, config.distill_batch) == (10, 5)
+    for flags in ({"method": "wanda", "distill": True}, {"distill_generated": 0}):  # effort low: presets
+        config, _, _ = completed(flags | {"num_samples": 64})
+        assert config.distill_generated == 0
+    assert not measured("llama", 0.7, 30, "low", 128).distill_generates
+    config, _, _ = completed({"method": "wanda", "distill_generated": 0})
+    assert config.distill is False
 
 
 @pytest.mark.parametrize(
