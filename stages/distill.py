@@ -70,7 +70,7 @@ class DistillSettings:
     # again at a smaller rate. False: train on all samples, and keep the last weights.
     holds_out: bool
     seed: int
-    num_generated: int = 0  # so many of the samples, the last ones, were written by the model: none is held out
+    num_generated: int = 0  # of the samples, at their end; none of them is held out
 
 
 @dataclass(frozen=True)

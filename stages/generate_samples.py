@@ -3,7 +3,7 @@
 A few hundred samples of one text say little about how the model behaves on others. What the model writes on from short
 prompts covers far more of them, and needs no data ("LLM-QAT", arXiv 2305.17888). A sample is laid out as one of the
 given set: it is cut into pieces, each begins with the first tokens of that place, and the rest is drawn from the
-model's own next-token distribution, as it is (temperature 1), but for the end of the text.
+model's next-token distribution (temperature 1, the end-of-text token left out).
 
 N: samples that are written.    T: tokens of a sample.    P: pieces of all samples.
 """

@@ -8,6 +8,7 @@ from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.results import GenerateResult
+from pipeline.steps.teach import run_original
 
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
@@ -39,20 +40,14 @@ class Generate(StepKind[GenerateResult]):
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> GenerateResult:
         from stages.generate_samples import generate_samples, num_real_tokens
-        from stages.replay import replay
-        from stages.runtime.block_context import StageContext
 
-        model, config = context.model, context.config
+        config = context.config
         assert config.distill_generated is not None
         given = context.stage(callbacks, samples=context.distillation_samples)
         tokens, name = len(given.inputs[0]), payloads.GENERATED_SET.name
         samples = attempt.stream(name, config.distill_generated, (tokens,), given.inputs[0].dtype, is_precious=True)
         generate_samples(given, samples, config.seed, is_resident=context.distills_resident)
-        teacher = next(output.name for output in step.outputs if output.is_stream)
-        shape = model.hidden_shape((tokens,))
-        stream = attempt.stream(teacher, len(samples), shape, context.choices.torch_dtype)
-        stage = StageContext(model, samples, context.choices, callbacks)
-        replay(stage, stream, model.num_blocks, lambda index: None, attempt.scratch())
+        run_original(context, samples, step, attempt, callbacks)
         return GenerateResult(
             num_samples=len(samples),
             num_tokens=len(samples) * tokens,

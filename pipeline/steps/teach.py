@@ -13,7 +13,7 @@ from pipeline.steps.results import CalibrateResult, TeachResult
 if TYPE_CHECKING:
     from pipeline.rundir.step_transaction import Attempt
     from pipeline.steps.context import StepContext
-    from stages.interfaces import Callbacks
+    from stages.interfaces import Callbacks, Stream
 
 
 class Teach(StepKind[TeachResult]):
@@ -45,19 +45,13 @@ class Teach(StepKind[TeachResult]):
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> TeachResult:
         from pipeline.steps.stage_settings import distillation_drawing_of
-        from stages.replay import replay
-        from stages.runtime.block_context import StageContext
 
         drawn: CalibrateResult | None = None
         inputs = context.calibration if payloads.CALIBRATION.name in step.reads else None
         if inputs is None:
             drawing = distillation_drawing_of(context.config)
             inputs, drawn = draw_samples(context, payloads.DISTILLATION_SET.name, drawing, attempt, callbacks)
-        output = next(output.name for output in step.outputs if output.is_stream)
-        shape = context.model.hidden_shape(tuple(inputs[0].shape))
-        stream = attempt.stream(output, len(inputs), shape, context.choices.torch_dtype)
-        stage = StageContext(context.model, inputs, context.choices, callbacks)
-        replay(stage, stream, context.model.num_blocks, lambda index: None, attempt.scratch())
+        run_original(context, inputs, step, attempt, callbacks)
         return TeachResult(samples=drawn)
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
@@ -71,3 +65,15 @@ class Teach(StepKind[TeachResult]):
     @classmethod
     def headline(cls, result: TeachResult) -> str:
         return f"{result.samples.amount:,} {result.samples.unit}" if result.samples is not None else ""
+
+
+def run_original(context: StepContext, inputs: Stream, step: Step, attempt: Attempt, callbacks: Callbacks) -> None:
+    """Write the last block's output in the original model on `inputs`: the stream among the step's payloads."""
+    from stages.replay import replay
+    from stages.runtime.block_context import StageContext
+
+    output = next(output.name for output in step.outputs if output.is_stream)
+    shape = context.model.hidden_shape(tuple(inputs[0].shape))
+    stream = attempt.stream(output, len(inputs), shape, context.choices.torch_dtype)
+    stage = StageContext(context.model, inputs, context.choices, callbacks)
+    replay(stage, stream, context.model.num_blocks, lambda index: None, attempt.scratch())

@@ -47,7 +47,7 @@ class Effort:
     Attributes:
         compensation: Training steps of compensation per block, of one sample each.
         refinement: Training steps of refinement per block.
-        distillation: Samples that distillation trains on, counted each time; at least all there are.
+        distillation: Samples that distillation trains on, each counted once an epoch; there is at least one epoch.
         pruner: Of the blocks.
         generates: The original model writes as many samples as distillation has, and they are distilled on, too.
         distillation_set: Samples of the set that distillation draws for itself. None: it has the calibration set.

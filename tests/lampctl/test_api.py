@@ -51,13 +51,13 @@ def test_pruning_in_memory_gives_the_bits_of_a_run(family, tmp_path, words):
     from transformers import AutoModelForCausalLM
 
     folder = save(tmp_path / "m", family)
-    data = {"num_samples": 4, "seqlen": 16}
-    run = lampctl.run(folder, calibration=f"text:{words}", evaluate=(), run_dir=tmp_path / "r", **QUICK, **data)
+    data = {**QUICK, "num_samples": 4, "seqlen": 16, "sparsity": 0.7}
+    run = lampctl.run(folder, calibration=f"text:{words}", evaluate=(), run_dir=tmp_path / "r", **data)
     expected = AutoModelForCausalLM.from_pretrained(run.model_path).state_dict()
     model = build(family)
     before = states(model)
-    pruned, report = lampctl.prune(model, f"text:{words}", tokenizer=tokenizer(), **QUICK, **data)
-    assert report.end_loss.value == run.status.end_loss.value > 1e-4
+    pruned, report = lampctl.prune(model, f"text:{words}", tokenizer=tokenizer(), **data)
+    assert report.end_loss.value == run.status.end_loss.value > 1e-3
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pruned.state_dict().items())
     assert report.num_masked == run.status.num_masked
