@@ -317,7 +317,8 @@ def _distilled(context: StageContext, blocks: Sequence[LampBlock], planned: Plan
     from pipeline.steps.stage_settings import distill_settings
     from stages.distill_in_memory import distill_in_memory
 
-    return distill_in_memory(context, blocks, distill_settings(planned.config))
+    num_generated = planned.config.distill_generated or 0
+    return distill_in_memory(context, blocks, distill_settings(planned.config), num_generated)
 
 
 def _budget(planned: PlannedPruning, context: StageContext) -> Budget:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from stages.errors import NumericalError
 from stages.finish_block import FinishedBlock, finish_block
 from stages.interfaces import Checkpoint, DurableCallbacks, Samples, Scratch
 from stages.runtime.block_context import BlockOutput, StageContext
+from stages.runtime.sample_views import JoinedSamples
 from stages.tasks.registry import task_named
 from stages.training.distillation_work import PrunedBlocks, Work
 from stages.training.end_loss import EndLoss
@@ -54,6 +55,8 @@ _MOST_FAILURES = 3
 # The search begins at this share of each tensor's root mean square, and the highest learning rate is this many times
 # what it finds (docs/experiments.md).
 _FIRST_TRIAL, _PEAK = 1e-3, 3.0
+# Before any update, no rate is to blame.
+_BROKEN = "distillation: the loss of the pruned model is {}: its weights or activations hold NaN or infinity"
 # Without held-out samples nothing can be searched: this rate at a batch of one sample, times the root of the batch.
 _UNJUDGED = 8e-4
 
@@ -70,7 +73,22 @@ class DistillSettings:
     # again at a smaller rate. False: train on all samples, and keep the last weights.
     holds_out: bool
     seed: int
-    num_generated: int = 0  # of the samples, at their end; none of them is held out
+
+
+@dataclass(frozen=True)
+class GeneratedSamples:
+    """Samples that the dense model generated, to train on beside the given ones: none of them is held out."""
+
+    samples: Samples  # the model's input
+    targets: Samples  # the last block's output in the dense model, (T, H) each
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What the dense model gives to train towards."""
+
+    targets: Samples  # the last block's output in the dense model on the given samples, (T, H) each
+    generated: GeneratedSamples | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,7 @@ class Distiller:
         self,
         context: StageContext,
         pruned: PrunedBlocks,
-        teacher: Samples,
+        teaching: Teaching,
         settings: DistillSettings,
         scratch: Scratch,
         callbacks: DurableCallbacks,
@@ -134,19 +152,23 @@ class Distiller:
         """Prepare the distillation.
 
         Args:
-            context: The model and its N samples.
+            context: The model and N given samples.
             pruned: The pruned model.
-            teacher: The last block's output in the dense model, N samples (T, H).
+            teaching: What to train towards.
             settings: How to train.
             scratch: Space for hidden states and gradients of a batch.
             callbacks: Those of the context; they store the state in parts.
             is_resident: All blocks stay in memory; otherwise one at a time. Changes no bit of the result.
         """
+        self._train_set, self._held_out = split_samples(len(context.inputs), settings.holds_out)
+        teacher, more = teaching.targets, teaching.generated
+        if more is not None:
+            first = len(context.inputs)
+            self._train_set += range(first, first + len(more.samples))
+            context = replace(context, inputs=JoinedSamples((context.inputs, more.samples)))
+            teacher = JoinedSamples((teacher, more.targets))
         self._context, self._pruned, self._settings, self._callbacks = context, pruned, settings, callbacks
         self._end_loss: type[EndLoss] = task_named(context.model.task).end_loss
-        num_given = len(context.inputs) - settings.num_generated
-        self._train_set, self._held_out = split_samples(num_given, settings.holds_out)
-        self._train_set += range(num_given, len(context.inputs))
         if settings.holds_out and not self._held_out:
             callbacks.warn("only one sample: none is held out, and distillation is not judged")
         self._num_updates = max(round(len(self._train_set) / settings.batch), 1)  # of an epoch
@@ -192,6 +214,8 @@ class Distiller:
                 if not math.isfinite(loss):
                     raise NumericalError(
                         f"distillation: the loss became {loss} in update {len(course.updates) + 1}; {self._advice()}"
+                        if course.updates
+                        else _BROKEN.format(loss)
                     )
                 course.losses.append(loss)
                 course.updates.append(loss)
@@ -241,7 +265,7 @@ class Distiller:
         loss = student.update(batch, _FIRST_TRIAL)
         if not math.isfinite(loss):
             return loss
-        student.draw_line()
+        student.keep_direction()
 
         def loss_at(rate: float) -> float:
             if len(course.trials) >= USUAL_TRIALS:
@@ -277,8 +301,7 @@ class Distiller:
             raise NumericalError(
                 f"distillation: the held-out loss is {mean} after {len(self._course.updates)} updates; {self._advice()}"
                 if self._course.updates
-                else f"distillation: the loss of the pruned model is {mean}: its weights or activations hold NaN or "
-                "infinity"
+                else _BROKEN.format(mean)
             )
         return mean
 
@@ -299,7 +322,7 @@ class Distiller:
         else:
             course.rate *= BACKTRACK
             self._student.restore_best()
-        course.epochs.append(Losses(math.fsum(course.losses) / len(course.losses), held_out))
+        course.epochs.append(Losses(_mean(course.losses), held_out))
         course.losses = []
         course.epoch += 1
         course.is_over = is_last

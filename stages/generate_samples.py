@@ -11,8 +11,10 @@ N: samples that are written.    T: tokens of a sample.    P: pieces of all sampl
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -24,9 +26,11 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from stages.errors import UsageError
 from stages.interfaces import Checkpoint, Samples, Stream
 from stages.machine.device import computing
-from stages.models.base import BlockModel, WritesText
+from stages.models.base import BlockModel, GeneratesText
 from stages.runtime.block_context import StageContext
 from stages.runtime.block_runner import Counter
+from stages.runtime.sample_views import ChosenSamples
+from stages.training.loss import split_samples
 from stages.training.seeding import derive_seed
 
 # Tokens of a piece at most, and how many of them are real. A piece is what the model keeps keys and values of.
@@ -37,8 +41,8 @@ _CACHE_BYTES = 256 * 2**20
 # With fewer pieces at once, reading the weights takes most of the time: then nothing is written by default.
 _FEWEST_AT_ONCE = 8
 _FP32 = 4
-# What the code of a family raises where it has a fault. A RuntimeError, such as for want of memory, is none.
-_OF_THE_LIBRARY = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
+# What transformers' code of a family raises where it has a fault. A RuntimeError, such as for want of memory, is none.
+_FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,9 @@ def pieces_of(num_samples: int, tokens: int) -> list[Piece]:
     ]
 
 
-def num_real_tokens(samples: Samples, num_samples: int) -> int:
-    """How many of the tokens of `num_samples` written samples are those of the given ones."""
-    pieces, bos = pieces_of(num_samples, len(samples[0])), _common_first(samples)
-    return sum(_num_real(pieces) + (bos is not None and piece.start == 0) for piece in pieces)
-
-
 def cache_bytes(model: BlockModel, tokens: int) -> int:
     """About how many bytes the keys and values of a piece take. tokens: of a sample."""
-    numbers = model.cache_numbers_per_token if isinstance(model, WritesText) else 0
+    numbers = model.cache_numbers_per_token if isinstance(model, GeneratesText) else 0
     return min(tokens, _PIECE) * numbers * _FP32
 
 
@@ -76,31 +74,36 @@ def pieces_at_once(model: BlockModel, tokens: int) -> int:
     return max(_CACHE_BYTES // max(cache_bytes(model, tokens), 1), 1)
 
 
-def can_write(model: BlockModel) -> TypeGuard[WritesText]:
+def can_generate(model: BlockModel) -> TypeGuard[GeneratesText]:
     """Whether the model can write text at all."""
-    return isinstance(model, WritesText) and model.can_write
+    return isinstance(model, GeneratesText) and model.can_generate
 
 
-def writes_by_default(model: BlockModel, tokens: int) -> bool:
+def generates_by_default(model: BlockModel, tokens: int) -> bool:
     """Whether writing takes a time in proportion to that of a pass through the model. tokens: of a sample."""
-    return can_write(model) and pieces_at_once(model, tokens) >= _FEWEST_AT_ONCE
+    return can_generate(model) and pieces_at_once(model, tokens) >= _FEWEST_AT_ONCE
 
 
 @torch.no_grad()
-def generate_samples(context: StageContext, out: Stream, seed: int, *, is_resident: bool) -> None:
+def generate_samples(context: StageContext, out: Stream, seed: int, *, holds_out: bool, is_resident: bool) -> int:
     """Write samples.
 
     Args:
-        context: The original model, and the samples whose beginnings are the prompts, token ids (T,): the first for the
+        context: The original model, and samples of token ids (T,) whose beginnings are the prompts: the first for the
             first that is written, over again where there are fewer.
         out: Receives N samples of token ids, (T,).
         seed: Of the run.
+        holds_out: The samples that training holds out (`stages.training.loss.split_samples`) are no prompts.
         is_resident: All blocks stay in memory; otherwise each is read for every token. Changes no bit of the result.
+
+    Returns:
+        How many of the N T tokens are those of the prompts.
 
     Raises:
         UsageError: The model cannot write text.
     """
-    given, callbacks = context.inputs, context.callbacks
+    callbacks = context.callbacks
+    given = ChosenSamples(context.inputs, split_samples(len(context.inputs), holds_out)[0])
     samples = torch.stack([given[index % len(given)] for index in range(len(out))])
     pieces = pieces_of(*samples.shape)
     num_chunks = math.ceil(len(pieces) / pieces_at_once(context.model, samples.shape[1]))
@@ -109,16 +112,24 @@ def generate_samples(context: StageContext, out: Stream, seed: int, *, is_reside
     restored = callbacks.restore()
     if restored is not None:
         samples, first = restored.tensors["samples"], restored.figures["chunks"]
-    writer = _Writer(context, _common_first(given), is_resident=is_resident)
+    bos, num_real = _common_first(context.inputs), _num_real(pieces)
+    writer = _Writer(context, bos, num_real, is_resident=is_resident)
+    if not is_resident and first < num_chunks:
+        reads = num_chunks * (max(piece.length for piece in pieces) - num_real)
+        callbacks.warn(
+            "the blocks of the original do not fit into memory together: to generate "
+            f"{len(out)} samples, each is read {reads} times"
+        )
     for chunk in range(first, num_chunks):
         seed_of_chunk = derive_seed(seed, "generate", chunk)
         written = writer.write(samples, pieces[ends[chunk] : ends[chunk + 1]], seed_of_chunk, (chunk, num_chunks))
         for piece, tokens in written:
             samples[piece.sample, piece.start : piece.start + piece.length] = tokens
-        state = Checkpoint({"samples": samples.clone()}, {"chunks": chunk + 1})
-        callbacks.checkpoint(lambda state=state: state)  # type: ignore[misc]
+        # A chunk takes long, and its tokens take little room.
+        callbacks.checkpoint_now(functools.partial(Checkpoint, {"samples": samples}, {"chunks": chunk + 1}))
     for index, sample in enumerate(samples):
         out.write(index, sample)
+    return sum(num_real + (bos is not None and piece.start == 0) for piece in pieces)
 
 
 def _common_first(samples: Samples) -> int | None:
@@ -128,21 +139,30 @@ def _common_first(samples: Samples) -> int | None:
 
 
 def _num_real(pieces: Sequence[Piece]) -> int:
-    """How many real tokens each of the pieces begins with, beside BOS."""
+    """How many tokens of the prompt's sample each of these pieces begins with, beside BOS."""
     return min(_PROMPT, max(min(piece.length for piece in pieces) // 4, 1))
 
 
 class _Writer:
     """The original model, with its own loop over the tokens (`transformers.GenerationMixin.generate`)."""
 
-    def __init__(self, context: StageContext, bos: int | None, *, is_resident: bool) -> None:
-        """Prepare the model. bos: the token that a text begins with; None: there is none."""
+    def __init__(self, context: StageContext, bos: int | None, num_real: int, *, is_resident: bool) -> None:
+        """Prepare the model.
+
+        Args:
+            context: The model.
+            bos: The token that a text begins with; None: there is none.
+            num_real: Tokens of a prompt, beside BOS.
+            is_resident: All blocks stay in memory.
+        """
         model, device = context.model, context.device.torch_device
-        if not can_write(model):
+        if not can_generate(model):
             raise UsageError(f"{model.source.name} writes no text: leave out --distill-generated")
-        self._context, self._bos, self._is_resident = context, bos, is_resident
+        self._context, self._bos, self._num_real, self._is_resident = context, bos, num_real, is_resident
         self._blocks: dict[int, nn.Module] = {}
-        self._model = model.writer(device, self._block)
+        self._model = model.generation_model(device, self._block)
+        # What the original's settings say of writing is another distribution: penalties, words that are left out.
+        self._model.generation_config = GenerationConfig()
 
     def write(
         self, samples: Tensor, pieces: Sequence[Piece], seed: int, chunk: tuple[int, int]
@@ -160,32 +180,37 @@ class _Writer:
         """
         context, model = self._context, self._model
         device = context.device.torch_device
-        num_real = _num_real(pieces)
-        prompts = torch.stack([self._prompt(samples[piece.sample], piece, num_real) for piece in pieces]).to(device)
+        prompts = torch.stack([self._prompt(samples[piece.sample], piece) for piece in pieces]).to(device)
         longest = max(piece.length for piece in pieces)
-        most = longest - num_real
+        num_new = longest - self._num_real
         end = model.config.get_text_config().eos_token_id
-        how = GenerationConfig(
+        settings = GenerationConfig(
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            min_new_tokens=most,  # the end of the text is left out of the distribution
-            max_new_tokens=most,
+            min_new_tokens=num_new,  # the end of the text is left out of the distribution
+            max_new_tokens=num_new,
+            use_cache=True,
             eos_token_id=end,
             pad_token_id=end[0] if isinstance(end, list) else end or 0,
         )
         number, count = chunk
-        counter = Counter(context.callbacks, count * most, "tokens of each sample", done=number * most)
+        counter = Counter(context.callbacks, count * num_new, "tokens of each sample", done=number * num_new)
         watching = StoppingCriteriaList([_Watching(context.callbacks.check_stop, counter)])
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), computing(context.device):
             torch.manual_seed(seed)
             try:
                 written = model.generate(
-                    prompts, attention_mask=torch.ones_like(prompts), generation_config=how, stopping_criteria=watching
+                    prompts,
+                    attention_mask=torch.ones_like(prompts),
+                    generation_config=settings,
+                    stopping_criteria=watching,
                 ).cpu()
-            except _OF_THE_LIBRARY as error:
+            except _FAULTS as error:
+                if _is_ours(error):
+                    raise
                 raise UsageError(
                     f"{context.model.source.name} fails to write text ({type(error).__name__}: {error}): do without, "
                     "by --distill-generated 0"
@@ -194,8 +219,9 @@ class _Writer:
             skipped = int(self._bos is not None and piece.start > 0)
             yield piece, tokens[skipped : skipped + piece.length]
 
-    def _prompt(self, sample: Tensor, piece: Piece, num_real: int) -> Tensor:
-        """BOS, if there is one, and `num_real` tokens of the sample."""
+    def _prompt(self, sample: Tensor, piece: Piece) -> Tensor:
+        """BOS, if there is one, and the first tokens of the piece."""
+        num_real = self._num_real
         if self._bos is None:
             return sample[piece.start : piece.start + num_real]
         if piece.start == 0:
@@ -216,6 +242,13 @@ class _Writer:
             block.load_state_dict(self._context.block(index).load().state_dict(), assign=True)
         yield block
         block.load_state_dict({name: tensor.to("meta") for name, tensor in block.state_dict().items()}, assign=True)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it was raised in this package, or by what this package called itself in PyTorch."""
+    modules = (str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    *_, innermost = (module for module in modules if module.partition(".")[0] != "torch")
+    return innermost.partition(".")[0] == __name__.partition(".")[0]
 
 
 class _Watching(StoppingCriteria):

@@ -56,6 +56,9 @@ class WithoutCheckpoints:
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
         self._watcher.check_stop()
 
+    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
+        self._watcher.check_stop()
+
     def check_stop(self) -> None:
         self._watcher.check_stop()
 
@@ -69,9 +72,6 @@ class KeepingParts(WithoutCheckpoints):
     def __init__(self, watcher: Watcher) -> None:
         super().__init__(watcher)
         self._parts: dict[str, dict[str, Tensor]] = {}
-
-    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
-        self._watcher.check_stop()
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self._parts[name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
@@ -94,6 +94,9 @@ class NullCallbacks:
         return None
 
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:
+        """Do nothing."""
+
+    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
         """Do nothing."""
 
     def check_stop(self) -> None:

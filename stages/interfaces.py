@@ -78,6 +78,10 @@ class Callbacks(Watcher, Protocol):
         """As `check_stop`, where the stage can resume. Calls `make` and stores its checkpoint if one is due."""
         ...
 
+    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
+        """As `checkpoint`, for one that is small for the time it saves, or is of parts stored already: always due."""
+        ...
+
 
 class DurableCallbacks(Callbacks, Protocol):
     """Callbacks of a stage whose state is too large for one checkpoint: it is stored in parts, one per block."""
@@ -91,8 +95,4 @@ class DurableCallbacks(Callbacks, Protocol):
 
     def kept(self, name: str) -> Mapping[str, Tensor]:
         """The newest part of this name, or the one of the restored checkpoint; each tensor is read when asked for."""
-        ...
-
-    def checkpoint_now(self, make: Callable[[], Checkpoint]) -> None:
-        """As `checkpoint`, for a checkpoint of parts that are stored already: it is always due."""
         ...

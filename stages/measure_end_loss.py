@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from stages.metrics.block_passes import through_blocks
 from stages.models.base import BlockModel, tokens_of
 from stages.runtime.block_context import StageContext
 from stages.runtime.block_runner import Counter
+from stages.runtime.sample_views import ChosenSamples
 from stages.tasks.registry import task_named
 from stages.training.loss import split_samples
 
@@ -72,7 +73,7 @@ class EndLossMeasuring:
     def __init__(self, context: StageContext, scratch: Scratch) -> None:
         """Run the original model. The arguments are those of `measure_end_loss`."""
         self._context, self._scratch = context, scratch
-        self._inputs = _Chosen(context.inputs, measured_samples(len(context.inputs)))
+        self._inputs = ChosenSamples(context.inputs, measured_samples(len(context.inputs)))
         passes = 2 * (context.model.num_blocks + 1) + 1  # in and through each block, in both models; out
         self._counter = Counter(context.callbacks, len(self._inputs) * passes, "passes")
         self._dense = self._end_of(context.model, "dense")
@@ -99,7 +100,7 @@ class EndLossMeasuring:
             math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf,
             len(self._inputs),
             len(self._inputs) * tokens_of(original, self._inputs),
-            self._inputs.sha256(),
+            _sha256(self._inputs),
         )
 
     def _end_of(self, model: BlockModel, name: str) -> Stream:
@@ -111,21 +112,9 @@ class EndLossMeasuring:
         return stream
 
 
-class _Chosen:
-    """Some of the samples, as `Samples`."""
-
-    def __init__(self, samples: Samples, numbers: Sequence[int]) -> None:
-        self._samples, self._numbers = samples, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int, /) -> Tensor:
-        return self._samples[self._numbers[index]]
-
-    def sha256(self) -> str:
-        """Digest of all these samples."""
-        return hashlib.sha256(b"".join(_digest(self[index]) for index in range(len(self)))).hexdigest()
+def _sha256(samples: Samples) -> str:
+    """Digest of all these samples."""
+    return hashlib.sha256(b"".join(_digest(samples[index]) for index in range(len(samples)))).hexdigest()
 
 
 def _digest(sample: Tensor) -> bytes:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from stages.distill import Distiller, DistillSettings
+from stages.distill import Distiller, DistillSettings, Teaching
 from stages.export import block_dtypes
 from stages.in_memory import KeepingParts, ListScratch, ListStream, NullCallbacks
 from stages.lamp import LampSettings, lamp
@@ -60,7 +60,7 @@ class Case:
         callbacks = callbacks or KeepingParts(NullCallbacks())
         context = context_of(self.model, self.inputs, self.device, callbacks)
         distiller = Distiller(
-            context, self.pruned, self.teacher, settings, ListScratch(), callbacks, is_resident=is_resident
+            context, self.pruned, Teaching(self.teacher), settings, ListScratch(), callbacks, is_resident=is_resident
         )
         report = distiller.train()
         finished = [distiller.finish(i, block_dtypes(self.model, i, "original")) for i in range(self.model.num_blocks)]

@@ -67,10 +67,8 @@ def main() -> None:
         num_generated = args.num_samples if args.distill_generated is None else args.distill_generated
         epochs, batch = distillation("medium", args.num_samples + num_generated)
         rate = None if args.distill_lr == SEARCHED else Rate.parse(args.distill_lr)
-        how = DistillSettings(
-            args.distill_epochs or epochs, rate, args.distill_batch or batch, True, args.seed, num_generated
-        )
-        distilled = distill_in_memory(context, blocks, how)
+        settings = DistillSettings(args.distill_epochs or epochs, rate, args.distill_batch or batch, True, args.seed)
+        distilled = distill_in_memory(context, blocks, settings, num_generated)
         blocks, report = distilled.blocks, distilled.distillation
         line |= {"kl": report.before, "distilled kl": report.after, "distill lr": str(report.lr)}
     states = {block.index: block.finished.state for block in blocks}

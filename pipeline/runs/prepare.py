@@ -130,7 +130,7 @@ def plan_pruning(
         ConfigError: The settings do not fit the model.
         StageError: No budget fits, or the memory limit is too low.
     """
-    from stages.generate_samples import can_write, writes_by_default
+    from stages.generate_samples import can_generate, generates_by_default
     from stages.tasks.registry import task_named
 
     gathered = adjusted_to(gathered, model)
@@ -138,9 +138,9 @@ def plan_pruning(
     defaults, notices = _defaults_for(gathered, model, layers)
     if not draws_samples:
         defaults = replace(defaults, distill_samples=None)
-    if not writes_by_default(model, min(gathered.values.seqlen or SEQLEN, model.max_positions or SEQLEN)):
+    if not generates_by_default(model, min(gathered.values.seqlen or SEQLEN, model.max_positions or SEQLEN)):
         defaults = replace(defaults, distill_generates=False)
-    if gathered.values.distill_generated and not can_write(model):
+    if gathered.values.distill_generated and not can_generate(model):
         raise ConfigError(f"--distill-generated: {model.source.name} ({model.name}) writes no text")
     completed = complete(gathered, model.max_positions, defaults, task_named(model.task), baselines)
     device = _fit_to_memory(completed.config, model, _device_of(gathered))

@@ -33,6 +33,7 @@ class StepContext:
         spills: Samples that do not fit into memory while a block is trained go to scratch streams.
         left_bytes: What --memory-limit leaves beside the memory that the process took before; None: no limit.
         distills_resident: All blocks fit into memory while the model is distilled.
+        generates_resident: All blocks fit into memory while the original model generates samples.
     """
 
     def __init__(self, run: RunDirectory, config: RunConfig, shared_with: RunDirectory | None = None) -> None:
@@ -40,6 +41,7 @@ class StepContext:
         self.spills = False
         self.left_bytes: int | None = None
         self.distills_resident = False
+        self.generates_resident = False
 
     @cached_property
     def choices(self) -> DeviceChoices:

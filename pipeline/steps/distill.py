@@ -49,17 +49,16 @@ class Distill(StepKind[DistillResult]):
         parts = (part for block in range(num_blocks) for part in (payloads.pruned(block), payloads.masks(block)))
         return Step(
             Distill.name,
-            reads=(*(one.name for one in read), *(part.name for part in parts)),  # each set before its teacher
+            reads=(*(one.name for one in read), *(part.name for part in parts)),
             outputs=tuple(payloads.distilled(block) for block in range(num_blocks)),
         )
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: DurableCallbacks) -> DistillResult:
         from pipeline.steps.stage_settings import distill_settings
         from stages import export
-        from stages.distill import Distiller
+        from stages.distill import Distiller, GeneratedSamples, Teaching
         from stages.formats.pruning_masks import read_mask_file
         from stages.runtime.block_context import StageContext
-        from stages.runtime.joined import Joined
         from stages.training.distillation_work import PrunedBlocks
 
         model, run, config = context.model, context.run, context.config
@@ -71,13 +70,12 @@ class Distill(StepKind[DistillResult]):
         pruned = PrunedBlocks(
             lambda block: export.block_state(model, block, run.open_file(payloads.pruned(block).name)), outcome_of
         )
-        generated = payloads.GENERATED_SET.name in step.reads
-        opened = [run.open_stream(name) for name in step.reads[: 4 if generated else 2]]
-        samples, teachers = opened[0::2], opened[1::2]
+        sets = [(run.open_stream(samples), run.open_stream(teacher)) for samples, teacher in _sets(step)]
+        (given, targets), *generated = sets
         distiller = Distiller(
-            StageContext(model, Joined(samples), context.choices, callbacks),
+            StageContext(model, given, context.choices, callbacks),
             pruned,
-            Joined(teachers),
+            Teaching(targets, GeneratedSamples(*generated[0]) if generated else None),
             distill_settings(config),
             attempt.scratch(),
             callbacks,
@@ -125,6 +123,16 @@ class Distill(StepKind[DistillResult]):
             trials = tuple(sorted((100 * rate, loss) for rate, loss in result.trials if loss is not None))
             found.append(Series("Search for the learning rate", "first update, % of each tensor", title, trials))
         return tuple(found)
+
+
+def _sets(step: Step) -> list[tuple[str, str]]:
+    """Names of the samples that the step reads and of the original model's output on them: given, then generated."""
+    num_blocks, found = len(step.outputs), []
+    for samples in (payloads.CALIBRATION, payloads.DISTILLATION_SET, payloads.GENERATED_SET):
+        if samples.name in step.reads:
+            taught = payloads.teacher(num_blocks, samples).name
+            found.append((samples.name, taught if taught in step.reads else payloads.dense(num_blocks).name))
+    return found
 
 
 def _calibration_samples(context: StepContext) -> tuple[int, ...] | None:

@@ -99,6 +99,7 @@ class StepExecutor:
         fitting = fit_memory(context.model, context.config, self.choices, at_once)
         context.spills, context.left_bytes = fitting.spills, fitting.left_bytes
         context.distills_resident = fitting.distills_resident
+        context.generates_resident = fitting.generates_resident
 
     def size_of(self, payload: str) -> int:
         """Estimated size of a payload on disk, in bytes."""

@@ -39,19 +39,26 @@ class Generate(StepKind[GenerateResult]):
         return Step(Generate.name, reads=(prompts.name,), outputs=(payloads.GENERATED_SET, teacher))
 
     def run(self, context: StepContext, step: Step, attempt: Attempt, callbacks: Callbacks) -> GenerateResult:
-        from stages.generate_samples import generate_samples, num_real_tokens
+        from pipeline.steps.stage_settings import distill_settings
+        from stages.generate_samples import generate_samples
 
         config = context.config
         assert config.distill_generated is not None
         given = context.stage(callbacks, samples=context.distillation_samples)
         tokens, name = len(given.inputs[0]), payloads.GENERATED_SET.name
         samples = attempt.stream(name, config.distill_generated, (tokens,), given.inputs[0].dtype, is_precious=True)
-        generate_samples(given, samples, config.seed, is_resident=context.distills_resident)
+        num_real = generate_samples(
+            given,
+            samples,
+            config.seed,
+            holds_out=distill_settings(config).holds_out,
+            is_resident=context.generates_resident,
+        )
         run_original(context, samples, step, attempt, callbacks)
         return GenerateResult(
             num_samples=len(samples),
             num_tokens=len(samples) * tokens,
-            num_real=num_real_tokens(given.inputs, len(samples)),
+            num_real=num_real,
         )
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:

@@ -54,8 +54,7 @@ def distill_settings(config: RunConfig) -> DistillSettings:
     assert config.distill_batch is not None
     holds_out = config.held_out is not False  # methods that train nothing else have no such setting
     rate = None if config.distill_lr == SEARCHED else Rate.parse(config.distill_lr)
-    num_generated = config.distill_generated or 0
-    return DistillSettings(config.distill_epochs, rate, config.distill_batch, holds_out, config.seed, num_generated)
+    return DistillSettings(config.distill_epochs, rate, config.distill_batch, holds_out, config.seed)
 
 
 def block_budget(stored: StoredBlockBudget) -> BlockBudget:
@@ -113,8 +112,8 @@ def _work_of(config: RunConfig, model: BlockModel) -> Work:
         distills=bool(config.distill),
         kept=1 - config.target_sparsity,
         num_heads=_num_heads(config),
-        num_written=min(pieces, pieces_at_once(model, config.seqlen)),
-        cache=cache_bytes(model, config.seqlen),
+        num_at_once=min(pieces, pieces_at_once(model, config.seqlen)),
+        cache_bytes=cache_bytes(model, config.seqlen),
     )
 
 

@@ -237,12 +237,12 @@ Fetch = Callable[[int], AbstractContextManager[nn.Module]]
 
 
 @runtime_checkable
-class WritesText(BlockModel, Protocol):
+class GeneratesText(BlockModel, Protocol):
     """A `BlockModel` that can write on what it reads, as its own library runs it."""
 
-    can_write: bool  # False where its library's own loop over the tokens fails
+    can_generate: bool  # False where its library's own loop over the tokens fails
     cache_numbers_per_token: int  # about how many numbers of a token all blocks keep for the tokens after it
 
-    def writer(self, device: torch.device, fetch: Fetch) -> PreTrainedModel:
+    def generation_model(self, device: torch.device, fetch: Fetch) -> PreTrainedModel:
         """The whole model with its ends on the device, which gets each block from `fetch` whenever it is to run."""
         ...

@@ -100,7 +100,7 @@ class Decoder(StoredModel[DecoderEnds]):
         return self._traits.layout.run(block, hidden, call)
 
     @property
-    def can_write(self) -> bool:
+    def can_generate(self) -> bool:
         return bool(self._model.can_generate()) and self.name not in _WRITES_NOTHING
 
     @property
@@ -108,7 +108,7 @@ class Decoder(StoredModel[DecoderEnds]):
         """Keys and values of all blocks, as if each had attention over all positions."""
         return sum(_cached_numbers(layers) or 2 * self.hidden_size for layers in self._layers)
 
-    def writer(self, device: torch.device, fetch: Fetch) -> PreTrainedModel:
+    def generation_model(self, device: torch.device, fetch: Fetch) -> PreTrainedModel:
         return self._read_around(device, "all", Fetching(self._blocks, fetch))
 
     def _read_ends(self, device: torch.device, part: Part) -> DecoderEnds:

@@ -101,8 +101,8 @@ class Work:
     distills: bool = False
     kept: float = 1.0  # share of the weights that are not masked
     num_heads: int = 0  # in memory at once while the end loss is measured; 0: it is not
-    num_written: int = 0  # texts that the original model writes at once; 0: it writes none
-    cache: int = 0  # bytes of the keys and values of one of them
+    num_at_once: int = 0  # texts that the original model generates at once; 0: none
+    cache_bytes: int = 0  # bytes of the keys and values of one of them
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Fit:
     samples_at_once: int  # in a forward pass without gradients
     spills: bool  # the best weights so far are stored on disk while a block is trained
     distills_resident: bool  # all blocks are in memory while the model is distilled
+    generates_resident: bool  # all blocks are in memory while the original model generates samples
     peak_bytes: int
     left_bytes: int | None  # what the limit leaves beside the baseline memory; None: no limit
 
@@ -136,8 +137,8 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool, room_bytes:
         found["training"] = copies * block + masks + backward + shapes.chunks(2, samples)
     if work.distills:
         found["distill"] = distillation(shapes, work, is_resident=False)
-    if work.num_written:
-        found["generate"] = writing(shapes, work, is_resident=False)
+    if work.num_at_once:
+        found["generate"] = generation(shapes, work, is_resident=False)
     found["export"] = ends + min(_EXPORTED_AT_ONCE, 2 * ends)
     if work.eval_tokens:
         logits = 3 * _FP32 * work.eval_tokens * shapes.vocabulary
@@ -163,12 +164,12 @@ def distillation(shapes: Shapes, work: Work, *, is_resident: bool) -> int:
     return lasting + backward + head + chunks if is_resident else max(lasting + backward, head) + chunks
 
 
-def writing(shapes: Shapes, work: Work, *, is_resident: bool) -> int:
-    """Bytes of a step in which the original model writes samples. is_resident: all blocks are in memory, or one."""
+def generation(shapes: Shapes, work: Work, *, is_resident: bool) -> int:
+    """Bytes of a step in which the original model generates samples. is_resident: all blocks are in memory, or one."""
     outside = 2 * _FP32 * shapes.vocabulary * shapes.hidden  # embeddings and head
-    logits = 4 * _FP32 * work.num_written * shapes.vocabulary  # their softmax, and what is drawn from it
+    logits = 4 * _FP32 * work.num_at_once * shapes.vocabulary  # their softmax, and what is drawn from it
     weights = _FP32 * (shapes.all_blocks if is_resident else shapes.block)
-    return outside + logits + weights + work.num_written * work.cache
+    return outside + logits + weights + work.num_at_once * work.cache_bytes
 
 
 def least_room(shapes: Shapes, work: Work) -> int:
@@ -272,7 +273,7 @@ def fit(
         limit_bytes: The limit; None: no limit, the last candidate is chosen.
         candidates: Sizes of micro-batches, in samples, in rising order.
         where: "memory" or "GPU memory", for messages.
-        available_bytes: What this machine has. A model is distilled with all blocks in memory only if that is enough.
+        available_bytes: What this machine has. All blocks are in memory together only where that is enough.
 
     Raises:
         ResourceError: Nothing fits; the message names the smallest sufficient limit.
@@ -283,10 +284,13 @@ def fit(
         if left is None or max(_least_peaks(shapes, work, samples, spills=spills).values()) <= left:
             room = statistics_room(shapes, work, samples, left)
             most = base_bytes + max(peaks(shapes, work, samples, spills=spills, room_bytes=room).values())
-            together = max(distillation(shapes, work, is_resident=True), writing(shapes, work, is_resident=True))
-            resident = base_bytes + int(_SLACK * together) if work.distills else 0
-            is_resident = work.distills and resident <= min(available_bytes, limit_bytes or available_bytes)
-            return Fit(samples, spills, is_resident, max(most, resident) if is_resident else most, left)
+            there_is = min(available_bytes, limit_bytes or available_bytes)
+            distilling, generating = (
+                base_bytes + int(_SLACK * step(shapes, work, is_resident=True)) if is_wanted else None
+                for step, is_wanted in ((distillation, work.distills), (generation, work.num_at_once > 0))
+            )
+            resident = [peak if peak is not None and peak <= there_is else 0 for peak in (distilling, generating)]
+            return Fit(samples, spills, resident[0] > 0, resident[1] > 0, max(most, *resident), left)
     details = _least_peaks(shapes, work, candidates[0], spills=True)
     smallest = int(_NOISE * base_bytes) + max(details.values())
     assert limit_bytes is not None

@@ -87,10 +87,17 @@ class Work:
         with computing(self.choices):
             return ends.enter(inputs).hidden.to(self.choices.torch_dtype)
 
-    def load(self, index: int, tensors: Mapping[str, Tensor] | None) -> Block:
-        """A block, ready to be trained. tensors: weights and moments; None: the pruned block, without moments."""
+    def load(self, index: int, tensors: Mapping[str, Tensor] | None, *, with_adam: bool = True) -> Block:
+        """A block.
+
+        Args:
+            index: Which, from 0.
+            tensors: Weights and moments, each read when asked for; None: the pruned block, without moments.
+            with_adam: It can make a step, and its moments are read.
+        """
         state = self.pruned.state_of(index) if tensors is None else without_moments(tensors)
-        return Block(self.context.block(index), state, self.pruned.outcome_of(index), self._rate, tensors)
+        rate = self._rate if with_adam else None
+        return Block(self.context.block(index), state, self.pruned.outcome_of(index), rate, tensors)
 
     def run(self, block: Block, hidden: Tensor, inputs: Tensor, *, trains: bool) -> Tensor:
         """The block's output (1, T, H) in fp32. trains: with the arithmetic of training steps."""
@@ -113,18 +120,36 @@ class Block:
         context: BlockContext,
         state: Mapping[str, Tensor],
         outcome: PruneOutcome,
-        rate: Rate,
-        moments: Mapping[str, Tensor] | None,
+        rate: Rate | None,
+        tensors: Mapping[str, Tensor] | None,
     ) -> None:
+        """Prepare the block.
+
+        Args:
+            context: The block in its model.
+            state: Its weights.
+            outcome: Pruning masks and quantization grids.
+            rate: The highest learning rate; None: it makes no step, and has no Adam.
+            tensors: The moments are among them; None: there are none yet.
+        """
         self.index = context.index
         self._module = context.load(state)
         outcome = outcome.to(context.device.torch_device)
         self._masking = contextlib.ExitStack()
         self._masking.enter_context(kept_masked(context.model, self._module, self.index, outcome))
-        self.adam = KeptAdam(self._module, kept_of(context.model, self.index, outcome), rate)
-        if moments is not None:
-            self.adam.load(moments)
+        self._module.requires_grad_(True)
+        self._adam: KeptAdam | None = None
+        if rate is not None:
+            self._adam = KeptAdam(self._module, kept_of(context.model, self.index, outcome), rate)
+            if tensors is not None:
+                self._adam.load(tensors)
         self.runner = context.runner(self._module)
+
+    @property
+    def adam(self) -> KeptAdam:
+        """Of a block that can make a step."""
+        assert self._adam is not None
+        return self._adam
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights by their names in the block, on the CPU."""

@@ -56,14 +56,13 @@ class Student(ABC):
     def stop_or_checkpoint(self, make: Callable[[], Checkpoint]) -> None:
         """Stop between two passes of an update, if requested."""
 
-    def draw_line(self) -> None:
+    def keep_direction(self) -> None:
         """Remember the weights after the first update, for `move`. They take the place of the best ones."""
-        for index in range(self._num_blocks):
-            self._work.callbacks.keep(_best(index), self.weights(index))
+        self._keep_as_best()
 
     @torch.no_grad()
     def move(self, distance: float) -> None:
-        """Go to a place on the line from the pruned model (0) through the weights of `draw_line` (1)."""
+        """Go to a place on the line from the pruned model (0) through the weights of `keep_direction` (1)."""
         for index in range(self._num_blocks):
             start, end = self._work.pruned.state_of(index), self._work.callbacks.kept(_best(index))
             self._set_weights(index, {name: _between(start[name], end[name], distance) for name in end})
@@ -76,9 +75,12 @@ class Student(ABC):
 
     def save_best(self) -> None:
         """Store the weights as the best so far."""
+        self._keep_as_best()
+        self._has_best = True
+
+    def _keep_as_best(self) -> None:
         for index in range(self._num_blocks):
             self._work.callbacks.keep(_best(index), self.weights(index))
-        self._has_best = True
 
     def restore_best(self) -> None:
         """Return to the best weights so far: those stored, or those of the pruned model."""
@@ -221,7 +223,7 @@ class Streamed(Student):
             self._hidden.write(self._place(0, place), work.enter(ends, work.inputs(number))[0])
         del ends
         for index in range(self._num_blocks):
-            block = self._load(index)
+            block = self._load(index, with_adam=False)
             for place, number in enumerate(numbers):
                 work.boundary()
                 source = self._place(index if is_kept else 0, place)
@@ -239,8 +241,9 @@ class Streamed(Student):
     def _read(self, stream: Samples, place: int) -> Tensor:
         return stream[place][None].to(self._work.device)
 
-    def _load(self, index: int) -> Block:
-        return self._work.load(index, self._work.callbacks.kept(_current(index)) if self._is_trained else None)
+    def _load(self, index: int, *, with_adam: bool = True) -> Block:
+        tensors = self._work.callbacks.kept(_current(index)) if self._is_trained else None
+        return self._work.load(index, tensors, with_adam=with_adam)
 
     def weights(self, index: int) -> Mapping[str, Tensor]:
         return without_moments(self._work.callbacks.kept(_current(index)))

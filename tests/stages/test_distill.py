@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from pipeline.rundir.step_checkpoints import _decode, _encode
-from stages.distill import Distiller, DistillSettings
+from stages.distill import Distiller, DistillSettings, GeneratedSamples, Teaching
 from stages.errors import NumericalError
 from stages.in_memory import KeepingParts, ListScratch, NullCallbacks
 from stages.interfaces import Checkpoint
 from stages.machine.device import DeviceChoices
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
+from stages.runtime.sample_views import ChosenSamples
 from stages.sparsity.nm_pattern import Pattern
 from stages.training import end_loss
 from stages.training.rates import Rate
@@ -292,11 +293,73 @@ def test_one_sample_is_trained_on_but_not_judged(case):
     watcher = NullCallbacks()
     callbacks = KeepingParts(watcher)
     context = context_of(case.model, [case.inputs[0]], FP32, callbacks)
-    distiller = Distiller(context, case.pruned, case.teacher, SETTINGS, ListScratch(), callbacks, is_resident=True)
+    distiller = Distiller(
+        context, case.pruned, Teaching(case.teacher), SETTINGS, ListScratch(), callbacks, is_resident=True
+    )
     report = distiller.train()
     assert report.before is report.after is None
     assert report.kept_epoch == 2
     assert "only one sample" in watcher.warnings[0]
+
+
+def test_generated_samples_are_trained_on_and_none_is_held_out(case):
+    """The last given samples as generated ones: the updates are those of the whole set, held-out samples are not."""
+    own, other = range(N - 4), range(N - 4, N)
+    generated = GeneratedSamples(ChosenSamples(case.inputs, other), ChosenSamples(case.teacher, other))
+    context = context_of(case.model, ChosenSamples(case.inputs, own), FP32)
+    reports = {}
+    for name, settings in (("judged", SETTINGS), ("all", replace(SETTINGS, holds_out=False))):
+        distiller = Distiller(
+            context,
+            case.pruned,
+            Teaching(ChosenSamples(case.teacher, own), generated),
+            settings,
+            ListScratch(),
+            KeepingParts(NullCallbacks()),
+            is_resident=True,
+        )
+        reports[name] = distiller.train()
+    assert reports["all"] == case.distilled(is_resident=True, settings=replace(SETTINGS, holds_out=False))[0]
+    assert reports["judged"].num_held_out == 1, "of five given samples"
+    with_given = case.distilled(is_resident=True)[0]
+    assert reports["judged"].before != with_given.before, "another sample is held out"
+
+
+def test_a_loss_that_is_not_finite_before_any_update_blames_no_rate(case):
+    for lr in (None, Rate(1e-3)):
+        broken = Case(case.model)
+        for state in (block.finished.state for block in broken.blocks.values()):
+            next(iter(state.values())).fill_(float("nan"))
+        settings = replace(SETTINGS, lr=lr, holds_out=False)
+        with pytest.raises(NumericalError, match="loss of the pruned model is nan: its weights") as caught:
+            broken.distilled(is_resident=True, settings=settings)
+        assert "--distill-lr" not in str(caught.value)
+
+
+def test_a_streamed_update_reads_moments_for_its_step_alone(case):
+    class Counting(KeepingParts):
+        num_moments, num_weights = 0, 0
+
+        def kept(self, name):
+            counting = self
+
+            class Read(dict):
+                def __getitem__(self, key):
+                    is_moment = key.startswith("adam.exp_avg.")
+                    counting.num_moments += is_moment
+                    counting.num_weights += not key.startswith("adam.")
+                    return super().__getitem__(key)
+
+            return Read(super().kept(name))
+
+    callbacks = Counting(NullCallbacks())
+    settings = replace(SETTINGS, epochs=1, batch=2, holds_out=False)
+    report, states = case.distilled(callbacks, is_resident=False, settings=settings)
+    later = len(report.updates) - 1  # the first begins with the pruned model
+    num_weights = sum(map(len, states))
+    assert later > 1
+    assert callbacks.num_moments == later * num_weights
+    assert callbacks.num_weights >= 2 * later * num_weights, "forward and backward"
 
 
 def test_half_precision_floats_are_not_trained_in_and_that_is_said(case):
@@ -304,7 +367,7 @@ def test_half_precision_floats_are_not_trained_in_and_that_is_said(case):
     half = replace(FP32, train_dtype="float16")
     context = context_of(case.model, case.inputs, half, watcher)
     distiller = Distiller(
-        context, case.pruned, case.teacher, SETTINGS, ListScratch(), KeepingParts(watcher), is_resident=True
+        context, case.pruned, Teaching(case.teacher), SETTINGS, ListScratch(), KeepingParts(watcher), is_resident=True
     )
     assert watcher.warnings == ["distillation computes in float32: gradients in float16 would underflow"]
     assert distiller.train() == case.distilled(is_resident=True)[0]

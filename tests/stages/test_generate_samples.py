@@ -1,5 +1,7 @@
 """The original model writes samples: from prompts, by its own distribution, the same however often it is stopped."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from stages.errors import UsageError
 from stages.in_memory import ListStream, NullCallbacks
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
-from stages.runtime.joined import Joined
+from stages.runtime.sample_views import JoinedSamples
+from stages.training.loss import split_samples
 from tests import small_models, small_sam
 from tests.blocks import context_of
 
@@ -34,7 +37,7 @@ class Stopping(NullCallbacks):
         assert 0 < done <= total
         self.reports.append(done)
 
-    def checkpoint(self, make):
+    def checkpoint_now(self, make):
         self.num_checkpoints += 1
         if self.num_checkpoints == self.at:
             self.kept = make()
@@ -60,10 +63,16 @@ def ids(model, num=N, tokens=T, first=None):
     return given
 
 
-def written(model, given, num=N, seed=0, *, is_resident=True, callbacks=None):
+def written(model, given, num=N, **options):
+    return generated(model, given, num, **options)[0]
+
+
+def generated(model, given, num=N, seed=0, *, is_resident=True, holds_out=False, callbacks=None):
+    """The samples, and how many of their tokens are said to be those of the prompts."""
     out = ListStream(num, (given.shape[1],), torch.long)
-    stage.generate_samples(context_of(model, given, callbacks=callbacks), out, seed, is_resident=is_resident)
-    return torch.stack([out[index] for index in range(num)])
+    context = context_of(model, given, callbacks=callbacks)
+    num_real = stage.generate_samples(context, out, seed, holds_out=holds_out, is_resident=is_resident)
+    return torch.stack([out[index] for index in range(num)]), num_real
 
 
 def test_a_sample_begins_as_the_given_one_and_never_ends(model):
@@ -103,25 +112,26 @@ def test_pieces_begin_with_the_tokens_at_their_place(model, several_chunks):
         stage.Piece(0, 0, 13), stage.Piece(0, 13, 13), stage.Piece(0, 26, 14), stage.Piece(1, 0, 13)
     ]  # fmt: skip
     given = ids(model)
-    found = written(model, given)
+    found, num_real = generated(model, given)
     for start in (0, 13, 26):
         assert torch.equal(found[:, start : start + 3], given[:, start : start + 3])
-    assert stage.num_real_tokens(given, N) == N * 3 * 3
+    assert num_real == N * 3 * 3
 
 
 def test_a_common_first_token_stands_before_every_piece(model, several_chunks, monkeypatch):
     given = ids(model, first=0)
     read = []
-    writer = type(model).writer
+    build = type(model).generation_model
 
     def watching(self, device, fetch):
-        whole = writer(self, device, fetch)
+        whole = build(self, device, fetch)
         generate = whole.generate
         whole.generate = lambda prompts, **more: read.append(prompts) or generate(prompts, **more)
         return whole
 
-    monkeypatch.setattr(type(model), "writer", watching)
-    found = written(model, given)
+    monkeypatch.setattr(type(model), "generation_model", watching)
+    found, num_real = generated(model, given)
+    assert num_real == N * (4 + 3 + 3), "BOS counts where it stands in the sample"
     prompts = torch.cat(read)
     assert (prompts[:, 0] == 0).all()
     assert prompts.shape == (12, 4)
@@ -130,9 +140,35 @@ def test_a_common_first_token_stands_before_every_piece(model, several_chunks, m
     assert (found[:, 13] != 0).all()
 
 
+def test_held_out_samples_are_no_prompts(model):
+    given = ids(model, 20)
+    trained, held_out = split_samples(20, holds_out=True)
+    assert held_out
+    found = written(model, given, num=20, holds_out=True)
+    prompts = [tuple(sample[:10].tolist()) for sample in given]
+    begun = {tuple(sample[:10].tolist()) for sample in found}
+    assert begun == {prompts[index] for index in trained}
+    assert written(model, given, num=20).tolist() != found.tolist()
+
+
+def test_what_the_settings_of_the_original_say_of_writing_changes_nothing(model, tmp_path):
+    given, expected = ids(model), written(model, ids(model))
+    folder = small_models.save(tmp_path / "model", "llama")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"use_cache": False, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "output_hidden_states": True}
+    path.write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 2, "temperature": 0.2}))
+    assert torch.equal(written(open_model(resolve(str(folder))), given), expected)
+
+
 def test_one_block_in_memory_writes_what_all_write(model, several_chunks):
     given = ids(model)
-    assert torch.equal(written(model, given, is_resident=False), written(model, given))
+    callbacks = NullCallbacks()
+    assert torch.equal(written(model, given, is_resident=False, callbacks=callbacks), written(model, given))
+    assert callbacks.warnings == [
+        "the blocks of the original do not fit into memory together: to generate 4 samples, each is read 44 times"
+    ]
 
 
 def test_stopped_after_any_texts_it_goes_on_with_the_next(model, several_chunks):
@@ -172,35 +208,39 @@ def test_random_numbers_of_others_stay_as_they_were(model):
 
 def test_what_writes_no_text_is_refused_and_a_fault_of_a_family_says_how_to_do_without(model, tmp_path, monkeypatch):
     sam = open_model(resolve(str(small_sam.save(tmp_path / "sam"))))
-    assert not stage.writes_by_default(sam, 16)
+    assert not stage.generates_by_default(sam, 16)
     with pytest.raises(UsageError, match="writes no text"):
         written(sam, ids(model))
 
     def fails(*args, **kwargs):
         raise ValueError("a state of another shape")
 
-    writer = type(model).writer
+    build = type(model).generation_model
 
     def broken(self, device, fetch):
-        whole = writer(self, device, fetch)
+        whole = build(self, device, fetch)
         whole.generate = fails
         return whole
 
-    monkeypatch.setattr(type(model), "writer", broken)
+    faulty = NullCallbacks()
+    faulty.report = None  # a fault of the code of this package is none of the family's
+    with pytest.raises(TypeError):
+        written(model, ids(model), callbacks=faulty)
+    monkeypatch.setattr(type(model), "generation_model", broken)
     with pytest.raises(UsageError, match=r"a state of another shape.*--distill-generated 0"):
         written(model, ids(model))
 
 
 def test_a_model_with_a_large_cache_writes_nothing_by_default(model, monkeypatch):
-    assert stage.writes_by_default(model, 2048)
+    assert stage.generates_by_default(model, 2048)
     monkeypatch.setattr(stage, "_CACHE_BYTES", 8 * stage.cache_bytes(model, 2048) - 1)
-    assert not stage.writes_by_default(model, 2048)
+    assert not stage.generates_by_default(model, 2048)
     assert stage.cache_bytes(model, 2048) == 256 * 3 * 2 * 32 * 4  # tokens, blocks, keys and values, width, fp32
 
 
 def test_joined_samples_are_those_of_one_set_and_then_of_the_next():
     sets = [torch.arange(3), torch.arange(10, 12), torch.arange(20, 21)]
-    joined = Joined(sets)
+    joined = JoinedSamples(sets)
     assert [int(joined[index]) for index in range(len(joined))] == [0, 1, 2, 10, 11, 20]
     for outside in (-1, 6):
         with pytest.raises(IndexError):

@@ -7,7 +7,16 @@ import pytest
 from stages.errors import ResourceError
 from stages.models.base import LayerInfo
 from stages.pruners.registry import PRUNERS
-from stages.runtime.memory_planner import Shapes, Work, distillation, fit, least_room, peaks, statistics_room
+from stages.runtime.memory_planner import (
+    Shapes,
+    Work,
+    distillation,
+    fit,
+    generation,
+    least_room,
+    peaks,
+    statistics_room,
+)
 
 LAMP = Work(PRUNERS.get("sparsegpt"), trains=True, is_quantized=False, eval_tokens=2048)
 GB = 10**9
@@ -174,6 +183,18 @@ def test_all_blocks_are_distilled_in_memory_only_where_limit_and_machine_have_ro
     assert not is_resident(needed - 1, 10 * needed)
     assert is_resident(needed, 10 * needed)
     assert not fit(shapes, LAMP, 0, None, [1], "memory", 10 * needed).distills_resident
+
+
+def test_samples_are_generated_with_all_blocks_in_memory_where_they_fit_without_what_trains_them():
+    shapes = deep(16)
+    work = replace(DISTILLED, num_at_once=8, cache_bytes=1000)
+    needed = int(1.05 * generation(shapes, work, is_resident=True))
+    assert needed < distillation(shapes, work, is_resident=True)
+    found = fit(shapes, work, 0, None, [1], "memory", needed)
+    assert (found.generates_resident, found.distills_resident) == (True, False)
+    assert found.peak_bytes >= needed
+    assert not fit(shapes, work, 0, None, [1], "memory", needed - 1).generates_resident
+    assert not fit(shapes, DISTILLED, 0, None, [1], "memory", 100 * needed).generates_resident
 
 
 def test_the_end_loss_takes_a_head_more_if_the_export_has_one_in_another_dtype():

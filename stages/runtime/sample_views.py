@@ -1,4 +1,4 @@
-"""Several sets of samples as one."""
+"""Samples that are made of other samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stages.interfaces import Samples
 
 
-class Joined:
+class JoinedSamples:
     """`stages.interfaces.Samples`: those of the first set, then those of the next."""
 
     def __init__(self, sets: Sequence[Samples]) -> None:
@@ -28,3 +28,16 @@ class Joined:
             raise IndexError(f"sample {index} of {len(self)}")
         place = bisect.bisect_right(self._ends, index)
         return self._sets[place][index - (self._ends[place - 1] if place else 0)]
+
+
+class ChosenSamples:
+    """`stages.interfaces.Samples`: some of a set, in the order of their numbers."""
+
+    def __init__(self, samples: Samples, numbers: Sequence[int]) -> None:
+        self._samples, self._numbers = samples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        return self._samples[self._numbers[index]]
