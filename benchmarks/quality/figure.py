@@ -50,7 +50,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
 
 def _panels(rows: Sequence[Row]) -> list[Callable]:
     """What fills one axis each; only those that have something to show."""
-    core, *_, samples = _core_and_samples(rows)
+    core, samples = _core_and_samples(rows)
     panels: list[Callable] = []
     for column in core.columns:
         lines = [line for line in core.beside if line.point.endswith("%") and line.mean(column) is not None]

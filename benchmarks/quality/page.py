@@ -26,7 +26,7 @@ RULES = (
     "- Learning rates and alpha were chosen on `c4_demo.jsonl`, on documents 0 to "
     f"{FIRST_UNSEEN_DOCUMENT - 1} of `c4_prompts.pf-decoding.jsonl` and on the embedded corpus (`pydocs`). The form of "
     "the default (refinement, then distillation, one epoch of each on 128 samples) follows earlier experiments that "
-    "were judged on the start of WikiText-2's test file and of C4.",
+    "were judged on the start of WikiText-2's test file and of C4; its generated samples do not.",
     "- Calibration reads WikiText-2's validation file; the part `c4` reads the first half of "
     f"`c4_prompts.pf-decoding.jsonl`, documents 0 to {FIRST_UNSEEN_DOCUMENT - 1}.",
     "- Results are reported on WikiText-2's test file and on the second half of `c4_prompts.pf-decoding.jsonl`, "

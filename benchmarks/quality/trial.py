@@ -4,7 +4,8 @@
     python -m benchmarks.quality.trial --whole --sparsity 0.7 --pruner alps --epochs 0 --refine-epochs 1
 
 The first blocks cost a fraction of a run and rank settings that act on every block alike (losses, rates, pruners);
-settings of the budget need all blocks. --whole prunes all and distils them, as a run at its defaults does.
+settings of the budget need all blocks. --whole prunes all and distils them, with a run's defaults of distillation; the
+blocks are trained as the flags say.
 Calibration and evaluation are C4 where ../shared/data has it, else pydocs: never the text that results are reported
 on. Appends one line to --out; docs/experiments.md holds what came of it.
 """
@@ -40,7 +41,7 @@ from stages.pruners.registry import PRUNERS
 from stages.runtime.block_context import StageContext
 from stages.sparsity.budget import BlockBudget, LayerShape, allocate, follow_pattern
 from stages.sparsity.nm_pattern import Pattern
-from stages.training.presets import distillation
+from stages.training.presets import DEFAULT_EFFORT, distillation
 from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 
@@ -65,7 +66,7 @@ def main() -> None:
     line: dict[str, Any] = {"command": " ".join(sys.argv[1:])}
     if args.whole:
         num_generated = args.num_samples if args.distill_generated is None else args.distill_generated
-        epochs, batch = distillation("medium", args.num_samples + num_generated)
+        epochs, batch = distillation(DEFAULT_EFFORT, args.num_samples + num_generated)
         rate = None if args.distill_lr == SEARCHED else Rate.parse(args.distill_lr)
         settings = DistillSettings(args.distill_epochs or epochs, rate, args.distill_batch or batch, True, args.seed)
         distilled = distill_in_memory(context, blocks, settings, num_generated)

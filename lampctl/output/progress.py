@@ -33,6 +33,7 @@ class ProgressListener:
         self._config: RunConfig | None = None
         self._said: set[str] = set()
         self._known: tuple[int, RunStatus] | None = None  # the state at this number of commits
+        self._num_taken = 0  # steps that were taken over from another run since the last one that was not
 
     def attach(self, run: RunDirectory, config: RunConfig, what: str | None = None) -> None:
         """The steps to come are of this run. what: what it is; None: named by its method and its sparsity."""
@@ -57,11 +58,28 @@ class ProgressListener:
     def show_warning(self, message: str) -> None:
         """Display a warning."""
 
+    def show(self, line: str) -> None:
+        """Display a line."""
+
     def step_started(self, step: Step, position: int, total: int) -> None: ...
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None: ...
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None: ...
+
+    def _is_taken_over(self, commit: StepCommit) -> bool:
+        """Whether a step was taken over by --from-run, and so took no time here. It is counted, to be reported."""
+        assert self._config is not None
+        is_taken = self._config.from_run is not None and commit.result.get("shared_with") is not None
+        self._num_taken += is_taken
+        return is_taken
+
+    def _report_taken_over(self) -> None:
+        """Report the steps that were taken over before the present one, in a line together."""
+        if self._num_taken:
+            assert self._config is not None
+            self.show(f"{self._num_taken} steps taken over from {self._config.from_run}")
+            self._num_taken = 0
 
     @property
     def _state(self) -> RunStatus:
@@ -119,16 +137,23 @@ class PlainListener(ProgressListener):
     def show_warning(self, message: str) -> None:
         self._print(f"warning: {message}")
 
+    def show(self, line: str) -> None:
+        self._print(line)
+
     def step_started(self, step: Step, position: int, total: int) -> None:
         self._spoke_at = time.monotonic()
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
+        self._report_taken_over()
         if time.monotonic() - self._spoke_at > _HEARTBEAT_S:
             self._spoke_at = time.monotonic()
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             self._print(f"  {step_label(step.name)}: {done}/{total} {unit}{', ' if shown else ''}{shown}")
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
+        if self._is_taken_over(commit):
+            return
+        self._report_taken_over()
         if step.block is not None and not self._ends_block(step) and not self._every_step:
             return  # the line comes when the block is done
         elapsed_s = commit.elapsed_s
@@ -179,6 +204,9 @@ class LiveListener(ProgressListener):
     def show_warning(self, message: str) -> None:
         self._progress.console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
+    def show(self, line: str) -> None:
+        self._progress.console.print(f"  {line}", markup=False, highlight=False)
+
     def step_started(self, step: Step, position: int, total: int) -> None:
         if self._run_bar is None or self._step_bar is None:
             self._run_bar = self._progress.add_task("steps", total=total, note="")
@@ -190,15 +218,20 @@ class LiveListener(ProgressListener):
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
         assert self._step_bar is not None
+        self._report_taken_over()
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         note = f"{unit}{', ' if shown else ''}{shown}"
         self._progress.update(self._step_bar, completed=done, total=total, note=note)
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
         assert self._run_bar is not None
+        is_taken = self._is_taken_over(commit)
         self._progress.update(
             self._run_bar, completed=position + 1, note=self._remaining if position + 1 < total else ""
         )
+        if is_taken:
+            return
+        self._report_taken_over()
         outcome = self._outcome(step)
         if outcome and (step.block is None or self._ends_block(step)):
             self._progress.console.print(f"  {step_label(step.name)}: {outcome}", highlight=False)

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from stages.metrics.harness_tasks import LAYOUT
 from stages.pruners.registry import LAMP, PAPER_PRUNER, PRUNERS, bit_methods, method_title, reads_data
 from stages.tasks.base import Task
-from stages.training.presets import TrainingDefaults, distillation
+from stages.training.presets import DEFAULT_EFFORT, TrainingDefaults, distillation
 
 NUM_SAMPLES = 128  # of the calibration set, as in the paper
 SEQLEN = 2048  # tokens of a sample
@@ -199,18 +199,22 @@ def _fill_training(draft: _Draft, defaults: TrainingDefaults) -> None:
 def _fill_distillation(draft: _Draft, defaults: TrainingDefaults) -> None:
     """Whether and how all blocks are trained together at the end."""
     values = draft.values
-    if values["distill"] is None and any(values[field] for field in DISTILL_FIELDS):  # one says it all
+    asking = [flag_of(field) for field in ("distill", *DISTILL_FIELDS) if values[field]]
+    is_default = defaults.distill and draft.is_lamp
+    if values["distill"] is None and asking:  # one says it all
         values["distill"] = True
-    draft.fill("distill", defaults.distill and draft.is_lamp)
+        if not is_default and draft.gathered.preset != "paper":
+            draft.notices.append(f"{', '.join(asking)}: the model is distilled at the end, as by --distill")
+    draft.fill("distill", is_default)
     if not values["distill"]:
         return
     if draft.gathered.preset == "paper":
-        draft.notices.append("--distill: this departs from the paper's settings (--preset paper)")
+        draft.notices.append(f"{', '.join(asking)}: this departs from the paper's settings (--preset paper)")
     if draft.is_lamp:
         draft.fill("distill_samples", defaults.distill_samples)
     num_samples = values["distill_samples"] or values["num_samples"] or NUM_SAMPLES
     draft.fill("distill_generated", num_samples if draft.is_lamp and defaults.distill_generates else 0)
-    epochs, batch = distillation(values["effort"] or "medium", num_samples + values["distill_generated"])
+    epochs, batch = distillation(values["effort"] or DEFAULT_EFFORT, num_samples + values["distill_generated"])
     draft.fill("distill_epochs", epochs)
     draft.fill("distill_batch", batch)
     draft.fill("distill_lr", SEARCHED)

@@ -209,7 +209,7 @@ class PruningSettings:
             "LAMP only: the pruner of its blocks, {lamp_pruners}.",
             "Method",
             "NAME",
-            "alps; sparsegpt with --effort low or --bits",
+            "alps; sparsegpt with --bits",
             applies_to="lamp",
         ),
     ] = None

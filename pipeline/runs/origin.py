@@ -13,7 +13,7 @@ from pipeline.config.run_config import (
     as_in_origin,
     differing_fields,
 )
-from pipeline.errors import ConfigMismatch, NotARun, RunNotFound
+from pipeline.errors import ConfigError, ConfigMismatch, NotARun, RunNotFound
 from pipeline.rundir.run_directory import RunDirectory
 from pipeline.steps import payloads
 from pipeline.steps.run_facts import ModelRecord, config_of, facts_of
@@ -26,16 +26,14 @@ def origin_of(config: RunConfig) -> RunDirectory | None:
     """The run whose blocks are taken over; None: every block is pruned here.
 
     Raises:
-        ConfigMismatch: It is not there.
+        ConfigError: It is not there.
     """
     if config.from_run is None:
         return None
     try:
         return RunDirectory.open(config.from_run)
     except (RunNotFound, NotARun) as error:
-        raise ConfigMismatch(
-            f"--from-run {config.from_run}: {error}. Its blocks are needed until all are taken over"
-        ) from error
+        raise ConfigError(f"--from-run {config.from_run}: {error}; this run needs its blocks") from error
 
 
 def require_same_samples(origin: RunDirectory, config: RunConfig, data: Mapping[str, SourceDigest | None]) -> None:

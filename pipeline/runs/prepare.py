@@ -165,13 +165,13 @@ def _defaults_for(
     gathered: Gathered, model: BlockModel, layers: PrunableLayers
 ) -> tuple[TrainingDefaults, tuple[str, ...]]:
     """The defaults of LAMP for this model and sparsity, and notices where a default does not fit the layers."""
-    from stages.training.presets import measured, published
+    from stages.training.presets import DEFAULT_EFFORT, measured, published
 
     settings = gathered.values
     if gathered.preset == "paper":
         defaults = published(model.name, settings.target_sparsity)
     else:
-        effort, num_samples = settings.effort or "medium", settings.num_samples or NUM_SAMPLES
+        effort, num_samples = settings.effort or DEFAULT_EFFORT, settings.num_samples or NUM_SAMPLES
         defaults = measured(model.name, settings.target_sparsity, model.num_blocks, effort, num_samples)
     if settings.method != LAMP or settings.pattern is not None:
         return defaults, ()

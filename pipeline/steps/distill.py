@@ -109,8 +109,12 @@ class Distill(StepKind[DistillResult]):
             return f"{title}: not measured, no sample is held out"
         if not result.kept_epoch:
             return f"{title} {result.before:.4g} (no epoch improved it; kept the weights from before)"
-        rate = f", learning rate {result.lr}" if result.trials else ""
-        return f"{title} {result.before:.4g} -> {result.after:.4g}{rate}"
+        parts = [
+            f"{title} {result.before:.4g} -> {result.after:.4g} on {result.num_held_out} held-out samples",
+            f"learning rate {result.lr}" if result.trials else "",
+            _undone(result),
+        ]
+        return ", ".join(part for part in parts if part)
 
     @classmethod
     def series(cls, result: DistillResult) -> tuple[Series, ...]:
@@ -123,6 +127,17 @@ class Distill(StepKind[DistillResult]):
             trials = tuple(sorted((100 * rate, loss) for rate, loss in result.trials if loss is not None))
             found.append(Series("Search for the learning rate", "first update, % of each tensor", title, trials))
         return tuple(found)
+
+
+def _undone(result: DistillResult) -> str:
+    """How many epochs did not lower the held-out loss; empty: all did."""
+    best, num_undone = result.before, 0
+    for epoch in result.epochs:
+        if best is not None and epoch.held_out is not None and epoch.held_out < best:
+            best = epoch.held_out
+        else:
+            num_undone += 1
+    return f"{num_undone} of {len(result.epochs)} epochs undone" if num_undone else ""
 
 
 def _sets(step: Step) -> list[tuple[str, str]]:

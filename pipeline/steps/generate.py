@@ -25,6 +25,7 @@ class Generate(StepKind[GenerateResult]):
     help = "Let the original model write samples to distill on, and run it on them (--distill-generated)."
     is_long = True
     command = name
+    absence = "begin a run that has it: lampctl run MODEL ... --distill-generated N --from-run {run}"
 
     @staticmethod
     def step(num_blocks: int, *, draws: bool) -> Step:

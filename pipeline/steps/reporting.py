@@ -29,7 +29,7 @@ class BlockTraining:
 
         first, last = judged(self.record.before, self.record.after)
         if not self.record.epoch_losses:
-            return f"loss {_loss(first)} (no epochs: not trained)"
+            return f"loss {_loss(first)}, not trained"
         if not self.record.kept_epoch:
             return f"loss {_loss(first)} (no epoch improved it; kept the weights from before)"
         return f"loss {_loss(first)} -> {_loss(last)}"

@@ -28,6 +28,10 @@ class Teach(StepKind[TeachResult]):
     title = "run the original model for distillation"
     help = "Run the original model on the samples to distill on (--distill)."
     command = name
+    absence = (
+        "it is part of runs with --distill of other methods than lamp, with --distill-samples or --from-run; "
+        "see `lampctl status {run}` for the steps of this one"
+    )
 
     @staticmethod
     def step(num_blocks: int, *, draws: bool) -> Step:

@@ -84,7 +84,7 @@ class WeightFiles:
 
 
 class StateFile(Mapping[str, Tensor]):
-    """The tensors of one safetensors file by name, each read when it is asked for and kept by nobody.
+    """The tensors of one safetensors file by name, each read anew whenever it is asked for.
 
     names: other names for them, {name: name in the file}; tensors that are not named are left out.
     """

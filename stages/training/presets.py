@@ -28,7 +28,7 @@ class TrainingDefaults:
     refine_lr: str | float
     distill: bool = False
     distill_samples: int | None = None  # None: the calibration set
-    distill_generates: bool = False  # the original model writes as many samples more
+    distill_generates: bool = False  # the original model generates as many samples more
 
 
 # (up to this sparsity, learning rate): a larger pruning error needs a larger rate. Measured at 70% and 2:4 on the first
@@ -47,30 +47,29 @@ class Effort:
     Attributes:
         compensation: Training steps of compensation per block, of one sample each.
         refinement: Training steps of refinement per block.
-        distillation: Samples that distillation trains on, each counted once an epoch; there is at least one epoch.
-        pruner: Of the blocks.
-        generates: The original model writes as many samples as distillation has, and they are distilled on, too.
+        distillation: Samples that distillation trains on, each counted once an epoch. There is at least one epoch over
+            the whole set, which generated samples double.
+        generates: The original model generates as many samples more for distillation.
         distillation_set: Samples of the set that distillation draws for itself. None: it has the calibration set.
     """
 
     compensation: int
     refinement: int
     distillation: int
-    pruner: str
     generates: bool = False
     distillation_set: int | None = None
 
 
-# The time of ALPS does not depend on the steps: it is a small part of a long training.
 EFFORTS = {
-    "low": Effort(0, 60, 60, "alps"),
-    "medium": Effort(0, 120, 120, "alps", generates=True),
-    "high": Effort(120, 240, 480, "alps", generates=True, distillation_set=480),
+    "low": Effort(0, 60, 60),
+    "medium": Effort(0, 120, 120, generates=True),
+    "high": Effort(120, 240, 480, generates=True, distillation_set=480),
 }
+DEFAULT_EFFORT = "medium"
 _MOST_EPOCHS = 4
 _MOST_DISTILL_EPOCHS = 2
-# An epoch of distillation has about this many updates, of at most _LARGEST_BATCH samples: a streamed model is read
-# three times for each.
+# An epoch of distillation has about this many updates, of at most _LARGEST_BATCH samples: for each, a streamed model
+# is read twice and written once, with its moments.
 _UPDATES, _LARGEST_BATCH = 16, 16
 
 
@@ -114,7 +113,7 @@ def measured(model_type: str, sparsity: float, num_blocks: int, effort: str, num
     return TrainingDefaults(
         alpha=round(1 - min(spared, _MOST_ADDED * (num_blocks - 1) / sparsity), 4),
         beta=round(0.7 * (1 - sparsity), 4) if model_type == "opt" else 0.0,
-        pruner=steps.pruner,
+        pruner="alps",
         effort=effort,
         epochs=_epochs(steps.compensation, num_samples, _MOST_EPOCHS),
         lr=lr,

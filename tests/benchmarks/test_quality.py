@@ -70,7 +70,6 @@ def test_the_published_method_has_nothing_of_ours_and_ours_is_the_default():
         "--lr 1e-3 --epochs 2 --dtype float32 --pattern 2:4"
     )
     assert " ".join(methods.flags_of("LAMP", "70%")) == "--method lamp --dtype float32 --sparsity 0.7"
-    assert set(methods.PUBLISHED_TRAINING) == set(methods.POINTS)
 
 
 def test_every_method_and_point_of_the_plan_has_its_flags_and_its_place_in_tables(tmp_path):

@@ -538,7 +538,7 @@ def test_defaults_of_a_newer_version_do_not_stop_a_run_but_given_values_do(lampc
     assert lampctl("init", *call[1:]).code == 0
     began = json.loads(Path("r/run.json").read_text())["config"]
     monkeypatch.setattr(presets, "_RATES", ((1.0, 0.125),))
-    efforts = dict.fromkeys(presets.EFFORTS, presets.Effort(2, 2, 2, "sparsegpt"))
+    efforts = dict.fromkeys(presets.EFFORTS, presets.Effort(2, 2, 2))
     monkeypatch.setattr(presets, "EFFORTS", efforts)
     refused = lampctl(*call, "--lr", 0.125)
     assert refused.code == 3

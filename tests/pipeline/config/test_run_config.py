@@ -14,7 +14,8 @@ from pipeline.config.gather import gather
 from pipeline.config.run_config import RUNTIME_FIELDS, RunConfig, differing_fields
 from pipeline.errors import ConfigError
 from stages.tasks.language import Language
-from stages.training.presets import distillation, measured, published
+from stages.training.loss import split_samples
+from stages.training.presets import DEFAULT_EFFORT, distillation, measured, published
 from stages.training.rates import Rate
 from stages.version import VERSION
 
@@ -105,6 +106,19 @@ def test_more_effort_trains_longer_and_a_large_set_for_fewer_epochs(num_samples)
     fewer = [measured("llama", 0.7, 30, effort, 2 * num_samples) for effort in efforts]
     assert all(few.refine_epochs <= d.refine_epochs for few, d in zip(fewer, found, strict=True))
     assert all(d.refine_epochs >= 1 for d in found)
+
+
+def test_the_table_of_efforts_in_the_readme_is_that_of_the_defaults():
+    lines = (Path(__file__).parents[3] / "README.md").read_text().splitlines()
+    for effort in get_args(type_of("effort")):
+        found = measured("llama", 0.7, 30, effort, 128)
+        drawn = found.distill_samples or 128
+        generated = drawn if found.distill_generates else 0
+        trained, own = (len(split_samples(num, holds_out=True)[0]) for num in (128, drawn))
+        epochs, _ = distillation(effort, drawn + generated)
+        cells = (found.epochs * trained, found.refine_epochs * trained, epochs * (own + generated), epochs * generated)
+        name = f"{effort} (default)" if effort == DEFAULT_EFFORT else effort
+        assert f"| {name} | {' | '.join(map(str, cells))} |" in lines
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,6 @@ def test_held_out_samples_judge_a_training_if_there_are_any(before, after, expec
 def test_a_training_without_epochs_does_not_say_that_none_helped():
     losses = LossRecord(trained=0.5, held_out=None)
     untrained = TrainingRecord(before=losses, after=losses, epoch_losses=(), kept_epoch=0, num_steps=0)
-    assert BlockTraining("compensation", untrained).headline == "loss 0.5 (no epochs: not trained)"
+    assert BlockTraining("compensation", untrained).headline == "loss 0.5, not trained"
     in_vain = TrainingRecord(before=losses, after=losses, epoch_losses=(losses,), kept_epoch=0, num_steps=4)
     assert "no epoch improved it" in BlockTraining("compensation", in_vain).headline
