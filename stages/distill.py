@@ -37,7 +37,7 @@ from stages.interfaces import Checkpoint, DurableCallbacks, Samples, Scratch
 from stages.runtime.block_context import BlockOutput, StageContext
 from stages.runtime.sample_views import JoinedSamples
 from stages.tasks.registry import task_named
-from stages.training.distillation_work import PrunedBlocks, Work
+from stages.training.distillation_work import Block, PrunedBlocks, Work
 from stages.training.end_loss import EndLoss
 from stages.training.kept_weights import kept_masked
 from stages.training.loss import split_samples
@@ -57,7 +57,7 @@ _MOST_FAILURES = 3
 _FIRST_TRIAL, _PEAK = 1e-3, 3.0
 # Before any update, no rate is to blame.
 _BROKEN = "distillation: the loss of the pruned model is {}: its weights or activations hold NaN or infinity"
-# Without held-out samples nothing can be searched: this rate at a batch of one sample, times the root of the batch.
+# Without held-out samples, or where they tell nothing: this rate at a batch of one sample, times the root of the batch.
 _UNJUDGED = 8e-4
 
 
@@ -122,6 +122,7 @@ class _Course:
     rate: float = 1.0  # factor of the learning rate after backtracking
     beginning: int = 0  # finished epochs when the schedule of the learning rate began
     is_over: bool = False  # every epoch is finished, and the blocks hold the weights that are kept
+    rounded: float | None = None  # the held-out loss of those weights in the export dtypes; None: not measured
 
     def to_json(self) -> dict[str, Any]:
         trials = [[trial.distance, None if math.isinf(trial.loss) else trial.loss] for trial in self.trials]
@@ -177,10 +178,11 @@ class Distiller:
         if settings.lr is None:
             self._lr = Rate(1.0, is_relative=True)
             if not self._held_out:
-                self._course.peak = _UNJUDGED * math.sqrt(settings.batch)
+                self._course.peak = self._unjudged_peak
         else:
             self._lr, self._course.peak = Rate(1.0, settings.lr.is_relative), settings.lr.value
-        work = Work(context, pruned, teacher, self._end_loss, self._lr, callbacks, self)
+        work = self._work = Work(context, pruned, teacher, self._end_loss, self._lr, callbacks, self)
+        self._scratch = scratch
         most = max(math.ceil(len(self._train_set) / self._num_updates), len(self._held_out))
         stored = () if self._restored is None else self._restored.parts
         self._student: Student = Resident(work, stored) if is_resident else Streamed(work, stored, scratch, most)
@@ -221,8 +223,9 @@ class Distiller:
                 course.updates.append(loss)
                 self._checkpoint_due()
             self._end_epoch()
+        self._judge_rounded()
         num_held_out = len(self._held_out)
-        after = course.best if num_held_out else None
+        after = (course.best if course.rounded is None else course.rounded) if num_held_out else None
         assert course.peak is not None
         return Distillation(
             self._end_loss.name,
@@ -237,8 +240,8 @@ class Distiller:
         )
 
     @torch.no_grad()
-    def finish(self, index: int, dtypes: Mapping[str, torch.dtype]) -> FinishedBlock:
-        """A trained block, rounded to `dtypes` and checked. index: from 0.
+    def finish(self, index: int) -> FinishedBlock:
+        """A trained block, rounded to its export dtypes and checked. index: from 0.
 
         Raises:
             NumericalError: A weight is NaN or infinite.
@@ -250,7 +253,38 @@ class Distiller:
         with kept_masked(context.model, block, index, outcome):
             pass  # leaving it puts quantized weights on their grid
         block.requires_grad_(False)
-        return finish_block(context, block, outcome, None, BlockOutput(dtypes), _Quiet())
+        return finish_block(context, block, outcome, None, BlockOutput(self._pruned.dtypes_of(index)), _Quiet())
+
+    def _judge_rounded(self) -> None:
+        """Measure the kept weights as they are exported; if rounding undid what was learnt, keep the pruned ones."""
+        course, dtypes_of = self._course, self._pruned.dtypes_of
+        num_blocks = self._context.model.num_blocks
+        is_exact = all(dtype == torch.float32 for index in range(num_blocks) for dtype in dtypes_of(index).values())
+        if is_exact or not (course.kept_epoch and self._held_out):
+            return
+        if course.rounded is None:
+            self._total += self._judging
+            room = self._scratch.stream(
+                "rounded", len(self._held_out), self._context.hidden_shape, self._work.choices.torch_dtype
+            )
+            found = self._work.losses(self._held_out, self._finished, room)
+            course.rounded = _mean(found)
+            self._checkpoint_due()
+        assert course.before is not None
+        if not course.rounded < course.before:
+            self._callbacks.warn(
+                f"distillation: rounded to the export dtypes the held-out loss is {course.rounded:.6g}, and before it "
+                f"{course.before:.6g}: the weights stay as they were"
+            )
+            course.kept_epoch, course.rounded = 0, course.before
+
+    def _finished(self, index: int) -> Block:
+        """A block with the weights that `finish` gives, to be run."""
+        return self._work.of_state(index, self.finish(index).state)
+
+    @property
+    def _unjudged_peak(self) -> float:
+        return _UNJUDGED * math.sqrt(self._settings.batch)
 
     def _batches(self, epoch: int) -> list[list[int]]:
         """The samples of each update of an epoch, in a seeded order: an even split."""
@@ -278,6 +312,12 @@ class Distiller:
         assert course.before is not None
         best = search(loss_at, course.before, _FIRST_TRIAL)
         self._total -= max(USUAL_TRIALS - len(course.trials), 0) * self._judging
+        if best is None:
+            best = self._unjudged_peak / _PEAK
+            self._callbacks.warn(
+                "no distance along the first update of distillation lowers the loss of the "
+                f"{len(self._held_out)} held-out samples: the learning rate is as without them"
+            )
         course.peak = float(f"{_PEAK * best:.3g}")  # as it is reported: --distill-lr can repeat it
         student.move(best / _FIRST_TRIAL)
         return loss
@@ -307,7 +347,7 @@ class Distiller:
 
     def _advice(self) -> str:
         rate = Rate(self._course.peak or _FIRST_TRIAL, self._lr.is_relative)
-        return f"use a smaller --distill-lr than {rate}"
+        return f"use a smaller --distill-lr than {rate} (a new run can take over this one's blocks by --from-run)"
 
     def _end_epoch(self) -> None:
         """Keep the epoch's weights, or undo them if the held-out loss did not fall (Adam's moments stay)."""

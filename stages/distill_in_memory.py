@@ -47,14 +47,17 @@ def distill_in_memory(
         generate_samples(context, samples, settings.seed, holds_out=settings.holds_out, is_resident=True)
         generated = GeneratedSamples(samples, _teacher(replace(context, inputs=samples)))
     teaching = Teaching(_teacher(context), generated)
-    pruned = PrunedBlocks(lambda i: blocks[i].finished.state, lambda i: blocks[i].outcome)
+    pruned = PrunedBlocks(
+        lambda i: blocks[i].finished.state,
+        lambda i: {name: tensor.dtype for name, tensor in blocks[i].finished.state.items()},
+        lambda i: blocks[i].outcome,
+    )
     callbacks = KeepingParts(context.callbacks)
     distiller = Distiller(context, pruned, teaching, settings, ListScratch(), callbacks, is_resident=True)
     report = distiller.train()
     finished = []
     for block in blocks:
-        dtypes = {name: tensor.dtype for name, tensor in block.finished.state.items()}
-        finished.append(replace(block, finished=distiller.finish(block.index, dtypes)))
+        finished.append(replace(block, finished=distiller.finish(block.index)))
     return DistilledBlocks(report, tuple(finished))
 
 

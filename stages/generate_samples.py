@@ -21,9 +21,15 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from stages.errors import UsageError
+from stages.errors import NumericalError, UsageError
 from stages.interfaces import Checkpoint, Samples, Stream
 from stages.machine.device import computing
 from stages.models.base import BlockModel, GeneratesText
@@ -100,7 +106,8 @@ def generate_samples(context: StageContext, out: Stream, seed: int, *, holds_out
         How many of the N T tokens are those of the prompts.
 
     Raises:
-        UsageError: The model cannot write text.
+        UsageError: The model cannot generate text.
+        NumericalError: Its logits are NaN or infinite.
     """
     callbacks = context.callbacks
     given = ChosenSamples(context.inputs, split_samples(len(context.inputs), holds_out)[0])
@@ -192,8 +199,8 @@ class _Writer:
             min_new_tokens=num_new,  # the end of the text is left out of the distribution
             max_new_tokens=num_new,
             use_cache=True,
-            eos_token_id=end,
-            pad_token_id=end[0] if isinstance(end, list) else end or 0,
+            eos_token_id=None if end == [] else end,
+            pad_token_id=0,  # nothing is padded
         )
         number, count = chunk
         counter = Counter(context.callbacks, count * num_new, "tokens of each sample", done=number * num_new)
@@ -206,6 +213,7 @@ class _Writer:
                     prompts,
                     attention_mask=torch.ones_like(prompts),
                     generation_config=settings,
+                    logits_processor=LogitsProcessorList([_Finite(context.model.source.name)]),
                     stopping_criteria=watching,
                 ).cpu()
             except _FAULTS as error:
@@ -249,6 +257,20 @@ def _is_ours(error: Exception) -> bool:
     modules = (str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__))
     *_, innermost = (module for module in modules if module.partition(".")[0] != "torch")
     return innermost.partition(".")[0] == __name__.partition(".")[0]
+
+
+class _Finite(LogitsProcessor):
+    """Refuses logits from which nothing can be drawn; changes none. -inf is a token that is left out."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool((torch.isnan(scores) | (scores == math.inf)).any()):
+            raise NumericalError(
+                f"{self._name} gives logits that are NaN or infinite: its weights or activations hold NaN or infinity"
+            )
+        return scores
 
 
 class _Watching(StoppingCriteria):

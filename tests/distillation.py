@@ -42,7 +42,7 @@ class Case:
     """A pruned model, its samples and its teacher."""
 
     def __init__(self, model, goal=0.6, device=FP32, num_samples=N, **options) -> None:
-        self.model, self.device = model, device
+        self.model, self.device, self.export_dtype = model, device, "original"
         self.inputs = ids(model, num_samples) if model.task == "language" else pixels(model, num_samples)
         context = context_of(model, self.inputs, device)
         pattern = goal if isinstance(goal, Pattern) else None
@@ -53,7 +53,11 @@ class Case:
 
     @property
     def pruned(self):
-        return PrunedBlocks(lambda i: self.blocks[i].finished.state, lambda i: self.blocks[i].outcome)
+        return PrunedBlocks(
+            lambda i: self.blocks[i].finished.state,
+            lambda i: block_dtypes(self.model, i, self.export_dtype),
+            lambda i: self.blocks[i].outcome,
+        )
 
     def distilled(self, callbacks=None, *, is_resident, settings=SETTINGS):
         """The report and the finished blocks."""
@@ -63,7 +67,7 @@ class Case:
             context, self.pruned, Teaching(self.teacher), settings, ListScratch(), callbacks, is_resident=is_resident
         )
         report = distiller.train()
-        finished = [distiller.finish(i, block_dtypes(self.model, i, "original")) for i in range(self.model.num_blocks)]
+        finished = [distiller.finish(i) for i in range(self.model.num_blocks)]
         return report, [block.state for block in finished]
 
 

@@ -43,6 +43,8 @@ def with_absolute_paths(gathered: Gathered) -> Gathered:
     changes: dict[str, Any] = {}
     if local_path(settings.model).exists():
         changes["model"] = str(real_path(settings.model))
+    if settings.from_run == "":
+        raise ConfigError("--from-run is empty: expected a run directory")
     if settings.from_run is not None and "://" not in settings.from_run:
         changes["from_run"] = str(local_path(settings.from_run).resolve())
     if settings.calibration is not None:

@@ -135,7 +135,9 @@ class _Draft:
     def drop(self, field: str, reason: str, *, is_reported: bool) -> None:
         """Remove a setting that this method does not use."""
         if self.gathered.given(field) and is_reported:
-            self.notices.append(f"{flag_of(field)} has no effect: {reason}")
+            flag = flag_of(field)
+            given = f"--no-{flag.removeprefix('--')}" if self.values[field] is False else flag
+            self.notices.append(f"{given} has no effect: {reason}")
         self.values[field] = None
 
 
@@ -169,7 +171,8 @@ def _fill_training(draft: _Draft, defaults: TrainingDefaults) -> None:
     """How LAMP trains; other methods do not."""
     if not draft.is_lamp:
         for field in LAMP_FIELDS:
-            draft.drop(field, "only --method lamp uses it", is_reported=LAMP not in draft.baselines)
+            if field != "held_out":  # distillation uses it, too
+                draft.drop(field, "only --method lamp uses it", is_reported=LAMP not in draft.baselines)
         return
     values = draft.values
     if values["refine"] is None and (values["refine_epochs"] or values["refine_lr"]):
@@ -207,6 +210,9 @@ def _fill_distillation(draft: _Draft, defaults: TrainingDefaults) -> None:
             draft.notices.append(f"{', '.join(asking)}: the model is distilled at the end, as by --distill")
     draft.fill("distill", is_default)
     if not values["distill"]:
+        if not draft.is_lamp:
+            reason = "only --method lamp and distillation use it"
+            draft.drop("held_out", reason, is_reported=LAMP not in draft.baselines)
         return
     if draft.gathered.preset == "paper":
         draft.notices.append(f"{', '.join(asking)}: this departs from the paper's settings (--preset paper)")

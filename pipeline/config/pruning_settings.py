@@ -275,8 +275,8 @@ class PruningSettings:
     held_out: Annotated[
         bool | None,
         Option(
-            "LAMP only: judge each epoch on 1 held-out sample in 16; undo an epoch that did not help and continue at a "
-            "lower learning rate.",
+            "LAMP and distillation: judge each epoch on 1 held-out sample in 16; undo an epoch that did not help and "
+            "continue at a lower learning rate.",
             "Training",
             default="on; preset paper: off",
             applies_to="lamp",

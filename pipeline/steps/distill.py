@@ -68,7 +68,9 @@ class Distill(StepKind[DistillResult]):
             return export.outcome_of(masks, config.n_of_m)
 
         pruned = PrunedBlocks(
-            lambda block: export.block_state(model, block, run.open_file(payloads.pruned(block).name)), outcome_of
+            lambda block: export.block_state(model, block, run.open_file(payloads.pruned(block).name)),
+            lambda block: export.block_dtypes(model, block, config.export_dtype),
+            outcome_of,
         )
         sets = [(run.open_stream(samples), run.open_stream(teacher)) for samples, teacher in _sets(step)]
         (given, targets), *generated = sets
@@ -84,8 +86,7 @@ class Distill(StepKind[DistillResult]):
         report = distiller.train()
         for block in range(model.num_blocks):
             distiller.boundary()
-            finished = distiller.finish(block, export.block_dtypes(model, block, config.export_dtype))
-            write_distilled(context, attempt, block, finished)
+            write_distilled(context, attempt, block, distiller.finish(block))
         return DistillResult.of(report).model_copy(update={"calibration_samples": _calibration_samples(context)})
 
     def output_bytes(self, context: StepContext, step: Step, payload: str) -> int:
@@ -95,7 +96,10 @@ class Distill(StepKind[DistillResult]):
         """Hidden states between all blocks of a batch, and weights and moments in checkpoints."""
         config, num_blocks = context.config, context.model.num_blocks
         assert config.distill_batch is not None
-        hidden = context.activation_bytes(2 * config.distill_batch * config.seqlen) * (num_blocks + 1)
+        tokens = min(
+            2 * config.distill_batch * config.seqlen, context.num_distillation_tokens + context.num_generated_tokens
+        )
+        hidden = context.activation_bytes(tokens) * (num_blocks + 1)
         kept = 1 - config.target_sparsity
         weights = sum(training_bytes(context, block) for block in range(num_blocks))
         return hidden + int((_VERSIONS * (1 + 2 * kept) + 1) * weights)  # one more: the best weights, without moments

@@ -6,14 +6,14 @@ N: samples.    T: tokens of a sample.    H: hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stages.interfaces import DurableCallbacks, Samples
+from stages.interfaces import DurableCallbacks, Samples, Stream
 from stages.machine.device import computing
 from stages.models.base import Ends
 from stages.runtime.block_context import BlockContext, StageContext
@@ -27,7 +27,8 @@ from stages.training.rates import Rate
 class PrunedBlocks:
     """The finished blocks of the pruned model, read when asked for, by the block's index from 0."""
 
-    state_of: Callable[[int], Mapping[str, Tensor]]  # by names inside the block, in the export dtype
+    state_of: Callable[[int], Mapping[str, Tensor]]  # by names inside the block, in the export dtypes
+    dtypes_of: Callable[[int], Mapping[str, torch.dtype]]  # the export dtypes, by the same names
     outcome_of: Callable[[int], PruneOutcome]  # pruning masks and quantization grids
 
 
@@ -99,6 +100,10 @@ class Work:
         rate = self._rate if with_adam else None
         return Block(self.context.block(index), state, self.pruned.outcome_of(index), rate, tensors)
 
+    def of_state(self, index: int, state: Mapping[str, Tensor]) -> Block:
+        """A block with other weights, to be run only."""
+        return Block(self.context.block(index), state, self.pruned.outcome_of(index), None, None)
+
     def run(self, block: Block, hidden: Tensor, inputs: Tensor, *, trains: bool) -> Tensor:
         """The block's output (1, T, H) in fp32. trains: with the arithmetic of training steps."""
         call = self.model.calls(self.device).of(inputs, self.choices)[block.index]
@@ -110,6 +115,39 @@ class Work:
         target = self._teacher[number][None].to(self.device)
         vocabulary = self.model.vocab_size
         return self._end_loss.of(ends, self.inputs(number), hidden, target, vocabulary, needs_gradient=needs_gradient)
+
+    @torch.no_grad()
+    def losses(self, numbers: Sequence[int], load: Callable[[int], Block], hidden: Stream) -> list[float]:
+        """The loss of each of these samples, with one block in memory.
+
+        Args:
+            numbers: Of the samples.
+            load: Gives a block.
+            hidden: Room for the hidden states of all of them, (T, H) each; whatever it holds is overwritten.
+        """
+        ends = self.model.load_ends(self.device, "enter")
+        for place, number in enumerate(numbers):
+            self.boundary()
+            hidden.write(place, self.enter(ends, self.inputs(number))[0])
+        del ends
+        for index in range(self.model.num_blocks):
+            block = load(index)
+            for place, number in enumerate(numbers):
+                self.boundary()
+                out = self.run(block, self.read(hidden, place).float(), self.inputs(number), trains=False)
+                hidden.write(place, out[0])
+                self.advance()
+            del block
+        ends, losses = self.model.load_ends(self.device, "leave"), []
+        for place, number in enumerate(numbers):
+            self.boundary()
+            losses.append(self.end(ends, number, self.read(hidden, place), needs_gradient=False).value)
+            self.advance(losses[-1])
+        return losses
+
+    def read(self, stream: Samples, place: int) -> Tensor:
+        """A sample of a stream, as a batch of one on the device."""
+        return stream[place][None].to(self.device)
 
 
 class Block:

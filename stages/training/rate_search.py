@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 # Every distance is this many times its neighbour.
 _STEP = 2.0
-# Nothing is tried beyond this factor from the first distance, either way.
-_FARTHEST = 2.0**10
+# Nothing is tried beyond these factors of the first distance.
+_FARTHEST, _NEAREST = 2.0**10, 2.0**-7
+# A loss that is lower by less than this share is not told from rounding.
+_LEAST_GAIN = 1e-4
 # Trials of a usual search: one at the first distance, one beside it, and one more on each side.
 USUAL_TRIALS = 4
 
@@ -26,13 +28,16 @@ class Trial:
     loss: float  # infinite: none that is finite
 
 
-def search(loss_at: Callable[[float], float], at_zero: float, first: float) -> float:
+def search(loss_at: Callable[[float], float], at_zero: float, first: float) -> float | None:
     """Find the distance along a line at which a loss is lowest: from `first` on by factors of two, then a parabola.
 
     Args:
         loss_at: The loss at a distance, infinite where there is none. Asked once for each distance.
         at_zero: The loss at distance zero.
         first: Where to begin, above zero.
+
+    Returns:
+        The distance; None: the loss is lower nowhere on the line, which then says nothing.
     """
     losses: dict[float, float] = {}
 
@@ -43,10 +48,12 @@ def search(loss_at: Callable[[float], float], at_zero: float, first: float) -> f
 
     best = first
     factor = _STEP if at(first) < at_zero and at(first * _STEP) < at(first) else 1 / _STEP
-    while first / _FARTHEST < best < first * _FARTHEST and (
+    while first * _NEAREST < best < first * _FARTHEST and (
         at(best * factor) < at(best) or (math.isinf(at(best)) and factor < 1)
     ):
         best *= factor
+    if not at(best) < at_zero * (1 - _LEAST_GAIN):
+        return None
     lower, upper = best / _STEP, best * _STEP
     return _vertex((lower, at(lower)), (best, at(best)), (upper, at(upper)))
 

@@ -48,7 +48,8 @@ class Rate:
             value = math.nan
         if not 0 < value <= _LARGEST:  # also refuses NaN
             raise UsageError(
-                "expected a number above zero such as 1e-3, or such as 1% (of each tensor's root mean square)"
+                f"expected a number above zero and at most {_LARGEST:g} such as 1e-3, or such as 1% (of each tensor's "
+                "root mean square)"
             )
         return cls(value / 100, is_relative=True) if is_relative else cls(value)
 

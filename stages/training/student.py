@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from stages.interfaces import Checkpoint, Samples, Scratch
+from stages.interfaces import Checkpoint, Scratch
 from stages.training.distillation_work import Block, Work
 from stages.training.kept_weights import without_moments
 
@@ -174,12 +175,12 @@ class Streamed(Student):
 
     def update(self, numbers: Sequence[int], lr: float) -> float:
         work = self._work
-        self._forward(numbers, is_kept=True)
+        self._forward(numbers)
         ends = work.model.load_ends(work.device, "leave")
         losses = []
         for place, number in enumerate(numbers):
             work.boundary()
-            hidden = self._read(self._hidden, self._place(self._num_blocks, place))
+            hidden = work.read(self._hidden, self._place(self._num_blocks, place))
             loss, gradient = work.end(ends, number, hidden, needs_gradient=True)
             assert gradient is not None
             self._gradients.write(place, (gradient / len(numbers))[0])
@@ -190,9 +191,9 @@ class Streamed(Student):
             block = self._load(index)
             for place, number in enumerate(numbers):
                 work.boundary()
-                leaf = self._read(self._hidden, self._place(index, place)).float().requires_grad_()
+                leaf = work.read(self._hidden, self._place(index, place)).float().requires_grad_()
                 out = work.run(block, leaf, work.inputs(number), trains=True)
-                gradient = _backward(leaf, out, self._read(self._gradients, place))
+                gradient = _backward(leaf, out, work.read(self._gradients, place))
                 self._gradients.write(place, gradient[0])
                 work.advance()
             block.adam.step(lr)
@@ -201,21 +202,11 @@ class Streamed(Student):
         self._is_trained = True
         return math.fsum(losses) / len(losses)
 
-    @torch.no_grad()
     def losses(self, numbers: Sequence[int]) -> list[float]:
-        work = self._work
-        self._forward(numbers, is_kept=False)
-        ends = work.model.load_ends(work.device, "leave")
-        losses = []
-        for place, number in enumerate(numbers):
-            work.boundary()
-            hidden = self._read(self._hidden, self._place(0, place))
-            losses.append(work.end(ends, number, hidden, needs_gradient=False).value)
-            work.advance(losses[-1])
-        return losses
+        return self._work.losses(numbers, partial(self._load, with_adam=False), self._hidden)
 
-    def _forward(self, numbers: Sequence[int], *, is_kept: bool) -> None:
-        """Pass samples through all blocks. is_kept: every block's input is, not only the last output."""
+    def _forward(self, numbers: Sequence[int]) -> None:
+        """Pass samples through all blocks, and keep the input of each."""
         work = self._work
         ends = work.model.load_ends(work.device, "enter")
         for place, number in enumerate(numbers):
@@ -226,20 +217,16 @@ class Streamed(Student):
             block = self._load(index, with_adam=False)
             for place, number in enumerate(numbers):
                 work.boundary()
-                source = self._place(index if is_kept else 0, place)
-                # Gradients are enabled in training as they are when the block is resident.
-                leaf = self._read(self._hidden, source).float().requires_grad_(is_kept)
-                out = work.run(block, leaf, work.inputs(number), trains=is_kept).detach()
-                self._hidden.write(self._place(index + 1 if is_kept else 0, place), out[0])
+                # Gradients are enabled as they are when the block is resident.
+                leaf = work.read(self._hidden, self._place(index, place)).float().requires_grad_()
+                out = work.run(block, leaf, work.inputs(number), trains=True).detach()
+                self._hidden.write(self._place(index + 1, place), out[0])
                 work.advance()
             del block
 
     def _place(self, index: int, place: int) -> int:
         """Where the input of block `index` of a sample of the batch lies."""
         return index * self._most + place
-
-    def _read(self, stream: Samples, place: int) -> Tensor:
-        return stream[place][None].to(self._work.device)
 
     def _load(self, index: int, *, with_adam: bool = True) -> Block:
         tensors = self._work.callbacks.kept(_current(index)) if self._is_trained else None

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stages import generate_samples as stage
-from stages.errors import UsageError
+from stages.errors import NumericalError, UsageError
 from stages.in_memory import ListStream, NullCallbacks
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
@@ -228,6 +229,28 @@ def test_what_writes_no_text_is_refused_and_a_fault_of_a_family_says_how_to_do_w
         written(model, ids(model), callbacks=faulty)
     monkeypatch.setattr(type(model), "generation_model", broken)
     with pytest.raises(UsageError, match=r"a state of another shape.*--distill-generated 0"):
+        written(model, ids(model))
+
+
+@pytest.mark.parametrize("end", [[], [1, 2], None, 5000])
+def test_any_end_of_text_token_is_left_out(tmp_path, end):
+    folder = small_models.save(tmp_path / "model", "llama")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": end}))
+    model = open_model(resolve(str(folder)))
+    found = written(model, ids(model))
+    ends = end if isinstance(end, list) else [end]
+    assert not any((found[:, 10:] == one).any() for one in ends if one is not None)
+
+
+def test_logits_that_are_not_finite_are_refused(tmp_path):
+    folder = small_models.save(tmp_path / "model", "opt")
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["model.decoder.final_layer_norm.bias"][3] = float("nan")
+    save_file(state, path, {"format": "pt"})
+    model = open_model(resolve(str(folder)))
+    with pytest.raises(NumericalError, match="gives logits that are NaN"):
         written(model, ids(model))
 
 

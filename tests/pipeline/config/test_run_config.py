@@ -108,6 +108,22 @@ def test_more_effort_trains_longer_and_a_large_set_for_fewer_epochs(num_samples)
     assert all(d.refine_epochs >= 1 for d in found)
 
 
+def test_distillation_after_another_method_may_hold_out_nothing():
+    given = {"method": "wanda", "held_out": False}
+    config, _, notices = completed({**given, "distill": True})
+    assert config.held_out is False
+    assert not notices
+    config, _, notices = completed(given)
+    assert config.held_out is None
+    assert notices == ["--no-held-out has no effect: only --method lamp and distillation use it"]
+
+
+def test_an_option_of_distillation_that_switches_it_on_is_said():
+    _, _, notices = completed({"method": "wanda", "distill_epochs": 2, "distill_lr": "1%"})
+    assert notices == ["--distill-epochs, --distill-lr: the model is distilled at the end, as by --distill"]
+    assert not completed({"distill_epochs": 2})[2], "LAMP does so by itself"
+
+
 def test_the_table_of_efforts_in_the_readme_is_that_of_the_defaults():
     lines = (Path(__file__).parents[3] / "README.md").read_text().splitlines()
     for effort in get_args(type_of("effort")):
