@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from stages.formats.file_digest import FileDigest, digest_file
 from stages.formats.tensor_parts import TensorPart
@@ -76,6 +77,15 @@ class BlockCall:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    def float(self) -> BlockCall:
+        """The same with its floating-point tensors in fp32."""
+        args, kwargs = tree_map_only(Tensor, _in_fp32, (self.args, dict(self.kwargs)))
+        return BlockCall(args, kwargs)
+
+
+def _in_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,11 @@ class BlockRunner:
     def training_forward(self, hidden: Tensor, call: BlockCall) -> Tensor:
         """`forward` for a training step: in its own dtype, and through torch.compile if these are chosen.
 
-        Both change values by rounding only.
+        Both change values by rounding only. Training in fp32 on streams in half precision, no autocast brings what the
+        streams hold and the weights together.
         """
+        if self._choices.torch_train_dtype == torch.float32 != self._choices.torch_dtype:
+            hidden, call = hidden.float(), call.float()
         with computing(self._choices, trains=True):
             return self._model.run_block(self._trained, hidden, call)
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.long
 
 BF16 = DeviceChoices("cpu", "bfloat16", 1, "highest", "here")
 TRAIN_BF16 = DeviceChoices("cpu", "float32", 1, "highest", "here", train_dtype="bfloat16")
+STREAM_BF16 = DeviceChoices("cpu", "bfloat16", 1, "highest", "here", train_dtype="float32")
 
 
 class Stopped(Exception):
@@ -105,6 +106,7 @@ KINDS = {
     "quantized and transposed": ("gpt2", Pattern(2, 4), FP32, {"bits": 4}),
     "bf16": ("llama-gqa", 0.6, BF16, {}),
     "training in bf16": ("llama-gqa", 0.6, TRAIN_BF16, {}),
+    "all but training in bf16": ("llama-gqa", 0.6, STREAM_BF16, {}),
     "sam": ("sam", 0.6, FP32, {}),
     "vit": ("vit", 0.6, FP32, {}),
 }

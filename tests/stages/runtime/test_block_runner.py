@@ -69,6 +69,25 @@ def test_capture_and_propagation_do_not_depend_on_how_many_samples_share_a_pass(
         assert torch.allclose(alone, shared, rtol=1e-4, atol=1e-5 * alone.abs().max())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("streams", "training"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_training_steps_may_have_another_arithmetic_than_the_streams(models, family, streams, training):
+    model, inputs = models[family], calibration()
+    outs = []
+    for choices in (ONE, dataclasses.replace(ONE, dtype=streams, train_dtype=training)):
+        dense = ListStream(N, (T, H), choices.torch_dtype)
+        capture(context_of(model, inputs, choices), ListStream(N, (T, H), choices.torch_dtype), dense)
+        block = model.load_block(1, choices.torch_device).requires_grad_()
+        runner = BlockRunner(model, block, 1, inputs, choices)
+        with runner.reading([[0]], dense) as read:
+            (batch,) = read
+            out = runner.training_forward(batch.samples[0], batch.call)
+        out.float().square().mean().backward()
+        assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in block.parameters())
+        outs.append(out.detach().float())
+    torch.testing.assert_close(outs[1], outs[0], rtol=0.1, atol=0.05 * float(outs[0].abs().max()))
+
+
 def test_a_stream_may_be_replaced_by_what_the_block_makes_of_it(models):
     model, inputs = models["llama-gqa"], calibration()
     source, out = stream(), stream()
