@@ -15,7 +15,19 @@ from tests.killed_runs import BOMB, exported_weights
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 TEXT = ("--calibration", "pydocs", "--seqlen", "64", "--evaluate", "pydocs", "--eval-max-tokens", "512")
 DISTILL = ("--distill-samples", "7", "--distill-batch", "2")
-COMMON = ("--sparsity", "0.6", "--num-samples", "6", "--epochs", "2", *DISTILL, "--device", "cpu")
+COMMON = (
+    "--sparsity",
+    "0.6",
+    "--num-samples",
+    "6",
+    "--epochs",
+    "2",
+    "--refine-epochs",
+    "2",
+    *DISTILL,
+    "--device",
+    "cpu",
+)
 FLAGS = (*COMMON, *TEXT, "--distill-generated", "0")
 GENERATES = (*COMMON, *TEXT, "--distill-generated", "5")
 # Kinds of steps in the order of a run.

@@ -140,7 +140,7 @@ def test_streamed_and_resident_are_bit_identical_and_the_masks_stay(tmp_path, ki
 @pytest.mark.parametrize(
     ("stopped_resident", "resumed_resident"),
     [
-        pytest.param(True, False, id="resident, then streamed"),
+        pytest.param(True, False, id="resident, then streamed", marks=pytest.mark.slow),
         pytest.param(False, True, id="streamed, then resident"),
         pytest.param(True, True, id="resident", marks=pytest.mark.slow),
         pytest.param(False, False, id="streamed", marks=pytest.mark.slow),

@@ -12,7 +12,7 @@ from tests.small_models import save
 SMALL = (
     *("--sparsity", "0.5", "--num-samples", "3", "--seqlen", "16", "--eval-seqlen", "16", "--eval-max-tokens", "64"),
 )
-FLAGS = (*SMALL, "--epochs", "1")
+FLAGS = (*SMALL, "--epochs", "1", "--refine-epochs", "1")
 PLACE = "s3://bucket/runs/mine"
 
 

@@ -112,6 +112,7 @@ def test_killed_sweep_resumes_to_the_same_values(lampctl, given, tmp_path):
     assert [t["value"] for t in after.json["trials"]] == [t["value"] for t in quiet.json["trials"]]
 
 
+@pytest.mark.slow
 def test_stopped_search_samples_the_same_points(lampctl, given, tmp_path, monkeypatch):
     search = ("--sparsity", "0.6", "--search", "alpha=0.6:1.0,lr=1e-4:1e-2:log", "--trials", "4")
     whole = lampctl("sweep", *given, *search, "--sweep-dir", "whole", "--json")
