@@ -156,7 +156,7 @@ def test_stopped_at_any_boundary_it_resumes_to_the_same_bits(case, stopped_resid
     assert uninterrupted.progress == 1
     assert uninterrupted.num_boundaries > 20
     # Boundaries of every kind, spread over the whole.
-    for at in range(0, uninterrupted.num_boundaries, max(uninterrupted.num_boundaries // 8, 1)):
+    for at in range(0, uninterrupted.num_boundaries, max(uninterrupted.num_boundaries // 12, 1)):
         callbacks = DurableStops(at)
         with pytest.raises(Stopped):
             case.distilled(callbacks, is_resident=stopped_resident, settings=settings)
