@@ -23,11 +23,9 @@ N: samples.    B: samples of a batch.    T: tokens of a sample.    H: hidden siz
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,18 +35,16 @@ from stages.interfaces import Checkpoint, DurableCallbacks, Samples, Scratch
 from stages.runtime.block_context import BlockOutput, StageContext
 from stages.runtime.sample_views import JoinedSamples
 from stages.tasks.registry import task_named
+from stages.training.distillation_course import Course, PassCount, Schedule
 from stages.training.distillation_work import Block, PrunedBlocks, Work
 from stages.training.end_loss import EndLoss
 from stages.training.kept_weights import kept_masked
 from stages.training.loss import split_samples
 from stages.training.rate_search import USUAL_TRIALS, Trial, search
 from stages.training.rates import Rate
-from stages.training.seeding import generator_for
 from stages.training.student import Resident, Streamed, Student
 from stages.training.trainer import BACKTRACK, Losses
 
-# Share of the updates in which the learning rate rises to its full value.
-_WARM_UP = 1 / 15
 # Where no epoch improved the model, distillation begins again at a smaller rate, unless this many epochs have failed.
 _MOST_FAILURES = 3
 
@@ -106,36 +102,6 @@ class Distillation:
     num_held_out: int
 
 
-@dataclass
-class _Course:
-    """State without weights and moments, after the last finished update. Field names are part of the checkpoints."""
-
-    before: float | None = None
-    peak: float | None = None  # the highest learning rate; None: not found yet
-    trials: list[Trial] = field(default_factory=list)
-    epoch: int = 1  # the current one
-    losses: list[float] = field(default_factory=list)  # of the epoch's updates so far
-    epochs: list[Losses] = field(default_factory=list)  # of the finished epochs
-    updates: list[float] = field(default_factory=list)
-    best: float = math.inf  # the lowest held-out loss so far
-    kept_epoch: int = 0
-    rate: float = 1.0  # factor of the learning rate after backtracking
-    beginning: int = 0  # finished epochs when the schedule of the learning rate began
-    is_over: bool = False  # every epoch is finished, and the blocks hold the weights that are kept
-    rounded: float | None = None  # the held-out loss of those weights in the export dtypes; None: not measured
-
-    def to_json(self) -> dict[str, Any]:
-        trials = [[trial.distance, None if math.isinf(trial.loss) else trial.loss] for trial in self.trials]
-        return {**asdict(self), "best": None if math.isinf(self.best) else self.best, "trials": trials}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> _Course:
-        best = math.inf if values["best"] is None else values["best"]
-        trials = [Trial(distance, math.inf if loss is None else loss) for distance, loss in values.get("trials", ())]
-        epochs = [Losses(**epoch) for epoch in values["epochs"]]
-        return cls(**{**values, "best": best, "trials": trials, "epochs": epochs})
-
-
 class Distiller:
     """Distills a pruned model. The caller calls `train`, then `finish` for every block."""
 
@@ -172,9 +138,9 @@ class Distiller:
         self._end_loss: type[EndLoss] = task_named(context.model.task).end_loss
         if settings.holds_out and not self._held_out:
             callbacks.warn("only one sample: none is held out, and distillation is not judged")
-        self._num_updates = max(round(len(self._train_set) / settings.batch), 1)  # of an epoch
+        self._schedule = Schedule(self._train_set, settings.epochs, settings.batch, settings.seed)
         self._restored = callbacks.restore()
-        self._course = _Course() if self._restored is None else _Course.from_json(self._restored.figures["course"])
+        self._course = Course() if self._restored is None else Course.from_json(self._restored.figures["course"])
         if settings.lr is None:
             self._lr = Rate(1.0, is_relative=True)
             if not self._held_out:
@@ -183,20 +149,14 @@ class Distiller:
             self._lr, self._course.peak = Rate(1.0, settings.lr.is_relative), settings.lr.value
         work = self._work = Work(context, pruned, teacher, self._end_loss, self._lr, callbacks, self)
         self._scratch = scratch
-        most = max(math.ceil(len(self._train_set) / self._num_updates), len(self._held_out))
+        most = max(self._schedule.largest_batch, len(self._held_out))
         stored = () if self._restored is None else self._restored.parts
         self._student: Student = Resident(work, stored) if is_resident else Streamed(work, stored, scratch, most)
-        num_blocks, course = context.model.num_blocks, self._course
-        judging = len(self._held_out) * (num_blocks + 1)  # passes through blocks and head
-        of_sample = 2 * num_blocks + 1  # forward and backward
-        self._per_epoch = len(self._train_set) * of_sample + judging
-        self._judging = judging
-        num_trials = USUAL_TRIALS * (course.peak is None) + len(course.trials)
-        self._total = (1 + num_trials) * judging + (course.beginning + settings.epochs) * self._per_epoch
-        num_judged = (1 + num_trials) * (self._restored is not None)
-        self._done = judging * num_judged + len(course.epochs) * self._per_epoch
         self._shown: dict[str, float] = {}  # with the progress, from the last sample
-        self._done += of_sample * sum(len(batch) for batch in self._batches(course.epoch)[: len(course.losses)])
+        self._passes = PassCount(
+            context.model.num_blocks, len(self._train_set), len(self._held_out), settings.epochs, self._report
+        )
+        self._passes.begin(self._course, self._schedule, is_restored=self._restored is not None)
 
     def train(self) -> Distillation:
         """Train all blocks. Afterwards they hold the best weights.
@@ -204,15 +164,15 @@ class Distiller:
         Raises:
             NumericalError: The loss is not finite.
         """
-        course, student = self._course, self._student
+        course = self._course
         if self._restored is None:
             course.before = self._judge()
             course.best = math.inf if course.before is None else course.before
         self._restored = None
         while not course.is_over:
-            batches = self._batches(course.epoch)
+            batches = self._schedule.batches(course.epoch)
             for batch in batches[len(course.losses) :]:
-                loss = self._first_update(batch) if course.peak is None else student.update(batch, self._rate())
+                loss = self._update(batch)
                 if not math.isfinite(loss):
                     raise NumericalError(
                         f"distillation: the loss became {loss} in update {len(course.updates) + 1}; {self._advice()}"
@@ -263,7 +223,7 @@ class Distiller:
         if is_exact or not (course.kept_epoch and self._held_out):
             return
         if course.rounded is None:
-            self._total += self._judging
+            self._passes.add_judgements(1)
             room = self._scratch.stream(
                 "rounded", len(self._held_out), self._context.hidden_shape, self._work.choices.torch_dtype
             )
@@ -286,12 +246,11 @@ class Distiller:
     def _unjudged_peak(self) -> float:
         return _UNJUDGED * math.sqrt(self._settings.batch)
 
-    def _batches(self, epoch: int) -> list[list[int]]:
-        """The samples of each update of an epoch, in a seeded order: an even split."""
-        generator = generator_for(self._settings.seed, "distill", epoch)
-        order = [self._train_set[i] for i in torch.randperm(len(self._train_set), generator=generator).tolist()]
-        ends = [k * len(order) // self._num_updates for k in range(self._num_updates + 1)]
-        return [order[start:end] for start, end in itertools.pairwise(ends)]
+    def _update(self, batch: Sequence[int]) -> float:
+        """Train on a batch. Returns the mean loss before the update."""
+        if self._course.peak is None:
+            return self._first_update(batch)
+        return self._student.update(batch, self._schedule.rate(self._course))
 
     def _first_update(self, batch: Sequence[int]) -> float:
         """Train on the first batch, and find the highest learning rate. Returns the mean loss before the update."""
@@ -303,7 +262,7 @@ class Distiller:
 
         def loss_at(rate: float) -> float:
             if len(course.trials) >= USUAL_TRIALS:
-                self._total += self._judging
+                self._passes.add_judgements(1)
             student.move(rate / _FIRST_TRIAL)
             held_out = _mean(student.losses(self._held_out))
             course.trials.append(Trial(rate, held_out if math.isfinite(held_out) else math.inf))
@@ -311,7 +270,7 @@ class Distiller:
 
         assert course.before is not None
         best = search(loss_at, course.before, _FIRST_TRIAL)
-        self._total -= max(USUAL_TRIALS - len(course.trials), 0) * self._judging
+        self._passes.add_judgements(min(len(course.trials) - USUAL_TRIALS, 0))
         if best is None:
             best = self._unjudged_peak / _PEAK
             self._callbacks.warn(
@@ -321,16 +280,6 @@ class Distiller:
         course.peak = float(f"{_PEAK * best:.3g}")  # as it is reported: --distill-lr can repeat it
         student.move(best / _FIRST_TRIAL)
         return loss
-
-    def _rate(self) -> float:
-        """The learning rate of the next update."""
-        total = self._settings.epochs * self._num_updates
-        number = len(self._course.updates) - self._course.beginning * self._num_updates
-        warm = math.ceil(total * _WARM_UP) if total > 1 else 0
-        rising = min(1.0, (number + 1) / (warm + 1))
-        falling = 0.5 * (1 + math.cos(math.pi * number / total))
-        assert self._course.peak is not None
-        return self._course.peak * self._course.rate * rising * falling
 
     def _judge(self) -> float | None:
         """The mean loss over the held-out samples; None: there are none."""
@@ -368,7 +317,7 @@ class Distiller:
         course.is_over = is_last
         if is_last and not course.kept_epoch and len(course.epochs) < _MOST_FAILURES:
             course.beginning, course.is_over = len(course.epochs), False
-            self._total += self._settings.epochs * self._per_epoch
+            self._passes.add_epochs()
         self._checkpoint_due()
 
     def _checkpoint_due(self) -> None:
@@ -384,10 +333,12 @@ class Distiller:
 
     def advance(self, loss: float | None = None, /) -> None:
         """Report that a pass is done. loss: of the sample."""
-        self._done += 1
         if loss is not None:
             self._shown = {"loss": loss, "epoch": self._course.epoch}
-        self._callbacks.report(self._done, self._total, "passes", **self._shown)
+        self._passes.advance()
+
+    def _report(self, done: int, total: int) -> None:
+        self._callbacks.report(done, total, "passes", **self._shown)
 
     def _checkpoint(self) -> Checkpoint:
         self._student.store()
