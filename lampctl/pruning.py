@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from stages.distill_in_memory import DistilledBlocks
     from stages.interfaces import Callbacks
     from stages.lamp import Budget, LampBlock, LampSettings
-    from stages.machine.device import DeviceChoices
     from stages.measure_end_loss import MeasuredEndLoss
     from stages.models.decoder import Decoder
     from stages.runtime.block_context import StageContext
@@ -112,12 +110,13 @@ def prune(
     from pipeline.steps.stage_settings import distillation_drawing_of, drawing_of
     from stages.in_memory import ListScratch, NullCallbacks
     from stages.lamp import lamp
+    from stages.machine.torch_state import applied, usual_modes
     from stages.measure_end_loss import EndLossMeasuring
     from stages.models.in_memory import open_in_memory
     from stages.runtime.block_context import StageContext
 
     told = callbacks if callbacks is not None else NullCallbacks()
-    with _WORKING, _usual_modes():
+    with _WORKING, usual_modes():
         decoder = open_in_memory(model)
         gathered = _gathered({**settings, "model": decoder.source.name}, preset, calibration)
         planned = _planned(gathered, decoder, calibration)
@@ -128,7 +127,7 @@ def prune(
         context = StageContext(decoder, inputs, planned.device, told)
         target = model if inplace else copy.deepcopy(model)
         distillation = end_loss = None
-        with _applied(planned.device):
+        with applied(planned.device):
             measuring = EndLossMeasuring(context, ListScratch()) if config.end_loss else None
             finished = lamp(context, _budget(planned, context), _settings(planned))
             if config.distill:
@@ -268,11 +267,12 @@ def _chosen_bos(source: TextSource, tokenizer: Any, planned: PlannedPruning, dec
     """Where BOS stands in the samples, measured on the model itself."""
     from stages.choose_bos import choose_bos
     from stages.in_memory import ListScratch, NullCallbacks
+    from stages.machine.torch_state import applied
     from stages.metrics.base import MetricContext
 
     protocol = replace(planned.config.evaluation_protocol, seqlen=planned.config.seqlen)
     context = MetricContext(decoder, decoder, source, protocol, ListScratch(), planned.device, NullCallbacks())
-    with _applied(planned.device):
+    with applied(planned.device):
         return choose_bos(context, tokenizer, "calibration").mode
 
 
@@ -343,59 +343,3 @@ def _kept(block: LampBlock, target: PreTrainedModel, decoder: Decoder) -> BlockR
         for name, tensor in block.finished.state.items():
             parts[name].of(entries[parts[name].key]).copy_(tensor)
     return BlockReport(block.index, block.finished.layers, block.compensation, block.refinement)
-
-
-@contextlib.contextmanager
-def _applied(device: DeviceChoices) -> Iterator[None]:
-    """Inside, torch computes as the device choices say; afterwards as before."""
-    import torch
-
-    from stages.machine.device import apply
-
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    switches = [(place, name, getattr(place, name)) for place, name in _switches()]
-    efficient_attention = torch.backends.cuda.mem_efficient_sdp_enabled()
-    try:
-        apply(device)
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)
-        torch.backends.cuda.enable_mem_efficient_sdp(efficient_attention)
-        for place, name, value in switches:
-            setattr(place, name, value)
-        # After allow_tf32, which changes a part of it: torch refuses to read a precision that is set in parts.
-        torch.set_float32_matmul_precision(precision)
-
-
-@contextlib.contextmanager
-def _usual_modes() -> Iterator[None]:
-    """Inside, torch keeps gradients, casts nothing by itself and makes fp32 tensors, whatever the caller set."""
-    import torch
-
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-def _switches() -> list[tuple[Any, str]]:
-    """Settings of torch that `stages.machine.device.apply` changes by assignment: where each is, its name."""
-    import torch
-
-    return [
-        (torch.backends.cuda.matmul, "allow_tf32"),
-        (torch.backends.cudnn, "allow_tf32"),
-        (torch.backends.cudnn, "benchmark"),
-        (torch.utils.deterministic, "fill_uninitialized_memory"),
-    ]
