@@ -112,12 +112,12 @@ def test_the_command_of_the_step_does_it(lampctl, model):
 def test_a_distillation_set_of_its_own(lampctl, method):
     short = ("--epochs", "1", "--no-refine") if method == "lamp" else ()
     own = ("--distill-samples", "40", "--distill-generated", "0")
-    arguments = (TINY_OPT, "--sparsity", "0.5", "--method", method, *DATA, *short, *DISTILL, *own)
+    arguments = (TINY_OPT, "--sparsity", "0.5", "--method", method, *DATA, "--seqlen", "32", *short, *DISTILL, *own)
     lampctl("run", *arguments, "--run-dir", "run")
     found = result(Path("run"), "distill")
     assert found["num_held_out"] == 2, "1 sample in 16 of its own set"
     assert found["after"] < found["before"]
-    assert result(Path("run"), "teach")["samples"]["amount"] == 40 * 64
+    assert result(Path("run"), "teach")["samples"]["amount"] == 40 * 32
     assert ("calibrate" in steps(Path("run"))) == (method != "magnitude")
 
 
