@@ -22,6 +22,13 @@ from lampctl.app import main
 main()
 """
 
+# As `python FILE arguments`: the file is the first argument.
+SCRIPT = """
+import runpy, sys
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 _IMPORTED = (
     *("lampctl.app", "lampctl.commands.run", "pipeline.steps.executor", "pipeline.runs.lifecycle", "stages.lamp"),
     *("transformers.models.opt.modeling_opt", "transformers.models.llama.modeling_llama", "segment_anything"),

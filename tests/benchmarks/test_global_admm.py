@@ -1,8 +1,6 @@
 """Global ADMM, which the quality benchmark compares with: counts, what it leaves alone, and that it learns."""
 
 import json
-import subprocess
-import sys
 
 import numpy
 import pytest
@@ -10,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.quality.global_admm import Settings, prune
+from tests import warm_python
 from tests.conftest import TINY_OPT
 
 SETTINGS = Settings(sparsity=0.6, epochs=2, batch=2, lr=2e-3, penalty=0.01, interval=2)
@@ -73,8 +72,10 @@ def test_it_is_better_than_magnitude_on_text_that_it_has_not_seen(windows):
 def test_the_script_leaves_a_folder_that_opens(windows, tmp_path):
     (tmp_path / "model").symlink_to(TINY_OPT)
     numpy.save(tmp_path / "windows.npy", windows[:2].numpy())
-    command = (sys.executable, "-m", "benchmarks.quality.global_admm", str(tmp_path), "--sparsity", "0.5")
-    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=TINY_OPT.parents[1])
+    root = TINY_OPT.parents[1]
+    script = root / "benchmarks/quality/global_admm.py"
+    told = warm_python.run(warm_python.SCRIPT, script, tmp_path, "--sparsity", "0.5", cwd=root)
+    assert told.returncode == 0, told.stderr
     figures = json.loads(told.stdout.splitlines()[-1])
     # Three epochs of one batch: the first loss is the original model's.
     assert len(figures["losses"]) == 3

@@ -14,6 +14,7 @@ from benchmarks.quality import cells, figure, methods, page, plan, sections
 from benchmarks.quality.ledger import Ledger
 from benchmarks.quality.parts import CORE, KEY, PARTS, Study
 from benchmarks.quality.texts import C4_FIRST, EMBEDDED, Text, c4_calibration, default_evaluation
+from tests import warm_python
 
 ROOT = Path(__file__).parents[2]
 STUDY = Study()
@@ -223,10 +224,11 @@ def test_a_row_says_which_settings_were_in_force_and_what_the_distillation_repor
 
 
 def test_any_model_folder_is_measured_by_zeros_and_perplexity():
-    command = [sys.executable, str(ROOT / "benchmarks/quality/measure.py"), str(ROOT / "examples/tiny-opt")]
+    command = [warm_python.SCRIPT, ROOT / "benchmarks/quality/measure.py", ROOT / "examples/tiny-opt"]
     command += ["--evaluate", "pydocs", "--eval-seqlen", "128", "--eval-max-tokens", "256", "--pattern", "2:4"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    report = json.loads(shown)
+    shown = warm_python.run(*command, cwd=ROOT)
+    assert shown.returncode == 0, shown.stderr
+    report = json.loads(shown.stdout)
     assert report["evaluations"][0] | {"perplexity": 0} == {"source": "pydocs", "perplexity": 0, "num_tokens": 256}
     assert 10 < report["evaluations"][0]["perplexity"] < 200
     assert report["pattern_held"] < 0.01

@@ -177,7 +177,7 @@ def test_settings_of_distillation_switch_it_on(lampctl):
     assert shown["settings"]["distill_epochs"]["value"] == 2
 
 
-def test_a_model_in_memory_gets_the_weights_of_the_run(lampctl):
+def test_a_model_in_memory_gets_the_weights_of_the_run(lampctl, model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lampctl as package
@@ -186,29 +186,30 @@ def test_a_model_in_memory_gets_the_weights_of_the_run(lampctl):
     settings |= {"distill": True, "distill_batch": 4, "distill_lr": 3e-4, "distill_samples": 16}
     arguments = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
     arguments = [part for part in arguments if part is not True]
+    text = "text:words.txt"
     told = lampctl(
-        "run", TINY_OPT, *arguments, "--calibration", "pydocs", "--evaluate", "", "--device", "cpu", "--run-dir", "run"
+        "run", model, *arguments, "--calibration", text, "--evaluate", "", "--device", "cpu", "--run-dir", "run"
     )
     assert told.code == 0, told.err
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY_OPT), AutoTokenizer.from_pretrained(TINY_OPT)
-    pruned, report = package.prune(model, "pydocs", tokenizer=tokenizer, **settings)
+    original, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    pruned, report = package.prune(original, text, tokenizer=tokenizer, **settings)
     assert report.distillation.after == result(Path("run"), "distill")["after"]
     assert report.end_loss.value == pytest.approx(result(Path("run"), "end-loss")["value"], rel=1e-5)
     state = pruned.state_dict()
     for name, tensor in weights(Path("run")).items():
         assert torch.equal(state[name], tensor), name
     with pytest.raises(ConfigError, match="distill_samples"):
-        package.prune(model, [[5, 6, 7, 8]] * 4, sparsity=0.5, method="wanda", distill_samples=8)
+        package.prune(original, [[5, 6, 7, 8]] * 4, sparsity=0.5, method="wanda", distill_samples=8)
 
 
-def test_token_ids_are_the_set_of_distillation_at_any_effort():
+def test_token_ids_are_the_set_of_distillation_at_any_effort(model):
     from transformers import AutoModelForCausalLM
 
     import lampctl as package
 
-    model = AutoModelForCausalLM.from_pretrained(TINY_OPT)
+    original = AutoModelForCausalLM.from_pretrained(model)
     short = {"epochs": 1, "refine_epochs": 1, "distill_epochs": 1}
-    _, report = package.prune(model, [[5, 6, 7, 8, 9, 10]] * 4, sparsity=0.5, effort="high", **short)
+    _, report = package.prune(original, [[5, 6, 7, 8, 9, 10]] * 4, sparsity=0.5, effort="high", **short)
     assert report.settings["distill_samples"] is None
     assert report.distillation is not None
 
