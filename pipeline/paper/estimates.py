@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -101,6 +102,7 @@ def _stream_bytes(scale: Scale, config: RunConfig) -> int:
     return (config.num_samples or 0) * config.seqlen * scale.hidden * 4
 
 
+@functools.cache
 def best_rate(device: torch.device) -> float:
     """Measure the FLOP per second of a matrix product: fp32 on a processor, bf16 on a GPU."""
     import torch

@@ -135,7 +135,9 @@ def test_training_reaches_the_experts_and_keeps_their_masks(bits):
 
 
 @pytest.mark.parametrize("family", EVERY)
-@pytest.mark.parametrize("flags", [("--method", "sparsegpt"), ("--epochs", 1, "--refine-epochs", 1, "--bits", 4)])
+@pytest.mark.parametrize(
+    "flags", [("--method", "sparsegpt"), ("--epochs", 1, "--refine-epochs", 1, "--bits", 4, "--distill-generated", 0)]
+)
 def test_a_run_gives_a_folder_that_transformers_opens(lampctl, tmp_path, words, family, flags):
     folder = save(tmp_path / "m", family, torch.bfloat16)
     goal = ("--sparsity", 0.5, "--calibration", f"text:{words}", "--run-dir", "r")

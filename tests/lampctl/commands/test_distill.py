@@ -108,7 +108,7 @@ def test_the_command_of_the_step_does_it(lampctl, model):
     assert lampctl("export", "run").code == 0
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "lamp"])
+@pytest.mark.parametrize("method", ["magnitude", pytest.param("wanda", marks=pytest.mark.slow), "lamp"])
 def test_a_distillation_set_of_its_own(lampctl, method):
     short = ("--epochs", "1", "--no-refine") if method == "lamp" else ()
     own = ("--distill-samples", "40", "--distill-generated", "0")
