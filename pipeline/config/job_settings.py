@@ -159,7 +159,7 @@ class JobSettings:
             "disk, several passes for the statistics of a block. lampctl refuses a run that still does not fit.",
             "Machine",
             "SIZE",
-            "none",
+            "what is free here, in a container what it has left",
             scope="runtime",
         ),
     ] = None

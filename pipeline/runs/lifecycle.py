@@ -196,7 +196,9 @@ def _do_remaining(
     )
     if has_more:
         require_room_for(job, worker)
-        worker.fit_memory()
+        shortage = worker.fit_memory()
+        if shortage is not None:
+            listener.warn(shortage)
     repair(job, is_deep=options.checks == "all" or (options.checks == "as needed" and has_more))
     try:
         advance(job, options.until)

@@ -31,7 +31,7 @@ class StepContext:
         config: Its configuration.
         shared_with: Another run whose results are used, such as the main run of a baseline.
         spills: Samples that do not fit into memory while a block is trained go to scratch streams.
-        left_bytes: What --memory-limit leaves beside the memory that the process took before; None: no limit.
+        left_bytes: What the run may take beside the memory that the process took before; None: not known yet.
         distills_resident: All blocks fit into memory while the model is distilled.
         generates_resident: All blocks fit into memory while the original model generates samples.
     """

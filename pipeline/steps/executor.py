@@ -86,10 +86,16 @@ class StepExecutor:
             attempt.scratch(),
         )
 
-    def fit_memory(self) -> None:
-        """Keep the remaining steps within --memory-limit. Raises ResourceError where that is impossible.
+    def fit_memory(self) -> str | None:
+        """Keep the remaining steps within --memory-limit, or what is free.
 
         The number of samples in a forward pass was fixed when the run began, because it decides the last bits.
+
+        Returns:
+            What to warn of: the machine may have too little memory.
+
+        Raises:
+            ResourceError: There is too little memory.
         """
         from pipeline.steps.stage_settings import fit_memory
         from stages.runtime.block_runner import samples_at_once
@@ -100,6 +106,7 @@ class StepExecutor:
         context.spills, context.left_bytes = fitting.spills, fitting.left_bytes
         context.distills_resident = fitting.distills_resident
         context.generates_resident = fitting.generates_resident
+        return fitting.shortage
 
     def size_of(self, payload: str) -> int:
         """Estimated size of a payload on disk, in bytes."""

@@ -66,21 +66,21 @@ def block_budget(stored: StoredBlockBudget) -> BlockBudget:
 
 
 def fit_memory(model: BlockModel, config: RunConfig, choices: DeviceChoices, at_once: Sequence[int]) -> Fit:
-    """The memory that a run will take, and the choices that keep it within --memory-limit.
+    """The memory that a run will take, and the choices that keep it within --memory-limit, or what is free.
 
     at_once: numbers of samples that may share a forward pass, rising. Raises ResourceError where none will do.
     """
     from stages.machine.device import memory_available, memory_in_use
-    from stages.runtime.memory_planner import Shapes, fit
+    from stages.runtime.memory_planner import Room, Shapes, fit
 
+    limit = parse_size(config.memory_limit) if config.memory_limit is not None else None
+    room = Room(memory_available(choices.torch_device), limit, choices.torch_device.type != "cpu")
     return fit(
         Shapes.of(model, config.seqlen, choices.torch_dtype.itemsize),
         _work_of(config, model),
         memory_in_use(choices.torch_device),
-        parse_size(config.memory_limit) if config.memory_limit is not None else None,
+        room,
         at_once,
-        "memory" if choices.torch_device.type == "cpu" else "GPU memory",
-        memory_available(choices.torch_device),
     )
 
 
@@ -89,7 +89,7 @@ def statistics_room(
 ) -> int | None:
     """How many bytes the statistics of a block may take at once; None: all of them fit.
 
-    left_bytes: what --memory-limit leaves beside the memory that the process took before (`Fit.left_bytes`).
+    left_bytes: what the run may take beside the memory that the process took before (`Fit.left_bytes`).
     """
     from stages.runtime.block_runner import samples_at_once
     from stages.runtime.memory_planner import Shapes, statistics_room

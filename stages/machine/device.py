@@ -22,6 +22,7 @@ import torch
 
 from stages.errors import ResourceError, UsageError
 from stages.machine.autotune import tuned
+from stages.machine.cgroups import memory_left
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,13 +131,17 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def memory_available(device: torch.device) -> int:
-    """Bytes of memory that this process may take, what it holds already included: 90% of what is free."""
+    """Bytes of memory that this process may take, what it holds already included: 90% of what is free.
+
+    In a container that has less than the machine (`stages.machine.cgroups`), of what is free there.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(_SHARE_TAKEN * (free + torch.cuda.memory_reserved(device)))
     import psutil
 
-    return _from_status("VmRSS") + int(_SHARE_TAKEN * psutil.virtual_memory().available)
+    free, left = psutil.virtual_memory().available, memory_left()
+    return _from_status("VmRSS") + int(_SHARE_TAKEN * (free if left is None else min(free, left)))
 
 
 def name_of(device: str) -> str | None:

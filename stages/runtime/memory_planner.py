@@ -9,14 +9,16 @@ V: vocabulary.    All arithmetic is fp32, 4 bytes per number; bf16 takes no more
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stages.errors import ResourceError
 from stages.models.base import BlockModel, LayerInfo
 from stages.pruners.base import Pruner
+from stages.pruners.registry import PAPER_PRUNER, PRUNERS
 
 _FP32 = 4
 # Layers with these roles read the same input and share one set of statistics.
@@ -114,7 +116,27 @@ class Fit:
     distills_resident: bool  # all blocks are in memory while the model is distilled
     generates_resident: bool  # all blocks are in memory while the original model generates samples
     peak_bytes: int
-    left_bytes: int | None  # what the limit leaves beside the baseline memory; None: no limit
+    left_bytes: int  # what the run may take beside the baseline memory
+    shortage: str | None = None  # the machine may have too little memory: what is needed and what there is
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory that a run may take, the baseline memory of the process included."""
+
+    available_bytes: int  # what this machine has for it
+    limit_bytes: int | None = None  # that the user has set; None: what is available
+    is_device: bool = False  # memory of a GPU, which is not lent out: what does not fit there fails
+
+    @property
+    def bound(self) -> int:
+        """The most bytes that the run shall take."""
+        return self.available_bytes if self.limit_bytes is None else self.limit_bytes
+
+    @property
+    def where(self) -> str:
+        """The kind of memory, for messages."""
+        return "GPU memory" if self.is_device else "memory"
 
 
 def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool, room_bytes: int | None = None) -> dict[str, int]:
@@ -251,52 +273,70 @@ def _solving(group: Sequence[LayerInfo], work: Work) -> int:
     return _FP32 * (matrices * group[0].cols ** 2 + work.pruner.num_weight_copies * size)
 
 
-def fit(
-    shapes: Shapes,
-    work: Work,
-    base_bytes: int,
-    limit_bytes: int | None,
-    candidates: Sequence[int],
-    where: str,
-    available_bytes: int = 0,
-) -> Fit:
-    """Choose the largest micro-batch that keeps the run within the memory limit.
+def fit(shapes: Shapes, work: Work, base_bytes: int, room: Room, candidates: Sequence[int]) -> Fit:
+    """Choose the largest micro-batch that keeps the run within the memory that there is.
 
     The best weights are spilled to disk only if no micro-batch fits otherwise. The number of passes that collect the
     statistics of a block follows from the limit afterwards (`statistics_room`): it changes no result, and the
-    micro-batch does.
+    micro-batch does. So a processor whose memory happens to be short takes the largest micro-batch all the same, unless
+    the user has set a limit; what more the system has to lend is not known, and the run is not refused.
 
     Args:
         shapes: Sizes of the model and its samples.
         work: What the run does.
         base_bytes: Baseline memory before the model is loaded.
-        limit_bytes: The limit; None: no limit, the last candidate is chosen.
+        room: The memory for it. All blocks are in memory together only where that is enough.
         candidates: Sizes of micro-batches, in samples, in rising order.
-        where: "memory" or "GPU memory", for messages.
-        available_bytes: What this machine has. All blocks are in memory together only where that is enough.
 
     Raises:
         ResourceError: Nothing fits; the message names the smallest sufficient limit.
     """
-    left = None if limit_bytes is None else limit_bytes - base_bytes
-    options = [(samples, spills) for spills in (False, True) for samples in reversed(candidates)]
-    for samples, spills in options:
-        if left is None or max(_least_peaks(shapes, work, samples, spills=spills).values()) <= left:
-            room = statistics_room(shapes, work, samples, left)
-            most = base_bytes + max(peaks(shapes, work, samples, spills=spills, room_bytes=room).values())
-            there_is = min(available_bytes, limit_bytes or available_bytes)
-            distilling, generating = (
-                base_bytes + int(_SLACK * step(shapes, work, is_resident=True)) if is_wanted else None
-                for step, is_wanted in ((distillation, work.distills), (generation, work.num_at_once > 0))
-            )
-            resident = [peak if peak is not None and peak <= there_is else 0 for peak in (distilling, generating)]
-            return Fit(samples, spills, resident[0] > 0, resident[1] > 0, max(most, *resident), left)
-    details = _least_peaks(shapes, work, candidates[0], spills=True)
-    smallest = int(_NOISE * base_bytes) + max(details.values())
-    assert limit_bytes is not None
-    raise ResourceError(
-        f"--memory-limit {_gb(limit_bytes)} is too little: this run needs {_gb(_round_up(smallest))} of {where} "
-        f"({_describe(details, base_bytes)}). Give it that much, or use a smaller --seqlen"
+    left = room.bound - base_bytes
+    is_hard = room.limit_bytes is not None or room.is_device
+    choices = tuple(reversed(candidates)) if is_hard else tuple(candidates[-1:])
+    for spills, samples in itertools.product((False, True), choices):
+        if max(_least_peaks(shapes, work, samples, spills=spills).values()) <= left:
+            return _fit(shapes, work, base_bytes, room, samples, spills=spills)
+    details = _least_peaks(shapes, work, choices[-1], spills=True)
+    smallest = _gb(_round_up(int(_NOISE * base_bytes) + max(details.values())))
+    needs = f"{smallest} of {room.where} ({_describe(details, base_bytes)})"
+    advice = _advice(shapes, work, choices[-1])
+    if room.limit_bytes is not None:
+        raise ResourceError(
+            f"--memory-limit {_gb(room.limit_bytes)} is too little: this run needs {needs}. Give it that much, or "
+            f"{advice}"
+        )
+    if room.is_device:
+        raise ResourceError(f"this run needs {needs}, and {_gb(room.bound)} are free: {advice}, or use a larger GPU")
+    shortage = (
+        f"this run may need {needs}, and {_gb(room.bound)} are free here: the system may end it. Free some, or {advice}"
+    )
+    return replace(_fit(shapes, work, base_bytes, room, choices[-1], spills=True), shortage=shortage)
+
+
+def _fit(shapes: Shapes, work: Work, base_bytes: int, room: Room, samples: int, *, spills: bool) -> Fit:
+    """The choices with a micro-batch of `samples`."""
+    left = room.bound - base_bytes
+    statistics = statistics_room(shapes, work, samples, left)
+    most = base_bytes + max(peaks(shapes, work, samples, spills=spills, room_bytes=statistics).values())
+    there_is = min(room.available_bytes, room.bound)
+    distilling, generating = (
+        base_bytes + int(_SLACK * step(shapes, work, is_resident=True)) if is_wanted else None
+        for step, is_wanted in ((distillation, work.distills), (generation, work.num_at_once > 0))
+    )
+    resident = [peak if peak is not None and peak <= there_is else 0 for peak in (distilling, generating)]
+    return Fit(samples, spills, resident[0] > 0, resident[1] > 0, max(most, *resident), left)
+
+
+def _advice(shapes: Shapes, work: Work, samples: int) -> str:
+    """What takes less memory."""
+    lighter = PRUNERS.get(PAPER_PRUNER)
+    taken, less = (
+        max(_least_peaks(shapes, each, samples, spills=True).values()) for each in (work, replace(work, pruner=lighter))
+    )
+    shorter = "use a smaller --seqlen"
+    return (
+        f"prune with {lighter.title}, which takes {_gb(taken - less)} less, or {shorter}" if less < taken else shorter
     )
 
 

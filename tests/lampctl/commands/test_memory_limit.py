@@ -1,10 +1,14 @@
 """`--memory-limit`, `--micro-batch` and `--threads` from the user's side, and what a run says of its memory."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from stages.machine import device
+from stages.runtime import memory_planner
 from tests.conftest import PRUNING_ALONE
+from tests.killed_runs import exported_weights
 from tests.small_models import save
 
 DATA = (
@@ -86,3 +90,26 @@ def test_step_above_the_memory_limit_warns(lampctl, model, tmp_path, monkeypatch
     answer = lampctl("run", model, *DATA, "--memory-limit", "8GB", "--run-dir", tmp_path / "run")
     assert answer.code == 0
     assert "this step took 9.00 GB, more than --memory-limit 8GB" in answer.err
+
+
+def test_a_container_with_little_memory_left_is_warned_of_and_the_weights_stay(lampctl, model, monkeypatch):
+    assert lampctl("run", model, *DATA, "--method", "sparsegpt", "--run-dir", "ample").code == 0
+    monkeypatch.setattr(device, "memory_left", lambda: 0)
+    answer = lampctl("run", model, *DATA, "--method", "sparsegpt", "--run-dir", "short")
+    assert answer.code == 0, answer.err
+    (warning,) = (line for line in answer.err.splitlines() if "are free here" in line)
+    assert warning.startswith("warning: this run may need ")
+    assert "Free some, or use a smaller --seqlen" in warning
+    assert exported_weights(Path("short")) == exported_weights(Path("ample"))
+
+
+def test_a_gpu_that_is_too_small_is_refused_before_anything_is_computed(lampctl, model, monkeypatch, tmp_path):
+    """Planned as for a GPU: this test needs none."""
+    room = memory_planner.Room
+    monkeypatch.setattr(memory_planner, "Room", lambda available, limit, is_device: room(10**8, limit, is_device=True))
+    answer = lampctl("run", model, *DATA, "--run-dir", "run")
+    assert answer.code == 5
+    assert "this run needs" in answer.err
+    assert "of GPU memory" in answer.err
+    assert "and 0.10GB are free" in answer.err
+    assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ from stages.errors import ResourceError
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.pruners.registry import PRUNERS
-from stages.runtime.memory_planner import Shapes, Work, fit, peaks
+from stages.runtime.memory_planner import Room, Shapes, Work, fit, peaks
 from tests.conftest import PRUNING_ALONE
 from tests.small_models import VOCAB, tokenizer
 
@@ -64,7 +64,7 @@ def limits(model):
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            fit(shapes, WORK, 0, middle, [8], "memory")
+            fit(shapes, WORK, 0, Room(0, middle), [8])
             high = middle
         except ResourceError:
             low = middle

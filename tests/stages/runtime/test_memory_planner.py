@@ -8,6 +8,7 @@ from stages.errors import ResourceError
 from stages.models.base import LayerInfo
 from stages.pruners.registry import PRUNERS
 from stages.runtime.memory_planner import (
+    Room,
     Shapes,
     Work,
     distillation,
@@ -55,8 +56,8 @@ def test_more_samples_at_once_take_more_and_the_most_that_fit_are_taken():
     shapes, work = opt_6_7b(), Work(PRUNERS.get("wanda"), False, False, 0)
     taken = [max(peaks(shapes, work, samples, spills=False).values()) for samples in (1, 2, 4)]
     assert taken == sorted(set(taken))
-    assert fit(shapes, work, GB, None, [1, 2, 4], "memory").samples_at_once == 4
-    chosen = fit(shapes, work, GB, GB + taken[1], [1, 2, 4], "memory")
+    assert fit(shapes, work, GB, Room(10**15), [1, 2, 4]).samples_at_once == 4
+    chosen = fit(shapes, work, GB, Room(0, GB + taken[1]), [1, 2, 4])
     assert chosen.samples_at_once == 2
     assert chosen.peak_bytes <= GB + taken[1]
     assert not chosen.spills
@@ -65,20 +66,20 @@ def test_more_samples_at_once_take_more_and_the_most_that_fit_are_taken():
 def test_the_best_weights_go_to_the_disk_only_where_nothing_else_helps():
     shapes = opt_6_7b()
     found = {spills: max(peaks(shapes, LAMP, 1, spills=spills).values()) for spills in (False, True)}
-    assert not fit(shapes, LAMP, 0, found[False], [1, 2], "memory").spills
-    assert fit(shapes, LAMP, 0, found[False] - 1, [1, 2], "memory").spills
+    assert not fit(shapes, LAMP, 0, Room(0, found[False]), [1, 2]).spills
+    assert fit(shapes, LAMP, 0, Room(0, found[False] - 1), [1, 2]).spills
 
 
 def test_a_limit_that_cannot_be_kept_is_refused_with_the_smallest_that_can():
     shapes = opt_6_7b()
     with pytest.raises(ResourceError, match=r"--memory-limit 1\.00GB is too little: this run needs") as refused:
-        fit(shapes, LAMP, GB // 2, GB, [1, 2], "memory")
+        fit(shapes, LAMP, GB // 2, Room(0, GB), [1, 2])
     smallest = float(str(refused.value).split("needs ")[1].split("GB")[0])
-    assert fit(shapes, LAMP, GB // 2, int(smallest * GB), [1, 2], "memory").spills
+    assert fit(shapes, LAMP, GB // 2, Room(0, int(smallest * GB)), [1, 2]).spills
     with pytest.raises(ResourceError):
-        fit(shapes, LAMP, GB // 2, int((smallest - 0.1) * GB), [1, 2], "memory")
+        fit(shapes, LAMP, GB // 2, Room(0, int((smallest - 0.1) * GB)), [1, 2])
     # What the process holds by then may be a little more.
-    assert fit(shapes, LAMP, int(0.57 * GB), int(smallest * GB), [1, 2], "memory").spills
+    assert fit(shapes, LAMP, int(0.57 * GB), Room(0, int(smallest * GB)), [1, 2]).spills
 
 
 def mixture(num_experts, per_token):
@@ -123,7 +124,7 @@ def test_statistics_that_do_not_fit_get_the_room_that_is_left():
 def test_a_limit_that_one_pass_would_exceed_is_kept_by_several_without_a_smaller_micro_batch():
     shapes, work = mixture(64, 2), Work(PRUNERS.get("sparsegpt"), False, False, 0)
     one_pass = max(peaks(shapes, work, 2, spills=False).values())
-    plenty, tight = (fit(shapes, work, GB, GB + left, [1, 2], "memory") for left in (one_pass, one_pass - 1))
+    plenty, tight = (fit(shapes, work, GB, Room(0, GB + left), [1, 2]) for left in (one_pass, one_pass - 1))
     assert (plenty.samples_at_once, plenty.spills) == (tight.samples_at_once, tight.spills) == (2, False)
     assert (plenty.left_bytes, tight.left_bytes) == (one_pass, one_pass - 1)
     assert plenty.peak_bytes == GB + one_pass
@@ -137,9 +138,9 @@ def test_only_a_limit_below_the_statistics_of_one_layer_is_refused(shapes):
     work = Work(PRUNERS.get("sparsegpt"), False, False, 0)
     fewest = prune_peak(shapes, work, room_bytes=least_room(shapes, work))
     assert fewest <= prune_peak(shapes, work)
-    assert fit(shapes, work, 0, fewest, [1], "memory").peak_bytes <= fewest
+    assert fit(shapes, work, 0, Room(0, fewest), [1]).peak_bytes <= fewest
     with pytest.raises(ResourceError, match="prune-block") as refused:
-        fit(shapes, work, 0, fewest - 1, [1], "memory")
+        fit(shapes, work, 0, Room(0, fewest - 1), [1])
     smallest = float(str(refused.value).split("needs ")[1].split("GB")[0]) * GB
     assert fewest <= smallest < fewest + 20_000_000
 
@@ -176,13 +177,13 @@ def test_all_blocks_are_distilled_in_memory_only_where_limit_and_machine_have_ro
     assert streamed < needed
 
     def is_resident(limit, available):
-        return fit(shapes, DISTILLED, 0, limit, [1], "memory", available).distills_resident
+        return fit(shapes, DISTILLED, 0, Room(available, limit), [1]).distills_resident
 
     assert is_resident(None, needed)
     assert not is_resident(None, needed - 1)
     assert not is_resident(needed - 1, 10 * needed)
     assert is_resident(needed, 10 * needed)
-    assert not fit(shapes, LAMP, 0, None, [1], "memory", 10 * needed).distills_resident
+    assert not fit(shapes, LAMP, 0, Room(10 * needed), [1]).distills_resident
 
 
 def test_samples_are_generated_with_all_blocks_in_memory_where_they_fit_without_what_trains_them():
@@ -190,11 +191,11 @@ def test_samples_are_generated_with_all_blocks_in_memory_where_they_fit_without_
     work = replace(DISTILLED, num_at_once=8, cache_bytes=1000)
     needed = int(1.05 * generation(shapes, work, is_resident=True))
     assert needed < distillation(shapes, work, is_resident=True)
-    found = fit(shapes, work, 0, None, [1], "memory", needed)
+    found = fit(shapes, work, 0, Room(needed), [1])
     assert (found.generates_resident, found.distills_resident) == (True, False)
     assert found.peak_bytes >= needed
-    assert not fit(shapes, work, 0, None, [1], "memory", needed - 1).generates_resident
-    assert not fit(shapes, DISTILLED, 0, None, [1], "memory", 100 * needed).generates_resident
+    assert not fit(shapes, work, 0, Room(needed - 1), [1]).generates_resident
+    assert not fit(shapes, DISTILLED, 0, Room(100 * needed), [1]).generates_resident
 
 
 def test_the_end_loss_takes_a_head_more_if_the_export_has_one_in_another_dtype():
@@ -202,3 +203,31 @@ def test_the_end_loss_takes_a_head_more_if_the_export_has_one_in_another_dtype()
     assert "end-loss" not in peaks(shapes, plain, 1, spills=False)
     two, three = (peaks(shapes, replace(plain, num_heads=n), 1, spills=False)["end-loss"] for n in (2, 3))
     assert three - two == pytest.approx(1.05 * 4 * shapes.vocabulary * shapes.hidden, rel=1e-3)
+
+
+def test_without_a_limit_a_gpu_that_is_too_small_is_refused_and_short_memory_is_told():
+    shapes, alps = opt_6_7b(), replace(LAMP, pruner=PRUNERS.get("alps"))
+    whole = [max(peaks(shapes, alps, samples, spills=False).values()) for samples in (1, 2)]
+    assert fit(shapes, alps, 0, Room(whole[1], is_device=True), [1, 2]).samples_at_once == 2
+    assert fit(shapes, alps, 0, Room(whole[1] - 1, is_device=True), [1, 2]).samples_at_once == 1
+    with pytest.raises(ResourceError, match=r"this run needs .* of GPU memory .*, and 4\.00GB are free: ") as refused:
+        fit(shapes, alps, 0, Room(4 * GB, is_device=True), [1, 2])
+    assert "--memory-limit" not in str(refused.value)
+    # The micro-batch decides bits: what happens to be free does not decide it, and nothing is refused.
+    enough = fit(shapes, alps, 0, Room(whole[1]), [1, 2])
+    assert (enough.samples_at_once, enough.spills, enough.shortage) == (2, False, None)
+    short = fit(shapes, alps, 0, Room(4 * GB), [1, 2])
+    assert (short.samples_at_once, short.spills) == (2, True)
+    assert "this run may need" in short.shortage
+    assert "4.00GB are free here" in short.shortage
+
+
+def test_a_refusal_names_the_pruner_that_takes_less():
+    shapes = opt_6_7b()
+    alps, sparsegpt = (replace(LAMP, pruner=PRUNERS.get(name)) for name in ("alps", "sparsegpt"))
+    for room in (Room(0, GB), Room(GB, is_device=True)):
+        with pytest.raises(ResourceError, match=r"prune with SparseGPT, which takes \d\.\d\dGB less, or use a smaller"):
+            fit(shapes, alps, 0, room, [1])
+        with pytest.raises(ResourceError) as refused:
+            fit(shapes, sparsegpt, 0, room, [1])
+        assert "SparseGPT" not in str(refused.value)
