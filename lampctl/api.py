@@ -171,11 +171,22 @@ def _runtime_only(settings: GivenSettings) -> GivenSettings:
 class _Log:
     """Writes a run's progress to the log (`pipeline.engine.job.Listener`)."""
 
+    def __init__(self) -> None:
+        from lampctl.output.progress import Heartbeat
+
+        self._heartbeat = Heartbeat()
+
     def step_started(self, step: Step, position: int, total: int) -> None:
         log.info("step %d of %d: %s", position + 1, total, step.name)
+        self._heartbeat.begin()
+
+    def step_resumed(self, step: Step) -> None:
+        log.info("%s: goes on from its last checkpoint", step.name)
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
-        """Steps are short enough for a log."""
+        line = self._heartbeat.line(done, total, unit, figures)
+        if line is not None:
+            log.info("%s: %s", step.name, line)
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
         log.info("%s: done in %.1f s", step.name, commit.elapsed_s)

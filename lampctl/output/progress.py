@@ -21,8 +21,51 @@ if TYPE_CHECKING:
     from pipeline.rundir.run_directory import RunDirectory
     from pipeline.runs.status import RunStatus, StepState
 
-# In a log, a step that takes longer than this says so.
-_HEARTBEAT_S = 300.0
+# In a log, a step that takes longer than this says how far it is, again and again.
+_HEARTBEAT_S = 60.0
+# The time left of a step is told once this much of it has been watched.
+_WATCHED_S = 5.0
+
+
+class Pace:
+    """How long a step will take yet, by what was done of it while it was watched."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def time_left(self, done: int, total: int) -> str:
+        """For example "done in about 3 min 20 s"; empty: not known yet. done, total: units of work."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, done  # what a checkpoint had done took no time here
+        began, before = self._first
+        if now - began < _WATCHED_S or done <= before:
+            return ""
+        return f"done in about {duration((now - began) / (done - before) * max(total - done, 0))}"
+
+
+class Heartbeat:
+    """Lines for a log that say how far a long step is."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._spoke_at, self._pace = time.monotonic(), Pace()
+
+    def line(self, done: int, total: int, unit: str, figures: Mapping[str, float]) -> str | None:
+        """For example "45% of 12,000 passes, loss 0.61, done in about 3 min 20 s"; None: it is too early for a line."""
+        left = self._pace.time_left(done, total)
+        if time.monotonic() - self._spoke_at < _HEARTBEAT_S:
+            return None
+        self._spoke_at = time.monotonic()
+        return f"{100 * done / max(total, 1):.0f}% of {total:,} {unit}{_described(figures, left)}"
+
+
+def _described(figures: Mapping[str, float], *more: str) -> str:
+    """Figures of a step and further notes, as they are shown behind how far it is."""
+    return "".join(f", {part}" for part in (*(f"{name} {value:.4g}" for name, value in figures.items()), *more) if part)
 
 
 class ProgressListener:
@@ -62,6 +105,9 @@ class ProgressListener:
         """Display a line."""
 
     def step_started(self, step: Step, position: int, total: int) -> None: ...
+
+    def step_resumed(self, step: Step) -> None:
+        self.show(f"{step_label(step.name)}: goes on from its last checkpoint")
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None: ...
 
@@ -129,7 +175,7 @@ class PlainListener(ProgressListener):
         super().__init__()
         self._console = console
         self._every_step = every_step
-        self._spoke_at = 0.0
+        self._heartbeat = Heartbeat()
 
     def begin(self, title: str) -> None:
         self._print(title)
@@ -141,14 +187,13 @@ class PlainListener(ProgressListener):
         self._print(line)
 
     def step_started(self, step: Step, position: int, total: int) -> None:
-        self._spoke_at = time.monotonic()
+        self._heartbeat.begin()
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
         self._report_taken_over()
-        if time.monotonic() - self._spoke_at > _HEARTBEAT_S:
-            self._spoke_at = time.monotonic()
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            self._print(f"  {step_label(step.name)}: {done}/{total} {unit}{', ' if shown else ''}{shown}")
+        line = self._heartbeat.line(done, total, unit, figures)
+        if line is not None:
+            self._print(f"  {step_label(step.name)}: {line}")
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:
         if self._is_taken_over(commit):
@@ -186,6 +231,7 @@ class LiveListener(ProgressListener):
         )
         self._run_bar: TaskID | None = None
         self._step_bar: TaskID | None = None
+        self._pace = Pace()
 
     def __enter__(self) -> LiveListener:
         self._progress.start()
@@ -215,12 +261,12 @@ class LiveListener(ProgressListener):
         notes = [part for part in (note, self._remaining) if part]
         self._progress.update(self._run_bar, completed=position, note=", ".join(notes))
         self._progress.reset(self._step_bar, description=step_label(step.name), note="")
+        self._pace = Pace()
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
         assert self._step_bar is not None
         self._report_taken_over()
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        note = f"{unit}{', ' if shown else ''}{shown}"
+        note = f"{unit}{_described(figures, self._pace.time_left(done, total))}"
         self._progress.update(self._step_bar, completed=done, total=total, note=note)
 
     def step_finished(self, step: Step, commit: StepCommit, position: int, total: int) -> None:

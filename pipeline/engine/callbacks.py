@@ -42,6 +42,7 @@ class StepCallbacks:
         found = self._progress.restore() if self._progress is not None else None
         if found is not None:
             self._first = _figures(found)
+            self._job.listener.step_resumed(self._step)
         return found
 
     def checkpoint(self, make: Callable[[], Checkpoint]) -> None:

@@ -24,6 +24,10 @@ class Listener(Protocol):
         """Step number `position` of `total`, from 0, begins."""
         ...
 
+    def step_resumed(self, step: Step) -> None:
+        """The step that has begun goes on from a checkpoint."""
+        ...
+
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
         """The running step has done `done` of `total` units. figures: values worth showing, such as the loss."""
         ...

@@ -50,6 +50,9 @@ class Silent:
     def step_started(self, step: Step, position: int, total: int) -> None:
         """Nobody listens."""
 
+    def step_resumed(self, step: Step) -> None:
+        """Nobody listens."""
+
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
         """Nobody listens."""
 

@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from lampctl.output.progress import LiveListener
+from lampctl.output import progress
+from lampctl.output.progress import LiveListener, PlainListener
 from lampctl.output.units import duration, size, time_left
 from tests.small_models import save
 
@@ -92,3 +93,40 @@ def test_the_time_left_may_end_before_a_step_of_unknown_time():
 def test_size_formats_bytes():
     assert size(812e6) == "812 MB"
     assert size(7.812e9) == "7.81 GB"
+
+
+def test_a_log_says_how_far_a_long_step_is_and_when_it_will_be_done(lampctl, tmp_path, words, monkeypatch):
+    monkeypatch.setattr(progress, "_HEARTBEAT_S", 0)
+    monkeypatch.setattr(progress, "_WATCHED_S", 0)
+    answer = lampctl("run", save(tmp_path / "m", "llama"), *FLAGS)
+    assert answer.code == 0, answer.err
+    spoken = [line for line in answer.err.splitlines() if line.startswith("  distill: ")]
+    pattern = r"  distill: \d+% of [\d,]+ passes(, loss [\d.e-]+, epoch \d)?(, done in about [\d.]+ s)?"
+    assert all(re.fullmatch(pattern, line) for line in spoken), spoken
+    assert spoken[-1].startswith("  distill: 100% of ")
+    assert "done in about 0.0 s" in spoken[-1]
+    assert any(line.startswith("  generate: ") for line in answer.err.splitlines())
+
+
+def test_the_time_left_of_a_step_does_not_count_what_a_checkpoint_had_done(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    pace, heartbeat = progress.Pace(), progress.Heartbeat()
+    assert pace.time_left(500, 1000) == ""
+    now[0] += 4
+    assert pace.time_left(510, 1000) == ""  # too early to tell
+    now[0] += 6
+    assert pace.time_left(600, 1000) == "done in about 40 s"
+    assert pace.time_left(600, 2000) == "done in about 2 min 20 s"  # there is more to do than was known
+    assert heartbeat.line(1, 100, "passes", {}) is None
+    now[0] += 60
+    assert heartbeat.line(25, 100, "passes", {"loss": 0.5}) == "25% of 100 passes, loss 0.5, done in about 3 min 08 s"
+    assert heartbeat.line(26, 100, "passes", {}) is None
+
+
+def test_a_resumed_step_says_that_it_goes_on():
+    from pipeline.engine.plan import Step
+
+    shown = io.StringIO()
+    PlainListener(Console(file=shown)).step_resumed(Step("distill"))
+    assert shown.getvalue() == "distill: goes on from its last checkpoint\n"

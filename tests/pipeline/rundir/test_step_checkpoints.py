@@ -146,6 +146,12 @@ def test_whoever_is_superseded_hears_of_it(run):
 
 
 class Listener:
+    def __init__(self):
+        self.resumed = []
+
+    def step_resumed(self, step):
+        self.resumed.append(step.name)
+
     def warn(self, message):
         raise AssertionError(message)
 
@@ -173,6 +179,17 @@ def test_a_checkpoint_is_kept_when_it_is_time_and_when_the_stage_is_stopped(run)
     with pytest.raises(Preempted):
         seldom.checkpoint(lambda: checkpoint(2))
     assert number_in(StepProgress(run, STEP).restore()) == 2
+
+
+def test_whoever_listens_is_told_that_a_step_goes_on_from_a_checkpoint(run):
+    stop = StopRequest(never, grace_s=3600)
+    first = callbacks(run, stop, 1e-9)
+    assert first.restore() is None
+    assert first._job.listener.resumed == []
+    first.checkpoint(lambda: checkpoint(1))
+    again = callbacks(run, stop, 1e-9)
+    assert number_in(again.restore()) == 1
+    assert again._job.listener.resumed == ["compensate-block/1"]
 
 
 def part(value):
