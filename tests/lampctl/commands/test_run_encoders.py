@@ -15,6 +15,7 @@ from stages.models.loader import loader_of
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
 from tests import small_encoders, warm_python
+from tests.conftest import PRUNING_ALONE
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ main()
 
 def test_a_killed_run_of_an_encoder_resumes_to_the_same_bits(lampctl, tmp_path, data):
     folder = small_encoders.save(tmp_path / "m", "dinov2")
-    flags = ("run", str(folder), "--sparsity", "0.5", *data, "--epochs", "1", "--run-dir")
+    flags = ("run", str(folder), "--sparsity", "0.5", *data, "--epochs", "1", *PRUNING_ALONE, "--run-dir")
     whole = lampctl(*flags, "whole", "--json")
     assert whole.code == 0, whole.err
     files = sorted(path.name for path in (tmp_path / "whole" / "model").glob("*.safetensors"))

@@ -146,7 +146,7 @@ def test_stopped_search_samples_the_same_points(lampctl, given, tmp_path, monkey
 
 
 def test_sweep_report_lists_every_trial(lampctl, given, tmp_path):
-    grid = ("--grid", "sparsity=0.4,0.6,0.8", "--grid", "method=sparsegpt,magnitude")
+    grid = ("--grid", "sparsity=0.4,0.8", "--grid", "method=sparsegpt,magnitude")
     done = lampctl("sweep", *given, *grid, "--sweep-dir", "s", "--json")
     assert done.code == 0, done.err
     report = lampctl("sweep", "report", "s", "--out", "page")

@@ -215,7 +215,7 @@ def test_ends_of_a_text():
 
 
 def test_contiguous_samples_take_as_long_from_a_long_text_as_from_a_short_one(tmp_path):
-    text = strange_text(1_000_000)
+    text = strange_text(400_000)
     (tmp_path / "long.txt").write_text(text, newline="")
     (tmp_path / "short.txt").write_text(text[:50_000], newline="")
     tokenizer, whole, cost = trained("gpt2"), None, {}
