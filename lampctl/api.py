@@ -181,7 +181,7 @@ class _Log:
         self._heartbeat.begin()
 
     def step_resumed(self, step: Step) -> None:
-        log.info("%s: goes on from its last checkpoint", step.name)
+        log.info("%s: resumed from its last checkpoint", step.name)
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:
         line = self._heartbeat.line(done, total, unit, figures)

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 # In a log, a step that takes longer than this says how far it is, again and again.
 _HEARTBEAT_S = 60.0
-# The time left of a step is told once this much of it has been watched.
+# Seconds of a step that are measured before its remaining time is estimated.
 _WATCHED_S = 5.0
 
 
 class Pace:
-    """How long a step will take yet, by what was done of it while it was watched."""
+    """Remaining time of a step, estimated from what it has done since it began or was resumed."""
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
@@ -107,7 +107,7 @@ class ProgressListener:
     def step_started(self, step: Step, position: int, total: int) -> None: ...
 
     def step_resumed(self, step: Step) -> None:
-        self.show(f"{step_label(step.name)}: goes on from its last checkpoint")
+        self.show(f"{step_label(step.name)}: resumed from its last checkpoint")
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None: ...
 

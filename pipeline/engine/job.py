@@ -25,7 +25,7 @@ class Listener(Protocol):
         ...
 
     def step_resumed(self, step: Step) -> None:
-        """The step that has begun goes on from a checkpoint."""
+        """The step was begun earlier, and resumes from a checkpoint."""
         ...
 
     def step_progress(self, step: Step, done: int, total: int, unit: str, figures: Mapping[str, float]) -> None:

@@ -3,7 +3,7 @@
 A group is bound by every group above it as well. Version 2 has one tree, version 1 one for each kind of resource; a
 container sees its own group as the root of the tree, or the path of its group on the host, which it does not have.
 
-Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of the Linux kernel, sched-bwc.rst.
+Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of the Linux kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def memory_left(root: Path = Path("/")) -> int | None:
     left = [
         limit - max(used - _droppable(folder), 0)
         for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-        for folder in _groups(root, "memory")
+        for folder in _groups(root)
         if (limit := _number(folder / names[0])) is not None
         and limit < _NO_LIMIT
         and (used := _number(folder / names[1])) is not None
@@ -35,31 +35,15 @@ def memory_left(root: Path = Path("/")) -> int | None:
     return max(min(left), 0) if left else None
 
 
-def processors(root: Path = Path("/")) -> float | None:
-    """How many processors' time this process may take; None: as much as there is.
-
-    Args:
-        root: Where /proc and /sys are.
-    """
-    shares = []
-    for folder in _groups(root, "cpu"):
-        quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-        if quota is None:
-            quota, period = _number(folder / "cpu.max"), _number(folder / "cpu.max", 1)
-        if quota is not None and quota > 0 and period:
-            shares.append(quota / period)
-    return min(shares) if shares else None
-
-
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's groups that a controller binds, and of all groups above them."""
+def _groups(root: Path) -> Iterator[Path]:
+    """The folders of this process's memory groups, and of all groups above them."""
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
             mounts = [root / _MOUNT, root / _MOUNT / "unified"]
-        elif controller in controllers.split(","):
-            mounts = [root / _MOUNT / controllers, root / _MOUNT / controller]
+        elif "memory" in controllers.split(","):
+            mounts = [root / _MOUNT / controllers, root / _MOUNT / "memory"]
         else:
             continue
         parts = [part for part in group.split("/") if part not in ("", "..")]
@@ -80,11 +64,10 @@ def _droppable(folder: Path) -> int:
     return 0
 
 
-def _number(path: Path, place: int = 0) -> int | None:
-    """A number in a file of one line; None: there is none, as where it says "max"."""
-    words = " ".join(_lines(path)).split()
-    word = words[place] if place < len(words) else ""
-    return int(word) if word.removeprefix("-").isdigit() else None
+def _number(path: Path) -> int | None:
+    """The number in a file of one line; None: there is none, as where it says "max"."""
+    line = " ".join(_lines(path)).strip()
+    return int(line) if line.isdigit() else None
 
 
 def _lines(path: Path) -> list[str]:

@@ -118,7 +118,7 @@ class PassCount:
         self._done += self._of_sample * sum(map(len, schedule.batches(course.epoch)[: len(course.losses)]))
 
     def add_judgements(self, number: int) -> None:
-        """There will be so many more judgements than expected; below zero: less."""
+        """Expect more judgements than planned. number: how many; below zero: fewer."""
         self._total += number * self._judging
 
     def add_epochs(self) -> None:

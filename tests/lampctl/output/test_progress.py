@@ -124,9 +124,9 @@ def test_the_time_left_of_a_step_does_not_count_what_a_checkpoint_had_done(monke
     assert heartbeat.line(26, 100, "passes", {}) is None
 
 
-def test_a_resumed_step_says_that_it_goes_on():
+def test_a_resumed_step_says_so():
     from pipeline.engine.plan import Step
 
     shown = io.StringIO()
     PlainListener(Console(file=shown)).step_resumed(Step("distill"))
-    assert shown.getvalue() == "distill: goes on from its last checkpoint\n"
+    assert shown.getvalue() == "distill: resumed from its last checkpoint\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.machine import device
-from stages.machine.cgroups import memory_left, processors
+from stages.machine.cgroups import memory_left
 
 MB = 2**20
 NONE_V1 = 0x7FFFFFFFFFFFF000
@@ -59,24 +59,8 @@ def test_the_tightest_group_counts(tmp_path, groups, files, expected):
     assert memory_left(system(tmp_path, groups, files)) == expected
 
 
-@pytest.mark.parametrize(
-    ("groups", "files", "expected"),
-    [
-        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
-        ("0::/", {"cpu.max": "max 100000"}, None),
-        ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2.0),
-        ("3:cpu,cpuacct:/", {"cpu,cpuacct/cpu.cfs_quota_us": 50000, "cpu,cpuacct/cpu.cfs_period_us": 100000}, 0.5),
-        ("3:cpu:/x", {"cpu/cpu.cfs_quota_us": -1, "cpu/cpu.cfs_period_us": 100000}, None),
-        ("", {}, None),
-    ],
-)
-def test_the_share_of_processors(tmp_path, groups, files, expected):
-    assert processors(system(tmp_path, groups, files)) == expected
-
-
 def test_a_machine_without_groups_has_no_limit(tmp_path):
     assert memory_left(tmp_path) is None
-    assert processors(tmp_path) is None
 
 
 def test_what_is_free_in_a_container_counts(monkeypatch):
@@ -92,7 +76,7 @@ def test_what_is_free_in_a_container_counts(monkeypatch):
 
 def test_this_machine_is_read():
     """Whatever it has: a number or none, and no exception."""
-    code = "from stages.machine.cgroups import memory_left, processors; print(memory_left(), processors())"
+    code = "from stages.machine.cgroups import memory_left; print(memory_left())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.returncode == 0, done.stderr
     for word in done.stdout.split():
