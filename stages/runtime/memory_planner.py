@@ -30,6 +30,8 @@ _LOGITS = 6 * _FP32 * 2**24
 # Allocators keep some freed memory, and small tensors are not counted.
 _SLACK = 1.05
 _NOISE = 1.15  # baseline memory differs between processes
+# Advice that saves a smaller share of what a run takes is left out.
+_WORTH_NAMING = 0.05
 
 
 @dataclass(frozen=True)
@@ -335,9 +337,9 @@ def _advice(shapes: Shapes, work: Work, samples: int) -> str:
         max(_least_peaks(shapes, each, samples, spills=True).values()) for each in (work, replace(work, pruner=lighter))
     )
     shorter = "use a smaller --seqlen"
-    return (
-        f"prune with {lighter.title}, which takes {_gb(taken - less)} less, or {shorter}" if less < taken else shorter
-    )
+    if taken - less < _WORTH_NAMING * taken:
+        return shorter
+    return f"prune with {lighter.title}, which takes {_gb(taken - less)} less, or {shorter}"
 
 
 def _describe(details: Mapping[str, int], base_bytes: int) -> str:

@@ -224,6 +224,9 @@ def test_without_a_limit_a_gpu_that_is_too_small_is_refused_and_short_memory_is_
 
 def test_a_refusal_names_the_pruner_that_takes_less():
     shapes = opt_6_7b()
+    with pytest.raises(ResourceError) as refused:  # where the vocabulary takes most, the pruner changes nothing
+        fit(replace(shapes, vocabulary=10**7), replace(LAMP, pruner=PRUNERS.get("alps")), 0, Room(0, GB), [1])
+    assert "SparseGPT" not in str(refused.value)
     alps, sparsegpt = (replace(LAMP, pruner=PRUNERS.get(name)) for name in ("alps", "sparsegpt"))
     for room in (Room(0, GB), Room(GB, is_device=True)):
         with pytest.raises(ResourceError, match=r"prune with SparseGPT, which takes \d\.\d\dGB less, or use a smaller"):
