@@ -37,7 +37,7 @@ unit: $(READY)
 
 # Three workers on two cores: the tests of kills, buckets and disks wait for a third of their time.
 test: lint ## Lint, then the default tests: less than 8 minutes on 2 quiet cores
-	$(BIN)/python -m pytest -m 'not slow and not smollm2' -n 3 --dist worksteal
+	$(BIN)/python -m pytest -m 'not slow and not smollm2 and not gpu' -n 3 --dist worksteal
 
 demo: $(READY) ## Prune SmolLM2-135M to 60% and compare with SparseGPT (minutes on 2 quiet cores)
 	$(BIN)/lampctl run smollm2-135m $(SMOL_ARGS)
@@ -62,7 +62,7 @@ docker-check: ## Build the image and stop and resume a run in it (needs buildah;
 	.ci/docker_check.sh
 
 soak: $(READY) ## The long tests: real models, many kills
-	$(BIN)/python -m pytest -n0 -s -m 'slow or smollm2'
+	$(BIN)/python -m pytest -n0 -s -m 'slow or smollm2 or gpu'
 
 clean: ## Remove the environment and caches, never runs
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info build dist

@@ -32,6 +32,7 @@ import torch
 from stages.errors import NumericalError
 from stages.finish_block import FinishedBlock, finish_block
 from stages.interfaces import Checkpoint, DurableCallbacks, Samples, Scratch
+from stages.machine.device import reproducible
 from stages.runtime.block_context import BlockOutput, StageContext
 from stages.runtime.sample_views import JoinedSamples
 from stages.tasks.registry import task_named
@@ -248,9 +249,10 @@ class Distiller:
 
     def _update(self, batch: Sequence[int]) -> float:
         """Train on a batch. Returns the mean loss before the update."""
-        if self._course.peak is None:
-            return self._first_update(batch)
-        return self._student.update(batch, self._schedule.rate(self._course))
+        with reproducible(self._work.device):
+            if self._course.peak is None:
+                return self._first_update(batch)
+            return self._student.update(batch, self._schedule.rate(self._course))
 
     def _first_update(self, batch: Sequence[int]) -> float:
         """Train on the first batch, and find the highest learning rate. Returns the mean loss before the update."""

@@ -26,6 +26,9 @@ from stages.machine.cgroups import memory_left
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# What PyTorch's errors say in strict mode, after the name of the operation.
+_NOT_DETERMINISTIC = "does not have a deterministic implementation"
+
 # Bytes of modules that are imported after the memory was planned, such as tokenizers and stores (SmolLM2-135M: 990 MB
 # measured while pruning, 840 MB planned without this term).
 _LOADED_LATER = 150_000_000
@@ -163,8 +166,6 @@ def apply(choices: DeviceChoices) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
-        # The backward pass of memory-efficient attention uses atomic additions, whose order varies.
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.set_num_threads(choices.num_threads)
     torch.set_float32_matmul_precision(choices.matmul_precision)
     # Warn only: some models use operations without a deterministic form whose results are exact anyway (OPT counts
@@ -183,6 +184,43 @@ def computing(choices: DeviceChoices, *, trains: bool = False) -> Iterator[None]
     else:
         with torch.autocast(choices.torch_device.type, dtype):
             yield
+
+
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Train inside: on a GPU, forward and backward passes give the same bits each time.
+
+    `apply` only warns of operations without a deterministic form. In that mode PyTorch also uses the backward passes of
+    flash attention and of cuDNN's attention that add in any order. Strict mode excludes these.
+
+    Raises:
+        UsageError: An operation has no deterministic form on this GPU.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    from torch._inductor import config as inductor
+
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    has_cudnn_attention, is_inductor_strict = torch.backends.cuda.cudnn_sdp_enabled(), inductor.deterministic
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    inductor.deterministic = True
+    try:
+        yield
+    except RuntimeError as error:
+        if _NOT_DETERMINISTIC not in str(error):
+            raise
+        operation = str(error).partition(_NOT_DETERMINISTIC)[0].strip()
+        raise UsageError(
+            f"{operation} has no deterministic form on this GPU: a resumed training would give other weights. "
+            "Train on a processor (--device cpu), or use a method that trains nothing (--method alps)"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=only_warns)
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn_attention)
+        inductor.deterministic = is_inductor_strict
 
 
 def _resolve_device(device: str) -> torch.device:

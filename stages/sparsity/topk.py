@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Bits of a float32 beside its sign: the number of their value, but for the sign, in the order of the numbers.
+_ALL_BUT_SIGN = 2**31 - 1
+
 
 def smallest(scores: Tensor, count: int) -> Tensor:
     """Mask with the shape of `scores`, True at exactly the `count` smallest; among equals, the first.
@@ -24,8 +27,43 @@ def smallest_per_row(scores: Tensor, count: int) -> Tensor:
         raise ValueError("the scores hold NaN")
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    # On a GPU kthvalue has one thread block per row, and so computes nearly nothing at a time.
+    is_bisected = scores.device.type == "cuda" and scores.dtype == torch.float32
+    threshold = (kth_by_bisection if is_bisected else _kth)(scores, count)
     below = scores < threshold
     equal = scores == threshold
     missing = count - below.sum(dim=1, keepdim=True)
-    return below | (equal & (equal.cumsum(dim=1) <= missing))
+    if bool((missing == equal.sum(dim=1, keepdim=True)).all()):
+        return below | equal
+    return below | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= missing))
+
+
+def _kth(scores: Tensor, count: int) -> Tensor:
+    return scores.kthvalue(count, dim=1, keepdim=True).values
+
+
+def kth_by_bisection(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th smallest score of each row, exactly, by 32 counting passes over float32 scores without NaN.
+
+    Args:
+        scores: (rows, cols), float32.
+        count: From 1.
+
+    Returns:
+        (rows, 1), float32.
+    """
+    keys = _in_order(scores.contiguous().view(torch.int32))
+    # The key looked for is at least `low` and at most `high`.
+    low = torch.full((len(scores), 1), -(2**31), dtype=torch.int64, device=scores.device)
+    high = torch.full_like(low, 2**31 - 1)
+    for _ in range(32):
+        middle = (low + high) >> 1
+        has_enough = (keys <= middle.int()).sum(dim=1, keepdim=True) >= count
+        high = torch.where(has_enough, middle, high)
+        low = torch.where(has_enough, low, middle + 1)
+    return _in_order(high.int()).view(torch.float32)
+
+
+def _in_order(bits: Tensor) -> Tensor:
+    """int32 keys in the order of the float32 numbers with these bits; of such keys, the bits."""
+    return bits ^ ((bits >> 31) & _ALL_BUT_SIGN)

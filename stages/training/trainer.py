@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stages.errors import NumericalError
 from stages.interfaces import Checkpoint, Samples, Scratch, Stream
+from stages.machine.device import reproducible
 from stages.runtime.block_context import BlockContext
 from stages.training.best_weights import BestWeights
 from stages.training.kept_weights import plain_name
@@ -229,7 +230,8 @@ class BlockTrainer:
             return Training(before, before, (), 0, 0)
         course = self._begin(before, parameters)
         while not course.is_over:
-            self._train_epoch(course)
+            with reproducible(self.device):
+                self._train_epoch(course)
             self._judge_epoch(course, parameters)
         self._optimizer = self._best = None
         after = before
