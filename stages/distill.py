@@ -209,7 +209,7 @@ class Distiller:
         """
         context = self._context.block(index)
         outcome = self._pruned.outcome_of(index).to(context.device.torch_device)
-        state = self._student.weights(index) if self._course.kept_epoch else self._pruned.state_of(index)
+        state = self._student.weights(index) if self._course.kept_epoch else self._work.start(index)
         block = context.load(state)
         with kept_masked(context.model, block, index, outcome):
             pass  # leaving it puts quantized weights on their grid
@@ -245,7 +245,7 @@ class Distiller:
 
     @property
     def _unjudged_peak(self) -> float:
-        return _UNJUDGED * math.sqrt(self._settings.batch)
+        return _UNJUDGED * math.sqrt(min(self._settings.batch, len(self._train_set)))
 
     def _update(self, batch: Sequence[int]) -> float:
         """Train on a batch. Returns the mean loss before the update."""
@@ -260,6 +260,12 @@ class Distiller:
         loss = student.update(batch, _FIRST_TRIAL)
         if not math.isfinite(loss):
             return loss
+        num_blocks = self._context.model.num_blocks
+        if not all(bool(t.isfinite().all()) for index in range(num_blocks) for t in student.weights(index).values()):
+            raise NumericalError(
+                "distillation: the gradient of the first batch is NaN or infinite, so no learning rate will do: the "
+                "model's weights or activations are too large. Leave the distillation out (--no-distill)"
+            )
         student.keep_direction()
 
         def loss_at(rate: float) -> float:

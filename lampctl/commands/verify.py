@@ -55,6 +55,7 @@ def verify(
 
 def _print_report(report: Report) -> None:
     from lampctl.output.units import size
+    from pipeline.steps.end_loss_result import counted
 
     how = "match their SHA-256" if report.is_deep else "exist with their sizes (--deep compares their SHA-256)"
     for damage in report.damages:
@@ -63,6 +64,6 @@ def _print_report(report: Report) -> None:
     num_bad = len(report.damages)
     print(f"{report.num_files - num_bad:,} of {report.num_files:,} files ({size(report.num_bytes)}) {how}")
     if report.released:
-        print(f"{len(report.released)} payloads deleted: no later step needs them")
+        print(f"{counted(len(report.released), 'payload')} deleted: no later step needs them")
     if report.leftovers:
         print(f"{len(report.leftovers)} abandoned attempts: lampctl gc deletes them")

@@ -15,7 +15,7 @@ from lampctl.output.labels import measured_label, source_label
 from lampctl.output.units import duration, size
 from pipeline.runs.comparison import ModelSummary
 from pipeline.runs.status import EvaluationResult, MeasuredOn
-from pipeline.steps.end_loss_result import EndLossResult
+from pipeline.steps.end_loss_result import EndLossResult, counted
 from stages.metrics.registry import figure_text, metric_of
 from stages.pruners.registry import method_title
 
@@ -211,14 +211,10 @@ def _loss_columns(found: Sequence[EndLossResult]) -> dict[tuple[str, str], Colum
     columns = {}
     for (loss, digest), result in distinct.items():
         is_alone = [other for other, _ in distinct].count(loss) == 1
-        title = f"{result.title}\n{source_label(result.source)}, {_counted(result)}"
+        title = f"{result.title}\n{source_label(result.source)}, {counted(result.num_samples, 'sample')}"
         key = f"end_loss/{loss}" if is_alone else f"end_loss/{loss}:{digest[:8]}"
         columns[loss, digest] = Column(key, title if is_alone else f"{title} ({digest[:8]})", "loss")
     return columns
-
-
-def _counted(result: EndLossResult) -> str:
-    return "1 sample" if result.num_samples == 1 else f"{result.num_samples:,} samples"
 
 
 def as_json(comparison: Comparison) -> str:

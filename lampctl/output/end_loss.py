@@ -14,6 +14,9 @@ from pipeline.steps.end_loss_result import EndLossResult
 from stages.pruners.registry import method_title
 from stages.training.rates import Rate
 
+# A loss that is higher by less than this share may be so by chance.
+_CHANCE = 1.01
+
 
 def end_loss_lines(states: Sequence[RunStatus]) -> list[str]:
     """One line for the end loss of a run; with baselines one line for all that were measured on the same samples.
@@ -54,10 +57,11 @@ def worse_than_baselines(states: Sequence[RunStatus]) -> list[str]:
         remedies = [f"use {them}'s model in {shown_path(state.model)}"] if state.model is not None else []
         if rates := _learning_rates(main.config):
             remedies.insert(0, f"try a smaller learning rate ({', '.join(rates)}; with another --run-dir)")
-        sentences.append(
-            f"{us} is worse than {them} here: {ours.title} {ours.text} against {theirs.text} {ours.measured_on}; "
-            + ", or ".join(remedies)
-        )
+        figures = f"{ours.title} {ours.text} against {theirs.text} {ours.measured_on}"
+        if _value(ours) <= _CHANCE * _value(theirs):
+            sentences.append(f"{us} is no better than {them} here: {figures}; more samples (--num-samples) would tell")
+        else:
+            sentences.append(f"{us} is worse than {them} here: {figures}; " + ", or ".join(remedies))
     return sentences
 
 

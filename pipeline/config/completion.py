@@ -10,7 +10,7 @@ from pipeline.config.checks import SEARCHED
 from pipeline.config.choices import any_of
 from pipeline.config.declarations import flag_of
 from pipeline.config.gather import Gathered
-from pipeline.config.run_config import CALIBRATION_FIELDS, DISTILL_FIELDS, LAMP_FIELDS, RunConfig
+from pipeline.config.run_config import CALIBRATION_FIELDS, DISTILL_FIELDS, DISTILLATION_TOO, LAMP_FIELDS, RunConfig
 from pipeline.errors import ConfigError
 from stages.metrics.harness_tasks import LAYOUT
 from stages.pruners.registry import LAMP, PAPER_PRUNER, PRUNERS, bit_methods, method_title, reads_data
@@ -69,7 +69,7 @@ def check_combinations(gathered: Gathered) -> None:
                 raise ConfigError(f"--no-refine{origin('refine')} excludes {flag_of(field)}{origin(field)}")
     if settings.distill is False:
         for field in DISTILL_FIELDS:
-            if getattr(settings, field) is not None:
+            if getattr(settings, field) not in (None, 0):
                 raise ConfigError(f"--no-distill{origin('distill')} excludes {flag_of(field)}{origin(field)}")
 
 
@@ -171,7 +171,7 @@ def _fill_training(draft: _Draft, defaults: TrainingDefaults) -> None:
     """How LAMP trains; other methods do not."""
     if not draft.is_lamp:
         for field in LAMP_FIELDS:
-            if field != "held_out":  # distillation uses it, too
+            if field not in DISTILLATION_TOO:
                 draft.drop(field, "only --method lamp uses it", is_reported=LAMP not in draft.baselines)
         return
     values = draft.values
@@ -210,14 +210,15 @@ def _fill_distillation(draft: _Draft, defaults: TrainingDefaults) -> None:
             draft.notices.append(f"{', '.join(asking)}: the model is distilled at the end, as by --distill")
     draft.fill("distill", is_default)
     if not values["distill"]:
+        values["distill_generated"] = None  # 0 asks for nothing more
         if not draft.is_lamp:
             reason = "only --method lamp and distillation use it"
-            draft.drop("held_out", reason, is_reported=LAMP not in draft.baselines)
+            for field in DISTILLATION_TOO:
+                draft.drop(field, reason, is_reported=LAMP not in draft.baselines)
         return
     if draft.gathered.preset == "paper":
         draft.notices.append(f"{', '.join(asking)}: this departs from the paper's settings (--preset paper)")
-    if draft.is_lamp:
-        draft.fill("distill_samples", defaults.distill_samples)
+    draft.fill("distill_samples", defaults.distill_samples)
     num_samples = values["distill_samples"] or values["num_samples"] or NUM_SAMPLES
     draft.fill("distill_generated", num_samples if draft.is_lamp and defaults.distill_generates else 0)
     epochs, batch = distillation(values["effort"] or DEFAULT_EFFORT, num_samples + values["distill_generated"])

@@ -235,7 +235,7 @@ class PruningSettings:
     effort: Annotated[
         Literal["low", "medium", "high"] | None,
         Option(
-            "LAMP only: how many steps to train: low, medium or high. The README has the results.",
+            "LAMP and distillation: how many steps to train: low, medium or high. The README has the results.",
             "Training",
             "HOW",
             "medium",

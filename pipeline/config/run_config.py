@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 RUNTIME_FIELDS = names_where(scope="runtime")
 LAMP_FIELDS = names_where(applies_to="lamp")
 DISTILL_FIELDS = ("distill_epochs", "distill_lr", "distill_batch", "distill_samples", "distill_generated", "from_run")
+# LAMP's, and those of a distillation after any method.
+DISTILLATION_TOO = ("effort", "held_out")
 CALIBRATION_FIELDS = names_where(applies_to="methods with data")
 DRAWING_FIELDS = names_where(draws_samples=True)  # select the calibration samples within a data source
 
@@ -150,9 +152,19 @@ def as_in_origin(config: RunConfig, origins: Mapping[str, str], origin: Recorded
 
     Settings of distillation stay.
     """
-    own = ("distill", *DISTILL_FIELDS, *(CALIBRATION_FIELDS if origin.config.calibration is None else ()))
     changed = with_recorded_defaults(config, origins, origin)
-    return changed.changed(**{name: getattr(config, name) for name in own})
+    return changed.changed(**{name: getattr(config, name) for name in settings_of_distillation(origin.config)})
+
+
+def settings_of_distillation(origin: RunConfig) -> tuple[str, ...]:
+    """The settings in which a run that takes over the blocks of another may differ: its blocks depend on none of them.
+
+    origin: The configuration of the other run. Its calibration set is None if its method reads no data.
+    """
+    names: tuple[str, ...] = ("distill", *DISTILL_FIELDS)
+    if not origin.is_lamp:
+        names += DISTILLATION_TOO
+    return names if origin.calibration is not None else (*names, *CALIBRATION_FIELDS, "calibration_skip", "seqlen")
 
 
 @dataclass(frozen=True)

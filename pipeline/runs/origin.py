@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pipeline.config.run_config import (
-    CALIBRATION_FIELDS,
-    DISTILL_FIELDS,
     Recorded,
     RunConfig,
     as_in_origin,
     differing_fields,
+    settings_of_distillation,
 )
 from pipeline.errors import ConfigError, ConfigMismatch, NotARun, RunNotFound
 from pipeline.rundir.run_directory import RunDirectory
@@ -55,9 +54,7 @@ def settled_with(origin: RunDirectory, config: RunConfig, origins: Mapping[str, 
     """
     recorded = Recorded(config_of(origin), facts_of(origin).provenance)
     config = as_in_origin(config, origins, recorded)
-    # A method without data has a calibration set only to distill on.
-    reads_none = recorded.config.calibration is None
-    own = {"distill", *DISTILL_FIELDS, *((*CALIBRATION_FIELDS, "calibration_skip") if reads_none else ())}
+    own = settings_of_distillation(recorded.config)
     theirs, ours = recorded.config.identity, config.identity
     differing = {name: pair for name, pair in differing_fields(theirs, ours).items() if name not in own}
     if facts_of(origin).identity.model != model.files:

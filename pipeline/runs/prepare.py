@@ -183,5 +183,5 @@ def _fit_to_memory(config: RunConfig, model: BlockModel, choices: DeviceChoices)
     from stages.machine.device import micro_batches
 
     at_once = micro_batches(choices.torch_device, config.seqlen, config.micro_batch)
-    fitting = fit_memory(model, config, choices, at_once)
+    fitting = fit_memory(model, config, choices, at_once, is_new=True)
     return replace(choices, batch_tokens=fitting.samples_at_once * config.seqlen, compiles=bool(config.compile))

@@ -50,6 +50,11 @@ class StepContext:
 
         return DeviceChoices(**environment_of(self.run).device.model_dump())
 
+    def release(self) -> None:
+        """Free what the model keeps between two uses: embeddings and head."""
+        if "model" in self.__dict__:  # it has been opened
+            self.model.drop_ends()
+
     @cached_property
     def model(self) -> BlockModel:
         """The original model, checked to be the one that the run began with."""

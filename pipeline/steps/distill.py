@@ -8,6 +8,7 @@ from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import finished_bytes, training_bytes, write_distilled
+from pipeline.steps.end_loss_result import counted
 from pipeline.steps.reporting import Series
 from pipeline.steps.results import DistillResult
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Versions of weights and moments on disk: those that the two newest checkpoints name, and those that an update writes.
 _VERSIONS = 3
+_FP32 = 4
 
 
 class Distill(StepKind[DistillResult]):
@@ -93,13 +95,18 @@ class Distill(StepKind[DistillResult]):
         return finished_bytes(context, int(payload.rpartition("/")[2]))
 
     def scratch_bytes(self, context: StepContext, step: Step) -> int:
-        """Hidden states between all blocks of a batch, and weights and moments in checkpoints."""
+        """Hidden states and gradients of a batch, those of held-out samples, and weights and moments in checkpoints."""
+        from stages.training.loss import split_samples
+
         config, num_blocks = context.config, context.model.num_blocks
         assert config.distill_batch is not None
-        tokens = min(
-            2 * config.distill_batch * config.seqlen, context.num_distillation_tokens + context.num_generated_tokens
-        )
+        all_tokens = context.num_distillation_tokens + context.num_generated_tokens
+        _, held_out = split_samples(context.num_distillation_tokens // config.seqlen, config.held_out is not False)
+        largest = max(2 * config.distill_batch, len(held_out))  # a batch is split evenly: up to twice what is asked for
+        tokens = min(largest * config.seqlen, all_tokens)
+        gradients = tokens * context.model.hidden_size * _FP32
         hidden = context.activation_bytes(tokens) * (num_blocks + 1)
+        hidden += gradients + context.activation_bytes(len(held_out) * config.seqlen)
         kept = 1 - config.target_sparsity
         weights = sum(training_bytes(context, block) for block in range(num_blocks))
         return hidden + int((_VERSIONS * (1 + 2 * kept) + 1) * weights)  # one more: the best weights, without moments
@@ -111,10 +118,13 @@ class Distill(StepKind[DistillResult]):
         title = title_of(result.loss)
         if result.before is None or result.after is None:
             return f"{title}: not measured, no sample is held out"
+        held_out = counted(result.num_held_out, "held-out sample")
         if not result.kept_epoch:
-            return f"{title} {result.before:.4g} (no epoch improved it; kept the weights from before)"
+            improved = any(x.held_out is not None and x.held_out < result.before for x in result.epochs)
+            why = "rounding to the export dtypes undid the gain" if improved else "no epoch improved it"
+            return f"{title} {result.before:.4g} on {held_out} ({why}; kept the weights from before)"
         parts = [
-            f"{title} {result.before:.4g} -> {result.after:.4g} on {result.num_held_out} held-out samples",
+            f"{title} {result.before:.4g} -> {result.after:.4g} on {held_out}",
             f"learning rate {result.lr}" if result.trials else "",
             _undone(result),
         ]

@@ -10,6 +10,11 @@ from pipeline.rundir.records import Result, Sha256
 from pipeline.steps.results import Amount, MetricName
 
 
+def counted(number: int, noun: str) -> str:
+    """For people: "1 sample", "1,024 samples"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class EndLossResult(Result):
     """How far the exported model's output is from the original model's.
 
@@ -45,10 +50,9 @@ class EndLossResult(Result):
         """The samples, for people: "on 8 held-out samples"."""
         if not self.is_held_out:
             return "on the calibration sample itself"
-        count = "1 {}sample" if self.num_samples == 1 else f"{self.num_samples:,} {{}}samples"
         if self.num_trained_on == 0:
-            return f"on {count.format('held-out ')}"
-        count = f"on {count.format('calibration ')}"
+            return f"on {counted(self.num_samples, 'held-out sample')}"
+        count = f"on {counted(self.num_samples, 'calibration sample')}"
         if self.num_trained_on is None:
             return f"{count} that distillation may have been trained on"
         if self.num_trained_on == self.num_samples:

@@ -65,6 +65,7 @@ class StepExecutor:
             found = self._kind(step).run(self.context, step, attempt, callbacks)
             result = StepResult(found, peak.process_bytes(), peak.device_bytes())
             self._warn_of_excess(result, callbacks)
+        self.context.release()
         release_memory(self.choices.torch_device)
         return result
 
@@ -102,7 +103,7 @@ class StepExecutor:
 
         context = self.context
         at_once = [samples_at_once(self.choices, context.config.seqlen)]
-        fitting = fit_memory(context.model, context.config, self.choices, at_once)
+        fitting = fit_memory(context.model, context.config, self.choices, at_once, is_new=False)
         context.spills, context.left_bytes = fitting.spills, fitting.left_bytes
         context.distills_resident = fitting.distills_resident
         context.generates_resident = fitting.generates_resident

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from stages.metrics.harness_tasks import TaskData
     from stages.models.base import BlockModel
     from stages.pruners.base import Pruner
-    from stages.runtime.memory_planner import Fit, Work
+    from stages.runtime.memory_estimate import Work
+    from stages.runtime.memory_planner import Fit
     from stages.sparsity.budget import BlockBudget, LayerShape
     from stages.training.trainer import TrainingSettings
 
@@ -65,13 +66,24 @@ def block_budget(stored: StoredBlockBudget) -> BlockBudget:
     return BlockBudget(tuple(layers))
 
 
-def fit_memory(model: BlockModel, config: RunConfig, choices: DeviceChoices, at_once: Sequence[int]) -> Fit:
+def fit_memory(
+    model: BlockModel, config: RunConfig, choices: DeviceChoices, at_once: Sequence[int], *, is_new: bool
+) -> Fit:
     """The memory that a run will take, and the choices that keep it within --memory-limit, or what is free.
 
-    at_once: numbers of samples that may share a forward pass, rising. Raises ResourceError where none will do.
+    Args:
+        model: The original model.
+        config: The run's.
+        choices: The device and the dtype of streams.
+        at_once: Numbers of samples that may share a forward pass, rising.
+        is_new: The run begins here.
+
+    Raises:
+        ResourceError: None of them will do.
     """
     from stages.machine.device import memory_available, memory_in_use
-    from stages.runtime.memory_planner import Room, Shapes, fit
+    from stages.runtime.memory_estimate import Shapes
+    from stages.runtime.memory_planner import Room, fit
 
     limit = parse_size(config.memory_limit) if config.memory_limit is not None else None
     room = Room(memory_available(choices.torch_device), limit, choices.torch_device.type != "cpu")
@@ -81,6 +93,7 @@ def fit_memory(model: BlockModel, config: RunConfig, choices: DeviceChoices, at_
         memory_in_use(choices.torch_device),
         room,
         at_once,
+        is_new=is_new,
     )
 
 
@@ -92,7 +105,7 @@ def statistics_room(
     left_bytes: what the run may take beside the memory that the process took before (`Fit.left_bytes`).
     """
     from stages.runtime.block_runner import samples_at_once
-    from stages.runtime.memory_planner import Shapes, statistics_room
+    from stages.runtime.memory_estimate import Shapes, statistics_room
 
     shapes = Shapes.of(model, config.seqlen, choices.torch_dtype.itemsize, block)
     return statistics_room(shapes, _work_of(config, model), samples_at_once(choices, config.seqlen), left_bytes)
@@ -100,7 +113,7 @@ def statistics_room(
 
 def _work_of(config: RunConfig, model: BlockModel) -> Work:
     from stages.generate_samples import cache_bytes, pieces_at_once, pieces_of
-    from stages.runtime.memory_planner import Work
+    from stages.runtime.memory_estimate import Work
 
     pieces = len(pieces_of(config.distill_generated or 0, config.seqlen))
 
@@ -114,6 +127,7 @@ def _work_of(config: RunConfig, model: BlockModel) -> Work:
         num_heads=_num_heads(config),
         num_at_once=min(pieces, pieces_at_once(model, config.seqlen)),
         cache_bytes=cache_bytes(model, config.seqlen),
+        takes_over=config.from_run is not None,
     )
 
 

@@ -136,15 +136,26 @@ def _draw_from_documents(source: TextSource, tokenizer: Any, drawing: Drawing, r
     return torch.stack(samples)
 
 
-def require_length(source: TextSource, tokenizer: Any, use: Use, num_tokens: int, vocab_size: int, remedy: str) -> None:
+def require_length(
+    source: TextSource,
+    tokenizer: Any,
+    use: Use,
+    num_tokens: int,
+    vocab_size: int,
+    remedy: str,
+    tokens_per_sample: int | None = None,
+) -> None:
     """Raise UsageError if a local source has fewer tokens than that, or some that the model does not know.
 
-    A source of the hub is not looked at.
+    A source of the hub is not looked at. tokens_per_sample: the message says how many samples there are.
     """
     if source.is_local:
         tokens = first_tokens(tokenizer, source.text(use), num_tokens)
         if len(tokens) < num_tokens:
-            raise UsageError(f"{source.name} has {len(tokens):,} tokens for {use}, {num_tokens:,} are needed: {remedy}")
+            has = f"{source.name} has {len(tokens):,} tokens for {use}"
+            if tokens_per_sample is not None:
+                has += f", which are {len(tokens) // tokens_per_sample:,} samples"
+            raise UsageError(f"{has}; {num_tokens:,} are needed: {remedy}")
         require_vocabulary(tokens, vocab_size, "the model")
 
 

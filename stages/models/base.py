@@ -180,6 +180,11 @@ class BlockModel(Protocol):
     has_other_forms: bool  # whether an exported folder holds the model a second time, in another form
     attention_numbers: int  # that a block's attention writes out for one sample; 0: its scores are never whole
 
+    @property
+    def outside_numbers(self) -> int:
+        """Numbers of what lies outside the blocks: embeddings, final norm, head."""
+        ...
+
     def hidden_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a sample's hidden state, by that of its inputs: (T, H), (G, G, H)."""
         ...
@@ -199,7 +204,11 @@ class BlockModel(Protocol):
         ...
 
     def load_ends(self, device: torch.device, part: Part = ...) -> Ends:
-        """Embeddings ("enter"), or all that lies outside the blocks ("leave", "all")."""
+        """Embeddings ("enter"), or all that lies outside the blocks ("leave", "all"); kept until `drop_ends`."""
+        ...
+
+    def drop_ends(self) -> None:
+        """Free what `load_ends` keeps. The caller has given up its own references."""
         ...
 
     def calls(self, device: torch.device) -> BlockInputs:

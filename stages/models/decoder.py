@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
@@ -102,6 +103,12 @@ class Decoder(StoredModel[DecoderEnds]):
     @property
     def can_generate(self) -> bool:
         return bool(self._model.can_generate()) and self.name not in _WRITES_NOTHING
+
+    @property
+    def outside_numbers(self) -> int:
+        towers = tuple(f"{tower}." for tower in self._towers)
+        stored = (key for names, key in self._outside if not names[0].startswith(towers))
+        return sum(math.prod(self.weights.shape(key)) for key in stored)
 
     @property
     def cache_numbers_per_token(self) -> int:

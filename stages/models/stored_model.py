@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Generic, TypeVar
@@ -62,6 +63,11 @@ class StoredModel(ABC, Generic[E]):
     def entry_sizes(self, block_index: int) -> dict[str, int]:
         return {name: tensor.numel() for name, tensor in self._blocks[block_index].state_dict().items()}
 
+    @property
+    def outside_numbers(self) -> int:
+        keys = {key for name, key in self._stored.items() if not name.startswith(f"{self._blocks_path}.")}
+        return sum(math.prod(self.weights.shape(key)) for key in keys)
+
     def original_dtypes(self, block_index: int) -> dict[str, torch.dtype]:
         state = self._blocks[block_index].state_dict()
         return {
@@ -107,18 +113,18 @@ class StoredModel(ABC, Generic[E]):
 
     def calls(self, device: torch.device) -> CachedBlockInputs:
         if device not in self._calls:
-            self._calls[device] = CachedBlockInputs(lambda: self.load_ends(device, "enter"), self._drop_ends)
+            self._calls[device] = CachedBlockInputs(lambda: self.load_ends(device, "enter"), self.drop_ends)
         return self._calls[device]
 
     def load_ends(self, device: torch.device, part: Part = "all") -> E:
-        """The last instance is kept until somebody has no more use for it: it holds the embeddings."""
+        """The last instance is kept until `drop_ends`: it holds the embeddings."""
         if self._ends is not None and self._ends[0] == device and self._ends[1] in (part, "all"):
             return self._ends[2]
         self._ends = None  # its memory is free before the next one is read
         self._ends = (device, part, self._read_ends(device, part))
         return self._ends[2]
 
-    def _drop_ends(self) -> None:
+    def drop_ends(self) -> None:
         self._ends = None
 
     @abstractmethod

@@ -54,8 +54,9 @@ class Language:
         text, framing = text.for_model(tokenizer, drawing.chat_template), Framing.of(tokenizer, drawing.bos)
         num_windows = 1 if is_random else drawing.skip + drawing.num_samples
         remedy = f"lower {drawing.flag}, --calibration-skip or --seqlen, or use more text"
-        needed = num_windows * framing.text_tokens(drawing.tokens) + is_random
-        require_length(text, framing.tokenizer, "calibration", needed, model.vocab_size, remedy)
+        window = framing.text_tokens(drawing.tokens)
+        needed, of_sample = num_windows * window + is_random, None if is_random else window
+        require_length(text, framing.tokenizer, "calibration", needed, model.vocab_size, remedy, of_sample)
 
     def draw(self, model: BlockModel, source: DataSource, drawing: Drawing, watcher: Watcher) -> Drawn:
         text = _text(source, model)

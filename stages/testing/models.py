@@ -47,6 +47,9 @@ def check_model_family(
     expected = forward(inputs)
     assert torch.equal(_chain(model, inputs, by_state=False), expected), f"{folder.name}: the block chain differs"
     assert torch.equal(_chain(model, inputs, by_state=True), expected), f"{folder.name}: blocks from a state differ"
+    model.drop_ends()
+    assert torch.equal(_chain(model, inputs, by_state=False), expected), f"{folder.name}: its ends are not read again"
+    assert model.outside_numbers > 0, f"{folder.name}: outside_numbers counts nothing"
     stored: set[str] = set()
     for index in range(model.num_blocks):
         _check_block(model, index)

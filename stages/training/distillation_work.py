@@ -19,7 +19,7 @@ from stages.models.base import Ends
 from stages.runtime.block_context import BlockContext, StageContext
 from stages.sparsity.outcome import PruneOutcome
 from stages.training.end_loss import EndLoss, LossAndGradient
-from stages.training.kept_weights import KeptAdam, kept_masked, kept_of, plain_state, without_moments
+from stages.training.kept_weights import KeptAdam, exact_on_grid, kept_masked, kept_of, plain_state, without_moments
 from stages.training.rates import Rate
 
 
@@ -96,13 +96,19 @@ class Work:
             tensors: Weights and moments, each read when asked for; None: the pruned block, without moments.
             with_adam: It can make a step, and its moments are read.
         """
-        state = self.pruned.state_of(index) if tensors is None else without_moments(tensors)
-        rate = self._rate if with_adam else None
-        return Block(self.context.block(index), state, self.pruned.outcome_of(index), rate, tensors)
+        state = self.start(index) if tensors is None else without_moments(tensors)
+        return Block(self.context.block(index), self.pruned, state, self._rate if with_adam else None, tensors)
 
     def of_state(self, index: int, state: Mapping[str, Tensor]) -> Block:
-        """A block with other weights, to be run only."""
-        return Block(self.context.block(index), state, self.pruned.outcome_of(index), None, None)
+        """A block with other weights, in the export dtypes, to be run only."""
+        return Block(self.context.block(index), self.pruned, self._exact(index, state), None, None)
+
+    def start(self, index: int) -> Mapping[str, Tensor]:
+        """The weights of a pruned block, with which training begins."""
+        return self._exact(index, self.pruned.state_of(index))
+
+    def _exact(self, index: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return exact_on_grid(self.model, index, self.pruned.outcome_of(index), state)
 
     def run(self, block: Block, hidden: Tensor, inputs: Tensor, *, trains: bool) -> Tensor:
         """The block's output (1, T, H) in fp32. trains: with the arithmetic of training steps."""
@@ -130,6 +136,7 @@ class Work:
             self.boundary()
             hidden.write(place, self.enter(ends, self.inputs(number))[0])
         del ends
+        self.model.drop_ends()
         for index in range(self.model.num_blocks):
             block = load(index)
             for place, number in enumerate(numbers):
@@ -156,8 +163,8 @@ class Block:
     def __init__(
         self,
         context: BlockContext,
+        pruned: PrunedBlocks,
         state: Mapping[str, Tensor],
-        outcome: PruneOutcome,
         rate: Rate | None,
         tensors: Mapping[str, Tensor] | None,
     ) -> None:
@@ -165,16 +172,17 @@ class Block:
 
         Args:
             context: The block in its model.
+            pruned: Gives its pruning masks, quantization grids and export dtypes.
             state: Its weights.
-            outcome: Pruning masks and quantization grids.
             rate: The highest learning rate; None: it makes no step, and has no Adam.
             tensors: The moments are among them; None: there are none yet.
         """
         self.index = context.index
         self._module = context.load(state)
-        outcome = outcome.to(context.device.torch_device)
+        outcome = pruned.outcome_of(self.index).to(context.device.torch_device)
+        masked = kept_masked(context.model, self._module, self.index, outcome, pruned.dtypes_of(self.index))
         self._masking = contextlib.ExitStack()
-        self._masking.enter_context(kept_masked(context.model, self._module, self.index, outcome))
+        self._masking.enter_context(masked)
         self._module.requires_grad_(True)
         self._adam: KeptAdam | None = None
         if rate is not None:

@@ -27,11 +27,25 @@ _FACTOR = "factor"
 
 
 @contextlib.contextmanager
-def kept_masked(model: BlockModel, block: nn.Module, block_index: int, outcome: PruneOutcome) -> Iterator[None]:
+def kept_masked(
+    model: BlockModel,
+    block: nn.Module,
+    block_index: int,
+    outcome: PruneOutcome,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Iterator[None]:
     """Context in which training keeps masked weights at zero, and quantized layers compute with weights on their grid.
 
     Without a grid, the gradient of masked weights is zeroed: then Adam's moments and steps of them are zero, too. With
     a grid, the layer computes with a rounded copy of the weight that is trained.
+
+    Args:
+        model: Of the block.
+        block: To be trained.
+        block_index: From 0.
+        outcome: Pruning masks and quantization grids of its layers.
+        dtypes: The export dtypes by names inside the block: quantized layers compute with the grid's values in these.
+            None: in fp32.
     """
     infos = {info.name: info for info in model.layers(block_index) if info.name in outcome.layers}
     handles, rounded = [], []
@@ -44,7 +58,9 @@ def kept_masked(model: BlockModel, block: nn.Module, block_index: int, outcome: 
             parameter: nn.Parameter = module.weight  # type: ignore[assignment]
             handles.append(_without_gradient(parameter, mask))
         else:
-            parametrize.register_parametrization(module, "weight", _OnGrid(layer.mask, layer.grid, info.transposed))
+            dtype = torch.float32 if dtypes is None else dtypes[f"{info.path}.weight"]
+            on_grid = _OnGrid(layer.mask, layer.grid, dtype, info.transposed)
+            parametrize.register_parametrization(module, "weight", on_grid)
             rounded.append(module)
     try:
         yield
@@ -63,6 +79,32 @@ def kept_of(model: BlockModel, block_index: int, outcome: PruneOutcome) -> dict[
         info = infos[name]
         kept[f"{info.path}.weight"] = ~(layer.mask.T if info.transposed else layer.mask)
     return kept
+
+
+def exact_on_grid(
+    model: BlockModel, block_index: int, outcome: PruneOutcome, state: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """A block's state with the exact grid values of quantized layers in fp32.
+
+    In 16 bits a value may have moved past the middle between two grid values, and would be rounded to the other one.
+
+    Args:
+        model: Of the block.
+        block_index: From 0.
+        outcome: Quantization grids of its layers.
+        state: In the export dtypes, by names inside the block.
+    """
+    exact = {}
+    for info in model.layers(block_index):
+        layer, name = outcome.layers.get(info.name), f"{info.path}.weight"
+        if layer is None or layer.grid is None or state[name].dtype == torch.float32:
+            continue
+        stored = state[name].to(layer.mask.device)
+        stored = stored.T if info.transposed else stored
+        codes = layer.grid.codes_of_stored(stored)
+        values = layer.grid.values(codes).masked_fill(layer.mask, 0)
+        exact[name] = values.T if info.transposed else values
+    return {**state, **exact} if exact else state
 
 
 class KeptAdam:
@@ -164,25 +206,25 @@ def _without_gradient(parameter: nn.Parameter, mask: Tensor) -> Any:
 
 
 class _OnGrid(nn.Module):
-    """Parametrization of a quantized layer: kept weights rounded to the grid, masked weights zero."""
+    """Parametrization of a quantized layer: kept weights rounded to the grid and its dtype, masked weights zero."""
 
-    def __init__(self, mask: Tensor, grid: Grid, transposed: bool) -> None:
+    def __init__(self, mask: Tensor, grid: Grid, dtype: torch.dtype, transposed: bool) -> None:
         super().__init__()
-        self._mask, self._grid, self._transposed = mask, grid, transposed
+        self._mask, self._grid, self._dtype, self._transposed = mask, grid, dtype, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
         matrix = weight.T if self._transposed else weight
-        matrix = _Rounded.apply(matrix, self._grid).masked_fill(self._mask, 0)
+        matrix = _Rounded.apply(matrix, self._grid, self._dtype).masked_fill(self._mask, 0)
         return matrix.T if self._transposed else matrix
 
 
 class _Rounded(torch.autograd.Function):
-    """Round to the nearest values of a grid; the gradient is that of the identity."""
+    """Round to the nearest values of a grid, as a dtype has them; the gradient is that of the identity."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, grid: Grid) -> Tensor:
-        return grid.nearest(matrix)
+    def forward(ctx: Any, matrix: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+        return grid.nearest(matrix).to(dtype).to(matrix.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None

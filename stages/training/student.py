@@ -65,7 +65,7 @@ class Student(ABC):
     def move(self, distance: float) -> None:
         """Go to a place on the line from the pruned model (0) through the weights of `keep_direction` (1)."""
         for index in range(self._num_blocks):
-            start, end = self._work.pruned.state_of(index), self._work.callbacks.kept(_best(index))
+            start, end = self._work.start(index), self._work.callbacks.kept(_best(index))
             self._set_weights(index, {name: _between(start[name], end[name], distance) for name in end})
 
     @property
@@ -86,7 +86,7 @@ class Student(ABC):
     def restore_best(self) -> None:
         """Return to the best weights so far: those stored, or those of the pruned model."""
         for index in range(self._num_blocks):
-            best = self._work.callbacks.kept(_best(index)) if self._has_best else self._work.pruned.state_of(index)
+            best = self._work.callbacks.kept(_best(index)) if self._has_best else self._work.start(index)
             self._set_weights(index, best)
 
 
@@ -187,6 +187,7 @@ class Streamed(Student):
             losses.append(loss)
             work.advance(loss)
         del ends
+        work.model.drop_ends()
         for index in reversed(range(self._num_blocks)):
             block = self._load(index)
             for place, number in enumerate(numbers):
@@ -213,6 +214,7 @@ class Streamed(Student):
             work.boundary()
             self._hidden.write(self._place(0, place), work.enter(ends, work.inputs(number))[0])
         del ends
+        work.model.drop_ends()
         for index in range(self._num_blocks):
             block = self._load(index, with_adam=False)
             for place, number in enumerate(numbers):

@@ -18,6 +18,8 @@ from stages.models.resolve import resolve
 from stages.runtime.sample_views import ChosenSamples
 from stages.sparsity.nm_pattern import Pattern
 from stages.training import end_loss
+from stages.training.distillation_work import Work
+from stages.training.loss import split_samples
 from stages.training.rates import Rate
 from tests import small_encoders, small_experts, small_models, small_sam
 from tests.blocks import context_of
@@ -324,8 +326,74 @@ def test_the_loss_that_is_stated_is_of_the_weights_as_they_are_exported(opened_i
         )
 
 
+def held_out_loss(case, states):
+    """The loss of the held-out samples in a plain loop over blocks with these weights, as they are stored."""
+    model, device = case.model, torch.device("cpu")
+    blocks = [model.load_block(index, device, state=state) for index, state in enumerate(states)]
+    ends, losses = model.load_ends(device, "all"), []
+    for number in split_samples(N, True)[1]:
+        tokens = case.inputs[number][None]
+        entry = ends.enter(tokens)
+        hidden = entry.hidden
+        for block, call in zip(blocks, entry.calls, strict=True):
+            hidden = model.run_block(block, hidden, call)
+        p = torch.log_softmax(ends.leave(tokens, case.teacher[number][None]).double(), -1)
+        q = torch.log_softmax(ends.leave(tokens, hidden).double(), -1)
+        losses.append((p.exp() * (p - q)).sum(-1).mean().item())
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("bits", [None, 3, 4, 8])
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_losses_before_and_after_are_those_of_a_plain_model_with_the_stored_weights(tmp_path, family, bits):
+    """Where a row's weights have one sign, bf16 moves values of 8 bits past the middle between two of the grid."""
+    original = small_models.build(family).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            if name.endswith(("down_proj.weight", "mlp.c_proj.weight")):
+                parameter.abs_()
+    original.save_pretrained(tmp_path / "m")
+    case = Case(open_model(resolve(str(tmp_path / "m"))), 0.5, **({} if bits is None else {"bits": bits}))
+    for rate in (5e-4, 5e-3, 2e-2, 5e-2, 1e-1):  # one that moves codes in the right direction
+        report, states = case.distilled(is_resident=True, settings=replace(SETTINGS, lr=Rate(rate)))
+        if report.kept_epoch:
+            break
+    assert report.kept_epoch
+    pruned = [case.blocks[index].finished.state for index in range(case.model.num_blocks)]
+    assert report.before == pytest.approx(held_out_loss(case, pruned), abs=2e-7)
+    assert report.after == pytest.approx(held_out_loss(case, states), abs=2e-7)
+    undone = case.distilled(is_resident=True, settings=replace(SETTINGS, lr=Rate(3.0), epochs=1))
+    assert undone[0].kept_epoch == 0
+    for state, before in zip(undone[1], pruned, strict=True):
+        assert all(torch.equal(state[name], before[name]) for name in state), "the pruned weights stay, bit for bit"
+
+
+def test_a_first_gradient_that_overflows_blames_no_rate(case):
+    last = case.model.num_blocks - 1
+    broken = Case(case.model)
+    state = broken.blocks[last].finished.state
+    name = next(name for name in state if name.endswith("down_proj.weight"))
+    state[name] = state[name] * 3e37
+    with pytest.raises(NumericalError, match="no learning rate will do"):
+        broken.distilled(is_resident=True, settings=SEARCHING)
+
+
+def test_a_streamed_update_has_the_ends_in_memory_for_the_loss_alone(case, monkeypatch):
+    held = []
+    run = Work.run
+
+    def watching(self, *arguments, trains):
+        held.append(self.model._ends)
+        return run(self, *arguments, trains=trains)
+
+    monkeypatch.setattr(Work, "run", watching)
+    case.distilled(is_resident=False, settings=replace(SETTINGS, epochs=1))
+    assert held
+    assert all(ends is None for ends in held)
+
+
 def test_without_held_out_samples_the_rate_is_fixed(case):
-    for batch, value in ((1, 8e-4), (4, 1.6e-3)):
+    for batch, value in ((1, 8e-4), (4, 1.6e-3), (10**6, 3 * 8e-4)):  # a batch has no more than the nine samples
         settings = DistillSettings(epochs=1, lr=None, batch=batch, holds_out=False, seed=0)
         report, _ = case.distilled(is_resident=True, settings=settings)
         assert report.lr == Rate(value, is_relative=True)

@@ -254,6 +254,16 @@ def taken_over(lampctl, model):
     return ("run", *arguments, *DISTILL, "--from-run", "plain", "--run-dir", "more")
 
 
+def test_a_run_that_takes_over_blocks_may_differ_in_whatever_only_distillation_uses(lampctl, model, taken_over):
+    assert lampctl(*taken_over, "--no-held-out", "--effort", "low").code == 0
+    plain = (model, "--sparsity", "0.6", "--method", "magnitude", "--evaluate", "", "--device", "cpu")
+    assert lampctl("run", *plain, "--run-dir", "p").code == 0
+    answer = lampctl("run", *plain, *WORDS, *DISTILL, "--seqlen", "8", "--from-run", "p", "--run-dir", "q")
+    assert answer.code == 0, answer.err
+    assert lampctl("run", *plain, *WORDS, *DISTILL, "--seqlen", "8", "--run-dir", "whole").code == 0
+    assert exported_weights(Path("q")) == exported_weights(Path("whole"))
+
+
 def test_a_run_that_has_lost_a_block_is_not_taken_over(lampctl, taken_over):
     commits = [json.loads(path.read_text()) for path in sorted(Path("plain/commits").iterdir())]
     payload = next(c["payloads"]["pruned/1"] for c in commits if "pruned/1" in c["payloads"])

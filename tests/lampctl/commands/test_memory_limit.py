@@ -1,6 +1,7 @@
 """`--memory-limit`, `--micro-batch` and `--threads` from the user's side, and what a run says of its memory."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def test_too_low_memory_limit_is_refused_with_the_lowest_possible(lampctl, model
     assert "--memory-limit 0.10GB is too little: this run needs" in answer.err
     assert "training" in answer.err
     assert not (tmp_path / "run").exists()
+    amounts = [float(figure) for figure in re.findall(r"([\d.]+)GB", answer.err.partition("this run needs")[2])]
+    needed, *details = amounts
+    assert 0 < needed - max(details) < 0.02, "the largest step is what the run needs"
+    refused = lampctl("run", model, *DATA, "--memory-limit", f"{needed - 0.05:.2f}GB", "--run-dir", tmp_path / "run")
+    assert refused.code == 5
+    assert not (tmp_path / "run").exists()
+    assert lampctl("init", model, *DATA, "--memory-limit", f"{needed:.2f}GB", "--run-dir", tmp_path / "run").code == 0
+    assert lampctl("resume", tmp_path / "run").code == 0
     answer = lampctl("run", model, *DATA, "--memory-limit", "lots", "--run-dir", tmp_path / "run")
     assert answer.code == 2
     assert "--memory-limit lots: expected a size such as 8GB" in answer.err

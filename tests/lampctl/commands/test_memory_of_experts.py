@@ -10,7 +10,8 @@ from stages.errors import ResourceError
 from stages.models.decoder import open_model
 from stages.models.resolve import resolve
 from stages.pruners.registry import PRUNERS
-from stages.runtime.memory_planner import Room, Shapes, Work, fit, peaks
+from stages.runtime.memory_estimate import Shapes, Work, peaks
+from stages.runtime.memory_planner import Room, fit
 from tests.conftest import PRUNING_ALONE
 from tests.small_models import VOCAB, tokenizer
 

@@ -118,6 +118,25 @@ def test_distillation_after_another_method_may_hold_out_nothing():
     assert notices == ["--no-held-out has no effect: only --method lamp and distillation use it"]
 
 
+def test_the_effort_of_another_method_is_that_of_its_distillation():
+    found = {}
+    for effort in ("low", "medium", "high"):
+        given = {**GIVEN, "method": "wanda", "distill": True, "effort": effort, "num_samples": 64}
+        defaults = measured("llama", 0.7, 30, effort, 64)
+        config, _, notices = complete(gather(given, environ={}), 2048, defaults, Language())
+        assert not notices
+        found[effort] = (config.distill_epochs, config.distill_samples)
+    assert found == {"low": (1, None), "medium": (2, None), "high": (1, 480)}
+    assert completed({"method": "wanda", "effort": "high"})[2] == [
+        "--effort has no effect: only --method lamp and distillation use it"
+    ]
+
+
+def test_no_distillation_and_no_generated_samples_are_one_wish():
+    config, _, _ = completed({"distill": False, "distill_generated": 0})
+    assert (config.distill, config.distill_generated) == (False, None)
+
+
 def test_an_option_of_distillation_that_switches_it_on_is_said():
     _, _, notices = completed({"method": "wanda", "distill_epochs": 2, "distill_lr": "1%"})
     assert notices == ["--distill-epochs, --distill-lr: the model is distilled at the end, as by --distill"]

@@ -3,21 +3,24 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from stages.errors import ResourceError
 from stages.models.base import LayerInfo
+from stages.models.decoder import open_model
+from stages.models.resolve import resolve
 from stages.pruners.registry import PRUNERS
-from stages.runtime.memory_planner import (
-    Room,
+from stages.runtime.memory_estimate import (
     Shapes,
     Work,
     distillation,
-    fit,
     generation,
     least_room,
     peaks,
     statistics_room,
 )
+from stages.runtime.memory_planner import Room, fit
+from tests.small_models import save
 
 LAMP = Work(PRUNERS.get("sparsegpt"), trains=True, is_quantized=False, eval_tokens=2048)
 GB = 10**9
@@ -28,7 +31,7 @@ def opt_6_7b(tokens=2048):
     sizes = [("q_proj", "q", width, width), ("k_proj", "k", width, width), ("v_proj", "v", width, width)]
     sizes += [("out_proj", "out", width, width), ("fc1", "fc1", inner, width), ("fc2", "fc2", width, inner)]
     layers = tuple(LayerInfo(f"b.{path}", path, role, rows, cols, False) for path, role, rows, cols in sizes)
-    return Shapes(sum(x.rows * x.cols for x in layers), layers, width, 50272, tokens, 4)
+    return Shapes(sum(x.rows * x.cols for x in layers), layers, width, 50272, tokens, 4, outside=50272 * width)
 
 
 def test_a_trained_block_takes_five_copies_with_its_gradient_and_four_if_the_best_is_on_the_disk():
@@ -220,6 +223,51 @@ def test_without_a_limit_a_gpu_that_is_too_small_is_refused_and_short_memory_is_
     assert (short.samples_at_once, short.spills) == (2, True)
     assert "this run may need" in short.shortage
     assert "4.00GB are free here" in short.shortage
+
+
+def test_what_is_taken_over_from_another_run_takes_no_memory_here():
+    shapes = replace(deep(4), outside=10**6)
+    work = replace(DISTILLED, takes_over=True)
+    found = peaks(shapes, work, 1, spills=True)
+    assert not {"capture", "prune-block", "training"} & found.keys()
+    assert found["distill"] == peaks(shapes, DISTILLED, 1, spills=True)["distill"]
+    least = max(found.values())
+    assert least < max(peaks(shapes, DISTILLED, 1, spills=True).values())
+    assert fit(shapes, work, 0, Room(0, least), [1]).peak_bytes == least
+    assert statistics_room(shapes, work, 1, least) is None
+
+
+def test_a_limit_that_a_run_begins_with_holds_in_processes_with_a_larger_baseline():
+    shapes = opt_6_7b()
+    needed = max(peaks(shapes, LAMP, 1, spills=True).values())
+    enough = Room(0, needed + int(1.15 * GB))
+    assert fit(shapes, LAMP, GB, enough, [1], is_new=True).spills
+    with pytest.raises(ResourceError):
+        fit(shapes, LAMP, GB, Room(0, enough.limit_bytes - 1), [1], is_new=True)
+    fit(shapes, LAMP, int(1.15 * GB), Room(0, enough.limit_bytes), [1])
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_ends_are_counted_as_the_model_has_them(tmp_path, is_tied):
+    folder = save(tmp_path / "m", "llama-gqa" if is_tied else "llama")
+    model = open_model(resolve(str(folder)))
+    ends = model.load_ends(torch.device("cpu"), "all")
+    numbers = sum(p.numel() for p in ends._model.parameters() if p.device.type != "meta")
+    assert model.outside_numbers == Shapes.of(model, 16, 4).outside == numbers
+    embedding = model.vocab_size * model.hidden_size
+    assert numbers == (1 if is_tied else 2) * embedding + model.hidden_size  # and the final norm
+    model.drop_ends()
+    assert model._ends is None
+
+
+def test_a_refusal_offers_to_generate_nothing_where_that_takes_most():
+    shapes = opt_6_7b(tokens=16)
+    work = replace(DISTILLED, num_at_once=8, cache_bytes=10**9)
+    with pytest.raises(ResourceError, match=r"generate no samples \(--distill-generated 0\), which takes .*GB less"):
+        fit(shapes, work, 0, Room(0, GB), [1])
+    with pytest.raises(ResourceError) as refused:
+        fit(shapes, replace(work, cache_bytes=1), 0, Room(0, GB), [1])
+    assert "--distill-generated" not in str(refused.value)
 
 
 def test_a_refusal_names_the_pruner_that_takes_less():
