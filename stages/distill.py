@@ -228,7 +228,7 @@ class Distiller:
             room = self._scratch.stream(
                 "rounded", len(self._held_out), self._context.hidden_shape, self._work.choices.torch_dtype
             )
-            found = self._work.losses(self._held_out, self._finished, room)
+            found = self._work.losses(self._held_out, self._finished, room, self._student.ends)
             course.rounded = _mean(found)
             self._checkpoint_due()
         assert course.before is not None

@@ -123,15 +123,18 @@ class Work:
         return self._end_loss.of(ends, self.inputs(number), hidden, target, vocabulary, needs_gradient=needs_gradient)
 
     @torch.no_grad()
-    def losses(self, numbers: Sequence[int], load: Callable[[int], Block], hidden: Stream) -> list[float]:
+    def losses(
+        self, numbers: Sequence[int], load: Callable[[int], Block], hidden: Stream, held: Ends | None = None
+    ) -> list[float]:
         """The loss of each of these samples, with one block in memory.
 
         Args:
             numbers: Of the samples.
             load: Gives a block.
             hidden: Room for the hidden states of all of them, (T, H) each; whatever it holds is overwritten.
+            held: The model's ends, if they are in memory all the time.
         """
-        ends = self.model.load_ends(self.device, "enter")
+        ends = held or self.model.load_ends(self.device, "enter")
         for place, number in enumerate(numbers):
             self.boundary()
             hidden.write(place, self.enter(ends, self.inputs(number))[0])
@@ -145,7 +148,7 @@ class Work:
                 hidden.write(place, out[0])
                 self.advance()
             del block
-        ends, losses = self.model.load_ends(self.device, "leave"), []
+        ends, losses = held or self.model.load_ends(self.device, "leave"), []
         for place, number in enumerate(numbers):
             self.boundary()
             losses.append(self.end(ends, number, self.read(hidden, place), needs_gradient=False).value)

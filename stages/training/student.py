@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stages.interfaces import Checkpoint, Scratch
+from stages.models.base import Ends
 from stages.training.distillation_work import Block, Work
 from stages.training.kept_weights import without_moments
 
@@ -27,6 +28,7 @@ class Student(ABC):
         """Begin. stored: parts of the checkpoint from which the work is resumed; empty: begin with the pruned model."""
         self._work = work
         self._num_blocks = work.model.num_blocks
+        self.ends: Ends | None = None  # if they are in memory all the time
         self._has_best = _best(0) in stored
 
     @abstractmethod
@@ -99,7 +101,8 @@ class Resident(Student):
             work.load(index, work.callbacks.kept(_current(index)) if stored else None)
             for index in range(self._num_blocks)
         ]
-        self._ends = work.model.load_ends(work.device, "all")
+        self.ends = self._ends = work.model.load_ends(work.device, "all")
+        work.model.drop_ends()  # they are held here
 
     def update(self, numbers: Sequence[int], lr: float) -> float:
         work, losses = self._work, []

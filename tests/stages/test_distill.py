@@ -392,6 +392,22 @@ def test_a_streamed_update_has_the_ends_in_memory_for_the_loss_alone(case, monke
     assert all(ends is None for ends in held)
 
 
+def test_a_resident_distillation_has_the_ends_in_memory_once(opened_in_half, monkeypatch):
+    """Also while it judges the rounded weights, which are run block by block."""
+    model, read = opened_in_half.model, []
+    read_ends = type(model)._read_ends
+
+    def watching(self, device, part):
+        read.append(part)
+        return read_ends(self, device, part)
+
+    monkeypatch.setattr(type(model), "_read_ends", watching)
+    model.drop_ends()
+    report, _ = opened_in_half.distilled(is_resident=True)
+    assert report.kept_epoch
+    assert read == ["all"]
+
+
 def test_without_held_out_samples_the_rate_is_fixed(case):
     for batch, value in ((1, 8e-4), (4, 1.6e-3), (10**6, 3 * 8e-4)):  # a batch has no more than the nine samples
         settings = DistillSettings(epochs=1, lr=None, batch=batch, holds_out=False, seed=0)
