@@ -58,6 +58,11 @@ _OS_ERRORS = {
 }
 
 
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
+# In RuntimeErrors of PyTorch: cuBLAS, cuSOLVER and cuDNN without work space, pinned memory, memory of the processor.
+_OUT_OF_MEMORY = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory", _CPU_ALLOCATOR)
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of an error; 1, a bug of ours, for an error that is not in the tables."""
     for kind, code in EXIT_CODES:
@@ -65,8 +70,7 @@ def exit_code(error: BaseException) -> int:
             return code
     if isinstance(error, OSError) and error.errno in _OS_ERRORS:
         return _OS_ERRORS[error.errno]
-    # Compared by name, because importing torch only for this would take seconds.
-    return RESOURCE if type(error).__name__ == "OutOfMemoryError" else BUG
+    return RESOURCE if _is_out_of_memory(error) else BUG
 
 
 def message(error: BaseException) -> str:
@@ -77,7 +81,9 @@ def message(error: BaseException) -> str:
 def _message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command continues where it stopped"
-    if type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
+        if _CPU_ALLOCATOR in str(error):
+            return "there is not enough memory: use a smaller --seqlen"
         return "the GPU has not enough memory for one block: use a smaller --seqlen, or --device cpu"
     if isinstance(error, MemoryError):
         return "there is not enough memory: use a smaller --seqlen"
@@ -85,6 +91,14 @@ def _message(error: BaseException) -> str:
         where = str(error.filename or "")
         return one_line(f"{error.strerror}: {where if len(where) < 200 else where[:200] + '...'}")
     return str(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch got no memory: it has an error of its own only for its allocator on a GPU."""
+    # Compared by name, because importing torch only for this would take seconds.
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def end_now(error: BaseException) -> None:

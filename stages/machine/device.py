@@ -160,7 +160,7 @@ def name_of(device: str) -> str | None:
 def apply(choices: DeviceChoices) -> None:
     """Apply the choices to this process. Raises ResourceError if the device does not exist any more."""
     if choices.torch_device.type == "cuda":
-        _resolve_device(choices.device)
+        torch.cuda.set_device(_resolve_device(choices.device))
         # cuBLAS reads this when its handle is made. Without it, results may differ from call to call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_tf32 = False

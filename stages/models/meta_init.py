@@ -44,7 +44,9 @@ def require_plain(weights: Weights, key: str, folder: Path) -> None:
 def copied(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """In memory that torch allocated, floating point in `dtype`."""
     wanted = dtype if tensor.is_floating_point() else tensor.dtype
-    return tensor.to(device=device, dtype=wanted, copy=True)
+    if device.type == "cpu":
+        return tensor.to(dtype=wanted, copy=True)
+    return tensor.to(device, copy=True).to(wanted)  # an accelerator converts what it gets: fewer bytes are sent there
 
 
 def require_materialised(module: nn.Module, what: str, recurse: bool = True) -> None:

@@ -60,12 +60,12 @@ class Grid:
             NumericalError: A weight is not on the grid.
         """
         nearest = self.codes(weight)
-        found, matched = nearest.clone(), torch.zeros_like(nearest, dtype=torch.bool)
+        found, matched = nearest, torch.zeros_like(nearest, dtype=torch.bool)
         # Rounding to a 16-bit dtype may have moved a value past the middle between two codes.
         for step in (0, -1, 1):
             candidate = (nearest + step).clamp_(0, self.num_levels - 1)
             fits = ~matched & (self.values(candidate).to(weight.dtype) == weight)
-            found[fits] = candidate[fits]
+            found = torch.where(fits, candidate, found)
             matched |= fits
         if not bool(matched.all()):
             raise NumericalError(f"{int((~matched).sum())} weights are not on their {self.bits}-bit grid")

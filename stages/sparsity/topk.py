@@ -7,6 +7,10 @@ from torch import Tensor
 
 # Bits of a float32 beside its sign: the number of their value, but for the sign, in the order of the numbers.
 _ALL_BUT_SIGN = 2**31 - 1
+# On one core of a Zen 3, by rank against by kthvalue: 221,184 rows of 4 columns 4.4 and 18.8 ms, 110,592 of 8 columns
+# 7.0 and 19.4, 20,000 of 32 columns 23.4 and 15.1, 576 of 4 columns 0.15 and 0.11.
+_FEW_COLUMNS, _MANY_ROWS = 8, 4096
+_LARGEST_GROUP = 32  # of an N:M pattern
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
@@ -27,6 +31,8 @@ def smallest_per_row(scores: Tensor, count: int) -> Tensor:
         raise ValueError("the scores hold NaN")
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
+    if _is_ranked(scores):
+        return _by_rank(scores, count)
     # On a GPU kthvalue has one thread block per row, and so computes nearly nothing at a time.
     is_bisected = scores.device.type == "cuda" and scores.dtype == torch.float32
     threshold = (kth_by_bisection if is_bisected else _kth)(scores, count)
@@ -36,6 +42,25 @@ def smallest_per_row(scores: Tensor, count: int) -> Tensor:
     if bool((missing == equal.sum(dim=1, keepdim=True)).all()):
         return below | equal
     return below | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= missing))
+
+
+def _is_ranked(scores: Tensor) -> bool:
+    """Whether to compare each score of a row with each other one: where there are few in a row, and many rows."""
+    rows, cols = scores.shape
+    return cols <= _LARGEST_GROUP if scores.device.type == "cuda" else cols <= _FEW_COLUMNS and rows >= _MANY_ROWS
+
+
+def _by_rank(scores: Tensor, count: int) -> Tensor:
+    """Those before which fewer than `count` come in their row. scores: (rows, cols)."""
+    columns = scores.T.contiguous()
+    chosen = torch.empty_like(columns, dtype=torch.bool)
+    for place, column in enumerate(columns):
+        rank = torch.zeros(len(column), dtype=torch.uint8, device=column.device)
+        for other, values in enumerate(columns):
+            if other != place:
+                rank += values <= column if other < place else values < column
+        torch.lt(rank, count, out=chosen[place])
+    return chosen.T
 
 
 def _kth(scores: Tensor, count: int) -> Tensor:

@@ -96,6 +96,24 @@ def test_every_error_of_ours_has_an_exit_code():
     assert exit_code(RuntimeError()) == BUG
 
 
+def test_too_little_memory_is_no_bug_whichever_library_lacks_it():
+    import torch
+
+    from lampctl.cli.exit_codes import RESOURCE, exit_code, message
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert exit_code(caught.value) == RESOURCE
+    assert message(caught.value) == "there is not enough memory: use a smaller --seqlen"
+    for text in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    ):
+        assert exit_code(RuntimeError(text)) == RESOURCE
+        assert message(RuntimeError(text)).startswith("the GPU has not enough memory")
+
+
 def test_help_of_sweep_lists_its_commands_and_every_option_of_a_sweep(lampctl):
     shown = lampctl("sweep", "--help").out
     run = lampctl("sweep", "run", "--help").out

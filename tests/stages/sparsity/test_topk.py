@@ -49,6 +49,15 @@ def test_bisection_finds_the_score_that_sorting_finds(kind):
         assert torch.equal(kth_by_bisection(scores, count), in_order[:, count - 1 : count])
 
 
+@pytest.mark.parametrize("cols", [2, 4, 8, 9])
+def test_few_columns_and_many_rows_are_chosen_as_others_are(cols):
+    generator = torch.Generator().manual_seed(cols)
+    scores = torch.randn(5000, cols, generator=generator).mul(2).round()  # of both signs of zero, too
+    for count in (0, 1, cols // 2, cols):
+        assert torch.equal(smallest_per_row(scores, count), by_sorting(scores, count))
+        assert torch.equal(smallest_per_row(scores[:7], count), by_sorting(scores[:7], count))
+
+
 def test_what_cannot_be_chosen_is_refused():
     with pytest.raises(ValueError, match="4 of 3"):
         smallest_per_row(torch.ones(2, 3), 4)
