@@ -43,9 +43,11 @@ from stages.training.seeding import derive_seed
 _PIECE, _PROMPT = 256, 16
 # Keys and values of the pieces that are written together take about this many bytes. How many there are changes bits:
 # so it does not depend on the memory limit.
-_CACHE_BYTES = 256 * 2**20
+_CACHE_BYTES = 512 * 2**20
 # With fewer pieces at once, reading the weights takes most of the time: then nothing is written by default.
-_FEWEST_AT_ONCE = 8
+_FEWEST_AT_ONCE = 16
+# Tokens whose probabilities are added up before a token is drawn among those of one group.
+_GROUP = 256
 _FP32 = 4
 # What transformers' code of a family raises where it has a fault. A RuntimeError, such as for want of memory, is none.
 _FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
@@ -192,10 +194,7 @@ class _Writer:
         num_new = longest - self._num_real
         end = model.config.get_text_config().eos_token_id
         settings = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            do_sample=False,  # _Drawing leaves one token to choose
             min_new_tokens=num_new,  # the end of the text is left out of the distribution
             max_new_tokens=num_new,
             use_cache=True,
@@ -205,15 +204,14 @@ class _Writer:
         number, count = chunk
         counter = Counter(context.callbacks, count * num_new, "tokens of each sample", done=number * num_new)
         watching = StoppingCriteriaList([_Watching(context.callbacks.check_stop, counter)])
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), computing(context.device):
-            torch.manual_seed(seed)
+        drawing = _Drawing(context.model.source.name, torch.Generator().manual_seed(seed))
+        with computing(context.device):
             try:
                 written = model.generate(
                     prompts,
                     attention_mask=torch.ones_like(prompts),
                     generation_config=settings,
-                    logits_processor=LogitsProcessorList([_Finite(context.model.source.name)]),
+                    logits_processor=LogitsProcessorList([drawing]),
                     stopping_criteria=watching,
                 ).cpu()
             except _FAULTS as error:
@@ -259,18 +257,64 @@ def _is_ours(error: Exception) -> bool:
     return innermost.partition(".")[0] == __name__.partition(".")[0]
 
 
-class _Finite(LogitsProcessor):
-    """Refuses logits from which nothing can be drawn; changes none. -inf is a token that is left out."""
+class _Drawing(LogitsProcessor):
+    """Draws the next token of every text, and leaves out all others. -inf is a token that is left out before."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, generator: torch.Generator) -> None:
+        self._name, self._generator = name, generator
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if bool((torch.isnan(scores) | (scores == math.inf)).any()):
+        tokens = drawn(scores, self._generator)
+        if tokens is None:
             raise NumericalError(
                 f"{self._name} gives logits that are NaN or infinite: its weights or activations hold NaN or infinity"
             )
-        return scores
+        return torch.full_like(scores, -math.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+def drawn(scores: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Draw a token for each row from the distribution of its logits, by one uniform number and running sums.
+
+    The sum of every group of tokens finds the group, and a running sum within it the token: half the time of an
+    exponential number for every token, as torch.multinomial draws. Sums run in one order on every device.
+
+    Args:
+        scores: Logits (rows, V) in fp32. -inf: left out.
+        generator: On the CPU.
+
+    Returns:
+        Tokens (rows,), on the device of the logits; None: some are NaN or +inf.
+    """
+    probabilities = scores.softmax(-1)
+    groups = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % _GROUP)).unflatten(1, (-1, _GROUP))
+    sums = groups.sum(-1).cpu().double()
+    if not bool(torch.isfinite(sums).all()):
+        return None
+    share, group = _place(sums, torch.rand(len(sums), dtype=torch.float64, generator=generator))
+    rows = torch.arange(len(sums), device=scores.device)
+    _, token = _place(groups[rows, group.to(scores.device)].cpu().double(), share)
+    return (group * _GROUP + token).to(scores.device)
+
+
+def _place(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a share of the sum of each row lies.
+
+    Args:
+        weights: (rows, n), not negative, fp64.
+        share: (rows,), from 0 to below 1.
+
+    Returns:
+        What share of the place's own weight lies before it, and which place it is: one whose weight is not 0.
+    """
+    upto = weights.cumsum(1)
+    wanted = (share * upto[:, -1])[:, None]
+    last = (
+        (weights > 0).long().cumsum(1).argmax(1, keepdim=True)
+    )  # the last that is not 0: for what rounding puts behind
+    place = torch.minimum(torch.searchsorted(upto, wanted, right=True), last)
+    weight = weights.gather(1, place)
+    before = upto.gather(1, place) - weight
+    return ((wanted - before) / weight).clamp(0, 1 - 1e-12)[:, 0], place[:, 0]
 
 
 class _Watching(StoppingCriteria):

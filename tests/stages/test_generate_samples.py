@@ -108,6 +108,30 @@ def test_tokens_have_the_probabilities_that_the_model_gives_them(model):
     assert float(other.mean()) > 1.5, "this test would not see a wrong distribution"
 
 
+def test_a_uniform_number_falls_on_the_token_whose_share_holds_it(monkeypatch):
+    """Against the inverse of the distribution function, token by token, in 64 bits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(50, 700, generator=generator)
+    logits[:, ::7] = -torch.inf
+    logits[:, 600:] = -torch.inf  # whole groups are left out, too
+    upto = logits.double().softmax(-1).cumsum(-1)
+    for shares in (
+        torch.linspace(0, 1 - 2**-53, 50, dtype=torch.float64),
+        torch.rand(50, generator=generator).double(),
+    ):
+        monkeypatch.setattr(torch, "rand", lambda *_args, shares=shares, **_more: shares)
+        tokens = stage.drawn(logits, generator)
+        assert torch.isfinite(logits[torch.arange(50), tokens]).all(), "a token that is left out is never drawn"
+        below = torch.cat([torch.zeros(50, 1, dtype=torch.float64), upto], 1)[torch.arange(50), tokens]
+        above = upto[torch.arange(50), tokens]
+        assert (below - 1e-6 <= shares).all()
+        assert (shares <= above + 1e-6).all()
+    logits[3, 5] = torch.nan
+    assert stage.drawn(logits, generator) is None
+    logits[3, 5] = torch.inf
+    assert stage.drawn(logits, generator) is None
+
+
 def test_pieces_begin_with_the_tokens_at_their_place(model, several_chunks):
     assert stage.pieces_of(2, 40)[:4] == [
         stage.Piece(0, 0, 13), stage.Piece(0, 13, 13), stage.Piece(0, 26, 14), stage.Piece(1, 0, 13)
@@ -256,7 +280,7 @@ def test_logits_that_are_not_finite_are_refused(tmp_path):
 
 def test_a_model_with_a_large_cache_writes_nothing_by_default(model, monkeypatch):
     assert stage.generates_by_default(model, 2048)
-    monkeypatch.setattr(stage, "_CACHE_BYTES", 8 * stage.cache_bytes(model, 2048) - 1)
+    monkeypatch.setattr(stage, "_CACHE_BYTES", 16 * stage.cache_bytes(model, 2048) - 1)
     assert not stage.generates_by_default(model, 2048)
     assert stage.cache_bytes(model, 2048) == 256 * 3 * 2 * 32 * 4  # tokens, blocks, keys and values, width, fp32
 
