@@ -343,8 +343,15 @@ def held_out_loss(case, states):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("bits", [None, 3, 4, 8])
-@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [
+        ("llama-gqa", None),
+        ("gpt2", 8),
+        *(pytest.param("gpt2", bits, marks=pytest.mark.slow) for bits in (None, 3, 4)),
+        *(pytest.param("llama-gqa", bits, marks=pytest.mark.slow) for bits in (3, 4, 8)),
+    ],
+)
 def test_losses_before_and_after_are_those_of_a_plain_model_with_the_stored_weights(tmp_path, family, bits):
     """Where a row's weights have one sign, bf16 moves values of 8 bits past the middle between two of the grid."""
     original = small_models.build(family).to(torch.bfloat16)
