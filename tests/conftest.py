@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that make no run as `unit`: `make check` runs them."""
     for item in items:
         makes_runs = item.nodeid.startswith(_WITH_RUNS) or "lampctl" in getattr(item, "fixturenames", ())
-        if not makes_runs and not any(item.get_closest_marker(name) for name in ("slow", "smollm2", "long")):
+        if not makes_runs and not any(item.get_closest_marker(name) for name in ("slow", "smollm2", "long", "gpu")):
             item.add_marker("unit")
 
 

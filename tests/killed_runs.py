@@ -27,6 +27,29 @@ from lampctl.app import main
 main()
 """
 
+# Sends itself a signal at a batch boundary of a step of this kind, after a given number of boundaries.
+BOMB_AT_CHECKPOINT = """
+import os, signal, sys
+from pipeline.engine import runner as engine
+
+kind, number, wanted, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 0
+checkpoint = engine.StepCallbacks.checkpoint
+
+def explode(self, make):
+    global count
+    count += self._step.kind == kind and self._step.block in (None, 1)
+    if count == wanted and number == signal.SIGTERM:
+        os.kill(os.getpid(), number)
+    checkpoint(self, make)
+    if count == wanted:
+        os.kill(os.getpid(), number)
+
+engine.StepCallbacks.checkpoint = explode
+sys.argv[:4] = ["lampctl"]
+from lampctl.app import main
+main()
+"""
+
 
 def exported_weights(run: Path) -> dict[str, str]:
     """SHA-256 of every file of the exported model, by name, as committed."""

@@ -99,7 +99,8 @@ def _circumstances(rows: Sequence[Row]) -> list[str]:
 def _section(section: Section) -> list[str]:
     grid, study = section.part.grids[0], section.study
     text = "the first half of C4" if grid.is_on_c4 else study.calibration
-    how = study.tasks if grid.is_tasks else f"{study.evaluated.replace('x', ' x ')} tokens of each text"
+    windows, _, texts = study.evaluated.partition(" of ")
+    how = study.tasks if grid.is_tasks else f"{windows.replace('x', ' x ')} tokens of {texts or 'each text'}"
     lines = [f"{study.model}, calibrated on {grid.num_samples} x {grid.seqlen} tokens of {text}; measured on {how}."]
     if section.num_missing:
         command = "" if section.name == CORE else f" --part {section.name}"

@@ -110,12 +110,15 @@ PARTS: dict[str, Part] = {
 }
 
 
+USUAL_TEXTS = ("wikitext2", "c4")
+
+
 @dataclass(frozen=True)
 class Study:
     """What may stand in one table: labels of the model, of how it is measured, and of the calibration text."""
 
     model: str = "smollm2-135m"
-    evaluated: str = "40x256"  # windows x tokens of each text
+    evaluated: str = "40x256"  # windows x tokens of each text; " of " others than USUAL_TEXTS
     tasks: str = f"{TASK_LIMIT} rows a task"
     calibration: str = MAIN_CALIBRATION
 

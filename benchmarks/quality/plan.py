@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.quality.cells import UNKNOWN, Cell, Row, figures_of_run, folder_for, run_command
 from benchmarks.quality.methods import DENSE, IN_PEER_PYTHON, PEER_POINTS, PEERS, flags_of
-from benchmarks.quality.parts import CORE, NONE, PARTS, Study
+from benchmarks.quality.parts import CORE, NONE, PARTS, USUAL_TEXTS, Study
 from benchmarks.quality.texts import C4_FIRST, EMBEDDED, Text
 from pipeline.config.run_config import DISTILL_FIELDS, LAMP_FIELDS
 
@@ -43,8 +43,11 @@ class Setup:
 
     @property
     def study(self) -> Study:
-        windows = f"{self.eval_max_tokens // self.eval_seqlen}x{self.eval_seqlen}"
-        return Study(self.model, windows, f"{self.task_limit} rows a task", self.calibration.label)
+        evaluated = f"{self.eval_max_tokens // self.eval_seqlen}x{self.eval_seqlen}"
+        labels = tuple(text.label for text in self.evaluation)
+        if labels != USUAL_TEXTS:
+            evaluated += f" of {', '.join(labels)}"
+        return Study(self.model, evaluated, f"{self.task_limit} rows a task", self.calibration.label)
 
     @property
     def eval_flags(self) -> tuple[str, ...]:

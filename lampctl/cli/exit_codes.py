@@ -56,8 +56,6 @@ _OS_ERRORS = {
     errno.ENAMETOOLONG: USAGE,
     **dict.fromkeys(PASSING, PREEMPTED),
 }
-
-
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 # In RuntimeErrors of PyTorch: cuBLAS, cuSOLVER and cuDNN without work space, pinned memory, memory of the processor.
 _OUT_OF_MEMORY = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory", _CPU_ALLOCATOR)

@@ -55,7 +55,7 @@ def verify(
 
 def _print_report(report: Report) -> None:
     from lampctl.output.units import size
-    from pipeline.steps.end_loss_result import counted
+    from pipeline.steps.reporting import counted
 
     how = "match their SHA-256" if report.is_deep else "exist with their sizes (--deep compares their SHA-256)"
     for damage in report.damages:
@@ -66,4 +66,4 @@ def _print_report(report: Report) -> None:
     if report.released:
         print(f"{counted(len(report.released), 'payload')} deleted: no later step needs them")
     if report.leftovers:
-        print(f"{len(report.leftovers)} abandoned attempts: lampctl gc deletes them")
+        print(f"{counted(len(report.leftovers), 'abandoned attempt')}: lampctl gc deletes them")

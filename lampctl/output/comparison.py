@@ -15,7 +15,8 @@ from lampctl.output.labels import measured_label, source_label
 from lampctl.output.units import duration, size
 from pipeline.runs.comparison import ModelSummary
 from pipeline.runs.status import EvaluationResult, MeasuredOn
-from pipeline.steps.end_loss_result import EndLossResult, counted
+from pipeline.steps.end_loss_result import EndLossResult
+from pipeline.steps.reporting import counted
 from stages.metrics.registry import figure_text, metric_of
 from stages.pruners.registry import method_title
 

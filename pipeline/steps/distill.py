@@ -8,8 +8,7 @@ from pipeline.engine.plan import Step
 from pipeline.steps import payloads
 from pipeline.steps.base import StepKind
 from pipeline.steps.block_files import finished_bytes, training_bytes, write_distilled
-from pipeline.steps.end_loss_result import counted
-from pipeline.steps.reporting import Series
+from pipeline.steps.reporting import Series, counted
 from pipeline.steps.results import DistillResult
 
 if TYPE_CHECKING:

@@ -7,12 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.rundir.records import Result, Sha256
+from pipeline.steps.reporting import counted
 from pipeline.steps.results import Amount, MetricName
-
-
-def counted(number: int, noun: str) -> str:
-    """For people: "1 sample", "1,024 samples"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class EndLossResult(Result):

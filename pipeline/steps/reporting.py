@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from pipeline.steps.results import FinishedRecord, TrainingRecord
 
 
+def counted(number: int, noun: str) -> str:
+    """For people: "1 sample", "1,024 samples"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class BlockTraining:
     """One training of a block.

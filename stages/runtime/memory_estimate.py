@@ -138,7 +138,9 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool, room_bytes:
     found["export"] = ends + min(_EXPORTED_AT_ONCE, 2 * ends)
     if work.eval_tokens:
         logits = 3 * _FP32 * work.eval_tokens * shapes.vocabulary
-        found["evaluate"] = max(2 * ends + logits, ends + passing, block + passing) + shapes.chunks(2, samples)
+        found["evaluate"] = max(_FP32 * shapes.outside + logits, ends + passing, block + passing) + shapes.chunks(
+            2, samples
+        )
     if work.num_heads:
         head = work.num_heads * _FP32 * shapes.outside + shapes.loss
         found["end-loss"] = max(head, ends + passing, block + passing) + shapes.chunks(2, samples)

@@ -28,8 +28,12 @@ class Student(ABC):
         """Begin. stored: parts of the checkpoint from which the work is resumed; empty: begin with the pruned model."""
         self._work = work
         self._num_blocks = work.model.num_blocks
-        self.ends: Ends | None = None  # if they are in memory all the time
         self._has_best = _best(0) in stored
+
+    @property
+    def ends(self) -> Ends | None:
+        """The model's ends, if they are in memory all the time."""
+        return None
 
     @abstractmethod
     def update(self, numbers: Sequence[int], lr: float) -> float:
@@ -101,8 +105,12 @@ class Resident(Student):
             work.load(index, work.callbacks.kept(_current(index)) if stored else None)
             for index in range(self._num_blocks)
         ]
-        self.ends = self._ends = work.model.load_ends(work.device, "all")
+        self._ends = work.model.load_ends(work.device, "all")
         work.model.drop_ends()  # they are held here
+
+    @property
+    def ends(self) -> Ends:
+        return self._ends
 
     def update(self, numbers: Sequence[int], lr: float) -> float:
         work, losses = self._work, []

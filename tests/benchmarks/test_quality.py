@@ -58,6 +58,16 @@ def test_every_point_has_its_first_draw_before_any_has_a_second(tmp_path):
     assert list(points) == ["70%", "2:4", "80%", "50%", "2:4+int4"]
 
 
+def test_a_model_that_is_measured_on_other_texts_has_rows_and_tables_of_their_own(tmp_path):
+    usual, other = setup(tmp_path).study, setup(tmp_path, evaluation=(Text("pydocs", "pydocs"),)).study
+    assert (usual.evaluated, other.evaluated) == ("40x256", "40x256 of pydocs")
+    rows = [row("LAMP", "0", 90), row("LAMP", "0", 25, evaluated=other.evaluated)]
+    assert [study.evaluated for study in sections.studies_of(rows)] == [usual.evaluated, other.evaluated]
+    text = "\n".join(page.markdown(rows))
+    assert "measured on 40 x 256 tokens of each text" in text
+    assert "measured on 40 x 256 tokens of pydocs" in text
+
+
 def test_a_method_in_another_arithmetic_differs_in_nothing_else():
     for method in (methods.OURS_TRAINS_BF16, methods.OURS_STREAMS_BF16, methods.OURS_BF16):
         flags, usual = methods.flags_of(method, "70%"), methods.flags_of(methods.OURS, "70%")

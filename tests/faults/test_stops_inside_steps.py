@@ -9,37 +9,15 @@ import pytest
 
 from tests import warm_python
 from tests.faults.test_kill_in_every_stage import FLAGS, TINY_OPT
-from tests.killed_runs import exported_weights
+from tests.killed_runs import BOMB_AT_CHECKPOINT, exported_weights
 
 # In the order in which block 1, and then the model, meet them.
 KINDS = ("compensate-block", "prune-block", "refine-block", "distill", "evaluate")
-# Sends itself a signal at a batch boundary of a step of this kind, after a given number of boundaries.
-BOMB = """
-import os, signal, sys
-from pipeline.engine import runner as engine
-
-kind, number, wanted, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 0
-checkpoint = engine.StepCallbacks.checkpoint
-
-def explode(self, make):
-    global count
-    count += self._step.kind == kind and self._step.block in (None, 1)
-    if count == wanted and number == signal.SIGTERM:
-        os.kill(os.getpid(), number)
-    checkpoint(self, make)
-    if count == wanted:
-        os.kill(os.getpid(), number)
-
-engine.StepCallbacks.checkpoint = explode
-sys.argv[:4] = ["lampctl"]
-from lampctl.app import main
-main()
-"""
 
 
 def call(*arguments: str, bomb: tuple[str, int, int] | None = None, cwd: Path) -> subprocess.CompletedProcess:
     if bomb:
-        return warm_python.run(BOMB, *map(str, bomb), *arguments, cwd=cwd)
+        return warm_python.run(BOMB_AT_CHECKPOINT, *map(str, bomb), *arguments, cwd=cwd)
     return warm_python.run(warm_python.LAMPCTL, *arguments, cwd=cwd)
 
 

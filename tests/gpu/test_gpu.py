@@ -20,8 +20,7 @@ from stages.training.rates import Rate
 from stages.training.trainer import TrainingSettings
 from tests.blocks import context_of
 from tests.distillation import SETTINGS, Case, ids, require_same
-from tests.faults.test_stops_inside_steps import BOMB
-from tests.killed_runs import exported_weights
+from tests.killed_runs import BOMB_AT_CHECKPOINT, exported_weights
 
 pytestmark = pytest.mark.gpu
 HAS_GPU = torch.cuda.is_available()
@@ -128,7 +127,7 @@ def test_a_run_that_is_stopped_inside_steps_ends_with_the_same_weights(tmp_path)
     subprocess.run((*lampctl, "run", str(TINY_OPT), *FLAGS), cwd=quiet, check=True)
     command = ("run", str(TINY_OPT), *FLAGS)
     for kind in ("compensate-block", "refine-block", "distill"):
-        bomb = (sys.executable, "-c", BOMB, kind, str(int(signal.SIGTERM)), "3")
+        bomb = (sys.executable, "-c", BOMB_AT_CHECKPOINT, kind, str(int(signal.SIGTERM)), "3")
         answer = subprocess.run((*bomb, *command), cwd=stopped, capture_output=True, text=True, check=False)
         assert answer.returncode == 75, answer.stderr
         command = ("resume", "run")

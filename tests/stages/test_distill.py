@@ -214,6 +214,18 @@ def test_a_later_epoch_that_does_not_help_returns_to_the_best_one(case):
     pytest.fail("no rate makes a later epoch fail")
 
 
+def plain_loss(case, blocks, ends, number):
+    """The divergence from the teacher on a sample, the blocks one after the other, in fp64 after the head."""
+    tokens = case.inputs[number][None]
+    entry = ends.enter(tokens)
+    hidden = entry.hidden
+    for block, call in zip(blocks, entry.calls, strict=True):
+        hidden = case.model.run_block(block, hidden, call)
+    p = torch.softmax(ends.leave(tokens, case.teacher[number][None]).double(), -1)
+    q = torch.log_softmax(ends.leave(tokens, hidden).double(), -1)
+    return (p * (p.log() - q)).sum(-1).mean()
+
+
 def test_one_update_is_a_step_of_adam_on_the_whole_models_gradient(case):
     """Against a plain loop: the blocks one after the other under autograd, and torch's Adam on whole tensors."""
     settings = DistillSettings(epochs=1, lr=Rate(1e-3), batch=100, holds_out=False, seed=0)
@@ -223,16 +235,7 @@ def test_one_update_is_a_step_of_adam_on_the_whole_models_gradient(case):
     ends = model.load_ends(device, "all")
     parameters = [p for block in blocks for p in block.requires_grad_().parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
-    losses = []
-    for number in range(N):
-        tokens = case.inputs[number][None]
-        entry = ends.enter(tokens)
-        hidden = entry.hidden
-        for block, call in zip(blocks, entry.calls, strict=True):
-            hidden = model.run_block(block, hidden, call)
-        p = torch.softmax(ends.leave(tokens, case.teacher[number][None]).double(), -1)
-        q = torch.log_softmax(ends.leave(tokens, hidden).double(), -1)
-        losses.append((p * (p.log() - q)).sum(-1).mean())
+    losses = [plain_loss(case, blocks, ends, number) for number in range(N)]
     loss = torch.stack(losses).mean()
     loss.backward()
     assert report.updates[0] == pytest.approx(loss.item(), rel=1e-5)
@@ -330,16 +333,8 @@ def held_out_loss(case, states):
     """The loss of the held-out samples in a plain loop over blocks with these weights, as they are stored."""
     model, device = case.model, torch.device("cpu")
     blocks = [model.load_block(index, device, state=state) for index, state in enumerate(states)]
-    ends, losses = model.load_ends(device, "all"), []
-    for number in split_samples(N, True)[1]:
-        tokens = case.inputs[number][None]
-        entry = ends.enter(tokens)
-        hidden = entry.hidden
-        for block, call in zip(blocks, entry.calls, strict=True):
-            hidden = model.run_block(block, hidden, call)
-        p = torch.log_softmax(ends.leave(tokens, case.teacher[number][None]).double(), -1)
-        q = torch.log_softmax(ends.leave(tokens, hidden).double(), -1)
-        losses.append((p.exp() * (p - q)).sum(-1).mean().item())
+    ends = model.load_ends(device, "all")
+    losses = [plain_loss(case, blocks, ends, number).item() for number in split_samples(N, True)[1]]
     return sum(losses) / len(losses)
 
 

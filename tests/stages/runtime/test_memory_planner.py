@@ -258,6 +258,11 @@ def test_ends_are_counted_as_the_model_has_them(tmp_path, is_tied):
     assert numbers == (1 if is_tied else 2) * embedding + model.hidden_size  # and the final norm
     model.drop_ends()
     assert model._ends is None
+    plain = Work(PRUNERS.get("wanda"), False, False, eval_tokens=1)
+    shapes = replace(Shapes.of(model, 1, 4), vocabulary=10**6, outside=10**9)
+    more = replace(shapes, outside=2 * 10**9)
+    ends = [peaks(each, plain, 1, spills=True)["evaluate"] for each in (shapes, more)]
+    assert ends[1] - ends[0] == pytest.approx(1.05 * 4 * 10**9, rel=1e-6)
 
 
 def test_a_refusal_offers_to_generate_nothing_where_that_takes_most():
