@@ -131,11 +131,13 @@ def _advice(shapes: Shapes, work: Work, samples: int) -> str:
 
 
 def _describe(details: Mapping[str, int], base_bytes: int) -> str:
-    parts = [f"{kind} {_gb(base_bytes + size)}" for kind, size in sorted(details.items(), key=lambda x: -x[1])]
-    return ", ".join(parts)
+    """What each kind of step needs; the first one is what the run needs, to the digit."""
+    most_first = sorted(details.items(), key=lambda detail: -detail[1])
+    return ", ".join(f"{kind} {_gb(_round_up(base_bytes + size))}" for kind, size in most_first)
 
 
 def _round_up(size: int) -> int:
+    """The least amount that a message can name, in hundredths of a gigabyte, that is enough for `size`."""
     step = 10_000_000
     return -(-size // step) * step
 
