@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +13,18 @@ from stages.models.resolve import resolve
 
 # Any tokenizer whose ids fit the vocabulary does.
 _TOKENIZER = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model of OPT's family."""
+
+    hidden: int
+    num_heads: int
+    num_blocks: int
+
+
+SHAPES = {"opt-125m": Shape(768, 12, 12), "opt-1.3b": Shape(2048, 32, 24), "opt-6.7b": Shape(4096, 32, 32)}
 
 
 def llama_like(folder: Path, num_blocks: int) -> Path:
@@ -28,16 +41,17 @@ def llama_like(folder: Path, num_blocks: int) -> Path:
     return _save(folder, config)
 
 
-def opt_6_7b_like(folder: Path, num_blocks: int) -> Path:
-    """OPT-6.7B cut to its first blocks."""
+def opt_like(folder: Path, shape: str, num_blocks: int) -> Path:
+    """An OPT cut to its first blocks. shape: a name in `SHAPES`."""
+    found = SHAPES[shape]
     config = tf.OPTConfig(
         vocab_size=50272,
-        hidden_size=4096,
-        ffn_dim=16384,
+        hidden_size=found.hidden,
+        ffn_dim=4 * found.hidden,
         num_hidden_layers=num_blocks,
-        num_attention_heads=32,
+        num_attention_heads=found.num_heads,
         max_position_embeddings=2048,
-        word_embed_proj_dim=4096,
+        word_embed_proj_dim=found.hidden,
     )
     return _save(folder, config)
 

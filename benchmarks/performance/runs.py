@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy
 
-from benchmarks.performance.models import llama_like, opt_6_7b_like
+from benchmarks.performance.models import llama_like, opt_like
 from benchmarks.reporting import ROOT
 
 LAMPCTL = (sys.executable, "-m", "lampctl")
@@ -185,7 +185,7 @@ def _flat(peaks: list[Row], of: str = "") -> Row:
 
 def memory_of_a_large_block(work: Path) -> list[Row]:
     """P7: the first two blocks of OPT-6.7B's shape, against what one block and its optimizer take."""
-    model = opt_6_7b_like(work / "opt-6.7b-like", 2)
+    model = opt_like(work / "opt-6.7b-like", "opt-6.7b", 2)
     flags = ("--sparsity", "0.5", "--pruner", "sparsegpt", "--epochs", "1", "--refine-epochs", "1")
     # With less than both blocks of distillation would take.
     flags += ("--num-samples", "2", "--seqlen", "2048", "--memory-limit", "8.5GB")
