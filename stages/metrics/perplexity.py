@@ -33,12 +33,14 @@ class Perplexity(LanguageMetric):
 
 
 class PerplexityScore:
-    """A window's mean cross-entropy (`stages.metrics.streaming.WindowScore`)."""
+    """The cross-entropy of next tokens, in nats (`stages.metrics.streaming.TokenScore`)."""
 
     name = "perplexity"
 
-    def value(self, logits: Tensor, window: Tensor) -> float:
-        return window_loss(logits, window)
+    def total(self, logits: Tensor, following: Tensor) -> float:
+        from torch.nn import functional
+
+        return functional.cross_entropy(logits.float(), following, reduction="sum").item()
 
     def mean(self, values: Sequence[float]) -> float:
         return perplexity(values)
@@ -46,9 +48,8 @@ class PerplexityScore:
 
 def window_loss(logits: Tensor, window: Tensor) -> float:
     """Mean cross-entropy, in nats, of each next token. logits: (1, T, V); window: token ids (1, T)."""
-    from torch.nn import functional
-
-    return functional.cross_entropy(logits[0, :-1].float(), window[0, 1:]).item()
+    following = window[0, 1:]
+    return PerplexityScore().total(logits[0, :-1], following) / len(following)
 
 
 def perplexity(losses: Sequence[float]) -> float:

@@ -1,11 +1,12 @@
 """Run a model on windows of text with one block in memory at a time, and score each window by its logits.
 
-T: tokens of a window.    V: vocabulary.    n: windows.
+T: tokens of a window.    H: hidden size.    V: vocabulary.    n: windows.    S: tokens of a slice.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,20 +22,22 @@ from stages.machine.device import computing
 from stages.metrics.base import MetricContext
 from stages.metrics.language import TextDetails
 from stages.metrics.language import windows as cut
+from stages.models.base import Ends
 from stages.runtime.block_runner import BlockRunner, micro_batches
+from stages.runtime.logit_slices import token_slices
 from stages.runtime.prefetch import Reading, Writing
 
 # Windows that pass through a block before the next is loaded: many, since each block is read once for them all.
 _TOKENS_AT_ONCE = 64 * 2048
 
 
-class WindowScore(Protocol):
-    """Scores one window, and sums scores up."""
+class TokenScore(Protocol):
+    """Scores the model's predictions of next tokens. A window's score is their mean."""
 
     name: str  # of the value that progress shows
 
-    def value(self, logits: Tensor, window: Tensor) -> float:
-        """The score of a window. logits: (1, T, V); window: token ids (1, T)."""
+    def total(self, logits: Tensor, following: Tensor) -> float:
+        """The sum of the scores of S predictions. logits: (S, V); following: the tokens that follow, (S,)."""
         ...
 
     def mean(self, values: Sequence[float]) -> float:
@@ -90,8 +93,8 @@ def read_windows(context: MetricContext) -> TextWindows:
 
 
 @torch.no_grad()
-def window_values(context: MetricContext, windows: Tensor, score: WindowScore) -> list[float]:
-    """The score of each window.
+def window_values(context: MetricContext, windows: Tensor, score: TokenScore) -> list[float]:
+    """The score of each window: the mean over the tokens that follow another one in it.
 
     The activations of many windows pass through one block before the next is loaded, by way of one scratch stream, so
     the memory needed is that of pruning. Stopped, it resumes after the last group of windows.
@@ -99,7 +102,7 @@ def window_values(context: MetricContext, windows: Tensor, score: WindowScore) -
     Args:
         context: The model, scratch space, device and callbacks.
         windows: Token ids (n, T).
-        score: Scores one window.
+        score: Scores predictions.
     """
     num_windows, seqlen = windows.shape
     group = min(max(_TOKENS_AT_ONCE // seqlen, 1), num_windows)
@@ -127,7 +130,7 @@ class _Windows:
 class _Measuring:
     """The values of the windows that are done, and how the next ones are measured."""
 
-    def __init__(self, context: MetricContext, windows: Tensor, stream: Stream, score: WindowScore) -> None:
+    def __init__(self, context: MetricContext, windows: Tensor, stream: Stream, score: TokenScore) -> None:
         self.model, self.windows, self.stream, self.score = context.model, windows, stream, score
         self.choices, self.callbacks, self.device = context.device, context.callbacks, context.device.torch_device
         # A run may be evaluated on another text under the same name.
@@ -163,11 +166,19 @@ class _Measuring:
         with Reading([[place] for place in places], (inputs, self.stream), self.device) as read:
             for _, (window, hidden) in read:
                 self._boundary()
-                with computing(self.choices):
-                    logits = ends.leave(window, hidden)
-                values.append(self.score.value(logits, window))
+                values.append(self._score(ends, window, hidden))
                 self._advance(1, **{self.score.name: self.score.mean([*self.values, *values])})
         self.values = [*self.values, *values]
+
+    def _score(self, ends: Ends, window: Tensor, hidden: Tensor) -> float:
+        """The score of one window. window: token ids (1, T); hidden: the last block's output, (1, T, H)."""
+        following = window[0, 1:]
+        totals = []
+        for part in token_slices(len(following), self.model.vocab_size):
+            with computing(self.choices):
+                logits = ends.leave(window[:, part], hidden[:, part])
+            totals.append(self.score.total(logits[0], following[part]))
+        return math.fsum(totals) / len(following)
 
     def _boundary(self) -> None:
         self.callbacks.checkpoint(lambda: Checkpoint(figures={"text": self._text, "losses": self.values}))

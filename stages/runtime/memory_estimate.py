@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from stages.models.base import BlockModel, LayerInfo
 from stages.pruners.base import Pruner
+from stages.runtime.logit_slices import LOGITS_AT_ONCE
 
 # Allocators keep some freed memory, and small tensors are not counted.
 SLACK = 1.05
@@ -24,8 +25,6 @@ _FP32 = 4
 _SHARED = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp"}
 # Bytes that the export gathers before it writes (`stages.export`).
 _EXPORTED_AT_ONCE = 256_000_000
-# Most numbers of a matrix of logits in the end loss (`stages.training.end_loss`).
-_LOGITS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,11 @@ class Shapes:
     @property
     def loss(self) -> int:
         """Bytes of the logits of the student and the teacher, and of the loss between them."""
-        return 6 * _FP32 * min(_LOGITS_AT_ONCE, self.tokens * self.vocabulary)
+        return 6 * _FP32 * self.logits(self.tokens)
+
+    def logits(self, tokens: int) -> int:
+        """Most logits of a window of `tokens` tokens that are in memory at once."""
+        return min(max(LOGITS_AT_ONCE, self.vocabulary), tokens * self.vocabulary)
 
     def chunks(self, num_streams: int, samples: int) -> int:
         """Bytes of two micro-batches of `samples` samples of each of `num_streams` streams."""
@@ -137,7 +140,7 @@ def peaks(shapes: Shapes, work: Work, samples: int, *, spills: bool, room_bytes:
         found["generate"] = generation(shapes, work, is_resident=False)
     found["export"] = ends + min(_EXPORTED_AT_ONCE, 2 * ends)
     if work.eval_tokens:
-        logits = 3 * _FP32 * work.eval_tokens * shapes.vocabulary
+        logits = 3 * _FP32 * shapes.logits(work.eval_tokens)
         found["evaluate"] = max(_FP32 * shapes.outside + logits, ends + passing, block + passing) + shapes.chunks(
             2, samples
         )

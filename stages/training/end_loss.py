@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
+from stages.runtime.logit_slices import token_slices
+
 # `lampctl status` shows the titles and must not wait a second for torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.models.base import Ends
 
-# Numbers of one matrix of logits that are in memory at once: 64 MB in fp32. Longer samples take several slices.
-_LOGITS_AT_ONCE = 2**24
 # Lower bound for the target's mean square. Prevents division by zero.
 _SMALLEST_SCALE = 1e-12
 
@@ -81,10 +81,8 @@ class Divergence:
 
         dense_ends = dense_ends or ends
         tokens = inputs.shape[1]
-        size = max(_LOGITS_AT_ONCE // vocab_size, 1)
         value, gradient = 0.0, torch.empty_like(hidden, dtype=torch.float32) if needs_gradient else None
-        for start in range(0, tokens, size):
-            part = slice(start, min(start + size, tokens))
+        for part in token_slices(tokens, vocab_size):
             with torch.no_grad():
                 expected = dense_ends.leave(inputs[:, part], target[:, part].float()).float().log_softmax(-1)
             with torch.set_grad_enabled(needs_gradient):

@@ -6,6 +6,7 @@ import torch
 from stages.distill import DistillSettings
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
+from stages.runtime import logit_slices
 from stages.training import end_loss
 from stages.training.rates import Rate
 from tests.census.families import CENSUS
@@ -27,7 +28,7 @@ def test_streamed_and_resident_are_bit_identical_and_slices_of_the_head_are_the_
     ends, tokens, target = model.load_ends(torch.device("cpu"), "all"), case.inputs[0][None], case.teacher[0][None]
     hidden = target + 0.1 * target.std() * torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
     whole = end_loss.Divergence.of(ends, tokens, hidden, target, model.vocab_size, needs_gradient=True)
-    monkeypatch.setattr(end_loss, "_LOGITS_AT_ONCE", 5 * model.vocab_size)
+    monkeypatch.setattr(logit_slices, "LOGITS_AT_ONCE", 5 * model.vocab_size)
     sliced = end_loss.Divergence.of(ends, tokens, hidden, target, model.vocab_size, needs_gradient=True)
     assert sliced.value == pytest.approx(whole.value, rel=1e-4, abs=1e-7)
     torch.testing.assert_close(sliced.gradient, whole.gradient, rtol=1e-3, atol=1e-6)

@@ -15,6 +15,7 @@ from stages.interfaces import Checkpoint
 from stages.machine.device import DeviceChoices
 from stages.models.registry import open_model
 from stages.models.resolve import resolve
+from stages.runtime import logit_slices
 from stages.runtime.sample_views import ChosenSamples
 from stages.sparsity.nm_pattern import Pattern
 from stages.training import end_loss
@@ -424,7 +425,7 @@ def test_slices_of_tokens_give_the_loss_and_gradient_of_the_whole(case, monkeypa
     target = case.teacher[0][None]
     hidden = target + 0.1 * torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
     whole = end_loss.Divergence.of(ends, tokens, hidden, target, model.vocab_size, needs_gradient=True)
-    monkeypatch.setattr(end_loss, "_LOGITS_AT_ONCE", 5 * model.vocab_size)
+    monkeypatch.setattr(logit_slices, "LOGITS_AT_ONCE", 5 * model.vocab_size)
     sliced = end_loss.Divergence.of(ends, tokens, hidden, target, model.vocab_size, needs_gradient=True)
     assert sliced.value == pytest.approx(whole.value, rel=1e-4)
     torch.testing.assert_close(sliced.gradient, whole.gradient)

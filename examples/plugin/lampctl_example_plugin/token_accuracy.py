@@ -32,13 +32,13 @@ class TokenAccuracy(LanguageMetric):
 
 
 class _Score:
-    """A window's accuracy (`stages.metrics.streaming.WindowScore`)."""
+    """Counts right first choices (`stages.metrics.streaming.TokenScore`)."""
 
     name = "accuracy"
 
-    def value(self, logits: Tensor, window: Tensor) -> float:
-        """logits: (1, T, V); window: token ids (1, T)."""
-        return (logits[0, :-1].argmax(dim=-1) == window[0, 1:]).double().mean().item()
+    def total(self, logits: Tensor, following: Tensor) -> float:
+        """logits: (S, V); following: the tokens that follow, (S,)."""
+        return float((logits.argmax(dim=-1) == following).sum())
 
     def mean(self, values: Sequence[float]) -> float:
         return sum(values) / len(values)

@@ -265,6 +265,15 @@ def test_ends_are_counted_as_the_model_has_them(tmp_path, is_tied):
     assert ends[1] - ends[0] == pytest.approx(1.05 * 4 * 10**9, rel=1e-6)
 
 
+def test_evaluation_holds_the_logits_of_a_slice():
+    shapes = replace(opt_6_7b(), vocabulary=262_144)
+    short, long = (
+        peaks(shapes, Work(PRUNERS.get("wanda"), False, False, eval_tokens=tokens), 1, spills=True)["evaluate"]
+        for tokens in (64, 2048)
+    )
+    assert short == long
+
+
 def test_a_refusal_offers_to_generate_nothing_where_that_takes_most():
     shapes = opt_6_7b(tokens=16)
     work = replace(DISTILLED, num_at_once=8, cache_bytes=10**9)
