@@ -9,6 +9,7 @@ that copies in both directions and computation overlap. The order of the samples
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -165,7 +166,7 @@ class _Upload:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side = torch.cuda.Stream(device)
+        self._side = _side_stream(device, "to the device")
         self._buffers: dict[tuple[Any, ...], list[tuple[Tensor, torch.cuda.Event]]] = {}
 
     def start(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda.Event]:
@@ -196,7 +197,7 @@ class _Download:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side = torch.cuda.Stream(device)
+        self._side = _side_stream(device, "from the device")
 
     def start(self, samples: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """Start the copy. Returns the samples in pinned memory, and the event that marks the end of the copy."""
@@ -208,6 +209,12 @@ class _Download:
             event = torch.cuda.Event()
             event.record(self._side)
         return pinned, event
+
+
+@functools.cache
+def _side_stream(device: torch.device, direction: str) -> torch.cuda.Stream:
+    """The CUDA stream of all copies in one direction. The allocator keeps freed memory for the stream that had it."""
+    return torch.cuda.Stream(device)
 
 
 def _stacked(stream: Samples, numbers: Sequence[int]) -> Tensor:
