@@ -19,13 +19,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.quality.texts import EMBEDDED, SHARED, as_text_file, say_embedded
 from pipeline.config.checks import SEARCHED
+from stages.calibrate import calibrate
 from stages.data.drawing import Drawing
 from stages.data.registry import parse_source
-from stages.data.tokenization import calibration_tokens, load_tokenizer
+from stages.data.text_source import Bos
 from stages.distill import DistillSettings
 from stages.distill_in_memory import distill_in_memory
 from stages.evaluate import evaluate
@@ -53,10 +54,8 @@ def main() -> None:
     apply(choices)
     calibration = _text(args.calibration, SHARED / "c4_demo.jsonl", "calibration", args.work)
     evaluation = _text(args.evaluate, SHARED / "c4_prompts.pf-decoding.jsonl", "evaluation", args.work)
-    tokenizer = load_tokenizer(model.source.path)
-    tokens = calibration_tokens(
-        parse_source(calibration), tokenizer, Drawing(args.num_samples, args.seqlen, None, 0, 0)
-    )
+    drawing = Drawing(args.num_samples, args.seqlen, None, bos=args.bos)
+    tokens = calibrate(parse_source(calibration), model.source, drawing, NullCallbacks())
     inputs = ListStream(len(tokens), (args.seqlen,), tokens.dtype)
     for index, sample in enumerate(tokens):
         inputs.write(index, sample)
@@ -77,7 +76,7 @@ def main() -> None:
     load = model.load_block
     model.load_block = lambda i, *rest, **more: load(i, *rest, **more, state=states.get(i))  # type: ignore[method-assign]
     exact = dataclasses.replace(choices, dtype="float32")
-    protocol = EvaluationProtocol(args.seqlen, args.eval_max_tokens)
+    protocol = EvaluationProtocol(args.seqlen, args.eval_max_tokens, bos=args.eval_bos or args.bos)
     source = parse_source(evaluation)
     found = evaluate(MetricContext(model, model, source, protocol, ListScratch(), exact, NullCallbacks()))
     line |= {"perplexity": round(found.value, 2), "seconds": round(seconds)}
@@ -142,6 +141,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--bos", choices=get_args(Bos), default="stream", help="where BOS stands in samples")
+    parser.add_argument("--eval-bos", choices=get_args(Bos), help="in what is evaluated; default: as in samples")
     parser.add_argument("--eval-max-tokens", type=int, default=10240)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
