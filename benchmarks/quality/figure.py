@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.quality.cells import Row
 from benchmarks.quality.methods import DENSE, MAGNITUDE, ORDER, POINTS
@@ -128,13 +129,19 @@ def _plain_numbers(axis) -> None:
 
     axis.set_major_formatter(ticker.LogFormatter())
     axis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.set_tick_params(which="both", labelsize=7)
 
 
 def _percent(line: Line) -> int:
     return int(line.point[:-1])
 
 
-def _style(method: str) -> dict[str, str]:
+def _style(method: str) -> dict[str, Any]:
     """Color and marker, the same in every panel."""
+    import matplotlib
+
     place = ORDER.index(method)
-    return {"color": f"C{place % 10}", "marker": _MARKERS[place % len(_MARKERS)]}
+    # The palette has ten colors in a dark and a light shade, side by side. LAMP stands behind its baselines: in the dark.
+    is_later, color = divmod(place, 10)
+    shade = 0 if is_later else 1
+    return {"color": matplotlib.colormaps["tab20"](2 * color + shade), "marker": _MARKERS[place % len(_MARKERS)]}
