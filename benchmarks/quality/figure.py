@@ -141,7 +141,7 @@ def _style(method: str) -> dict[str, Any]:
     import matplotlib
 
     place = ORDER.index(method)
-    # The palette has ten colors in a dark and a light shade, side by side. LAMP stands behind its baselines: in the dark.
+    # The palette has ten colors in two shades, the dark one first. LAMP stands behind its baselines, and is dark.
     is_later, color = divmod(place, 10)
     shade = 0 if is_later else 1
     return {"color": matplotlib.colormaps["tab20"](2 * color + shade), "marker": _MARKERS[place % len(_MARKERS)]}
