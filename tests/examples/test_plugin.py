@@ -62,14 +62,14 @@ def call(site, tmp_path):
     return calls
 
 
-FLAGS = ("--evaluate", "pydocs", "--seqlen", 64, "--eval-max-tokens", 512, "--device", "cpu", "--threads", 1)
-RUN = ("run", TINY_OPT, "--sparsity", 0.5, "--method", "random", *FLAGS)
+RUN = ("run", TINY_OPT, "--sparsity", 0.5, "--method", "random", "--seqlen", 64, "--device", "cpu", "--threads", 1)
+EVALUATED = ("--evaluate", "pydocs", "--eval-max-tokens", 512, "--metrics", "token-accuracy")
 
 
 def test_its_pruner_and_metric_run_and_appear_everywhere(call, tmp_path):
     place = "runs/tiny-opt-s50-random"
     done, compared, state, _, shown = call(
-        (*RUN, "--metrics", "token-accuracy"),
+        (*RUN, *EVALUATED),
         ("compare", place, "--json"),
         ("status", place, "--json"),
         ("report", place, "--out", "report"),
@@ -91,7 +91,7 @@ def test_its_pruner_and_metric_run_and_appear_everywhere(call, tmp_path):
     assert "pruned by random" in card
     assert "token accuracy on pydocs" in card
 
-    call((*RUN, "--run-dir", "again"))
+    call((*RUN, "--evaluate", "", "--run-dir", "again"))
     files = sorted((tmp_path / place / "model").glob("model-*.safetensors"))
     assert len(files) == 7  # six blocks, and what is outside of them
     for path in files:

@@ -48,7 +48,7 @@ def read_all(place):
 def test_every_command_works_in_a_bucket_and_on_a_second_machine(
     lampctl, server, tmp_path, monkeypatch, words, scratch
 ):
-    model = save(tmp_path / "m", "llama")
+    model = save(tmp_path / "m", "llama", num_blocks=2)
     data = ("--calibration", f"text:{words}", "--evaluate", f"text:{words}")
     quiet = lampctl("run", model, *FLAGS, *data, "--run-dir", "quiet")
     assert quiet.code == 0, quiet.err
