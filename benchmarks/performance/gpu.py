@@ -1,6 +1,6 @@
 """The paper's Table 6 on this machine: memory and time of pruning OPT-6.7B. See gpu.md.
 
-    python -m benchmarks.performance.gpu [--methods SparseGPT,LAMP] [--shape opt-1.3b]
+    python -m benchmarks.performance.gpu [--methods 'SparseGPT; LAMP'] [--shape opt-1.3b]
 
 A model of that shape with random weights stands in for it: memory and time do not depend on the values, and nothing is
 downloaded. One row a method goes to benchmarks/results/gpu.csv as soon as it is done, and is kept: a second call
@@ -89,8 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         model = opt_like(work / f"{args.shape}-like-{args.blocks}", args.shape, args.blocks)
-        row = _measure(args, model, work / "-".join(key.values()).replace(" ", "_"), name)
+        run_dir = work / "-".join(key.values()).replace(" ", "_")
+        row = _measure(args, model, run_dir, name)
         write_rows(table, _COLUMNS, [*rows, {**key, **row}])
+        shutil.rmtree(run_dir)  # not before: the row would be lost with it
     write_page(args.results / "gpu.md", markdown(read_rows(table)))
 
 
@@ -129,14 +131,17 @@ def _is(row: dict[str, str], key: dict[str, str]) -> bool:
 
 
 def _measure(args: argparse.Namespace, model: Path, run_dir: Path, method: str) -> dict[str, Any]:
-    """Prune, or go on with a run that was stopped, and read what its steps have taken."""
+    """Prune, or go on with a run that was stopped, and read what its steps have taken.
+
+    What is taken on the card is known of a run that was not stopped: its steps do not record it.
+    """
     flags = ("--sparsity", "0.7", *METHODS[method], "--device", args.device)
     amount = ("--num-samples", str(args.num_samples), "--seqlen", str(args.seqlen))
     text = ("--calibration", "pydocs", "--calibration-sampling", "random", "--evaluate", "", "--no-evaluate-dense")
+    is_resumed = run_dir.exists()
     with CardMemory(args.device) as card:
         call((*LAMPCTL, "run", str(model), "--run-dir", str(run_dir), *flags, *amount, *text))
     commits = steps_of(run_dir)
-    shutil.rmtree(run_dir)
     seconds = {
         f"seconds_{kind}": f"{sum(c['elapsed_s'] for c in commits if _kind(c['step']) == kind):.2f}"
         for kind in (*KINDS, "other")
@@ -144,7 +149,7 @@ def _measure(args: argparse.Namespace, model: Path, run_dir: Path, method: str) 
     gpu_bytes = [c["peak_device_bytes"] for c in commits if c["peak_device_bytes"] is not None]
     return {
         "peak_gpu_bytes": max(gpu_bytes, default=""),
-        "peak_card_bytes": "" if card.peak_bytes is None else card.peak_bytes,
+        "peak_card_bytes": "" if card.peak_bytes is None or is_resumed else card.peak_bytes,
         "peak_process_bytes": max(c["peak_memory_bytes"] for c in commits if c["peak_memory_bytes"] is not None),
         "seconds": f"{sum(c['elapsed_s'] for c in commits):.2f}",
         **seconds,

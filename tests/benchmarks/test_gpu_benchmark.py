@@ -55,6 +55,20 @@ def test_each_method_has_its_row_and_no_method_is_measured_twice(measured, tmp_p
     for heading in ("## tiny, 2 blocks, 2 x 32 tokens: cpu", "## tiny, 3 blocks, 2 x 32 tokens: cpu"):
         assert heading in page
     assert page.count("| SparseGPT | - | - | - |") == 2
+    assert not [*(tmp_path / "work").glob("cpu-*")], "runs with a row are gone"
+
+
+def test_a_run_is_kept_until_its_row_is_written(measured, tmp_path, monkeypatch):
+    measure, _ = measured
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(gpu, "write_rows", full)
+    with pytest.raises(OSError, match="no space left"):
+        measure("--methods", "SparseGPT", "--blocks", "1")
+    monkeypatch.undo()
+    assert len([*(tmp_path / "work").glob("cpu-*/commits")]) == 1
 
 
 def test_the_paper_s_figures_stand_beside_the_methods_that_it_measured():
